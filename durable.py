@@ -1,0 +1,5624 @@
+"""Durable execution in one module, on one SQLite file.
+
+Write a finite-state machine, or its one-step form, a job, as a class. The engine commits its state before the
+next step proceeds, so that an instance survives a crash of the process, of the machine, or a power cut, and
+resumes where it left off.
+
+>>> import attrs, tempfile
+>>> class Greeting(FSM):
+...     @attrs.frozen
+...     class State:
+...         name: str
+...     @step
+...     def start(self, ctx):
+...         return Await("answer", then="end", timeout=3600)
+...     @step
+...     def end(self, ctx):
+...         return Done(f"{ctx.state.name} says {ctx.awaited[0].payload}")
+>>> with tempfile.TemporaryDirectory() as folder, Engine(f"{folder}/greetings.db") as engine:
+...     _ = engine.insert(Greeting, state={"name": "Ada"}, correlation_key="ada")
+...     engine.signal("ada", "answer", "hello")
+...     print(engine.result("ada", timeout=10))
+Ada says hello
+
+The guarantee: when a step completes, its outcome (step, state, children, consumed signals, the user's own SQL) is
+committed and synced in one transaction before anything that depends on it runs. A crash before that commit runs
+the step again: at least once. Effects inside the file (`Context.execute`) happen exactly once.
+
+Read from top to bottom; nothing refers to what stands below it:
+
+    Errors, Values, Limits, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Execution, Scheduler,
+    Engine, Command line
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import contextvars
+import datetime as dt
+import decimal
+import enum
+import functools
+import heapq
+import inspect
+import json
+import logging
+import math
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+import time
+import types
+import typing
+import uuid
+import warnings
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypedDict, Unpack, cast, overload
+
+import apsw
+import attrs
+import cattrs
+import cattrs.cols
+import cattrs.gen
+
+if TYPE_CHECKING:
+    import asyncio
+    import concurrent.futures
+    import sqlite3
+
+__all__ = [
+    "KEEP",
+    "LIVE",
+    "Await",
+    "Cancel",
+    "Context",
+    "Done",
+    "DuplicateError",
+    "DurableError",
+    "Engine",
+    "EngineClosedError",
+    "Event",
+    "FSM",
+    "Fail",
+    "FailedError",
+    "Insert",
+    "Instance",
+    "Next",
+    "NoTargetError",
+    "NotFoundError",
+    "OutcomeError",
+    "RateLimit",
+    "Retry",
+    "ScheduleChildren",
+    "SchemaError",
+    "SharedFileError",
+    "Signal",
+    "StateError",
+    "Status",
+    "Stop",
+    "UnknownFSMError",
+    "UnknownLimitError",
+    "Worker",
+    "insert_into",
+    "job",
+    "step",
+]
+
+_log = logging.getLogger("durable")
+
+_Duration = int | float | dt.timedelta
+
+# ==================================================================================================
+# Errors
+# ==================================================================================================
+
+
+class DurableError(Exception):
+    """Base of every error that this module raises on its own account.
+
+    The tree::
+
+        DurableError
+        |- DuplicateError     the correlation key is taken; `.id` is the occupant's
+        |- NoTargetError      a signal found no live instance
+        |- NotFoundError      no instance with that id or correlation key
+        |- StateError         a state does not fit its schema; `.problems`, one line each
+        |- OutcomeError       a step's outcome is malformed
+        |- UnknownFSMError    no class is registered under that name
+        |- UnknownLimitError  no rate limit of that name is in the file
+        |- FailedError        `result` of an instance that failed
+        |- SchemaError        the file is damaged, foreign, or from a newer version
+        |- SharedFileError    the standard `sqlite3` module and an engine share a file in one process
+        `- EngineClosedError  the engine was stopped, or crossed a fork
+
+    Storage that fails (disk full, input/output error, a lock held too long) is a plain `DurableError` with the
+    driver's error as its cause.
+    """
+
+
+class DuplicateError(DurableError):
+    """The correlation key is occupied by the instance `id`."""
+
+    def __init__(self, key: str, occupant: int) -> None:
+        super().__init__(f"correlation key {key!r} is taken by instance {occupant}")
+        self.key = key
+        self.id = occupant
+
+
+class NoTargetError(DurableError):
+    """A signal's target is missing, or has ended."""
+
+
+class NotFoundError(DurableError):
+    """No instance has that id or carries that correlation key."""
+
+
+class StateError(DurableError):
+    """A state does not fit its schema; `problems` has a line for each, with its path."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class OutcomeError(DurableError):
+    """An outcome is malformed, or something else was returned in its place."""
+
+
+class UnknownFSMError(DurableError):
+    """No class is registered under that name."""
+
+
+class UnknownLimitError(DurableError):
+    """No rate limit of that name is declared, here or in the file."""
+
+
+class FailedError(DurableError):
+    """The instance `id` failed; the message is its `last_error`."""
+
+    def __init__(self, instance: int, last_error: str | None) -> None:
+        super().__init__(last_error)
+        self.id = instance
+        self.last_error = last_error
+
+
+class SchemaError(DurableError):
+    """The file is no database, is damaged, or was made by a newer version."""
+
+
+class SharedFileError(DurableError):
+    """`sqlite3` and an engine would open one file in one process, which loses commits."""
+
+
+class EngineClosedError(DurableError):
+    """The engine was stopped, or belongs to the process that this one was forked from."""
+
+
+# ==================================================================================================
+# Values
+# ==================================================================================================
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MILLISECOND = dt.timedelta(milliseconds=1)
+_END_OF_TIME = 253_402_300_799_999
+"""The last millisecond that a `datetime` can hold; later instants mean 'never' and are cut to it."""
+
+_MAX_INTEGER = 2**63 - 1
+
+
+def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
+    """Read a duration, seconds or a timedelta, as whole milliseconds, rounded up so that nothing fires early."""
+    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not math.isfinite(cast(float, seconds)) or cast(float, seconds) < 0:
+        raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {value!r}")
+    # A float's own error (0.1 * 3 = 0.30000000000000004) must not cost a millisecond: hence the rounding.
+    return min(math.ceil(round(cast(float, seconds) * 1000, 6)), _END_OF_TIME)
+
+
+def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
+    """Read a duration of at least a millisecond."""
+    milliseconds = _duration_ms(value, name, error)
+    if milliseconds == 0:
+        raise error(f"{name} must be more than 0 seconds, not {value!r}")
+    return milliseconds
+
+
+def _instant_ms(value: object, name: str) -> int:
+    """Read a timezone-aware datetime as milliseconds since the epoch, rounded up."""
+    if not isinstance(value, dt.datetime):
+        raise ValueError(f"{name} must be a timezone-aware datetime, not {value!r}")
+    if value.utcoffset() is None:
+        raise ValueError(f"{name} must be timezone-aware, not the naive {value!r}")
+    return -((_EPOCH - value) // _MILLISECOND)
+
+
+def _instant(milliseconds: int) -> dt.datetime:
+    return _EPOCH + milliseconds * _MILLISECOND
+
+
+def _instant_or_none(milliseconds: int | None) -> dt.datetime | None:
+    return None if milliseconds is None else _instant(milliseconds)
+
+
+def _text(value: object, name: str, error: type[Exception] = ValueError) -> str:
+    """Check a name or a key: a string, not empty, that UTF-8 can write."""
+    if not isinstance(value, str) or not value:
+        raise error(f"{name} must be a string that is not empty, not {value!r}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise error(f"{name} must be text that UTF-8 can write, not {value!r}") from None
+    return str(value)
+
+
+def _integer(value: object, name: str, least: int, error: type[Exception] = ValueError) -> int:
+    """Check a whole number that SQLite can hold."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or not least <= cast(int, value) <= _MAX_INTEGER:
+        allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
+        raise error(f"{name} must be an integer {allowed}, not {value!r}")
+    return int(cast(int, value))
+
+
+def _boolean(value: object, name: str, error: type[Exception] = ValueError) -> bool:
+    if not isinstance(value, bool):
+        raise error(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def _limit_key(value: object, name: str, error: type[Exception] = ValueError) -> str | None:
+    """Read a key of a limit: `"stripe"`, or `("stripe", tenant)`, stored `stripe:tenant`."""
+    if value is None:
+        return None
+    if isinstance(value, tuple) and value:
+        return _text(":".join(str(part) for part in value), name, error)
+    if isinstance(value, str):
+        return _text(value, name, error)
+    raise error(f"{name} must be a string, a tuple such as ('stripe', tenant), or None, not {value!r}")
+
+
+def _limit_name(key: str) -> str:
+    return key.partition(":")[0]
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_encode_ascii = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
+
+
+def _json(value: object) -> str:
+    """Write JSON as readable text; what UTF-8 can't write (a lone surrogate) is escaped."""
+    text = _encode(value)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return _encode_ascii(value)
+    return text
+
+
+def _brief(value: object, width: int = 80) -> str:
+    """Show a value in an error message, cut where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
+def _printable(text: str) -> str:
+    """Make text that came with an exception fit for storage (file names may hold lone surrogates)."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _error_text(error: str | BaseException) -> str:
+    """Write an error the way `last_error` shows it: `ValueError: boom`, or a given reason as it is."""
+    if isinstance(error, str):
+        return _printable(error)
+    message = str(error)
+    return _printable(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+
+
+def _traceback_text(error: BaseException) -> str | None:
+    """Write an error's traceback from the user's own frame on; None for an error that was never raised."""
+    if error.__traceback__ is None:
+        return None
+    import traceback  # only failures pay for it
+
+    own = error.__traceback__.tb_next or error.__traceback__
+    return _printable("".join(traceback.format_exception(type(error), error, own)))
+
+
+# ==================================================================================================
+# Limits
+# ==================================================================================================
+
+
+def _positive_integer(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    _integer(value, attribute.name, 1)
+
+
+@attrs.frozen
+class RateLimit:
+    """A token bucket: `allowed` tokens per `per` (seconds or a timedelta), at most `burst` at once.
+
+    `burst` is `allowed` unless given. A bucket that was never used, or that time has filled, is full.
+
+    >>> RateLimit(100, per=60)
+    RateLimit(allowed=100, per=60, burst=100)
+    """
+
+    allowed: int = attrs.field(validator=_positive_integer)
+    per: _Duration
+    burst: int = cast(int, None)
+
+    def __attrs_post_init__(self) -> None:
+        _positive_ms(self.per, "per")
+        if cast("int | None", self.burst) is None:
+            object.__setattr__(self, "burst", self.allowed)
+        _integer(self.burst, "burst", 1)
+
+
+class _Policy(NamedTuple):
+    """A rate limit as the file keeps it.
+
+    Levels are whole numbers, in units of 1/per_ms of a token, so that refilling for a millisecond adds exactly
+    `allowed` units and no grant is ever owed to rounding.
+    """
+
+    name: str
+    allowed: int
+    per_ms: int
+    burst: int
+
+    @property
+    def capacity(self) -> int:
+        return self.burst * self.per_ms
+
+    def price(self, weight: int) -> int:
+        """Units that a step of that weight takes; a burst lowered below it later on asks for all there is."""
+        return min(weight, self.burst) * self.per_ms
+
+    def level(self, level: int, refilled_at: int, now: int) -> int:
+        """Units in the bucket now. A clock that was set back adds nothing and takes nothing away."""
+        return min(self.capacity, level + max(0, now - refilled_at) * self.allowed)
+
+    def instant_of(self, units: int, level: int, now: int) -> int:
+        """First millisecond at which the bucket holds that many units, if nobody takes any."""
+        return now + max(0, -(-(units - level) // self.allowed))
+
+
+def _policy(name: str, limit: RateLimit) -> _Policy:
+    return _Policy(name, limit.allowed, _positive_ms(limit.per, "per"), limit.burst)
+
+
+# ==================================================================================================
+# Records
+# ==================================================================================================
+
+
+class Status(enum.StrEnum):
+    """Where an instance stands; `done` and `failed` are terminal."""
+
+    RUNNABLE = "runnable"
+    EXECUTING = "executing"
+    AWAITING_SIGNAL = "awaiting_signal"
+    AWAITING_CHILDREN = "awaiting_children"
+    DONE = "done"
+    FAILED = "failed"
+
+
+LIVE: frozenset[Status] = frozenset(Status) - {Status.DONE, Status.FAILED}
+"""The statuses of an instance that has not ended."""
+
+_TERMINAL = frozenset(Status) - LIVE
+_PARKED = frozenset({Status.AWAITING_SIGNAL, Status.AWAITING_CHILDREN})
+
+
+class _Keep(enum.Enum):
+    """Type of `KEEP`."""
+
+    KEEP = "keep"
+
+    def __repr__(self) -> str:
+        return "KEEP"
+
+
+KEEP = _Keep.KEEP
+"""`Next(concurrency_key=KEEP)`: the instance keeps the key that it has."""
+
+
+@attrs.frozen
+class Signal:
+    """A message in an instance's inbox; `payload` is a plain JSON value."""
+
+    id: int
+    name: str
+    payload: Any
+    sent_at: dt.datetime
+
+
+@attrs.frozen
+class Instance:
+    """One instance as the file has it: every column under its own name, instants as aware UTC datetimes."""
+
+    id: int
+    fsm: str
+    version: int
+    step: str
+    status: Status
+    state: Any
+    result: Any
+    last_error: str | None
+    traceback: str | None
+    attempt: int
+    max_attempts: int | None
+    crashes: int
+    queue: str
+    priority: int
+    eligible_at: dt.datetime
+    worker: str | None
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+    parked_on: str | None
+    awaits: tuple[str, ...]
+    await_deadline: dt.datetime | None
+    parent_id: int | None
+    correlation_key: str | None
+    inserted_at: dt.datetime
+    updated_at: dt.datetime
+
+
+@attrs.frozen
+class Worker:
+    """An engine that runs on the file: who it is, what it serves, and until when its lease lasts."""
+
+    id: str
+    name: str
+    host: str
+    pid: int
+    queues: dict[str, int]
+    started_at: dt.datetime
+    heartbeat_at: dt.datetime
+    lease_expires_at: dt.datetime
+
+
+@attrs.frozen
+class Event:
+    """Something that happened: what was measured, and what it happened to."""
+
+    name: str
+    measurements: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+_EVENT_NAMES = frozenset(
+    {
+        "step.stop",
+        "pick.stop",
+        "scheduler.saturation",
+        "scheduler.drain",
+        "scheduler.reclaimed",
+        "commit.stop",
+        "concurrency.throttled",
+        "rate_limit.throttled",
+        "outcome.stale",
+        "reaper.reaped",
+        "await.timeout",
+        "gc.swept",
+        "fsm.unknown",
+        "inline.continue",
+        "inline.yield",
+        "store.error",
+    }
+)
+
+_SCOPE_BITS = {Status.DONE: 2, Status.FAILED: 4}
+
+
+def _scope_bits(scope: object) -> int:
+    """Read a correlation scope as the file keeps it: 1 for the live statuses, 2 for done, 4 for failed; 0 for none."""
+    try:
+        statuses = frozenset(Status(status) for status in cast(Iterable[str], scope))
+    except (TypeError, ValueError):
+        statuses = frozenset({Status.DONE})  # refused below, like every set without LIVE
+    if statuses and not statuses >= LIVE:
+        raise ValueError(
+            f"correlation_scope must be [], LIVE, or LIVE with Status.DONE, Status.FAILED or both, not {scope!r}"
+        )
+    return sum(bits for status, bits in _SCOPE_BITS.items() if status in statuses) + bool(statuses)
+
+
+@attrs.frozen
+class Insert:
+    """One instance to insert: what `Engine.insert` takes, as a value. Bad options are a `ValueError`.
+
+    * `fsm`: a class, a function job, or a registered name, which means its highest version
+    * `state`, or `args`, its other name for jobs: a `State` object or a dict; left out, the state's defaults
+    * `step`: the first step; the class's `initial` unless given
+    * `queue`, `priority` (lower runs first)
+    * `schedule_at` (an aware datetime) or `schedule_in` (seconds or a timedelta): not to run before
+    * `correlation_key`, unique among instances in the statuses of `correlation_scope`
+    * `concurrency_key`, `rate_limit`, `weight`: limits of the first step
+    * `max_attempts`: jobs only
+    """
+
+    fsm: Any
+    state: Any = attrs.field(default=None, kw_only=True)
+    args: Any = attrs.field(default=None, kw_only=True)
+    step: Any = attrs.field(default=None, kw_only=True)
+    queue: str | None = attrs.field(default=None, kw_only=True)
+    priority: int = attrs.field(default=0, kw_only=True)
+    schedule_at: dt.datetime | None = attrs.field(default=None, kw_only=True)
+    schedule_in: _Duration | None = attrs.field(default=None, kw_only=True)
+    correlation_key: str | None = attrs.field(default=None, kw_only=True)
+    correlation_scope: Iterable[str] = attrs.field(default=LIVE, kw_only=True)
+    concurrency_key: str | tuple[object, ...] | None = attrs.field(default=None, kw_only=True)
+    rate_limit: str | tuple[object, ...] | None = attrs.field(default=None, kw_only=True)
+    weight: int = attrs.field(default=1, kw_only=True)
+    max_attempts: int | None = attrs.field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.state is not None and self.args is not None:
+            raise ValueError("state and args are two names for one thing: give one of them")
+        if self.schedule_at is not None and self.schedule_in is not None:
+            raise ValueError("schedule_at and schedule_in exclude each other: give one of them")
+        _integer(self.weight, "weight", 1)
+        _integer(self.priority, "priority", -_MAX_INTEGER)
+
+
+class _InsertOptions(TypedDict, total=False):
+    """The options of `Insert`, for the methods that pass them on."""
+
+    state: Any
+    args: Any
+    step: Any
+    queue: str | None
+    priority: int
+    schedule_at: dt.datetime | None
+    schedule_in: _Duration | None
+    correlation_key: str | None
+    correlation_scope: Iterable[str]
+    concurrency_key: str | tuple[object, ...] | None
+    rate_limit: str | tuple[object, ...] | None
+    weight: int
+    max_attempts: int | None
+
+
+# ==================================================================================================
+# Outcomes
+# ==================================================================================================
+
+
+def _step_name(value: object) -> str:
+    """Read a step's name: a string, or a `@step` method for its name."""
+    if getattr(value, "_durable_step", False):
+        return str(cast(Any, value).__name__)
+    return _text(value, "a step's name", OutcomeError)
+
+
+def _signal_names(value: object) -> tuple[str, ...]:
+    """Read the names that `Await` waits for: one string, or several."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Iterable):
+        raise OutcomeError(f"names must be a string or several, not {value!r}")
+    names = tuple(dict.fromkeys(_text(name, "a signal's name", OutcomeError) for name in names))
+    if not names:
+        raise OutcomeError("names must hold at least one signal's name")
+    return names
+
+
+def _inserts(value: object) -> tuple[Insert, ...]:
+    children = tuple(value) if isinstance(value, Iterable) else (value,)
+    for child in children:
+        if not isinstance(child, Insert):
+            raise OutcomeError(f"children must be Insert(...)s, not {_brief(child)}")
+    return children
+
+
+def _reason(value: object) -> str | BaseException:
+    if not isinstance(value, str | BaseException):
+        raise OutcomeError(f"a reason must be a string or an exception, not {_brief(value)}")
+    return value
+
+
+def _checked(check: Callable[..., object], **limits: Any) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    """Make an attrs validator of a check; a value that fails it is an `OutcomeError`."""
+
+    def validate(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        check(value, attribute.name, error=OutcomeError, **limits)
+
+    return validate
+
+
+def _not_negative(value: object, name: str, *, error: type[Exception]) -> None:
+    if value is not None:
+        _duration_ms(value, name, error)
+
+
+def _flag_or_none(value: object, name: str, *, error: type[Exception]) -> None:
+    if value is not None:
+        _boolean(value, name, error)
+
+
+def _key_or_keep(value: object, name: str, *, error: type[Exception]) -> None:
+    if value is not KEEP:
+        _limit_key(value, name, error)
+
+
+@attrs.frozen
+class Next:
+    """Go on with another step, at once. `state` left out means `ctx.state`, as the step leaves it.
+
+    `rate_limit`, `weight` and `concurrency_key` are the limits of that step: the key is kept unless another is
+    given, `None` releases it. `inline=True` runs it on the claim already held, if its limits admit it.
+    """
+
+    step: str = attrs.field(converter=_step_name)
+    state: Any = None
+    rate_limit: str | tuple[object, ...] | None = attrs.field(
+        default=None, kw_only=True, validator=_checked(_limit_key)
+    )
+    weight: int = attrs.field(default=1, kw_only=True, validator=_checked(_integer, least=1))
+    concurrency_key: str | tuple[object, ...] | _Keep | None = attrs.field(
+        default=KEEP, kw_only=True, validator=_checked(_key_or_keep)
+    )
+    inline: bool | None = attrs.field(default=None, kw_only=True, validator=_checked(_flag_or_none))
+
+
+@attrs.frozen
+class Retry:
+    """Run the same step again after `delay`; a retry that is not `counted` leaves `attempt` as it is."""
+
+    delay: _Duration = attrs.field(default=0, validator=_checked(_duration_ms))
+    state: Any = None
+    counted: bool = attrs.field(default=True, kw_only=True, validator=_checked(_boolean))
+
+
+@attrs.frozen
+class Await:
+    """Park until a signal of one of `names` comes, or `timeout` is over, and go on with the step `then`."""
+
+    names: tuple[str, ...] = attrs.field(converter=_signal_names)
+    then: str = attrs.field(converter=_step_name)
+    state: Any = None
+    timeout: _Duration | None = attrs.field(default=None, kw_only=True, validator=_checked(_not_negative))
+
+
+@attrs.frozen
+class ScheduleChildren:
+    """Insert children and park until all of them have ended, then go on with the step `then`."""
+
+    children: tuple[Insert, ...] = attrs.field(converter=_inserts)
+    then: str = attrs.field(converter=_step_name)
+    state: Any = None
+
+
+@attrs.frozen
+class Done:
+    """End well; `result` is anything that JSON or cattrs can write."""
+
+    result: Any = None
+
+
+@attrs.frozen
+class Stop:
+    """End as failed, for a reason: a text or an exception."""
+
+    reason: str | BaseException = attrs.field(converter=_reason)
+
+
+class Fail(Exception):
+    """Returned or raised by a job: this attempt failed; it is tried again after `backoff`, or given up."""
+
+    def __init__(self, reason: str | BaseException) -> None:
+        super().__init__(reason)
+        self.reason = _reason(reason)
+
+
+class Cancel(Exception):
+    """Returned or raised by a job: give up at once."""
+
+    def __init__(self, reason: str | BaseException) -> None:
+        super().__init__(reason)
+        self.reason = _reason(reason)
+
+
+_Outcome = Next | Retry | Await | ScheduleChildren | Done | Stop
+_OUTCOMES = (Next, Retry, Await, ScheduleChildren, Done, Stop)
+_JOB_OUTCOMES = (Retry, Done, Stop)
+
+# ==================================================================================================
+# Schemas
+# ==================================================================================================
+
+
+class _Codec(NamedTuple):
+    """How a scalar type is written to JSON and read from it: in these forms and no others, nothing is coerced."""
+
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+    forms: tuple[type, ...] = (str,)
+
+
+_CODECS: dict[type, _Codec] = {
+    dt.datetime: _Codec(dt.datetime.isoformat, dt.datetime.fromisoformat),
+    dt.date: _Codec(dt.date.isoformat, dt.date.fromisoformat),
+    dt.time: _Codec(dt.time.isoformat, dt.time.fromisoformat),
+    dt.timedelta: _Codec(dt.timedelta.total_seconds, lambda s: dt.timedelta(seconds=s), (int, float)),
+    uuid.UUID: _Codec(str, uuid.UUID),
+    decimal.Decimal: _Codec(str, decimal.Decimal),
+    bytes: _Codec(lambda b: base64.b64encode(b).decode(), lambda s: base64.b64decode(s, validate=True)),
+}
+_SCALARS: dict[type, _Codec] = {
+    bool: _Codec(bool, bool, (bool,)),
+    int: _Codec(int, int, (int,)),
+    float: _Codec(float, float, (int, float)),
+    str: _Codec(str, str),
+    pathlib.PurePath: _Codec(str, str),
+    **_CODECS,
+}
+
+
+def _invalid(type_name: str, value: object) -> ValueError:
+    return ValueError(f"not a valid {type_name}, {_brief(value)}")
+
+
+def _type_name(cls: Any) -> str:
+    return getattr(cls, "__name__", None) or str(cls)
+
+
+def _structure_scalar(value: Any, cls: Any) -> Any:
+    if _is_enum(cls):
+        return _structure_enum(value, cls)
+    known = next(base for base in cls.__mro__ if base in _SCALARS)
+    codec = _SCALARS[known]
+    if not isinstance(value, codec.forms) or (isinstance(value, bool) and known is not bool):
+        raise _invalid(_type_name(cls), value)
+    try:
+        scalar = codec.read(value)
+        return scalar if type(scalar) is cls else cls(scalar)
+    except (ValueError, ArithmeticError):
+        raise _invalid(_type_name(cls), value) from None
+
+
+def _structure_enum(value: Any, cls: Any) -> Any:
+    for member in cls:
+        if member.value == value and type(member.value) is type(value):
+            return member
+    raise _invalid(_type_name(cls), value)
+
+
+def _is_enum(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, enum.Enum)
+
+
+def _is_collection(cls: Any) -> bool:
+    origin = typing.get_origin(cls) or cls
+    return isinstance(origin, type) and issubclass(origin, list | set | frozenset | tuple | collections.deque)
+
+
+def _is_union(cls: Any) -> bool:
+    return typing.get_origin(cls) in (typing.Union, types.UnionType)
+
+
+def _structure_list_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a JSON array as a list, set, frozenset, deque or tuple; a string is no array of its characters."""
+    container = typing.get_origin(cls) or cls
+    arguments = typing.get_args(cls) or (Any, ...)
+    if issubclass(container, tuple) and (len(arguments) != 2 or arguments[1] is not ...):
+        return _structure_fixed_tuple(container, [(converter.get_structure_hook(one), one) for one in arguments])
+    structure = cattrs.cols.list_structure_factory(list[arguments[0]], converter)  # type: ignore[valid-type]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, list):
+            raise _invalid(container.__name__, value)
+        items = structure(value, cls)
+        return items if container is list else container(items)
+
+    return hook
+
+
+def _structure_fixed_tuple(
+    container: type, hooks: list[tuple[Callable[[Any, Any], Any], Any]]
+) -> Callable[[Any, Any], Any]:
+    def hook(value: Any, cls: Any) -> Any:
+        if not isinstance(value, list) or len(value) != len(hooks):
+            raise _invalid(f"tuple of {len(hooks)}", value)
+        items, problems = [], []
+        for index, (one, (structure, kind)) in enumerate(zip(value, hooks, strict=True)):
+            try:
+                items.append(structure(one, kind))
+            except Exception as error:  # noqa: BLE001 - whatever a hook raises is reported with its path
+                error.add_note(cattrs.IterableValidationNote("", index, kind))
+                problems.append(error)
+        if problems:
+            raise cattrs.IterableValidationError("", problems, cls)
+        return tuple(items)
+
+    return hook
+
+
+def _structure_mapping_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a JSON object as a mapping. JSON's keys are strings, so numeric keys are read back from them."""
+    key = (typing.get_args(cls) or (Any,))[0]
+    structure = cattrs.cols.mapping_structure_factory(cls, converter)
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _invalid("dict", value)
+        if key in (int, float):
+            value = {key(name) if isinstance(name, str) else name: item for name, item in value.items()}
+        return structure(value, cls)
+
+    return hook
+
+
+def _structure_class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    structure = cattrs.gen.make_dict_structure_fn(
+        cls, converter, _cattrs_forbid_extra_keys=converter.forbid_extra_keys, _cattrs_detailed_validation=True
+    )
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _invalid(_type_name(cls), value)
+        return structure(value, cls)
+
+    return hook
+
+
+def _structure_union_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a union as the first of its members that takes the value, the strict reading before the lenient one."""
+    members = [one for one in typing.get_args(cls) if one is not types.NoneType]
+    takes_none = len(members) < len(typing.get_args(cls))
+    readings = [(converter.get_structure_hook(one), one) for one in members]
+    if converter is not _strict:
+        readings = [(_strict.get_structure_hook(one), one) for one in members] + readings
+
+    def hook(value: Any, _: Any) -> Any:
+        if value is None and takes_none:
+            return None
+        if len(members) == 1:
+            return readings[-1][0](value, members[0])  # its own error says more than the union's
+        for structure, one in readings:
+            with contextlib.suppress(Exception):
+                return structure(value, one)
+        raise _invalid(" | ".join(_type_name(one) for one in typing.get_args(cls)), value)
+
+    return hook
+
+
+def _make_converter(*, forbid_extra_keys: bool) -> cattrs.Converter:
+    converter = cattrs.Converter(
+        forbid_extra_keys=forbid_extra_keys,
+        unstruct_collection_overrides=dict.fromkeys((set, frozenset, tuple, collections.deque), list),
+    )
+    for cls, codec in _CODECS.items():
+        converter.register_unstructure_hook_func(functools.partial(lambda known, cls: cls is known, cls), codec.write)
+    converter.register_unstructure_hook(pathlib.PurePath, str)
+    converter.register_structure_hook_factory(attrs.has, _structure_class_factory)
+    converter.register_structure_hook_factory(cattrs.cols.is_mapping, _structure_mapping_factory)
+    converter.register_structure_hook_factory(_is_collection, _structure_list_factory)
+    converter.register_structure_hook_factory(_is_union, _structure_union_factory)
+    converter.register_structure_hook_func(_is_enum, _structure_enum)
+    for cls in (*_SCALARS, pathlib.Path):
+        converter.register_structure_hook(cls, _structure_scalar)
+    return converter
+
+
+_strict = _make_converter(forbid_extra_keys=True)
+"""Reads what users give: every key must be known."""
+
+_lenient = _make_converter(forbid_extra_keys=False)
+"""Reads what the file holds, which an older version of the class may have written."""
+
+
+def _problems(error: BaseException, path: str = "") -> Iterator[str]:
+    """List what cattrs found wrong, a line each with its path."""
+    if isinstance(error, cattrs.ClassValidationError | cattrs.IterableValidationError):
+        located, rest = error.group_exceptions()
+        for inner, note in located:
+            where = f"[{note.index!r}]" if isinstance(note, cattrs.IterableValidationNote) else f".{note.name}"
+            yield from _problems(inner, path + where)
+        for inner in rest:
+            yield from _problems(inner, path)
+        return
+    where = path.removeprefix(".")
+    prefix = f"{where}: " if where else ""
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        known = ", ".join(field.name for field in attrs.fields(error.cl))
+        for key in sorted(error.extra_fields, key=str):
+            yield f"{where + '.' if where else ''}{key}: unknown key; known are: {known or 'none'}"
+    elif isinstance(error, KeyError):
+        yield f"{prefix}missing"
+    else:
+        yield f"{prefix}{error.args[0] if error.args else type(error).__name__}"
+
+
+def _unstructure(value: Any) -> Any:
+    try:
+        return _strict.unstructure(value)
+    except Exception as error:
+        raise StateError([f"can't be written: {_error_text(error)}"]) from error
+
+
+def _structure(converter: cattrs.Converter, value: Any, cls: type) -> Any:
+    try:
+        return converter.structure(value, cls)
+    except Exception as error:
+        raise StateError(list(_problems(error))) from error
+
+
+def _plain_problems(value: object, path: str = "") -> Iterator[str]:
+    """List what a plain dict state holds that JSON would not give back as it was."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from _plain_problems(item, f"{path}.{key}" if path else key)
+            else:
+                yield f"{path + ': ' if path else ''}keys must be strings, not {_brief(key)}"
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _plain_problems(item, f"{path}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: JSON has no {value!r}"
+    elif value is not None and not isinstance(value, str | int | float):
+        yield f"{path}: not a JSON value, {_brief(value)}"
+
+
+def _state_text(value: object) -> str:
+    try:
+        return _json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StateError([_error_text(error)]) from error
+
+
+def _dump_plain(value: object) -> str:
+    if not isinstance(value, dict):
+        raise StateError([f"not a dict, {_brief(value)}"])
+    try:
+        problems = list(_plain_problems(value))
+    except RecursionError:
+        problems = ["nested too deep, or in itself"]
+    if problems:
+        raise StateError(problems)
+    return _state_text(value)
+
+
+def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
+    """Write a state as JSON text, held against its schema; `known` is a text that is known to fit.
+
+    What is stored is what a strict reading of it would write, so that nothing is stored that does not load.
+    """
+    if cls is None:
+        return _dump_plain(value)
+    if not isinstance(value, cls | dict):
+        raise StateError([f"not a {cls.__name__} or a dict, {_brief(value)}"])
+    text = _state_text(_unstructure(value))
+    if text == known:
+        return text
+    state = _structure(_strict, _decode(text), cls)
+    return text if isinstance(value, cls) else _state_text(_unstructure(state))
+
+
+def _load_state(cls: type | None, text: str) -> Any:
+    """Read a stored state: keys that the class no longer has are ignored, new fields take their defaults."""
+    value = _decode(text)
+    return value if cls is None else _structure(_lenient, value, cls)
+
+
+def _dump_value(value: object, name: str) -> str | None:
+    """Write a result or a payload: anything that JSON or cattrs can write; None stays SQL's NULL."""
+    if value is None:
+        return None
+    try:
+        return _json(value)
+    except (TypeError, ValueError, RecursionError):
+        pass
+    try:
+        return _json(_strict.unstructure(value))
+    except Exception as error:
+        raise OutcomeError(f"{name} can't be written as JSON: {_brief(value)} ({_error_text(error)})") from error
+
+
+def _load_value(text: str | None) -> Any:
+    return None if text is None else _decode(text)
+
+
+# ==================================================================================================
+# Behaviour
+# ==================================================================================================
+
+_State = typing.TypeVar("_State")
+_AnyStep = typing.TypeVar("_AnyStep", bound=Callable[[Any, Any], "_Outcome | Awaitable[_Outcome]"])
+_Arguments = typing.ParamSpec("_Arguments")
+_Returned_co = typing.TypeVar("_Returned_co", covariant=True)
+
+_current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
+
+
+class Context(Generic[_State]):
+    """What a step sees of its instance, and its verbs that add to the step's commit. Read-only."""
+
+    __slots__ = ("_children", "_claim", "_effects", "_inbox", "_state")
+
+    def __init__(self, claim: _Claim, state: _State, inbox: tuple[Signal, ...]) -> None:
+        self._claim = claim
+        self._state = state
+        self._inbox = inbox
+        self._children: tuple[Instance, ...] | None = None if inbox is claim.inbox else ()
+        self._effects: list[_Effect] | None = []
+
+    @classmethod
+    def current(cls) -> Context[Any] | None:
+        """Return the Context of the step that runs in this thread or task, or None: for logging filters."""
+        return _current.get()
+
+    @property
+    def id(self) -> int:
+        """Id of the instance."""
+        return self._claim.row.id
+
+    @property
+    def fsm(self) -> str:
+        """Name of its class."""
+        return self._claim.row.fsm
+
+    @property
+    def version(self) -> int:
+        """Version of its class."""
+        return self._claim.row.version
+
+    @property
+    def step(self) -> str:
+        """Name of the step that runs."""
+        return self._claim.row.step
+
+    @property
+    def attempt(self) -> int:
+        """How often this step was tried before, 0 the first time."""
+        return self._claim.row.attempt
+
+    @property
+    def state(self) -> _State:
+        """Its state, a `State` object or a dict."""
+        return self._state
+
+    @property
+    def queue(self) -> str:
+        """Queue that it runs in."""
+        return self._claim.row.queue
+
+    @property
+    def correlation_key(self) -> str | None:
+        """Its business key, if it has one."""
+        return self._claim.row.correlation_key
+
+    @property
+    def parent_id(self) -> int | None:
+        """Id of the instance whose child it is, if any."""
+        return self._claim.row.parent_id
+
+    @property
+    def inbox(self) -> tuple[Signal, ...]:
+        """All signals that the instance has, oldest first."""
+        return self._inbox
+
+    @property
+    def awaited(self) -> tuple[Signal, ...]:
+        """The inbox's signals of the names that the last `Await` named."""
+        names = self._claim.row.awaited_names
+        return tuple(signal for signal in self._inbox if signal.name in names) if names else ()
+
+    @property
+    def children(self) -> tuple[Instance, ...]:
+        """All children that are still in the file, read when first asked for."""
+        if self._children is None:
+            self._children = self._claim.desk.children(self.id)
+        return self._children
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody has asked to cancel the instance by now."""
+        return self._claim.desk.is_cancelled(self.id)
+
+    def execute(self, sql: str, bindings: Sequence[Any] | Mapping[str, Any] = ()) -> None:
+        """Add a statement to the step's commit: it happens exactly once, or not at all.
+
+        It runs when the step's outcome is committed, so it returns nothing. If it fails, the step failed with
+        that error. Transaction control and writing to `durable_*` tables are refused.
+        """
+        _text(sql, "sql")
+        if isinstance(bindings, str | bytes) or not isinstance(bindings, Sequence | Mapping):
+            raise ValueError(f"bindings must be a sequence or a mapping, not {_brief(bindings)}")
+        frozen = dict(bindings) if isinstance(bindings, Mapping) else tuple(bindings)
+        self._add(_Statement(sql, frozen))
+
+    def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> None:
+        """Add an instance to the step's commit, with the options of `Insert`; a duplicate is dropped and logged."""
+        self._add(_Follower(self._claim.desk.new_row(Insert(fsm, **options))))
+
+    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
+        """Add a signal to the step's commit; one without a live target is dropped and logged."""
+        self._add(_message(target, name, payload, dedup_key))
+
+    def _add(self, effect: _Effect) -> None:
+        if self._effects is None:
+            raise DurableError(f"the step {self.step!r} of instance {self.id} has ended: nothing can be added to it")
+        self._effects.append(effect)
+
+    def _close(self) -> tuple[_Effect, ...]:
+        """Take what the step added; nothing can be added from now on."""
+        effects, self._effects = self._effects or (), None
+        return tuple(effects)
+
+    def __repr__(self) -> str:
+        return f"<Context of instance {self.id}: {self.fsm}, step {self.step!r}, attempt {self.attempt}>"
+
+
+class _Statement(NamedTuple):
+    """The user's own SQL, to run in the commit."""
+
+    sql: str
+    bindings: tuple[Any, ...] | dict[str, Any]
+
+
+class _Follower(NamedTuple):
+    """An instance to insert in the commit."""
+
+    row: _NewRow
+
+
+class _Message(NamedTuple):
+    """A signal to deliver: in a step's commit, or in one of its own."""
+
+    target: int | str
+    name: str
+    payload: str | None
+    dedup_key: str | None
+
+
+_Effect = _Statement | _Follower | _Message
+
+
+def _target(value: object) -> int | str:
+    """Check what addresses an instance: an id, or a correlation key."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return _text(value, "target (an id or a correlation key)")
+
+
+def _message(target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
+    if dedup_key is not None:
+        _text(dedup_key, "dedup_key")
+    try:
+        text = _dump_value(payload, "payload")
+    except OutcomeError as error:
+        raise ValueError(str(error)) from error
+    return _Message(_target(target), _text(name, "a signal's name"), text, dedup_key)
+
+
+def step(method: _AnyStep) -> _AnyStep:
+    """Mark a method `(self, ctx)` as the step of its name."""
+    if not inspect.isfunction(method):
+        raise TypeError(f"@step goes on a method, not on {method!r}")
+    cast(Any, method)._durable_step = True
+    return method
+
+
+class _FSMOptions(TypedDict, total=False):
+    """The class keywords of `FSM`."""
+
+    name: str
+    version: int
+    queue: str
+    initial: str
+    state: type
+    max_attempts: int
+    max_crashes: int
+    timeout: _Duration | None
+    inline: bool
+
+
+_DEFAULTS: dict[str, Any] = {
+    "version": 1,
+    "queue": "default",
+    "initial": "start",
+    "max_attempts": 20,
+    "max_crashes": 20,
+    "timeout": None,
+    "inline": False,
+}
+_PERFORM = "perform"
+"""The one step of a job."""
+
+
+class _Code(NamedTuple):
+    """A step's code, as the engine calls it."""
+
+    call: Callable[[Any, Context[Any]], Any]
+    is_async: bool
+
+
+@attrs.frozen
+class _Spec:
+    """What a class defines, read once when it is created."""
+
+    cls: type[FSM]
+    name: str
+    version: int
+    queue: str
+    initial: str
+    state: type | None
+    max_attempts: int | None
+    max_crashes: int
+    timeout_s: float | None
+    inline: bool
+    steps: dict[str, _Code]
+    any_step: _Code | None
+
+    @property
+    def is_job(self) -> bool:
+        return self.max_attempts is not None
+
+    def code(self, name: str) -> _Code:
+        code = self.steps.get(name, self.any_step)
+        if code is None:
+            raise OutcomeError(f"{self.name} has no step {name!r}; it has {', '.join(map(repr, self.steps))}")
+        return code
+
+
+class FSM:
+    """Base of machines and jobs.
+
+    A machine has methods marked `@step`, or one `def step(self, name, ctx)` that handles every name; a job has
+    `def perform(self, args)` or `def perform(self, args, ctx)`. All may be `async def`. Class keywords:
+
+    * `name` (`module.QualName`), `version` (1): what the row stores
+    * `queue` ("default"): queue of its instances
+    * `initial` ("start"): first step of a machine
+    * `state`: attrs class of the state, a nested `State` unless given; none: a plain dict
+    * `max_attempts` (20): of a job
+    * `max_crashes` (20): crashes in a row after which an instance fails
+    * `timeout` (none): seconds that one run of a step may take
+    * `inline` (False): run a `Next` in the same worker, on the same claim
+    * `abstract=True`: a shared base that defines nothing to run
+
+    A class that can't work is a `TypeError` when it is created. `self` is one object per engine, made without
+    arguments or given in `Engine(fsms=[...])`: the place for dependencies, not for state.
+    """
+
+    _spec: ClassVar[_Spec | None] = None
+    _options: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, *, abstract: bool = False, **options: Unpack[_FSMOptions]) -> None:
+        super().__init_subclass__()
+        cls._spec = None
+        cls._options = _merged_options(cls, dict(options))
+        if not abstract:
+            cls._spec = _read_class(cls, dict(options))
+            _register(cls._spec)
+
+    def backoff(self, attempt: int) -> _Duration:
+        """Seconds to wait after the attempt of that number, counted from 0, failed."""
+        return min(float(2 ** min(attempt, 16)), 300.0)
+
+    def handle(self, error: Exception, ctx: Context[Any]) -> Any:
+        """Rule on an error of a step with an outcome: `Stop(error)` for a machine, the retry rule for a job."""
+        return self._retry_or_stop(error, ctx) if ctx._claim.spec.is_job else Stop(error)
+
+    def _retry_or_stop(self, reason: str | BaseException, ctx: Context[Any]) -> Retry | Stop:
+        row = ctx._claim.row
+        if row.attempt + 1 < (row.max_attempts or 0):
+            return Retry(self.backoff(row.attempt))
+        return Stop(reason)
+
+
+def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
+    """Check the class keywords and add those that the nearest base has; a name is never inherited."""
+    unknown = options.keys() - _FSMOptions.__annotations__.keys()
+    if unknown:
+        allowed = ", ".join(["abstract", *_FSMOptions.__annotations__])
+        raise TypeError(f"{cls.__qualname__}: unknown option {min(unknown)!r}; allowed are {allowed}")
+    inherited: dict[str, Any] = next(
+        (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
+    )
+    if "State" in vars(cls):
+        inherited = {name: value for name, value in inherited.items() if name != "state"}
+    return {**{name: value for name, value in inherited.items() if name != "name"}, **options}
+
+
+def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
+    """Read what a class defines; whatever could not run is a TypeError here."""
+    where = cls.__qualname__
+    steps, any_step = _read_steps(cls)
+    is_job = _PERFORM in steps and any_step is None and not _is_step(cls, _PERFORM)
+    for option in ("initial",) if is_job else ("max_attempts",):
+        if option in cls._options:
+            raise TypeError(f"{where}: {option} is for {'machines' if is_job else 'jobs'} only: leave it out")
+    values = {**_DEFAULTS, **cls._options}
+    if not is_job and any_step is None and values["initial"] not in steps:
+        known = ", ".join(map(repr, steps))
+        raise TypeError(f"{where}: initial={values['initial']!r} is none of its steps {known}: name one of them")
+    timeout = values["timeout"]
+    return _Spec(
+        cls=cls,
+        name=_text(values.get("name", f"{_module_name(cls.__module__)}.{where}"), f"{where}: name", TypeError),
+        version=_integer(values["version"], f"{where}: version", 1, TypeError),
+        queue=_text(values["queue"], f"{where}: queue", TypeError),
+        initial=_PERFORM if is_job else _text(values["initial"], f"{where}: initial", TypeError),
+        state=_read_state_class(cls, values),
+        max_attempts=_integer(values["max_attempts"], f"{where}: max_attempts", 1, TypeError) if is_job else None,
+        max_crashes=_integer(values["max_crashes"], f"{where}: max_crashes", 1, TypeError),
+        timeout_s=None if timeout is None else _positive_ms(timeout, f"{where}: timeout", TypeError) / 1000,
+        inline=_boolean(values["inline"], f"{where}: inline", TypeError),
+        steps=steps,
+        any_step=any_step,
+    )
+
+
+def _is_step(cls: type, name: str) -> bool:
+    """Whether the method is a step: marked, or in place of a base's method that is."""
+    return any(getattr(vars(base).get(name), "_durable_step", False) for base in cls.__mro__)
+
+
+def _read_steps(cls: type[FSM]) -> tuple[dict[str, _Code], _Code | None]:
+    """Find a class's code: its marked steps, or its one `step`, or its `perform`."""
+    where = cls.__qualname__
+    names = dict.fromkeys(name for base in reversed(cls.__mro__) for name in vars(base))
+    marked = [name for name in names if _is_step(cls, name)]
+    has_any_step = callable(getattr(cls, "step", None)) and "step" not in marked
+    has_perform = callable(getattr(cls, _PERFORM, None)) and _PERFORM not in marked
+    for name in ("handle", "backoff"):
+        if name in marked or inspect.iscoroutinefunction(getattr(cls, name)):
+            raise TypeError(f"{where}: {name} must be a plain method of the class, neither a step nor async")
+    if has_perform and (marked or has_any_step):
+        raise TypeError(f"{where} defines both steps and perform: keep the steps (a machine) or perform (a job)")
+    if marked and has_any_step:
+        raise TypeError(f"{where} defines both @step methods and step(self, name, ctx): use one of the two forms")
+    if has_perform:
+        return {_PERFORM: _perform_code(cls)}, None
+    if has_any_step:
+        method = _checked_method(cls, "step", "(self, name, ctx)", 3)
+        return {}, _Code(lambda self, ctx: self.step(ctx.step, ctx), inspect.iscoroutinefunction(method))
+    if not marked:
+        raise TypeError(
+            f"{where} defines neither steps nor perform: mark methods with @step (a machine), define perform"
+            " (a job), or pass abstract=True (a shared base)"
+        )
+    methods = {name: _checked_method(cls, name, "(self, ctx)", 2) for name in marked}
+    return {name: _Code(method, inspect.iscoroutinefunction(method)) for name, method in methods.items()}, None
+
+
+def _checked_method(cls: type, name: str, form: str, *counts: int) -> Callable[..., Any]:
+    """Return a method that can be called with one of those numbers of arguments, `self` among them."""
+    method = getattr(cls, name)
+    for count in counts:
+        with contextlib.suppress(TypeError):
+            inspect.signature(method).bind(*range(count))
+            return cast(Callable[..., Any], method)
+    raise TypeError(f"{cls.__qualname__}.{name} must be callable as {name}{form}")
+
+
+def _perform_code(cls: type[FSM]) -> _Code:
+    form = "(self, args) or perform(self, args, ctx)"
+    method = _checked_method(cls, _PERFORM, form, 3, 2)
+    is_async = inspect.iscoroutinefunction(method)
+    with contextlib.suppress(TypeError):
+        inspect.signature(method).bind(1, 2, 3)
+        return _Code(lambda self, ctx: self.perform(ctx.state, ctx), is_async)
+    return _Code(lambda self, ctx: self.perform(ctx.state), is_async)
+
+
+def _read_state_class(cls: type[FSM], values: dict[str, Any]) -> type | None:
+    state = values.get("state", getattr(cls, "State", None))
+    if state is None:
+        return None
+    if not isinstance(state, type) or not attrs.has(state):
+        raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
+    return state
+
+
+def _module_name(module: str) -> str:
+    """Name a module as its importers know it: a script run as `__main__` by its stem, or its `-m` name."""
+    main = sys.modules.get("__main__")
+    if module != "__main__" or main is None:
+        return module
+    if getattr(main, "__spec__", None) is not None:
+        return str(cast(Any, main).__spec__.name)
+    file = getattr(main, "__file__", None)
+    return pathlib.Path(file).stem if file else module
+
+
+_registry: dict[tuple[str, int], _Spec] = {}
+
+
+def _register(spec: _Spec) -> None:
+    """Make a class known under its name and version; defining the same one again replaces it."""
+    known = _registry.get((spec.name, spec.version))
+    if known is not None and _definition(known.cls) != _definition(spec.cls):
+        raise TypeError(
+            f"{spec.cls.__qualname__}: {spec.name!r} version {spec.version} is taken by"
+            f" {'.'.join(_definition(known.cls))}: give it another name or version"
+        )
+    _registry[spec.name, spec.version] = spec
+
+
+def _definition(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _resolve(fsm: object) -> _Spec:
+    """Find what is meant by a class, a function job, or a registered name (its highest version)."""
+    if isinstance(fsm, str):
+        versions = [version for name, version in list(_registry) if name == fsm]
+        if not versions:
+            raise UnknownFSMError(f"no class is registered as {fsm!r}; import the module that defines it")
+        return _registry[fsm, max(versions)]
+    cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
+    if not isinstance(cls, type) or not issubclass(cls, FSM):
+        raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
+    if cls._spec is None:
+        raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
+    return cls._spec
+
+
+class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
+    """A function that is a job: it is called as ever, and `fsm` is the class made for it."""
+
+    fsm: type[FSM]
+    __name__: str
+
+    def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Returned_co: ...
+
+
+@overload
+def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
+@overload
+def job(
+    **options: Unpack[_FSMOptions],
+) -> Callable[[Callable[_Arguments, _Returned_co]], _FunctionJob[_Arguments, _Returned_co]]: ...
+def job(function: Any = None, /, **options: Any) -> Any:
+    """Make a function, plain or async, a job, without changing it.
+
+    Its parameters with their annotations and defaults are the schema of its `args`; a parameter named `ctx` gets
+    the Context. What it returns and raises is read as from `perform`. Options are the class keywords of `FSM`.
+
+    >>> @job(name="greet", max_attempts=3)
+    ... def greet(name: str, times: int = 1):
+    ...     return f"hello {name}" * times
+    >>> greet("you")
+    'hello you'
+    >>> greet.fsm.__name__
+    'greet'
+    """
+    if function is None:
+        return lambda decorated: job(decorated, **options)
+    if not inspect.isfunction(function):
+        raise TypeError(f"@durable.job goes on a function, not on {function!r}")
+    names = _parameter_names(function)
+    body = {
+        "__module__": function.__module__,
+        "__qualname__": function.__qualname__,
+        "__doc__": function.__doc__,
+        _PERFORM: _function_perform(function, names),
+        "State": _arguments_class(function, names),
+    }
+    cast(Any, function).fsm = types.new_class(function.__name__, (FSM,), options, lambda space: space.update(body))
+    return function
+
+
+def _parameter_names(function: types.FunctionType) -> list[str]:
+    """List a function's parameters; those that no dict could name are refused."""
+    parameters = inspect.signature(function).parameters.values()
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(
+                f"{function.__qualname__}: a job's parameters must have names, not be positional-only,"
+                f" *args or **kwargs: {parameter}"
+            )
+    return [parameter.name for parameter in parameters]
+
+
+def _arguments_class(function: types.FunctionType, names: list[str]) -> type:
+    """Make the attrs class of a function's arguments."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except NameError:  # an annotation of a scope that is gone, under `from __future__ import annotations`
+        hints = {}
+    parameters = inspect.signature(function).parameters
+    fields = {
+        name: attrs.field(
+            type=hints.get(name, Any),
+            default=attrs.NOTHING if parameters[name].default is inspect.Parameter.empty else parameters[name].default,
+            alias=name,
+            kw_only=True,
+        )
+        for name in names
+        if name != "ctx"
+    }
+    return attrs.make_class("State", fields, frozen=True)
+
+
+def _function_perform(function: types.FunctionType, names: list[str]) -> Callable[[Any, Any, Any], Any]:
+    """Make the `perform` that calls a function with the state's fields as its arguments."""
+
+    def arguments(args: Any, ctx: Any) -> dict[str, Any]:
+        return {name: ctx if name == "ctx" else getattr(args, name) for name in names}
+
+    if inspect.iscoroutinefunction(function):
+
+        async def perform_async(_: Any, args: Any, ctx: Any) -> Any:
+            return await function(**arguments(args, ctx))
+
+        return perform_async
+
+    def perform(_: Any, args: Any, ctx: Any) -> Any:
+        return function(**arguments(args, ctx))
+
+    return perform
+
+
+# ==================================================================================================
+# Transitions
+# ==================================================================================================
+
+
+class _NewRow(NamedTuple):
+    """The columns of an instance to insert, in the order in which the statement binds them."""
+
+    fsm: str
+    version: int
+    step: str
+    state: str
+    max_attempts: int | None
+    max_crashes: int
+    queue: str
+    priority: int
+    eligible_at: int
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+    parent_id: int | None
+    correlation_key: str | None
+    correlation_scope: int
+    inserted_at: int
+    updated_at: int
+
+
+class _Row(NamedTuple):
+    """What the engine reads of an instance to run and to move it."""
+
+    id: int
+    fsm: str
+    version: int
+    step: str
+    state: str
+    last_error: str | None
+    traceback: str | None
+    attempt: int
+    max_attempts: int | None
+    crashes: int
+    max_crashes: int
+    queue: str
+    priority: int
+    eligible_at: int
+    claim: int
+    cancel_reason: str | None
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+    awaits: str | None
+    joining: int
+    parent_id: int | None
+    correlation_key: str | None
+    has_inbox: int
+
+    @property
+    def awaited_names(self) -> list[str]:
+        return [] if self.awaits is None else cast(list[str], _decode(self.awaits))
+
+
+class _Change(NamedTuple):
+    """What an outcome makes of a row: new column values, in the order in which the statement binds them."""
+
+    status: str
+    step: str
+    state: str
+    result: str | None
+    last_error: str | None
+    traceback: str | None
+    attempt: int
+    crashes: int
+    eligible_at: int
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+    awaits: str | None
+    await_deadline: int | None
+    joining: int
+
+
+class _Ruling(NamedTuple):
+    """An outcome ready to be written: its values as text, and the error that it answers, if any."""
+
+    outcome: _Outcome
+    state: str
+    result: str | None = None
+    last_error: str | None = None
+    traceback: str | None = None
+
+
+def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
+    """Say what an outcome makes of a row. Pure: no SQL, no clock."""
+    unchanged = _unchanged(row, now)._replace(state=ruling.state)
+    progress = unchanged._replace(attempt=0, last_error=None, traceback=None, awaits=None, joining=0)
+    unlimited = progress._replace(rate_limit=None, weight=1)
+    match ruling.outcome:
+        case Next() as outcome:
+            kept = outcome.concurrency_key is KEEP
+            return progress._replace(
+                step=outcome.step,
+                rate_limit=_limit_key(outcome.rate_limit, "rate_limit"),
+                weight=outcome.weight,
+                concurrency_key=row.concurrency_key if kept else _limit_key(outcome.concurrency_key, "concurrency_key"),
+            )
+        case Retry() as outcome:
+            failure = ruling.last_error is not None
+            return unchanged._replace(
+                attempt=row.attempt + outcome.counted,
+                eligible_at=_later(now, outcome.delay),
+                last_error=ruling.last_error if failure else row.last_error,
+                traceback=ruling.traceback if failure else row.traceback,
+            )
+        case Await() as outcome:
+            return unlimited._replace(
+                status=Status.AWAITING_SIGNAL,
+                step=outcome.then,
+                awaits=_json(outcome.names),
+                await_deadline=None if outcome.timeout is None else _later(now, outcome.timeout),
+            )
+        case ScheduleChildren() as outcome:
+            return unlimited._replace(status=Status.AWAITING_CHILDREN, step=outcome.then, joining=1)
+        case Done():
+            return _ended(row, Status.DONE, now)._replace(result=ruling.result)
+        case Stop():
+            return _ended(row, Status.FAILED, now)._replace(last_error=ruling.last_error, traceback=ruling.traceback)
+
+
+def _later(now: int, delay: _Duration) -> int:
+    return min(now + _duration_ms(delay, "delay"), _END_OF_TIME)
+
+
+def _unchanged(row: _Row, now: int) -> _Change:
+    """Make the row runnable at once, as it stands; whoever ran it has come back, so its crashes are forgotten."""
+    return _Change(
+        Status.RUNNABLE,
+        row.step,
+        row.state,
+        None,
+        row.last_error,
+        row.traceback,
+        row.attempt,
+        0,
+        now,
+        row.concurrency_key,
+        row.rate_limit,
+        row.weight,
+        row.awaits,
+        None,
+        row.joining,
+    )
+
+
+def _ended(row: _Row, status: Status, now: int) -> _Change:
+    return _unchanged(row, now)._replace(
+        status=status, eligible_at=row.eligible_at, last_error=None, traceback=None, awaits=None, joining=0
+    )
+
+
+def _cancelled(row: _Row, reason: str, now: int) -> _Change:
+    return _ended(row, Status.FAILED, now)._replace(last_error=reason)
+
+
+def _crashed(row: _Row, cause: str, now: int) -> _Change:
+    """Say what becomes of a row whose step crashed: it runs again, unless it has crashed or been tried too often."""
+    if row.cancel_reason is not None:
+        return _cancelled(row, row.cancel_reason, now)
+    attempt, crashes = row.attempt + 1, row.crashes + 1
+    poisoned = crashes >= row.max_crashes
+    exhausted = row.max_attempts is not None and attempt >= row.max_attempts
+    if poisoned or exhausted:
+        limit = f"{crashes} crashes in a row" if poisoned else f"attempt {attempt} of {row.max_attempts}"
+        cause = f"{cause}; given up after {limit}"
+        return _cancelled(row, cause, now)._replace(attempt=attempt, crashes=crashes)
+    return _unchanged(row, now)._replace(attempt=attempt, crashes=crashes, last_error=cause, traceback=None)
+
+
+# ==================================================================================================
+# Store
+# ==================================================================================================
+
+_SCHEMA_VERSION = 1
+
+# `correlation_guard` makes duplicates uncommittable and is a signal's address look-up. Every index serves one query
+# and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads.
+_SCHEMA = """
+CREATE TABLE durable_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_instances (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    fsm TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    step TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'runnable' CHECK (
+        status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children', 'done', 'failed')),
+    state TEXT NOT NULL,
+    result TEXT,
+    last_error TEXT,
+    traceback TEXT,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    max_attempts INTEGER,
+    crashes INTEGER NOT NULL DEFAULT 0,
+    max_crashes INTEGER NOT NULL,
+    queue TEXT NOT NULL,
+    priority INTEGER NOT NULL,
+    eligible_at INTEGER NOT NULL,
+    worker TEXT,
+    claim INTEGER NOT NULL DEFAULT 0,
+    cancel_reason TEXT,
+    concurrency_key TEXT,
+    rate_limit TEXT,
+    weight INTEGER NOT NULL,
+    parked_on TEXT,
+    awaits TEXT,
+    await_deadline INTEGER,
+    joining INTEGER NOT NULL DEFAULT 0,
+    parent_id INTEGER,
+    correlation_key TEXT,
+    correlation_scope INTEGER NOT NULL,
+    correlation_guard TEXT AS (
+        CASE WHEN correlation_scope & CASE status WHEN 'done' THEN 2 WHEN 'failed' THEN 4 ELSE 1 END
+        THEN correlation_key END),
+    inserted_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL,
+    CHECK ((status = 'executing') = (worker IS NOT NULL)),
+    CHECK (parked_on IS NULL OR status = 'runnable'),
+    CHECK (await_deadline IS NULL OR status = 'awaiting_signal'),
+    CHECK (cancel_reason IS NULL OR status = 'executing')
+) STRICT;
+CREATE INDEX durable_pick ON durable_instances (queue, priority, eligible_at, id, fsm, version)
+    WHERE status = 'runnable' AND parked_on IS NULL;
+CREATE INDEX durable_parked ON durable_instances (parked_on, queue, priority, eligible_at, id)
+    WHERE parked_on IS NOT NULL;
+CREATE INDEX durable_executing ON durable_instances (worker, queue) WHERE status = 'executing';
+CREATE INDEX durable_held ON durable_instances (concurrency_key)
+    WHERE status = 'executing' AND concurrency_key IS NOT NULL;
+CREATE INDEX durable_deadlines ON durable_instances (await_deadline) WHERE await_deadline IS NOT NULL;
+CREATE INDEX durable_waiting ON durable_instances (status, queue)
+    WHERE status IN ('awaiting_signal', 'awaiting_children');
+CREATE INDEX durable_children ON durable_instances (parent_id, status) WHERE parent_id IS NOT NULL;
+CREATE UNIQUE INDEX durable_occupants ON durable_instances (correlation_guard) WHERE correlation_guard IS NOT NULL;
+CREATE INDEX durable_keys ON durable_instances (correlation_key) WHERE correlation_key IS NOT NULL;
+CREATE INDEX durable_finished ON durable_instances (updated_at, queue, status) WHERE status IN ('done', 'failed');
+CREATE INDEX durable_failed ON durable_instances (id) WHERE status = 'failed';
+CREATE TABLE durable_signals (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    target INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    payload TEXT,
+    dedup_key TEXT,
+    consumed INTEGER NOT NULL DEFAULT 0,
+    sent_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX durable_inbox ON durable_signals (target);
+CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, dedup_key) WHERE dedup_key IS NOT NULL;
+CREATE TABLE durable_limits (
+    name TEXT PRIMARY KEY, allowed INTEGER NOT NULL, per_ms INTEGER NOT NULL, burst INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_buckets (
+    key TEXT PRIMARY KEY,
+    level INTEGER NOT NULL,
+    refilled_at INTEGER NOT NULL,
+    full_at INTEGER NOT NULL,
+    ready_at INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX durable_ready ON durable_buckets (ready_at) WHERE ready_at IS NOT NULL;
+CREATE INDEX durable_full ON durable_buckets (full_at);
+CREATE TABLE durable_workers (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    host TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    queues TEXT NOT NULL,
+    started_at INTEGER NOT NULL,
+    heartbeat_at INTEGER NOT NULL,
+    lease_expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_paused (queue TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+CREATE VIEW durable_view_instances AS SELECT
+    id, fsm, version, step, status, queue, priority, attempt, max_attempts, crashes, correlation_key, parent_id,
+    parked_on, awaits, state, result, last_error, concurrency_key, rate_limit, weight, worker,
+    strftime('%Y-%m-%dT%H:%M:%fZ', eligible_at / 1000.0, 'unixepoch') AS eligible_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', await_deadline / 1000.0, 'unixepoch') AS await_deadline,
+    strftime('%Y-%m-%dT%H:%M:%fZ', inserted_at / 1000.0, 'unixepoch') AS inserted_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', updated_at / 1000.0, 'unixepoch') AS updated_at
+    FROM durable_instances;
+CREATE VIEW durable_view_signals AS SELECT
+    id, target, name, payload, dedup_key, consumed,
+    strftime('%Y-%m-%dT%H:%M:%fZ', sent_at / 1000.0, 'unixepoch') AS sent_at
+    FROM durable_signals;
+CREATE VIEW durable_view_workers AS SELECT
+    id, name, host, pid, queues,
+    strftime('%Y-%m-%dT%H:%M:%fZ', started_at / 1000.0, 'unixepoch') AS started_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', heartbeat_at / 1000.0, 'unixepoch') AS heartbeat_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', lease_expires_at / 1000.0, 'unixepoch') AS lease_expires_at
+    FROM durable_workers;
+"""
+_MIGRATIONS: tuple[str, ...] = (_SCHEMA,)
+"""The script at position n brings a file from version n to n + 1."""
+
+_ROW = """
+    i.id, i.fsm, i.version, i.step, i.state, i.last_error, i.traceback, i.attempt, i.max_attempts, i.crashes,
+    i.max_crashes, i.queue, i.priority, i.eligible_at, i.claim, i.cancel_reason, i.concurrency_key, i.rate_limit,
+    i.weight, i.awaits, i.joining, i.parent_id, i.correlation_key,
+    EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id)
+"""
+_INSTANCE = """
+    id, fsm, version, step, status, state, result, last_error, traceback, attempt, max_attempts, crashes, queue,
+    priority, eligible_at, worker, concurrency_key, rate_limit, weight, parked_on, awaits, await_deadline, parent_id,
+    correlation_key, inserted_at, updated_at
+"""
+
+# The guard column's index decides on duplicates, so no look-up goes before an insert.
+_INSERT = """
+INSERT INTO durable_instances (
+    fsm, version, step, state, max_attempts, max_crashes, queue, priority, eligible_at, concurrency_key, rate_limit,
+    weight, parent_id, correlation_key, correlation_scope, inserted_at, updated_at
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (correlation_guard) WHERE correlation_guard IS NOT NULL DO NOTHING
+"""
+_OCCUPANT = "SELECT id, status FROM durable_instances WHERE correlation_guard = ?"
+_CARRIER = "SELECT max(id) FROM durable_instances WHERE correlation_key = ?"
+_LIMIT = "SELECT name, allowed, per_ms, burst FROM durable_limits WHERE name = ?"
+
+# The guard: only the claim that produced an outcome may write it, and not if the instance was cancelled meanwhile.
+_SETTLE = """
+UPDATE durable_instances SET
+    status = ?, step = ?, state = ?, result = ?, last_error = ?, traceback = ?, attempt = ?, crashes = ?,
+    eligible_at = ?, concurrency_key = ?, rate_limit = ?, weight = ?, awaits = ?, await_deadline = ?, joining = ?,
+    updated_at = ?, worker = NULL, cancel_reason = NULL
+WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS ?
+"""
+# An inline step goes on under the next claim number, so that a late outcome of the step before it is stale.
+_ADVANCE = """
+UPDATE durable_instances SET
+    step = ?, state = ?, last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, eligible_at = ?,
+    concurrency_key = ?, rate_limit = ?, weight = ?, awaits = NULL, joining = 0, updated_at = ?, claim = claim + 1
+WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NULL
+"""
+_CANCEL_REASON = """
+SELECT cancel_reason FROM durable_instances
+WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NOT NULL
+"""
+
+# One seek a priority: a date in the future on an urgent priority must not hide live work on a less urgent one.
+_NEXT_PRIORITY = """
+SELECT priority, eligible_at FROM durable_instances
+WHERE queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
+    AND NOT EXISTS (SELECT 1 FROM durable_paused WHERE queue = durable_instances.queue)
+ORDER BY priority, eligible_at LIMIT 1
+"""
+_CANDIDATES = f"""
+SELECT {_ROW} FROM durable_instances i
+WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
+ORDER BY eligible_at, id
+"""
+# Used where rows of unknown classes stand in front: they are told apart within the index.
+_KNOWN_CANDIDATES = f"""
+SELECT {_ROW} FROM durable_instances i
+WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
+    AND (fsm, version) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?))
+ORDER BY eligible_at, id
+"""
+_NEXT_DUE = """
+SELECT min(eligible_at) FROM durable_instances
+WHERE queue = ? AND priority = ? AND eligible_at > ? AND status = 'runnable' AND parked_on IS NULL
+"""
+_CLAIM = """
+UPDATE durable_instances SET status = 'executing', worker = ?, claim = claim + 1, updated_at = ?
+WHERE id = ? AND status = 'runnable'
+"""
+_NEXT_QUEUE = """
+SELECT min(queue) FROM durable_instances WHERE queue > ? AND status = 'runnable' AND parked_on IS NULL
+"""
+_GIVE_BACK = """
+UPDATE durable_instances SET status = 'runnable', worker = NULL, updated_at = ?
+WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NULL
+"""
+
+_EXECUTING = "SELECT count(*) FROM durable_instances WHERE concurrency_key = ? AND status = 'executing'"
+_PARK = """
+UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL
+"""
+_LINE_HEAD = """
+SELECT priority, eligible_at, id, weight, rate_limit FROM durable_instances
+WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT 1
+"""
+_LINE = """
+SELECT id, weight FROM durable_instances WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
+"""
+_LINE_QUEUE = "SELECT min(queue) FROM durable_instances WHERE parked_on = ? AND queue > ?"
+_NEXT_LINE = "SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?"
+_UNPARK = """
+UPDATE durable_instances SET parked_on = NULL WHERE id IN (
+    SELECT id FROM durable_instances WHERE parked_on = ? AND queue = ?
+    ORDER BY priority, eligible_at, id LIMIT ?)
+"""
+_UNPARK_ALL = "UPDATE durable_instances SET parked_on = NULL WHERE parked_on IS NOT NULL"
+
+_BUCKET = "SELECT level, refilled_at, ready_at FROM durable_buckets WHERE key = ?"
+_SAVE_BUCKET = """
+INSERT INTO durable_buckets (key, level, refilled_at, full_at, ready_at) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET
+    level = excluded.level, refilled_at = excluded.refilled_at, full_at = excluded.full_at,
+    ready_at = excluded.ready_at
+"""
+_READY_BUCKETS = "SELECT key FROM durable_buckets WHERE ready_at <= ?"
+_SAVE_LIMIT = """
+INSERT INTO durable_limits (name, allowed, per_ms, burst) VALUES (?, ?, ?, ?)
+ON CONFLICT (name) DO UPDATE SET allowed = excluded.allowed, per_ms = excluded.per_ms, burst = excluded.burst
+"""
+_BUCKETS_OF = (
+    "SELECT key, level, refilled_at FROM durable_buckets WHERE key = ?1 OR key >= ?1 || ':' AND key < ?1 || ';'"
+)
+
+_DELIVER = """
+INSERT INTO durable_signals (target, name, payload, dedup_key, sent_at) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (target, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
+"""
+_STATUS = "SELECT status FROM durable_instances WHERE id = ?"
+_WAKE = """
+UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
+WHERE id = ?2 AND status = 'awaiting_signal' AND EXISTS (SELECT 1 FROM json_each(awaits) WHERE value = ?3)
+"""
+_INBOX = "SELECT id, name, payload, sent_at FROM durable_signals WHERE target = ? AND consumed = 0 ORDER BY id"
+_UNSEEN = """
+SELECT 1 FROM durable_signals
+WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
+    AND id NOT IN (SELECT value FROM json_each(?)) LIMIT 1
+"""
+# A consumed signal that has a dedup_key leaves it behind, so that a redelivery stays a no-op while the instance lives.
+_CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
+_CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
+_EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ?"
+
+_LIVE_CHILD = """
+SELECT 1 FROM durable_instances
+WHERE parent_id = ? AND status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children') LIMIT 1
+"""
+_WAKE_PARENT = """
+UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, updated_at = ?1
+WHERE id = ?2 AND status = 'awaiting_children'
+"""
+
+_TIMERS = """
+SELECT (SELECT min(await_deadline) FROM durable_instances WHERE await_deadline IS NOT NULL),
+    (SELECT min(ready_at) FROM durable_buckets WHERE ready_at IS NOT NULL)
+"""
+_FIRE = """
+UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
+WHERE id IN (
+    SELECT id FROM durable_instances WHERE await_deadline <= ?2 ORDER BY await_deadline LIMIT 1000)
+RETURNING id, fsm, step
+"""
+
+_FOR_UPDATE = f"SELECT {_ROW}, i.status, i.parked_on FROM durable_instances i WHERE id = ?"
+_END = """
+UPDATE durable_instances SET
+    status = 'failed', last_error = ?, traceback = NULL, parked_on = NULL, awaits = NULL, await_deadline = NULL,
+    joining = 0, updated_at = ?
+WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
+"""
+_REQUEST_CANCEL = """
+UPDATE durable_instances SET cancel_reason = coalesce(cancel_reason, ?) WHERE id = ? AND status = 'executing'
+"""
+_CANCEL_REQUESTED = "SELECT cancel_reason IS NOT NULL FROM durable_instances WHERE id = ? AND status = 'executing'"
+_REVIVE = """
+UPDATE durable_instances SET status = 'runnable', attempt = 0, crashes = 0, eligible_at = ?1, updated_at = ?1
+WHERE id = ?2 AND status = 'failed'
+"""
+_CARRIED_KEY = "SELECT correlation_key, correlation_scope FROM durable_instances WHERE id = ?"
+_PAUSE = "INSERT INTO durable_paused (queue) VALUES (?) ON CONFLICT DO NOTHING"
+_RESUME = "DELETE FROM durable_paused WHERE queue = ?"
+_IS_PAUSED = "SELECT 1 FROM durable_paused WHERE queue = ?"
+
+_REGISTER = """
+INSERT INTO durable_workers (id, name, host, pid, queues, started_at, heartbeat_at, lease_expires_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, lease_expires_at = excluded.lease_expires_at
+"""
+_RENEW = "UPDATE durable_workers SET heartbeat_at = ?, lease_expires_at = ? WHERE id = ?"
+_UNREGISTER = "DELETE FROM durable_workers WHERE id = ?"
+_WORKERS = """
+SELECT id, name, host, pid, queues, started_at, heartbeat_at, lease_expires_at FROM durable_workers
+ORDER BY started_at, id
+"""
+_EXPIRED = "SELECT id, lease_expires_at FROM durable_workers WHERE id <> ? AND lease_expires_at <= ?"
+_CLAIMED_BY = f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id"
+
+# A finished child waits for its parent's join: `joining` stays set until the step after the join makes progress.
+_SWEEP = """
+SELECT id, updated_at FROM durable_instances c
+WHERE status IN ('done', 'failed') AND (updated_at, id) > (?, ?) AND updated_at < ?
+    AND NOT EXISTS (SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND p.joining
+        AND p.status NOT IN ('done', 'failed'))
+ORDER BY updated_at, id LIMIT ?
+"""
+_COLLECT = "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')"
+_COLLECT_BUCKETS = """
+DELETE FROM durable_buckets WHERE key IN (
+    SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
+"""
+
+_FIND = f"SELECT {_INSTANCE} FROM durable_instances WHERE "
+_FIND_BY = {
+    "status": "status = ?",
+    "fsm": "fsm = ?",
+    "queue": "queue = ?",
+    "parent_id": "parent_id = ?",
+    "correlation_key": "correlation_key = ?",
+    "before": "id < ?",
+}
+_FIND_FAILED = "status = 'failed'"  # a literal, for the index of the failed rows
+_FIND_END = " ORDER BY id DESC LIMIT ?"
+_GET = f"SELECT {_INSTANCE} FROM durable_instances WHERE id = ?"
+_CHILDREN = f"SELECT {_INSTANCE} FROM durable_instances WHERE parent_id = ? ORDER BY id"
+# Each line reads one partial index and no row.
+_COUNTS = """
+SELECT queue, status, count(*) FROM durable_instances WHERE status = 'runnable' AND parked_on IS NULL
+    GROUP BY queue
+UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY queue
+UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE status = 'executing' GROUP BY queue
+UNION ALL SELECT queue, status, count(*) FROM durable_instances
+    WHERE status IN ('awaiting_signal', 'awaiting_children') GROUP BY queue, status
+UNION ALL SELECT queue, status, count(*) FROM durable_instances
+    WHERE status IN ('done', 'failed') GROUP BY queue, status
+"""
+_STATUSES = "SELECT id, status FROM durable_instances WHERE id IN (SELECT value FROM json_each(?))"
+
+_AUDITS = {
+    "executing rows of a worker that is not registered": """
+        SELECT id FROM durable_instances
+        WHERE status = 'executing' AND worker NOT IN (SELECT id FROM durable_workers)""",
+    "rows waiting for a signal without saying which": """
+        SELECT id FROM durable_instances i WHERE status = 'awaiting_signal' AND awaits IS NULL""",
+    "rows waiting for children of which none is live": """
+        SELECT id FROM durable_instances p WHERE status = 'awaiting_children' AND NOT EXISTS (
+            SELECT 1 FROM durable_instances c WHERE c.parent_id = p.id AND c.status NOT IN ('done', 'failed'))""",
+    "ended rows with an inbox": """
+        SELECT DISTINCT target FROM durable_signals JOIN durable_instances i ON i.id = target
+        WHERE i.status IN ('done', 'failed')""",
+    "signals without an instance": """
+        SELECT DISTINCT target FROM durable_signals WHERE target NOT IN (SELECT id FROM durable_instances)""",
+    "rows whose state, result or awaits is no JSON": """
+        SELECT id FROM durable_instances WHERE NOT json_valid(state)
+            OR NOT coalesce(json_valid(result), 1) OR NOT coalesce(json_valid(awaits), 1)""",
+    "signals whose payload is no JSON (by target)": """
+        SELECT target FROM durable_signals WHERE NOT json_valid(payload)""",
+    "rows of a rate limit that is not in the file": """
+        SELECT id FROM durable_instances WHERE rate_limit IS NOT NULL AND status NOT IN ('done', 'failed')
+            AND substr(rate_limit, 1, instr(rate_limit || ':', ':') - 1) NOT IN (SELECT name FROM durable_limits)""",
+    "rows parked on something that is not theirs": """
+        SELECT id FROM durable_instances WHERE parked_on IS NOT NULL
+            AND parked_on IS NOT 'key:' || concurrency_key AND parked_on IS NOT 'rate:' || rate_limit""",
+    "rows parked on a bucket that will never wake them": """
+        SELECT id FROM durable_instances WHERE parked_on LIKE 'rate:%' AND NOT EXISTS (
+            SELECT 1 FROM durable_buckets WHERE 'rate:' || key = parked_on AND ready_at IS NOT NULL)""",
+    "rows parked on a key that nobody holds or is about to take": """
+        SELECT id FROM durable_instances i WHERE parked_on = 'key:' || concurrency_key AND NOT EXISTS (
+            SELECT 1 FROM durable_instances o WHERE o.concurrency_key = i.concurrency_key AND (o.status = 'executing'
+                OR o.status = 'runnable' AND (o.parked_on IS NULL OR o.parked_on LIKE 'rate:%')))""",
+    "counters below zero": """
+        SELECT id FROM durable_instances WHERE min(attempt, crashes, claim) < 0 OR weight < 1""",
+}
+
+_STORAGE_ERRORS = (
+    apsw.FullError,
+    apsw.IOError,
+    apsw.BusyError,
+    apsw.LockedError,
+    apsw.ProtocolError,
+    apsw.CantOpenError,
+    apsw.ReadOnlyError,
+    apsw.PermissionsError,
+    apsw.NoMemError,
+    apsw.InterruptError,
+)
+_DAMAGE_ERRORS = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
+_LOCK_TIMEOUT_S = 10.0
+"""How long a transaction waits for another process's write lock."""
+
+
+def _translated(error: apsw.Error, path: str) -> DurableError:
+    """Say in the module's own errors what the driver said."""
+    if isinstance(error, _DAMAGE_ERRORS):
+        return SchemaError(f"{path} is damaged or no database: {error}")
+    if isinstance(error, apsw.BusyError):
+        return DurableError(f"{path}: another process held the write lock for over {_LOCK_TIMEOUT_S:g} s: {error}")
+    return DurableError(f"{path}: {_error_text(error)}")
+
+
+@contextlib.contextmanager
+def _driver_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except apsw.Error as error:
+        raise _translated(error, path) from error
+
+
+class _Patience:
+    """Busy handler: tries again with sleeps from 50 us to 2 ms, for `_LOCK_TIMEOUT_S` in all.
+
+    SQLite's own handler starts at whole milliseconds, which is longer than most transactions here last.
+    """
+
+    def __init__(self) -> None:
+        self._deadline = 0.0
+
+    def __call__(self, calls: int) -> bool:
+        now = time.monotonic()
+        if calls == 0:
+            self._deadline = now + _LOCK_TIMEOUT_S
+        time.sleep(min(0.002, 0.00005 * 2 ** min(calls, 6)))
+        return now < self._deadline
+
+
+def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
+    connection = apsw.Connection(path, flags=flags, statementcachesize=128)
+    connection.set_busy_handler(_Patience())
+    return connection
+
+
+def _configure(connection: apsw.Connection, synchronous: str) -> apsw.Connection:
+    connection.execute(f"PRAGMA synchronous = {synchronous}; PRAGMA foreign_keys = ON")
+    if synchronous == "full":  # on macOS only these reach the platter; elsewhere they change nothing
+        connection.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
+    return connection
+
+
+def _database_path(database: str | os.PathLike[str]) -> str:
+    path: object = os.fspath(database) if isinstance(cast(object, database), str | os.PathLike) else None
+    if not isinstance(path, str) or path in ("", ":memory:"):
+        raise ValueError(f"database must be the path of a file, not {database!r}")
+    return os.path.realpath(path)
+
+
+def _schema_of(connection: apsw.Connection) -> dict[str, str]:
+    """Read the definitions of durable's tables and indexes."""
+    rows = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'index') AND name GLOB 'durable_*'"
+    )
+    return dict(cast(Iterable[tuple[str, str]], rows))
+
+
+@functools.cache
+def _expected_schema() -> dict[str, str]:
+    blank = apsw.Connection(":memory:")
+    for script in _MIGRATIONS:
+        blank.execute(script)
+    return _schema_of(blank)
+
+
+def _file_version(connection: apsw.Connection, path: str) -> int:
+    """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
+    try:
+        schema = _schema_of(connection)
+        if not schema:
+            return 0
+        rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
+        version = int(cast(str, rows[0][0]))
+    except (*_DAMAGE_ERRORS, apsw.SQLError, LookupError, ValueError) as error:
+        raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
+    if version > _SCHEMA_VERSION:
+        raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
+    missing = _expected_schema().items() - schema.items()
+    if version == _SCHEMA_VERSION and missing:
+        raise SchemaError(f"{path} is damaged: {min(missing)[0]} is missing or was changed")
+    return version
+
+
+def _open_database(path: str, synchronous: str) -> apsw.Connection:
+    """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
+    with _driver_errors(path):
+        connection = _connect(path)
+        try:
+            # Closing the last connection copies the WAL into the file: not into one that may be refused.
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            _file_version(connection, path)
+            if connection.readonly("main"):
+                raise DurableError(f"{path} can only be read: durable needs to write")
+            _configure(connection, synchronous)
+            _enter_wal_mode(connection, path)
+            _migrate(connection, path)
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _enter_wal_mode(connection: apsw.Connection, path: str) -> None:
+    """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
+    patience = _Patience()
+    for calls in range(1_000_000):
+        try:
+            mode = connection.pragma("journal_mode", "wal")
+        except apsw.BusyError:
+            if not patience(calls):
+                raise
+        else:
+            if mode != "wal":
+                raise DurableError(f"{path}: this file system can't do WAL mode, which durable needs")
+            return
+
+
+def _migrate(connection: apsw.Connection, path: str) -> None:
+    if _file_version(connection, path) == _SCHEMA_VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:  # looked at again: another process may have been first
+        for script in _MIGRATIONS[_file_version(connection, path) :]:
+            connection.execute(script)
+        connection.execute(
+            "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('schema_version', ?)", (str(_SCHEMA_VERSION),)
+        )
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _parked_queues(connection: apsw.Connection, parked_on: str) -> Iterator[str]:
+    """Yield the queues in which rows are parked on something, by a seek each."""
+    queue: str | None = ""
+    while (queue := connection.execute(_LINE_QUEUE, (parked_on, queue)).get) is not None:
+        yield queue
+
+
+def _make_instance(row: Sequence[Any]) -> Instance:
+    """Make the public record of a row, in the order of `_INSTANCE`."""
+    values = list(row)
+    values[4] = Status(values[4])
+    values[5], values[6] = _decode(values[5]), _load_value(values[6])
+    values[14], values[21] = _instant(values[14]), _instant_or_none(values[21])
+    values[20] = tuple(_decode(values[20])) if values[20] is not None else ()
+    values[24], values[25] = _instant(values[24]), _instant(values[25])
+    return Instance(*values)
+
+
+def _make_worker(row: Sequence[Any]) -> Worker:
+    values = list(row)
+    values[4] = _decode(values[4])
+    values[5:] = map(_instant, values[5:])
+    return Worker(*values)
+
+
+class _Reader:
+    """Reads what is committed, on connections of its own that can't write and never block a beat."""
+
+    def __init__(self, path: str, flags: int = apsw.SQLITE_OPEN_READWRITE) -> None:
+        self.path = path
+        self._flags = flags
+        self._idle: list[apsw.Connection] = []
+        self._all: list[apsw.Connection] = []
+        self._is_closed = False
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[apsw.Connection]:
+        """Lend a connection to one thread at a time."""
+        if self._is_closed:
+            raise EngineClosedError(f"the engine on {self.path} is closed")
+        with _driver_errors(self.path):
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = _connect(self.path, self._flags)
+                connection.execute("PRAGMA query_only = ON")
+                self._all.append(connection)
+            try:
+                yield connection
+            finally:
+                self._put_back(connection)
+
+    def _put_back(self, connection: apsw.Connection) -> None:
+        if self._is_closed:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._reading() as connection:
+            return list(connection.execute(sql, bindings))
+
+    def identify(self, target: int | str) -> int:
+        """Return the id of an instance: by key, the occupant's, else that of the newest that carries the key."""
+        if isinstance(_target(target), str):
+            rows = self._rows(_OCCUPANT, (target,)) or self._rows(_CARRIER, (target,))
+            if rows and rows[0][0] is not None:
+                return int(rows[0][0])
+        elif -_MAX_INTEGER <= cast(int, target) <= _MAX_INTEGER and self._rows(_STATUS, (target,)):
+            return cast(int, target)
+        raise NotFoundError(f"no instance {'has the id' if isinstance(target, int) else 'carries the key'} {target!r}")
+
+    def get(self, target: int | str) -> Instance:
+        rows = self._rows(_GET, (self.identify(target),))
+        if not rows:
+            raise NotFoundError(f"instance {target!r} was collected just now")
+        return _make_instance(rows[0])
+
+    def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
+        """Return the newest instances that pass all filters, which are columns or `before`."""
+        given = {name: value for name, value in filters.items() if value is not None}
+        clauses = [_FIND_BY[name] for name in given]
+        if given.get("status") == Status.FAILED:
+            clauses.append(_FIND_FAILED)
+        sql = _FIND + (" AND ".join(clauses) or "TRUE") + _FIND_END
+        return [_make_instance(row) for row in self._rows(sql, (*given.values(), limit))]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = {}
+        for queue, status, count in self._rows(_COUNTS):
+            of_queue = counts.setdefault(queue, {})
+            of_queue[status] = of_queue.get(status, 0) + count
+        return {queue: counts[queue] for queue in sorted(counts)}
+
+    def workers(self) -> list[Worker]:
+        return [_make_worker(row) for row in self._rows(_WORKERS)]
+
+    def children(self, parent: int) -> tuple[Instance, ...]:
+        return tuple(map(_make_instance, self._rows(_CHILDREN, (parent,))))
+
+    def signals(self, target: int) -> tuple[Signal, ...]:
+        return tuple(map(_make_signal, self._rows(_INBOX, (target,))))
+
+    def paused(self) -> list[str]:
+        return [queue for (queue,) in self._rows("SELECT queue FROM durable_paused ORDER BY queue")]
+
+    def queues(self) -> list[str]:
+        return [queue for (queue,) in self._rows("SELECT DISTINCT queue FROM durable_instances")]
+
+    def is_cancelled(self, instance: int) -> bool:
+        rows = self._rows(_CANCEL_REQUESTED, (instance,))
+        return bool(rows and rows[0][0])
+
+    def policy(self, name: str) -> _Policy | None:
+        rows = self._rows(_LIMIT, (name,))
+        return _Policy(*rows[0]) if rows else None
+
+    def statuses(self, ids: Iterable[int]) -> dict[int, str]:
+        return dict(cast(Iterable[tuple[int, str]], self._rows(_STATUSES, (_encode(list(ids)),))))
+
+    def check(self) -> list[str]:
+        """Hold the file against SQLite's own integrity check and the engine's invariants, in one view of it."""
+        with self._reading() as connection:
+            connection.execute("BEGIN")
+            try:
+                found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+                problems = [] if found == ["ok"] else [f"SQLite: {text}" for text in found]
+                for title, sql in () if problems else _AUDITS.items():
+                    ids = [str(row[0]) for row in connection.execute(sql)]
+                    if ids:
+                        problems.append(f"{title}: {', '.join(ids[:10])}{' ...' if len(ids) > 10 else ''}")
+                return problems
+            finally:
+                connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    def abandon(self) -> None:
+        """Forget the connections, unclosed: this is the child of a fork."""
+        self._is_closed = True
+        _keep_for_ever(self._all)
+
+
+def _make_signal(row: Sequence[Any]) -> Signal:
+    identity, name, payload, sent_at = row
+    return Signal(identity, name, _load_value(payload), _instant(sent_at))
+
+
+def _keep_for_ever(connections: list[apsw.Connection]) -> None:
+    """Keep connections from being closed, even by the interpreter's end.
+
+    A fork's child shares its parent's open files: closing SQLite's in the child may truncate the WAL under the
+    parent. What a reference is held to that nobody will drop is never closed.
+    """
+    import ctypes  # only the child of a fork pays for it
+
+    for connection in connections:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+_WRITE_ACTIONS = frozenset(
+    {
+        apsw.SQLITE_INSERT,
+        apsw.SQLITE_UPDATE,
+        apsw.SQLITE_DELETE,
+        apsw.SQLITE_ALTER_TABLE,
+        apsw.SQLITE_REINDEX,
+        apsw.SQLITE_CREATE_INDEX,
+        apsw.SQLITE_CREATE_TABLE,
+        apsw.SQLITE_CREATE_TRIGGER,
+        apsw.SQLITE_CREATE_TEMP_TRIGGER,
+        apsw.SQLITE_CREATE_VIEW,
+        apsw.SQLITE_CREATE_VTABLE,
+        apsw.SQLITE_DROP_INDEX,
+        apsw.SQLITE_DROP_TABLE,
+        apsw.SQLITE_DROP_TRIGGER,
+        apsw.SQLITE_DROP_VIEW,
+        apsw.SQLITE_DROP_VTABLE,
+    }
+)
+_FORBIDDEN_ACTIONS = {
+    apsw.SQLITE_TRANSACTION: "control the transaction",
+    apsw.SQLITE_SAVEPOINT: "control the transaction",
+    apsw.SQLITE_ATTACH: "attach databases",
+    apsw.SQLITE_DETACH: "detach databases",
+}
+_HARMLESS_PRAGMAS = frozenset({"user_version", "application_id", "table_info", "index_list", "foreign_key_list"})
+
+
+class _Store:
+    """The write connection: every statement of a beat, a method each, no logic."""
+
+    def __init__(self, path: str, synchronous: str) -> None:
+        self.path = path
+        self.db = _open_database(path, synchronous)
+        self._is_users_sql = False
+        self._refusal: str | None = None
+        # Asked when a statement is prepared, not when it runs; set once, for setting it prepares everything anew.
+        self.db.authorizer = self._authorize
+
+    # Transactions
+
+    def begin(self) -> None:
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        self.db.execute("COMMIT")
+
+    def rollback(self) -> None:
+        if self.db.in_transaction:  # SQLite itself has rolled back on some errors
+            self.db.execute("ROLLBACK")
+
+    def savepoint(self) -> None:
+        self.db.execute("SAVEPOINT durable")
+
+    def release(self) -> None:
+        self.db.execute("RELEASE durable")
+
+    def undo(self) -> None:
+        self.db.execute("ROLLBACK TO durable; RELEASE durable")
+
+    def data_version(self) -> int:
+        """A number that changes when another connection has committed."""
+        return int(self.db.execute("PRAGMA data_version").get)
+
+    def close(self) -> None:
+        self.db.close()
+
+    # The user's own statements
+
+    def run(self, statement: _Statement) -> None:
+        """Run the user's SQL; what it may not do is a DurableError.
+
+        Deferred foreign keys are looked at here: at the commit they would fail the whole beat.
+        """
+        self._is_users_sql, self._refusal = True, None
+        try:
+            # The flag keeps it out of the cached statements of our own, which were let pass.
+            for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
+                pass
+        except apsw.AuthError as error:
+            raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
+        finally:
+            self._is_users_sql = False
+        if self.db.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]:
+            raise DurableError(f"a foreign key constraint would fail at the commit: {statement.sql}")
+
+    def _authorize(self, action: int, one: str | None, two: str | None, *_: str | None) -> int:
+        if not self._is_users_sql:
+            return apsw.SQLITE_OK
+        self._refusal = self._refusal or _FORBIDDEN_ACTIONS.get(action)
+        if action == apsw.SQLITE_PRAGMA and one not in _HARMLESS_PRAGMAS:
+            self._refusal = f"set PRAGMA {one}"
+        if action in _WRITE_ACTIONS:
+            owned = next((name for name in (one, two) if name and name.lower().startswith("durable_")), None)
+            self._refusal = self._refusal or (owned and f"write to {owned}")
+        return apsw.SQLITE_DENY if self._refusal else apsw.SQLITE_OK
+
+    # Instances
+
+    def insert(self, row: _NewRow) -> int | None:
+        """Insert an instance; None if its correlation key is taken."""
+        self.db.execute(_INSERT, row)
+        return self.db.last_insert_rowid() if self.db.changes() else None
+
+    def insert_many(self, rows: Sequence[_NewRow]) -> range:
+        """Insert instances without correlation keys; one writer and AUTOINCREMENT give them ids in a row."""
+        self.db.executemany(_INSERT, rows)
+        last = self.db.last_insert_rowid()
+        return range(last - len(rows) + 1, last + 1)
+
+    def occupant(self, key: str) -> tuple[int, str] | None:
+        return cast("tuple[int, str] | None", self._first(_OCCUPANT, (key,)))
+
+    def settle(self, row: _Row, change: _Change, now: int, cancel_reason: str | None = None) -> bool:
+        """Write an outcome under the claim that produced it; False if that claim holds no more."""
+        self.db.execute(_SETTLE, (*change, now, row.id, row.claim, cancel_reason))
+        return bool(self.db.changes())
+
+    def advance(self, row: _Row, change: _Change, now: int) -> bool:
+        """Go on with the next step under the same hold of the row; False if the claim holds no more."""
+        self.db.execute(
+            _ADVANCE,
+            (
+                change.step,
+                change.state,
+                change.eligible_at,
+                change.concurrency_key,
+                change.rate_limit,
+                change.weight,
+                now,
+                row.id,
+                row.claim,
+            ),
+        )
+        return bool(self.db.changes())
+
+    def cancel_reason(self, row: _Row) -> str | None:
+        """Why the row was cancelled, if it is still held by that claim."""
+        return cast("str | None", self.db.execute(_CANCEL_REASON, (row.id, row.claim)).get)
+
+    def row(self, instance: int) -> tuple[_Row, str, str | None] | None:
+        """Return a row with its status and what it is parked on."""
+        found = self._first(_FOR_UPDATE, (instance,))
+        return found and (_Row(*found[:-2]), found[-2], found[-1])
+
+    def end(self, instance: int, reason: str, now: int) -> bool:
+        self.db.execute(_END, (reason, now, instance))
+        return bool(self.db.changes())
+
+    def request_cancel(self, instance: int, reason: str) -> bool:
+        self.db.execute(_REQUEST_CANCEL, (reason, instance))
+        return bool(self.db.changes())
+
+    def revive(self, instance: int, now: int) -> bool:
+        self.db.execute(_REVIVE, (now, instance))
+        return bool(self.db.changes())
+
+    def carried_key(self, instance: int) -> tuple[str | None, int]:
+        return cast(tuple[str | None, int], self._first(_CARRIED_KEY, (instance,)))
+
+    # Claims
+
+    def next_priority(self, queue: str, priority: int) -> tuple[int, int] | None:
+        """Return the first priority after that one with work, and when its first row is due; None if paused."""
+        return cast("tuple[int, int] | None", self._first(_NEXT_PRIORITY, (queue, priority)))
+
+    def candidates(self, queue: str, priority: int, horizon: int) -> Iterator[_Row]:
+        return map(_Row._make, self.db.execute(_CANDIDATES, (queue, priority, horizon)))
+
+    def known_candidates(self, queue: str, priority: int, horizon: int, known: str) -> Iterator[_Row]:
+        return map(_Row._make, self.db.execute(_KNOWN_CANDIDATES, (queue, priority, horizon, known)))
+
+    def next_due(self, queue: str, priority: int, horizon: int) -> int | None:
+        return cast("int | None", self.db.execute(_NEXT_DUE, (queue, priority, horizon)).get)
+
+    def claim_many(self, worker: str, ids: Iterable[int], now: int) -> None:
+        self.db.executemany(_CLAIM, [(worker, now, one) for one in ids])
+
+    def next_queue(self, queue: str) -> str | None:
+        return cast("str | None", self.db.execute(_NEXT_QUEUE, (queue,)).get)
+
+    def give_back(self, row: _Row, now: int) -> bool:
+        self.db.execute(_GIVE_BACK, (now, row.id, row.claim))
+        return bool(self.db.changes())
+
+    # Limits
+
+    def executing(self, key: str) -> int:
+        return int(self.db.execute(_EXECUTING, (key,)).get)
+
+    def park_many(self, parked: Iterable[tuple[str, int]]) -> None:
+        self.db.executemany(_PARK, parked)
+
+    def line_head(self, parked_on: str, queue: str) -> tuple[int, int, int, int, str | None] | None:
+        """Return (priority, eligible_at, id, weight, rate_limit) of the first row parked on something in a queue."""
+        return cast("tuple[int, int, int, int, str | None] | None", self._first(_LINE_HEAD, (parked_on, queue)))
+
+    def line(self, parked_on: str, queue: str) -> Iterator[tuple[int, int]]:
+        return cast(Iterator[tuple[int, int]], self.db.execute(_LINE, (parked_on, queue)))
+
+    def line_queues(self, parked_on: str) -> list[str]:
+        return list(_parked_queues(self.db, parked_on))
+
+    def next_line(self, parked_on: str) -> str | None:
+        return cast("str | None", self.db.execute(_NEXT_LINE, (parked_on,)).get)
+
+    def unpark(self, parked_on: str, queue: str, count: int) -> int:
+        self.db.execute(_UNPARK, (parked_on, queue, count))
+        return self.db.changes()
+
+    def unpark_all(self) -> None:
+        self.db.execute(_UNPARK_ALL)
+
+    def policy(self, name: str) -> _Policy | None:
+        found = self._first(_LIMIT, (name,))
+        return _Policy(*found) if found else None
+
+    def save_policy(self, policy: _Policy, now: int) -> None:
+        """Keep a rate limit; the levels of its buckets are put into its units."""
+        old = self.policy(policy.name)
+        if old == policy:
+            return
+        self.db.execute(_SAVE_LIMIT, policy)
+        if old is None:
+            return
+        for key, level, refilled_at in list(self.db.execute(_BUCKETS_OF, (policy.name,))):
+            level = old.level(level, refilled_at, now) * policy.per_ms // old.per_ms
+            self.save_bucket(policy, key, min(level, policy.capacity), now, now)
+
+    def bucket(self, key: str) -> tuple[int, int, int | None] | None:
+        """Return (level, refilled_at, ready_at)."""
+        return cast("tuple[int, int, int | None] | None", self._first(_BUCKET, (key,)))
+
+    def save_bucket(self, policy: _Policy, key: str, level: int, now: int, ready_at: int | None) -> None:
+        full_at = policy.instant_of(policy.capacity, level, now)
+        self.db.execute(_SAVE_BUCKET, (key, level, now, full_at, ready_at))
+
+    def ready_buckets(self, now: int) -> list[str]:
+        return [key for (key,) in self.db.execute(_READY_BUCKETS, (now,))]
+
+    # Signals and children
+
+    def status(self, instance: int) -> str | None:
+        return cast("str | None", self.db.execute(_STATUS, (instance,)).get)
+
+    def deliver(self, target: int, message: _Message, now: int) -> bool:
+        self.db.execute(_DELIVER, (target, message.name, message.payload, message.dedup_key, now))
+        return bool(self.db.changes())
+
+    def wake(self, target: int, name: str, now: int) -> bool:
+        self.db.execute(_WAKE, (now, target, name))
+        return bool(self.db.changes())
+
+    def inbox(self, target: int) -> tuple[Signal, ...]:
+        return tuple(map(_make_signal, self.db.execute(_INBOX, (target,))))
+
+    def has_unseen(self, target: int, names: str, seen: Iterable[int]) -> bool:
+        return self._first(_UNSEEN, (target, names, _encode(list(seen)))) is not None
+
+    def consume(self, ids: Iterable[int]) -> None:
+        bindings = [(one,) for one in ids]
+        self.db.executemany(_CONSUME, bindings)
+        self.db.executemany(_CONSUME_KEYED, bindings)
+
+    def empty_inbox(self, target: int) -> None:
+        self.db.execute(_EMPTY_INBOX, (target,))
+
+    def has_live_child(self, parent: int) -> bool:
+        return self._first(_LIVE_CHILD, (parent,)) is not None
+
+    def wake_parent(self, parent: int, now: int) -> bool:
+        self.db.execute(_WAKE_PARENT, (now, parent))
+        return bool(self.db.changes())
+
+    # Timers, workers, queues, collection
+
+    def timers(self) -> tuple[int | None, int | None]:
+        """Return the next await deadline and the next instant at which a bucket is ready for its line."""
+        return cast("tuple[int | None, int | None]", self._first(_TIMERS))
+
+    def fire(self, now: int, until: int) -> list[tuple[int, str, str]]:
+        return cast(list[tuple[int, str, str]], list(self.db.execute(_FIRE, (now, until))))
+
+    def register(self, worker: Sequence[Any]) -> None:
+        self.db.execute(_REGISTER, worker)
+
+    def renew(self, worker: str, now: int, lease_expires_at: int) -> bool:
+        self.db.execute(_RENEW, (now, lease_expires_at, worker))
+        return bool(self.db.changes())
+
+    def unregister(self, worker: str) -> None:
+        self.db.execute(_UNREGISTER, (worker,))
+
+    def workers(self) -> list[Worker]:
+        return [_make_worker(row) for row in self.db.execute(_WORKERS)]
+
+    def claimed_by(self, worker: str) -> list[_Row]:
+        return list(map(_Row._make, self.db.execute(_CLAIMED_BY, (worker,))))
+
+    def pause(self, queue: str) -> None:
+        self.db.execute(_PAUSE, (queue,))
+
+    def resume(self, queue: str) -> None:
+        self.db.execute(_RESUME, (queue,))
+
+    def is_paused(self, queue: str) -> bool:
+        return self._first(_IS_PAUSED, (queue,)) is not None
+
+    def sweep(self, after: tuple[int, int], before: int, count: int) -> list[tuple[int, int]]:
+        """Return (id, updated_at) of ended rows that are due for collection, oldest first."""
+        return cast(list[tuple[int, int]], list(self.db.execute(_SWEEP, (*after, before, count))))
+
+    def collect(self, ids: Iterable[int]) -> None:
+        self.db.executemany(_COLLECT, [(one,) for one in ids])
+
+    def collect_buckets(self, now: int, count: int) -> int:
+        self.db.execute(_COLLECT_BUCKETS, (now, count))
+        return self.db.changes()
+
+    def _first(self, sql: str, bindings: Sequence[Any] = ()) -> Any:
+        return self.db.execute(sql, bindings).fetchone()
+
+
+# One SQLite per process: apsw and the standard sqlite3 module each carry a copy that does not see the other's locks.
+
+_open_files: collections.Counter[tuple[int, int]] = collections.Counter()
+
+_SHARED = (
+    "{path} is open in this process both with an engine and with the standard sqlite3 module: two copies of SQLite do"
+    " not see each other's locks, and commits would be lost. Use engine.connect() for a connection of your own, or"
+    " enqueue from another process with durable.insert_into(sqlite3_connection, ...)"
+)
+
+
+def _file_id(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _file_id_of(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def _sqlite3_path(database: object) -> str:
+    """Return the path that `sqlite3.connect` was given, in whatever form."""
+    path = os.fsdecode(cast(Any, database)) if isinstance(database, str | bytes | os.PathLike) else ""
+    if path.startswith("file:"):
+        import urllib.parse  # only for URIs
+
+        return urllib.parse.unquote(urllib.parse.urlsplit(path).path)
+    return path
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "sqlite3.connect" and _open_files:
+        path = _sqlite3_path(arguments[0])
+        if path and _file_id(path) in _open_files:
+            raise SharedFileError(_SHARED.format(path=path))
+
+
+@functools.cache
+def _watch_sqlite3() -> None:
+    """Install the audit hook, once: there is no way to remove one."""
+    sys.addaudithook(_audit)
+
+
+def _guard_file(path: str) -> tuple[int, int] | None:
+    """Keep sqlite3 from opening the file from now on; refuse if it has."""
+    _watch_sqlite3()
+    if "sqlite3" in sys.modules and _is_open_in_sqlite3(path):
+        raise SharedFileError(_SHARED.format(path=path))
+    identity = _file_id(path)
+    if identity is not None:
+        _open_files[identity] += 1
+    return identity
+
+
+def _unguard_file(identity: tuple[int, int] | None) -> None:
+    if identity is not None:
+        _open_files[identity] -= 1
+        _open_files[identity] or _open_files.pop(identity)
+
+
+def _is_open_in_sqlite3(path: str) -> bool:
+    """Look through the process for a sqlite3 connection to the file.
+
+    One that belongs to another thread does not say what it has open. Then the process's open files decide, unless
+    apsw has the file open too and so may be the one who has.
+    """
+    import gc
+    import sqlite3
+
+    identity, is_unsure = _file_id(path), False
+    for thing in gc.get_objects():
+        if identity is None or not issubclass(type(thing), sqlite3.Connection):
+            continue
+        try:
+            cursor = thing.cursor()
+            cursor.row_factory = None
+            files = [row[2] for row in cursor.execute("PRAGMA database_list")]
+        except sqlite3.Error as error:
+            is_unsure |= "thread" in str(error)
+            continue
+        if any(file and _file_id(file) == identity for file in files):
+            return True
+    return is_unsure and identity is not None and _has_descriptor(identity) and not _is_open_in_apsw(identity)
+
+
+def _is_open_in_apsw(identity: tuple[int, int]) -> bool:
+    return any(_file_id(connection.filename) == identity for connection in apsw.connections())
+
+
+def _has_descriptor(identity: tuple[int, int]) -> bool:
+    """Whether the process has the file open, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError, ValueError):
+                if _file_id_of(int(name)) == identity:
+                    return True
+    return False
+
+
+class _LockFile:
+    """A file beside the database that a running engine holds locked; the kernel drops the lock when it dies.
+
+    Locks of the whole open file (flock), not of the process: two engines of one process tell each other apart, and
+    in containers, where every process is number 1, they work as well.
+    """
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+
+    @staticmethod
+    def path_of(database: str, worker: str) -> str:
+        return f"{database}-worker-{worker}.lock"
+
+    @classmethod
+    def create(cls, path: str) -> _LockFile:
+        """Create the file and lock it; again, if a clean-up took it for a dead worker's in between."""
+        while True:
+            lock = cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path)
+            if lock._take() and _file_id(path) == _file_id_of(lock._descriptor):
+                return lock
+            lock.close()
+
+    @classmethod
+    def remove_stale(cls, database: str, living: Iterable[str]) -> None:
+        """Remove the files of workers that the database does not know, unless they are just signing on."""
+        folder, name = os.path.split(cls.path_of(database, "*"))
+        known = {cls.path_of(database, worker) for worker in living}
+        for path in map(str, pathlib.Path(folder).glob(name.replace("[", "[[]"))):
+            lock = None if path in known else cls.take_from_dead(path)
+            if lock is not None:
+                lock.remove()
+
+    @classmethod
+    def take_from_dead(cls, path: str) -> _LockFile | None:
+        """Take the lock of a worker that has died; None if it lives, or if there is no such file to tell by."""
+        try:
+            lock = cls(os.open(path, os.O_RDWR), path)
+        except OSError:
+            return None
+        if lock._take():
+            return lock
+        lock.close()
+        return None
+
+    def _take(self) -> bool:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def remove(self) -> None:
+        """Remove the file and drop the lock. Windows removes no open file, hence the second try."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()  # a reaping that storage refused drops the lock for the next try
+
+
+# ==================================================================================================
+# Execution
+# ==================================================================================================
+
+
+def _check_rate(key: str, weight: int, policy: _Policy | None) -> None:
+    if policy is None:
+        raise UnknownLimitError(f"no rate limit {_limit_name(key)!r} is declared: give Engine(rate_limits=...) one")
+    if weight > policy.burst:
+        raise ValueError(f"weight {weight} is over the burst of rate limit {policy.name!r}, {policy.burst}")
+
+
+def _first_step(spec: _Spec, given: object) -> str:
+    if given is None:
+        return spec.initial
+    try:
+        name = _step_name(given)
+        spec.code(name)
+    except OutcomeError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def _eligible_at(insert: Insert, now: int) -> int:
+    if insert.schedule_at is not None:
+        return _instant_ms(insert.schedule_at, "schedule_at")
+    if insert.schedule_in is not None:
+        return min(now + _duration_ms(insert.schedule_in, "schedule_in"), _END_OF_TIME)
+    return now
+
+
+def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None]) -> _NewRow:
+    """Make the row of an instance to insert; whatever is wrong with it is raised here, before anything is written."""
+    spec = _resolve(insert.fsm)
+    if insert.max_attempts is not None and not spec.is_job:
+        raise TypeError(f"max_attempts is for jobs only, and {spec.name} is a machine: leave it out")
+    state = insert.state if insert.args is None else insert.args
+    rate_limit = _limit_key(insert.rate_limit, "rate_limit")
+    if rate_limit is not None:
+        _check_rate(rate_limit, insert.weight, policy_of(_limit_name(rate_limit)))
+    key = insert.correlation_key
+    return _NewRow(
+        spec.name,
+        spec.version,
+        _first_step(spec, insert.step),
+        _dump_state(spec.state, {} if state is None else state),
+        spec.max_attempts if insert.max_attempts is None else _integer(insert.max_attempts, "max_attempts", 1),
+        spec.max_crashes,
+        spec.queue if insert.queue is None else _text(insert.queue, "queue"),
+        insert.priority,
+        _eligible_at(insert, now),
+        _limit_key(insert.concurrency_key, "concurrency_key"),
+        rate_limit,
+        insert.weight,
+        None,
+        None if key is None else _text(key, "correlation_key"),
+        1 if insert.correlation_scope is LIVE else _scope_bits(insert.correlation_scope),
+        now,
+        now,
+    )
+
+
+class _Desk:
+    """What running steps may ask for: the time, and what is committed. They never touch the write connection."""
+
+    _POLICY_AGE_S = 1.0
+
+    def __init__(self, reader: _Reader, clock: Callable[[], float]) -> None:
+        self._reader = reader
+        self._clock = clock
+        self._policies: dict[str, tuple[float, _Policy]] = {}
+        self.children = reader.children
+        self.is_cancelled = reader.is_cancelled
+
+    def now(self) -> int:
+        """Milliseconds since the epoch, by the engine's clock."""
+        return int(self._clock() * 1000)
+
+    def new_row(self, insert: Insert) -> _NewRow:
+        return _new_row(insert, self.now(), self.policy)
+
+    def policy(self, name: str) -> _Policy | None:
+        """Return a rate limit; one that was found is believed for a second."""
+        read_at, policy = self._policies.get(name, (-math.inf, None))
+        if time.monotonic() - read_at > self._POLICY_AGE_S:
+            policy = self._reader.policy(name)
+            if policy is not None:
+                self._policies[name] = time.monotonic(), policy
+        return policy
+
+
+class _Claim:
+    """A row in this engine's hands, from its claim to the commit of its outcome."""
+
+    __slots__ = (
+        "behaviour",
+        "desk",
+        "error",
+        "inbox",
+        "is_disowned",
+        "is_finished",
+        "row",
+        "spec",
+        "started_at",
+    )
+
+    def __init__(
+        self,
+        row: _Row,
+        spec: _Spec,
+        behaviour: object,
+        desk: _Desk,
+        inbox: tuple[Signal, ...],
+        error: Exception | None = None,
+    ) -> None:
+        self.row = row
+        self.spec = spec
+        self.behaviour = behaviour
+        self.desk = desk
+        self.inbox = inbox
+        self.error = error
+        """What the step failed with; then it is `handle`'s turn."""
+        self.started_at = 0.0
+        self.is_finished = False
+        self.is_disowned = False
+
+    @property
+    def is_async(self) -> bool:
+        """Whether its next turn is the event loop's; `handle` is always a thread's."""
+        code = self.spec.steps.get(self.row.step, self.spec.any_step)
+        return self.error is None and code is not None and code.is_async
+
+    def failed_with(self, error: Exception) -> _Claim:
+        return _Claim(self.row, self.spec, self.behaviour, self.desk, self.inbox, error)
+
+    def open(self) -> Context[Any]:
+        return Context(self, _load_state(self.spec.state, self.row.state), self.inbox)
+
+    def open_for_handle(self) -> Context[Any]:
+        """Open a Context with an empty inbox, and the plain dict where the state no longer loads."""
+        try:
+            return Context(self, _load_state(self.spec.state, self.row.state), ())
+        except StateError:
+            return Context(self, _decode(self.row.state), ())
+
+
+class _Commit(NamedTuple):
+    """What a step leaves to be committed."""
+
+    claim: _Claim
+    kind: str
+    change: _Change
+    effects: tuple[_Effect, ...] = ()
+    shown: tuple[int, ...] = ()
+    children: tuple[_NewRow, ...] = ()
+    is_inline: bool = False
+    duration: float = 0.0
+
+
+_KINDS = {Next: "next", Retry: "retry", Await: "await", ScheduleChildren: "children", Done: "done", Stop: "stop"}
+_CRASH = "crash"
+
+
+def _log_details(row: _Row) -> dict[str, Any]:
+    return {"id": row.id, "fsm": row.fsm, "step": row.step, "attempt": row.attempt}
+
+
+def _execute(claim: _Claim) -> _Commit:
+    """Run a claimed row's step to the record of its commit. User code runs here, and in `_execute_async`."""
+    claim.started_at = time.perf_counter()
+    if claim.error is not None:
+        return _recover(claim, claim.error)
+    try:
+        code = claim.spec.code(claim.row.step)
+        ctx = claim.open()
+        verdict = _verdict(claim, ctx, _call(code.call, claim, ctx))
+    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
+        return _recover(claim, error)
+    return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
+
+
+async def _execute_async(claim: _Claim) -> _Commit | Exception:
+    """Run an `async def` step; what it failed with is returned, for `handle` to be called in a thread."""
+    claim.started_at = time.perf_counter()
+    try:
+        code = claim.spec.code(claim.row.step)
+        ctx = claim.open()
+        token = _current.set(ctx)
+        try:
+            returned = await code.call(claim.behaviour, ctx)
+        finally:
+            _current.reset(token)
+        return _verdict(claim, ctx, returned)
+    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
+        return error
+
+
+def _call(call: Callable[..., Any], claim: _Claim, ctx: Context[Any], *arguments: Any) -> Any:
+    """Call a step or `handle` with its Context as the current one."""
+    token = _current.set(ctx)
+    try:
+        return call(claim.behaviour, *arguments, ctx)
+    finally:
+        _current.reset(token)
+
+
+def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
+    """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
+    spec, step_name = claim.spec, claim.row.step
+    if isinstance(returned, _JOB_OUTCOMES) or (isinstance(returned, _OUTCOMES) and not spec.is_job):
+        return _rule(claim, ctx, returned)
+    if inspect.isawaitable(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()
+        raise OutcomeError(f"step {step_name!r} returned an awaitable: define it with `async def`")
+    if not spec.is_job:
+        names = ", ".join(one.__name__ for one in _OUTCOMES)
+        raise OutcomeError(f"step {step_name!r} returned {_brief(returned)}, which is none of {names}")
+    if isinstance(returned, Fail | Cancel):
+        return returned
+    if isinstance(returned, _OUTCOMES):
+        return _refuse_outcome(claim, ctx, returned)
+    return _rule(claim, ctx, Done(returned))
+
+
+def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
+    """Stop a job that returned what only a machine may; what it added to the commit is dropped."""
+    ctx._close()
+    reason = f"a job may not return {type(outcome).__name__}: only Done, Stop, Retry, Fail, Cancel or a value"
+    return _rule(claim, ctx, Stop(reason))
+
+
+def _recover(claim: _Claim, error: Exception) -> _Commit:
+    """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
+    row = claim.row
+    if not isinstance(error, Cancel):
+        _log.warning(
+            "instance %d (%s) failed in step %r, attempt %d: %s",
+            row.id,
+            row.fsm,
+            row.step,
+            row.attempt,
+            _error_text(_reason_of(error)),
+            exc_info=error,
+            extra=_log_details(row),
+        )
+    try:
+        ctx = claim.open_for_handle()
+        if claim.spec.is_job and isinstance(error, Fail | Cancel):
+            return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
+        return _handled(claim, ctx, error)
+    except Exception as second:  # noqa: BLE001 - the user's `handle`: whatever it raises ends the instance
+        return _stop(claim, second)
+
+
+def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
+    call = type(claim.behaviour).handle  # type: ignore[attr-defined]
+    is_job = claim.spec.is_job
+    try:
+        returned = _call(call, claim, ctx, error)
+    except (Fail, Cancel) as ruling:
+        if not is_job:
+            raise
+        returned = ruling
+    if is_job and isinstance(returned, Fail | Cancel):
+        ctx._close()
+        return _rule(claim, ctx, _rule_of_job(claim, ctx, returned), returned)
+    if is_job and isinstance(returned, _OUTCOMES) and not isinstance(returned, _JOB_OUTCOMES):
+        return _refuse_outcome(claim, ctx, returned)
+    if not isinstance(returned, _OUTCOMES):
+        raise OutcomeError(f"handle returned {_brief(returned)}, which is no outcome") from error
+    return _rule(claim, ctx, returned, error)
+
+
+def _rule_of_job(claim: _Claim, ctx: Context[Any], error: Fail | Cancel) -> Retry | Stop:
+    if isinstance(error, Cancel):
+        return Stop(error.reason)
+    return cast(FSM, claim.behaviour)._retry_or_stop(error.reason, ctx)
+
+
+def _reason_of(error: Exception) -> str | BaseException:
+    return error.reason if isinstance(error, Fail | Cancel) else error
+
+
+def _stop(claim: _Claim, error: BaseException) -> _Commit:
+    """End an instance as failed for an error that nobody is left to ask about."""
+    text, trace = _error_text(error), _traceback_text(error)
+    ruling = _Ruling(Stop(text), claim.row.state, last_error=text, traceback=trace)
+    return _Commit(claim, _KINDS[Stop], _transition(claim.row, ruling, claim.desk.now()), duration=_elapsed(claim))
+
+
+def _crash(claim: _Claim, error: BaseException) -> _Commit:
+    """Record that a step crashed: SystemExit and the like are not for `handle`."""
+    cause = f"crash: {_error_text(error)} out of step {claim.row.step!r}"
+    return _Commit(claim, _CRASH, _crashed(claim.row, cause, claim.desk.now()), duration=_elapsed(claim))
+
+
+def _elapsed(claim: _Claim) -> float:
+    return time.perf_counter() - claim.started_at
+
+
+def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception | None = None) -> _Commit:
+    """Write an outcome's values as text and hold them against the class and its limits; `error` is what it answers."""
+    row, spec = claim.row, claim.spec
+    effects = ctx._close()
+    children: tuple[_NewRow, ...] = ()
+    result = last_error = trace = None
+    match outcome:
+        case Done():
+            result = _dump_value(outcome.result, "result")
+        case Stop():
+            last_error, trace = _describe_stop(outcome, error)
+        case Retry():
+            if error is not None:
+                last_error, trace = _error_text(_reason_of(error)), _traceback_text(error)
+        case Next():
+            spec.code(outcome.step)
+            key = _limit_key(outcome.rate_limit, "rate_limit")
+            if key is not None:
+                _check_rate(key, outcome.weight, claim.desk.policy(_limit_name(key)))
+        case Await() | ScheduleChildren():
+            spec.code(outcome.then)
+    if isinstance(outcome, ScheduleChildren):
+        rows = map(claim.desk.new_row, outcome.children)
+        children = tuple(one._replace(parent_id=row.id) for one in rows)
+    ruling = _Ruling(outcome, _state_after(claim, ctx, outcome), result, last_error, trace)
+    return _Commit(
+        claim,
+        _KINDS[type(outcome)],
+        _transition(row, ruling, claim.desk.now()),
+        effects,
+        tuple(signal.id for signal in ctx.awaited) if ctx.inbox else (),
+        children,
+        isinstance(outcome, Next) and (spec.inline if outcome.inline is None else outcome.inline),
+        _elapsed(claim),
+    )
+
+
+def _describe_stop(outcome: Stop, error: Exception | None) -> tuple[str, str | None]:
+    reason = outcome.reason
+    source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
+    return _error_text(reason), None if source is None else _traceback_text(source)
+
+
+def _state_after(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> str:
+    if isinstance(outcome, Done | Stop):
+        return claim.row.state
+    state = ctx.state if outcome.state is None else outcome.state
+    return _dump_state(claim.spec.state, state, claim.row.state)
+
+
+class _Bell:
+    """Wakes one sleeping thread; rung while nobody sleeps, it cuts the next sleep short.
+
+    A bare lock: 16 us from ring to wake-up, where `threading.Event` takes 30.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        if self._lock.locked():
+            with contextlib.suppress(RuntimeError):  # somebody else rang it in between
+                self._lock.release()
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Sleep until it is rung; False if the timeout, in seconds, was first."""
+        return self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+
+
+class _Pool:
+    """The worker threads of one queue, and the claimed rows that wait for one.
+
+    A thread that takes a row rouses the next if there is more to take: steps that block start one after the other
+    at once, while for steps that do not, one thread does them all and no switch is paid for.
+    """
+
+    def __init__(self, width: int, port: _Port) -> None:
+        self.width = width
+        self._port = port
+        self._lock = threading.Lock()
+        self._ready: collections.deque[_Claim] = collections.deque()
+        self._idle: list[_Bell] = []
+        self._running = 0
+        self._threads = 0
+        self._is_closed = False
+
+    def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
+        with self._lock:
+            (self._ready.extendleft if first else self._ready.extend)(claims)
+        self._rouse()
+
+    def withdraw(self) -> list[_Claim]:
+        """Take back what has not started; an attempt that waits for `handle` has."""
+        with self._lock:
+            unstarted = [claim for claim in self._ready if claim.error is None]
+            self._ready = collections.deque(claim for claim in self._ready if claim.error is not None)
+        return unstarted
+
+    def unstarted(self) -> list[_Row]:
+        with self._lock:
+            return [claim.row for claim in self._ready if claim.error is None]
+
+    def discard(self, instance: int) -> _Claim | None:
+        """Take back one row, if it has not started."""
+        with self._lock:
+            claim = next((one for one in self._ready if one.row.id == instance and one.error is None), None)
+            if claim is not None:
+                self._ready.remove(claim)
+        return claim
+
+    def disown(self, claim: _Claim, error: Exception) -> bool:
+        """Let a step that is over its timeout go: its thread is replaced, its late outcome dropped."""
+        with self._lock:
+            if claim.is_finished or claim.is_disowned:
+                return False
+            claim.is_disowned = True
+            self._running -= 1
+            self._threads -= not claim.is_async
+            self._ready.appendleft(claim.failed_with(error))
+        self._rouse()
+        return True
+
+    def finish(self, claim: _Claim, result: _Commit | Exception) -> bool:
+        """Take a step's result: a commit, or an error for `handle`. False if the step was disowned."""
+        with self._lock:
+            if claim.is_disowned:
+                return False
+            claim.is_finished = True
+            self._running -= 1
+            if isinstance(result, Exception):
+                self._ready.appendleft(claim.failed_with(result))
+            has_more = bool(self._ready)
+        if isinstance(result, _Commit):
+            self._port.finish(result)
+        if has_more:
+            self._rouse()
+        return True
+
+    def close(self) -> None:
+        self._is_closed = True
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for bell in idle:
+            bell.ring()
+
+    def _rouse(self) -> None:
+        """Wake a thread, or start one, if there is something that may start."""
+        with self._lock:
+            if self._is_closed or not self._ready or self._running >= self.width:
+                return
+            if self._idle:
+                bell = self._idle.pop()
+            elif self._threads < self.width:
+                bell = None
+                self._threads += 1
+            else:
+                return
+        if bell is not None:
+            bell.ring()
+        else:
+            context = self._port.context.copy()
+            threading.Thread(target=context.run, args=(self._work,), name="durable-worker", daemon=True).start()
+
+    def _work(self) -> None:
+        """Run rows until the pool closes; a thread whose step was disowned has been replaced and leaves."""
+        bell = _Bell()
+        while not self._is_closed:
+            claim = self._take(bell)
+            if claim is None:
+                bell.wait()
+            elif claim.is_async:
+                self._port.execute_async(claim, self)
+            elif not self.finish(claim, contextvars.copy_context().run(self._run, claim)):
+                self._port.drop(claim)
+                return
+
+    def _take(self, bell: _Bell) -> _Claim | None:
+        """Take the next row, or line up for being roused."""
+        with self._lock:
+            if not self._ready or self._running >= self.width:
+                self._idle.append(bell)
+                return None
+            claim = self._ready.popleft()
+            self._running += 1
+            has_more = bool(self._ready) and not claim.is_async
+        if has_more:
+            self._rouse()
+        return claim
+
+    def _run(self, claim: _Claim) -> _Commit:
+        try:
+            if claim.spec.timeout_s is not None and claim.error is None:
+                self._port.watch(claim, self)
+            return _execute(claim)
+        except BaseException as error:  # noqa: BLE001 - SystemExit and the like: the thread survives
+            return _crash(claim, error)
+
+
+class _Port(typing.Protocol):
+    """What pools need of the scheduler."""
+
+    context: contextvars.Context
+
+    def finish(self, commit: _Commit) -> None: ...
+    def drop(self, claim: _Claim) -> None: ...
+    def watch(self, claim: _Claim, pool: _Pool) -> None: ...
+    def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
+
+
+class _EventLoop:
+    """A thread with an asyncio loop for `async def` steps, started when the first one is claimed."""
+
+    def __init__(self, port: _Port) -> None:
+        import asyncio  # 30 ms that only users of async steps pay
+
+        self._port = port
+        self._loop = asyncio.new_event_loop()
+        self._tasks: dict[_Claim, asyncio.Task[None]] = {}
+        self._incoming: collections.deque[tuple[_Claim, _Pool]] = collections.deque()
+        self._is_roused = False
+        self._is_closing = False
+        context = port.context.copy()
+        self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-asyncio", daemon=True)
+        self._thread.start()
+
+    def submit(self, claim: _Claim, pool: _Pool) -> None:
+        self._incoming.append((claim, pool))
+        if not self._is_roused:
+            self._is_roused = True
+            self._loop.call_soon_threadsafe(self._accept)
+
+    def cancel(self, claim: _Claim) -> None:
+        self._loop.call_soon_threadsafe(lambda: claim in self._tasks and self._tasks[claim].cancel())
+
+    def close(self) -> None:
+        """Cancel what still runs, wait for it to be gone, and stop."""
+        self._is_closing = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        import asyncio
+
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
+
+    def _accept(self) -> None:
+        self._is_roused = False  # first: what is added from now on rouses again
+        while self._incoming:
+            claim, pool = self._incoming.popleft()
+            if claim.spec.timeout_s is not None:
+                self._port.watch(claim, pool)
+            self._tasks[claim] = self._loop.create_task(self._run(claim, pool))
+
+    async def _run(self, claim: _Claim, pool: _Pool) -> None:
+        try:
+            result = await _execute_async(claim)
+        except BaseException as error:
+            if self._is_closing:
+                raise  # the row is given back, its step was cancelled and not abandoned
+            result = _crash(claim, error)
+        finally:
+            self._tasks.pop(claim, None)
+        if not pool.finish(claim, result):
+            self._port.drop(claim)
+
+
+# ==================================================================================================
+# Scheduler
+# ==================================================================================================
+
+
+@attrs.frozen
+class _Options:
+    """The options of an engine, checked; durations in the unit that the name says."""
+
+    name: str
+    queues: dict[str, int]
+    rate_limits: dict[str, RateLimit]
+    concurrency_limits: dict[str, int]
+    prefetch: int
+    lease_ms: int
+    heartbeat_ms: int
+    poll_s: float
+    drain_s: float
+    retention_ms: int
+    gc_ms: int
+
+
+class _Hub:
+    """Hands events to subscribers, in a thread of its own while the engine runs; a callback's error is logged."""
+
+    def __init__(self) -> None:
+        self._subscribers: dict[object, tuple[Callable[[Event], object], frozenset[str]]] = {}
+        self._wanted: frozenset[str] = frozenset()
+        self._queue: collections.deque[Event] = collections.deque()
+        self._bell = _Bell()
+        self._thread: threading.Thread | None = None
+        self._is_running = False
+
+    def subscribe(self, callback: Callable[[Event], object], names: tuple[str, ...]) -> Callable[[], None]:
+        unknown = set(names) - _EVENT_NAMES
+        if unknown:
+            raise ValueError(f"unknown event {min(map(str, unknown))!r}; known are {', '.join(sorted(_EVENT_NAMES))}")
+        if not callable(callback):
+            raise ValueError(f"callback must be callable, not {callback!r}")
+        token = object()
+        self._subscribers[token] = callback, frozenset(names) or _EVENT_NAMES
+        self._update()
+
+        def unsubscribe() -> None:
+            self._subscribers.pop(token, None)
+            self._update()
+
+        return unsubscribe
+
+    def wants(self, name: str) -> bool:
+        return name in self._wanted
+
+    def publish(self, events: Iterable[Event]) -> None:
+        self._queue.extend(events)
+        if not self._queue:
+            return
+        if self._is_running:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
+                self._thread.start()
+            self._bell.ring()
+        else:
+            self._deliver()
+
+    def start(self) -> None:
+        self._is_running = True
+
+    def stop(self) -> None:
+        """Deliver what is left, and end the thread."""
+        self._is_running = False
+        if self._thread is not None:
+            self._bell.ring()
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+            self._thread = None
+        self._deliver()
+
+    def _update(self) -> None:
+        self._wanted = frozenset().union(*(names for _, names in list(self._subscribers.values())))
+
+    def _serve(self) -> None:
+        while self._is_running:
+            self._bell.wait()
+            self._deliver()
+
+    def _deliver(self) -> None:
+        while self._queue:
+            try:
+                event = self._queue.popleft()
+            except IndexError:
+                return
+            for callback, names in list(self._subscribers.values()):
+                if event.name in names:
+                    try:
+                        callback(event)
+                    except Exception:  # noqa: BLE001 - the user's callback
+                        _log.exception("a subscriber to %r failed", event.name)
+
+
+class _Request:
+    """Something that a caller wants done in the next beat, and the answer to it."""
+
+    __slots__ = ("_bell", "action", "error", "future", "is_settled", "rows", "value")
+
+    def __init__(
+        self,
+        action: Callable[[_Beat], Any] | None,
+        rows: tuple[_NewRow, ...] = (),
+        future: concurrent.futures.Future[Any] | None = None,
+    ) -> None:
+        self.action = action
+        self.rows = rows
+        """Instances without keys to insert, in place of an action: many requests are one statement."""
+        self.future = future
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.is_settled = False
+        self._bell = None if future is not None else _Bell()
+
+    def settle(self) -> None:
+        """Tell the caller: what it asked for is committed, or has failed."""
+        self.is_settled = True
+        if self.future is None:
+            cast(_Bell, self._bell).ring()
+        elif self.future.set_running_or_notify_cancel():
+            if self.error is not None:
+                self.future.set_exception(self.error)
+            else:
+                self.future.set_result(self.value[0] if self.rows else self.value)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.settle()
+
+    def wait(self) -> None:
+        cast(_Bell, self._bell).wait()
+
+
+class _Waiters:
+    """Threads that wait for instances to get somewhere; they are woken by the commit that brings them there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bells: dict[int, list[tuple[frozenset[Status], _Bell]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._bells)
+
+    @contextlib.contextmanager
+    def waiting(self, instance: int, until: frozenset[Status]) -> Iterator[_Bell]:
+        bell = _Bell()
+        entry = until, bell
+        with self._lock:
+            self._bells.setdefault(instance, []).append(entry)
+        try:
+            yield bell
+        finally:
+            with self._lock:
+                entries = self._bells[instance]
+                entries.remove(entry)
+                if not entries:
+                    del self._bells[instance]
+
+    def ids(self) -> list[int]:
+        with self._lock:
+            return list(self._bells)
+
+    def notify(self, statuses: Iterable[tuple[int, str]]) -> None:
+        for instance, status in statuses:
+            for until, bell in self._bells.get(instance, ()):
+                if status in until:
+                    bell.ring()
+
+    def wake_all(self) -> None:
+        with self._lock:
+            for entries in self._bells.values():
+                for _, bell in entries:
+                    bell.ring()
+
+
+class _RolledBackError(Exception):
+    """A statement of the user's rolled the whole transaction back; it must run again without that commit."""
+
+    def __init__(self, commit: _Commit, error: Exception) -> None:
+        super().__init__(str(error))
+        self.commit = commit
+        self.error = error
+
+
+class _Admission:
+    """Which rows the limits let in, within one transaction. The executing rows are the semaphore."""
+
+    def __init__(self, store: _Store, limits: Mapping[str, int], now: int) -> None:
+        self._store = store
+        self._limits = limits
+        self._now = now
+        self._slots: dict[str, int] = {}
+        self._buckets: dict[str, tuple[_Policy, int]] = {}
+        self._charged: set[str] = set()
+        self._heads: dict[tuple[str, str], tuple[int, int, int] | None] = {}
+
+    def refusal(self, row: _Row) -> str | None:
+        """Charge a row's key and bucket and return None; or charge neither and return what it has to wait for."""
+        key, rate = row.concurrency_key, row.rate_limit
+        if key is not None and (self._is_behind(f"key:{key}", row) or self.slots(key) <= 0):
+            return f"key:{key}"
+        if rate is not None:
+            policy, level = self.bucket(rate)
+            price = policy.price(row.weight)
+            if level < price or self._is_behind(f"rate:{rate}", row):
+                return f"rate:{rate}"
+            self._buckets[rate] = policy, level - price
+            self._charged.add(rate)
+        if key is not None:
+            self._slots[key] -= 1
+        return None
+
+    def slots(self, key: str) -> int:
+        """How many more rows of that key may execute."""
+        if key not in self._slots:
+            self._slots[key] = self._limits.get(_limit_name(key), 1) - self._store.executing(key)
+        return self._slots[key]
+
+    def forget(self, key: str) -> None:
+        """Count a key's rows anew: one has left."""
+        self._slots.pop(key, None)
+
+    def forget_lines(self) -> None:
+        self._heads.clear()
+
+    def forget_everything(self) -> None:
+        """Read all anew: statements were undone. Whatever was charged and not undone has been saved."""
+        self._slots.clear()
+        self._buckets.clear()
+        self._heads.clear()
+
+    def bucket(self, rate: str) -> tuple[_Policy, int]:
+        """Return a bucket's policy and its level now. One that is not in the file is full."""
+        if rate not in self._buckets:
+            policy = self._store.policy(_limit_name(rate)) or _Policy(rate, _MAX_INTEGER, 1, _MAX_INTEGER)
+            stored = self._store.bucket(rate)
+            level = policy.level(stored[0], stored[1], self._now) if stored else policy.capacity
+            self._buckets[rate] = policy, level
+        return self._buckets[rate]
+
+    def save(self, lined_up: set[str]) -> int | None:
+        """Write the buckets that were charged, or that a row was parked on; return when the first is ready."""
+        first = None
+        for rate in self._charged | lined_up:
+            policy, level = self.bucket(rate)
+            ready_at = self._ready_at(rate, policy, level)
+            self._store.save_bucket(policy, rate, level, self._now, ready_at)
+            first = min(filter(None, (first, ready_at)), default=None)
+        self._charged.clear()
+        return first
+
+    def release_line(self, rate: str) -> int | None:
+        """Let out of a bucket's line what its tokens afford, in every queue; return when the next can go."""
+        policy, level = self.bucket(rate)
+        parked_on, next_at = f"rate:{rate}", None
+        for queue in self._store.line_queues(parked_on):
+            count, rest, head = 0, level, None
+            for _, weight in self._store.line(parked_on, queue):
+                if rest < policy.price(weight):
+                    head = weight
+                    break
+                count, rest = count + 1, rest - policy.price(weight)
+            self._store.unpark(parked_on, queue, count)
+            if head is not None:
+                ready_at = policy.instant_of(policy.price(head), rest, self._now)
+                next_at = ready_at if next_at is None else min(next_at, ready_at)
+        self._store.save_bucket(policy, rate, level, self._now, next_at)
+        self._heads.clear()
+        return next_at
+
+    def _ready_at(self, rate: str, policy: _Policy, level: int) -> int | None:
+        """When the first of the bucket's line, in whichever queue, can be afforded."""
+        heads = (self._store.line_head(f"rate:{rate}", queue) for queue in self._store.line_queues(f"rate:{rate}"))
+        weights = [head[3] for head in heads if head is not None]
+        return policy.instant_of(policy.price(min(weights)), level, self._now) if weights else None
+
+    def _is_behind(self, parked_on: str, row: _Row) -> bool:
+        """Whether somebody is in line before the row: it must not overtake."""
+        line = parked_on, row.queue
+        if line not in self._heads:
+            head = self._store.line_head(*line)
+            self._heads[line] = head and head[:3]
+        first = self._heads[line]
+        return first is not None and first < (row.priority, row.eligible_at, row.id)
+
+
+class _Beat:
+    """One transaction: outcomes, requests, timers, claims; and who has to hear of it after its commit."""
+
+    PARKED_AT_ONCE = 2000
+    """A claim that has parked so many rows lets the beat end; the next goes on at once."""
+
+    def __init__(self, core: _Scheduler, now: int, *, is_careful: bool = False) -> None:
+        self.core = core
+        self.store = core.store
+        self.now = now
+        self.is_careful = is_careful
+        self.admission = _Admission(core.store, core.options.concurrency_limits, now)
+        self.claims: list[_Claim] = []
+        self.left: list[_Claim] = []
+        self.refused: list[tuple[_Commit, Exception]] = []
+        self.withdrawn: list[_Claim] = []
+        self.failures: list[tuple[_Row, _Change]] = []
+        self.kinds: list[str] = []
+        self.after: list[Callable[[], None]] = []
+        self.settled: list[tuple[int, str]] = []
+        self.events: list[Event] = []
+        self.next_at: int | None = None
+        """The next instant at which a timer of the file is due."""
+        self.is_unfinished = False
+        self.inserted = 0
+        self._freed_keys: set[str] = set()
+        self._poked_buckets: set[str] = set()
+        self._parents: set[int] = set()
+
+    def run(
+        self,
+        commits: Iterable[_Commit],
+        requests: Iterable[_Request],
+        wants: Callable[[_Beat], None],
+    ) -> None:
+        """Do the work of a beat, in this order; `wants` claims."""
+        for commit in commits:
+            self._settle(commit)
+        self._serve(requests)
+        self._fire()
+        self._release()
+        wants(self)
+        if self._freed_keys or self._poked_buckets:
+            self._release()
+            self.is_unfinished = True
+
+    def tell(self, name: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
+        if self.core.hub.wants(name):
+            self.events.append(Event(name, measurements, metadata))
+
+    # Outcomes
+
+    def _settle(self, commit: _Commit) -> None:
+        """Commit an outcome, whole or not at all."""
+        is_compound = commit.effects or commit.children or self.is_careful
+        if is_compound or (commit.is_inline and commit.change.rate_limit is not None):
+            self._settle_compound(commit)
+        else:
+            self._conclude(commit, self._write(commit))
+
+    def _settle_compound(self, commit: _Commit) -> None:
+        """Commit an outcome of several statements, under a savepoint."""
+        self.store.savepoint()
+        try:
+            change = self._write(commit)
+            for effect in commit.effects if change is not None else ():
+                self._apply(commit.claim.row, effect)
+        except _STORAGE_ERRORS + _DAMAGE_ERRORS:
+            raise
+        except Exception as error:
+            if not self.store.db.in_transaction:
+                raise _RolledBackError(commit, error) from error
+            self._undo()
+            self.refused.append((commit, error))
+            return
+        if change is None:
+            self._undo()
+        else:
+            self.store.release()
+        self._conclude(commit, change)
+
+    def _undo(self) -> None:
+        self.store.undo()
+        self.admission.forget_everything()
+
+    def _write(self, commit: _Commit) -> _Change | None:
+        """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
+        row, change = commit.claim.row, commit.change
+        if commit.is_inline and self._may_go_on(commit):
+            if not self.store.advance(row, change, self.now):
+                return None
+            change = change._replace(status=Status.EXECUTING)
+        else:
+            change = self._parked(commit)
+            if not self.store.settle(row, change, self.now):
+                return None
+        if commit.shown and commit.kind in ("next", "children"):
+            self.store.consume(commit.shown)
+        return change
+
+    def _parked(self, commit: _Commit) -> _Change:
+        """Insert the children, and look whether there is anything to park for."""
+        row, change = commit.claim.row, commit.change
+        if commit.kind == "children":
+            ids = self.insert_all(commit.children)
+            has_children = any(one is not None for one in ids)
+            return change if has_children else change._replace(status=Status.RUNNABLE)
+        if commit.kind == "await":
+            if self.store.has_unseen(row.id, cast(str, change.awaits), commit.shown):
+                return change._replace(status=Status.RUNNABLE, await_deadline=None)
+            self._note_due(change.await_deadline)
+        return change
+
+    def _may_go_on(self, commit: _Commit) -> bool:
+        """Ask whether an inline step may run on the claim already held; a key that it keeps is held too."""
+        row, change = commit.claim.row, commit.change
+        is_kept = change.concurrency_key == row.concurrency_key
+        asking = row._replace(
+            concurrency_key=None if is_kept else change.concurrency_key,
+            rate_limit=change.rate_limit,
+            weight=change.weight,
+            eligible_at=self.now,
+        )
+        is_free = not self.core.is_stopping and not self.store.is_paused(row.queue)
+        if is_free and self.admission.refusal(asking) is None:
+            self._note_due(self.admission.save(set()))
+            return True
+        self.tell("inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
+        return False
+
+    def _conclude(self, commit: _Commit, change: _Change | None) -> None:
+        """Note what follows from a written outcome, for the rest of the beat and for after its commit."""
+        if change is None:
+            self._lose(commit)
+        elif change.status == Status.EXECUTING:
+            self._go_on(commit, change)
+        else:
+            self._left(commit, change)
+
+    def _go_on(self, commit: _Commit, change: _Change) -> None:
+        claim, row = commit.claim, commit.claim.row
+        if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
+            self._freed_keys.add(row.concurrency_key)
+        next_row = row._replace(
+            step=change.step,
+            state=change.state,
+            last_error=None,
+            traceback=None,
+            attempt=0,
+            crashes=0,
+            eligible_at=change.eligible_at,
+            claim=row.claim + 1,
+            concurrency_key=change.concurrency_key,
+            rate_limit=change.rate_limit,
+            weight=change.weight,
+            awaits=None,
+            joining=0,
+        )
+        self.left.append(claim)
+        self.kinds.append(commit.kind)
+        self.claims.append(_Claim(next_row, claim.spec, claim.behaviour, claim.desk, self.store.inbox(row.id)))
+        self._tell_step(commit)
+        self.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
+
+    def _left(self, commit: _Commit, change: _Change) -> None:
+        """Note what a row that has left `executing` sets free, and who waits for it."""
+        row = commit.claim.row
+        self.left.append(commit.claim)
+        self.kinds.append(commit.kind)
+        self._tell_step(commit)
+        self._departed(row, change.status)
+        if change.status == Status.FAILED:
+            self.failures.append((row, change))
+
+    def _departed(self, row: _Row, status: str) -> None:
+        if row.concurrency_key is not None:
+            self._freed_keys.add(row.concurrency_key)
+        if status in _TERMINAL:
+            self.store.empty_inbox(row.id)
+            if row.parent_id is not None:
+                self._parents.add(row.parent_id)
+        if status != Status.RUNNABLE:
+            self.settled.append((row.id, status))
+
+    def _tell_step(self, commit: _Commit) -> None:
+        row = commit.claim.row
+        self.tell(
+            "step.stop",
+            {"duration": commit.duration},
+            {"id": row.id, "fsm": row.fsm, "step": row.step, "kind": commit.kind},
+        )
+
+    def _lose(self, commit: _Commit) -> None:
+        """An outcome that nothing was written of: the instance was cancelled, or the claim is no longer ours."""
+        row = commit.claim.row
+        reason = self.store.cancel_reason(row)
+        if reason is not None:
+            change = _cancelled(row, reason, self.now)
+            self.store.settle(row, change, self.now, reason)
+            self._left(commit._replace(kind="stop"), change)
+            return
+        self.left.append(commit.claim)
+        self.tell("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})
+
+    def _apply(self, row: _Row, effect: _Effect) -> None:
+        match effect:
+            case _Statement():
+                self.store.run(effect)
+            case _Follower():
+                if self.store.insert(effect.row) is None:
+                    _log.info(
+                        "instance %d: its insert of %s is dropped, the correlation key %r is taken",
+                        row.id,
+                        effect.row.fsm,
+                        effect.row.correlation_key,
+                        extra=_log_details(row),
+                    )
+                else:
+                    self.inserted += 1
+            case _Message():
+                try:
+                    self.signal(effect)
+                except NoTargetError as error:
+                    _log.info("instance %d: its signal is dropped: %s", row.id, error, extra=_log_details(row))
+
+    # Requests
+
+    def _serve(self, requests: Iterable[_Request]) -> None:
+        pending: list[_Request] = []
+        for request in requests:
+            if request.action is None and not self.is_careful:
+                pending.append(request)
+            else:
+                self._insert_rows(pending)
+                pending = []
+                self._answer(request)
+        self._insert_rows(pending)
+
+    def _insert_rows(self, requests: list[_Request]) -> None:
+        """Insert the rows of many requests as one statement."""
+        rows = [row for request in requests for row in request.rows]
+        ids = iter(self.store.insert_many(rows) if rows else ())
+        for request in requests:
+            request.value = [next(ids) for _ in request.rows]
+        self.inserted += len(rows)
+
+    def _answer(self, request: _Request) -> None:
+        if self.is_careful:
+            self.store.savepoint()
+        try:
+            if request.action is None:
+                request.value = [self.store.insert(row) for row in request.rows]
+            else:
+                request.value = request.action(self)
+        except DurableError as error:
+            request.error = error
+        except Exception as error:
+            if not self.is_careful:
+                raise
+            self._undo()
+            request.error = error
+            return
+        if self.is_careful:
+            self.store.release()
+
+    def insert(self, row: _NewRow) -> int:
+        instance = self.store.insert(row)
+        if instance is None:
+            occupant = self.store.occupant(cast(str, row.correlation_key))
+            raise DuplicateError(cast(str, row.correlation_key), occupant[0] if occupant else 0)
+        self.inserted += 1
+        return instance
+
+    def insert_all(self, rows: Sequence[_NewRow]) -> list[int | None]:
+        """Insert in the order given; None for a duplicate. Runs without keys are one statement each."""
+        ids: list[int | None] = []
+        start = 0
+        for end in (*(at for at, row in enumerate(rows) if row.correlation_key is not None), len(rows)):
+            if end > start:
+                ids.extend(self.store.insert_many(rows[start:end]))
+            if end < len(rows):
+                ids.append(self.store.insert(rows[end]))
+            start = end + 1
+        self.inserted += sum(one is not None for one in ids)
+        return ids
+
+    def signal(self, message: _Message) -> None:
+        target = message.target
+        if isinstance(target, str):
+            occupant = self.store.occupant(target)
+            instance, status = occupant or (0, None)
+        else:
+            instance, status = target, self.store.status(target) if abs(target) <= _MAX_INTEGER else None
+        if status is None or status in _TERMINAL:
+            what = "no live instance" if status is None else f"instance {instance} has ended ({status}), so none"
+            raise NoTargetError(f"{what} {'has the id' if isinstance(target, int) else 'occupies the key'} {target!r}")
+        if self.store.deliver(instance, message, self.now):
+            self.store.wake(instance, message.name, self.now)
+
+    def cancel(self, instance: int, reason: str) -> bool:
+        found = self.store.row(instance)
+        if found is None:
+            raise NotFoundError(f"no instance has the id {instance}")
+        row, status, parked_on = found
+        if status in _TERMINAL:
+            return False
+        if status == Status.EXECUTING:
+            claim = self.core.take_unstarted(row)
+            if claim is None:
+                return self.store.request_cancel(instance, reason)
+            self.withdrawn.append(claim)
+            change = _cancelled(row, reason, self.now)
+            self.store.settle(row, change, self.now)
+            self._left(_Commit(claim, "stop", change), change)
+            return True
+        self.store.end(instance, reason, self.now)
+        self._departed(row, Status.FAILED)
+        if row.rate_limit is not None and status == Status.RUNNABLE and parked_on is None:
+            self._poked_buckets.add(row.rate_limit)
+        self.failures.append((row, _cancelled(row, reason, self.now)))
+        return True
+
+    def revive(self, instance: int) -> None:
+        key, scope = self.store.carried_key(instance)
+        status = self.store.status(instance)
+        if status != Status.FAILED:
+            raise DurableError(f"instance {instance} has not failed, it is {status}: only a failed one can be retried")
+        occupant = self.store.occupant(key) if key is not None and scope else None
+        if occupant is not None and occupant[0] != instance:
+            raise DuplicateError(cast(str, key), occupant[0])
+        self.store.revive(instance, self.now)
+
+    def fire_timeouts(self) -> int:
+        return self._fire_awaits(_END_OF_TIME)
+
+    def reap(self, worker: str, cause: str) -> int:
+        """Take a dead worker's claims from it: its rows have crashed."""
+        rows = self.store.claimed_by(worker)
+        for row in rows:
+            change = _crashed(row, cause, self.now)
+            self.store.settle(row, change, self.now, row.cancel_reason)
+            self._departed(row, change.status)
+            if change.status == Status.FAILED:
+                self.failures.append((row, change))
+        self.store.unregister(worker)
+        self.tell("reaper.reaped", {"count": len(rows)}, {"worker": worker})
+        return len(rows)
+
+    def give_back(self, claims: Iterable[_Claim]) -> None:
+        """Let others have what this engine has claimed and not run, or not to its end."""
+        for claim in claims:
+            self._give_back(claim.row)
+            self.left.append(claim)
+
+    def save_policies(self, policies: Iterable[_Policy]) -> None:
+        for policy in policies:
+            self.store.save_policy(policy, self.now)
+
+    def disband(self, queues: Iterable[str]) -> None:
+        """Pause the queues, give back every claim and forget the workers: this file is a copy that none works on."""
+        for queue in queues:
+            self.store.pause(queue)
+        for worker in self.store.workers():
+            for row in self.store.claimed_by(worker.id):
+                self._give_back(row)
+            self.store.unregister(worker.id)
+
+    def _give_back(self, row: _Row) -> None:
+        if self.store.give_back(row, self.now):
+            self._departed(row, Status.RUNNABLE)
+        elif (reason := self.store.cancel_reason(row)) is not None:
+            change = _cancelled(row, reason, self.now)
+            self.store.settle(row, change, self.now, reason)
+            self._departed(row, change.status)
+
+    def cancel_unstarted(self, row: _Row, reason: str) -> None:
+        """Fail a claimed row that another process has cancelled, if it has not started by now."""
+        claim = self.core.take_unstarted(row)
+        if claim is not None:
+            self.withdrawn.append(claim)
+            change = _cancelled(row, reason, self.now)
+            self.store.settle(row, change, self.now, reason)
+            self._left(_Commit(claim, "stop", change), change)
+
+    def collect(self, after: tuple[int, int], count: int) -> tuple[int, tuple[int, int] | None]:
+        """Delete up to so many ended rows older than the retention; return how many, and where to go on."""
+        rows = self.store.sweep(after, self.now - self.core.options.retention_ms, count)
+        self.store.collect(instance for instance, _ in rows)
+        buckets = self.store.collect_buckets(self.now, count)
+        if rows or buckets:
+            self.tell("gc.swept", {"count": len(rows) + buckets}, {})
+        is_more = len(rows) == count or buckets == count
+        instance, updated_at = rows[-1] if rows else (after[1], after[0])
+        return len(rows) + buckets, (updated_at, instance) if is_more else None
+
+    def runnable_queues(self) -> Iterator[str]:
+        queue = self.store.next_queue("")
+        while queue is not None:
+            yield queue
+            queue = self.store.next_queue(queue)
+
+    # Timers
+
+    def _fire(self) -> None:
+        deadline, ready_at = self.store.timers()
+        if deadline is not None and deadline <= self.now:
+            self._fire_awaits(self.now)
+            deadline, _ = self.store.timers()
+        self._note_due(deadline)
+        if ready_at is not None and ready_at <= self.now:
+            self._poked_buckets.update(self.store.ready_buckets(self.now))
+        else:
+            self._note_due(ready_at)
+
+    def _fire_awaits(self, until: int) -> int:
+        count = 0
+        while fired := self.store.fire(self.now, until):
+            for instance, fsm, step_name in fired:
+                self.tell("await.timeout", {}, {"id": instance, "fsm": fsm, "step": step_name})
+            count += len(fired)
+        return count
+
+    def _note_due(self, instant: int | None) -> None:
+        if instant is not None and (self.next_at is None or instant < self.next_at):
+            self.next_at = instant
+
+    # Limits
+
+    def _release(self) -> None:
+        """Wake parents whose children have ended, and let out of the lines what was set free."""
+        for parent in self._parents:
+            if not self.store.has_live_child(parent):
+                self.store.wake_parent(parent, self.now)
+        self._parents.clear()
+        freed, self._freed_keys = self._freed_keys, set()
+        for key in freed:
+            self.admission.forget(key)
+            self._unpark_key(key)
+        poked, self._poked_buckets = self._poked_buckets, set()
+        for rate in poked:
+            self._note_due(self.admission.release_line(rate))
+        if freed or poked:
+            self.admission.forget_lines()
+
+    def _unpark_key(self, key: str) -> None:
+        """Let as many of a key's line go as it has slots, in every queue; one at least (engines may differ)."""
+        parked_on = f"key:{key}"
+        for queue in self.store.line_queues(parked_on):
+            self.store.unpark(parked_on, queue, max(1, self.admission.slots(key)))
+
+    def sweep_lines(self) -> None:
+        """Let everything out of line that the limits admit: they may have changed since it was parked."""
+        parked_on = self.store.next_line("")
+        while parked_on is not None:
+            kind, _, limit = parked_on.partition(":")
+            (self._freed_keys if kind == "key" else self._poked_buckets).add(limit)
+            parked_on = self.store.next_line(parked_on)
+
+    # Claims
+
+    def claim(self, queue: str, slots: int, *, horizon: int | None = None) -> int:
+        """Claim up to so many rows of a queue, by priority, time and id; note when the next is due."""
+        taken: list[_Row] = []
+        parked: list[tuple[str, int]] = []
+        horizon = self.now if horizon is None else horizon
+        priority: int = -_MAX_INTEGER - 1
+        while len(taken) < slots and len(parked) < self.PARKED_AT_ONCE:
+            head = self.store.next_priority(queue, priority)
+            if head is None:
+                break
+            priority, eligible_at = head
+            if eligible_at > horizon:
+                self._note_due(eligible_at)
+                continue
+            if not self._scan(queue, priority, horizon, slots, taken, parked):
+                self._note_due(self.store.next_due(queue, priority, horizon))
+        self._park(parked)
+        self._take(queue, taken)
+        self.tell("pick.stop", {"count": len(taken), "demand": slots}, {"queue": queue})
+        return len(taken)
+
+    def _scan(
+        self, queue: str, priority: int, horizon: int, slots: int, taken: list[_Row], parked: list[tuple[str, int]]
+    ) -> bool:
+        """Go through one priority's due rows; False if it came to the end of them."""
+        core = self.core
+        rows = self.store.candidates(queue, priority, horizon)
+        while (row := next(rows, None)) is not None:
+            if core.behaviour_of(row.fsm, row.version) is None:
+                core.report_unknown(self, row)
+                rows = self.store.known_candidates(queue, priority, horizon, core.known_classes())
+                skipped = {one.id for one in taken} | {one for _, one in parked}
+                rows = (one for one in rows if one.id not in skipped)
+                continue
+            refusal = None
+            if row.concurrency_key is not None or row.rate_limit is not None:
+                refusal = self.admission.refusal(row)
+            if refusal is None:
+                taken.append(row)
+            else:
+                parked.append((refusal, row.id))
+                self._note_parked(row, refusal)
+            if len(taken) == slots or len(parked) >= self.PARKED_AT_ONCE:
+                self.is_unfinished |= len(parked) >= self.PARKED_AT_ONCE
+                return True
+        return False
+
+    def _note_parked(self, row: _Row, parked_on: str) -> None:
+        """A row that one limit refused leaves what the other had kept for it to those behind it."""
+        if parked_on.startswith("key:"):
+            self.tell("concurrency.throttled", {}, {"id": row.id, "key": row.concurrency_key, "queue": row.queue})
+            if row.rate_limit is not None:
+                self._poked_buckets.add(row.rate_limit)
+            return
+        self.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
+        if row.concurrency_key is not None:
+            head = self.store.line_head(f"key:{row.concurrency_key}", row.queue)
+            if head is not None and head[4] != row.rate_limit:  # one of the same bucket would only follow it there
+                self._freed_keys.add(row.concurrency_key)
+
+    def _park(self, parked: list[tuple[str, int]]) -> None:
+        if parked:
+            self.store.park_many(parked)
+            self.admission.forget_lines()
+        rates = {parked_on.removeprefix("rate:") for parked_on, _ in parked if parked_on.startswith("rate:")}
+        self._note_due(self.admission.save(rates))
+
+    def _take(self, queue: str, rows: list[_Row]) -> None:
+        if not rows:
+            return
+        core = self.core
+        self.store.claim_many(core.worker_id, [row.id for row in rows], self.now)
+        for row in rows:
+            spec, behaviour = cast(tuple[_Spec, object], core.behaviour_of(row.fsm, row.version))
+            inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
+            self.claims.append(_Claim(row._replace(claim=row.claim + 1), spec, behaviour, core.desk, inbox))
+
+
+_NO_SIGNALS: tuple[Signal, ...] = ()
+
+
+def _log_failure(row: _Row, change: _Change) -> None:
+    _log.error(
+        "instance %d (%s) failed in step %r: %s",
+        row.id,
+        row.fsm,
+        row.step,
+        change.last_error,
+        extra=_log_details(row),
+    )
+
+
+class _Behaviours:
+    """The classes that this engine can run, and the one object of each: as given, or made without arguments."""
+
+    def __init__(self, given: Iterable[object]) -> None:
+        self._objects: dict[type, object] = {}
+        for one in given:
+            cls = one if isinstance(one, type) else getattr(one, "fsm", type(one))
+            if not isinstance(cls, type) or not issubclass(cls, FSM):
+                raise ValueError(f"fsms must hold FSM classes or objects of them, not {one!r}")
+            if not isinstance(one, type) and isinstance(one, FSM):
+                self._objects[cls] = one
+        self._unusable: set[type] = set()
+
+    def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
+        """Return a class's description and object; None if it is not known here, or needs arguments to be made."""
+        spec = _registry.get((name, version))
+        if spec is None:
+            return None
+        behaviour = self._objects.get(spec.cls)
+        if behaviour is None:
+            behaviour = self._make(spec.cls)
+        return None if behaviour is None else (spec, behaviour)
+
+    def _make(self, cls: type[FSM]) -> object | None:
+        if cls in self._unusable:
+            return None
+        try:
+            return self._objects.setdefault(cls, cls())
+        except Exception:  # noqa: BLE001 - the user's constructor
+            self._unusable.add(cls)
+            _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
+            return None
+
+    def known(self) -> str:
+        """List what can be run as JSON, for a statement."""
+        return _encode([key for key in list(_registry) if self.find(*key) is not None])
+
+
+def _timeout_error(claim: _Claim) -> TimeoutError:
+    return TimeoutError(f"step {claim.row.step!r} took over {claim.spec.timeout_s:g} s")
+
+
+def _call_in_thread(call: Callable[[], Any]) -> Any:
+    """Call something in a thread with this one's context variables, and return what it returns or raise."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:  # noqa: BLE001 - raised on in the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
+    thread.start()
+    thread.join()
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
+
+
+_schedulers: weakref.WeakSet[_Scheduler] = weakref.WeakSet()
+
+
+@attrs.define
+class _Agenda:
+    """When the scheduler has to do what. Instants of the file are milliseconds, of this process monotonic seconds."""
+
+    seen_at: int
+    """When the clock was last read: a gap since then is a suspended machine or a clock that was set."""
+    due_at: int | None = None
+    """The next instant at which something in the file is due."""
+    heartbeat_at: int = 0
+    judge_from: int = 0
+    """From when on other workers' leases are judged."""
+    gc_at: int = 0
+    sweep_from: tuple[int, int] | None = None
+    """Where a sweep that is under way goes on."""
+    retry_at: float = 0.0
+    """When storage that failed is tried again."""
+    data_version: int = -1
+    looked_at: float = -math.inf
+    changed_at: float = -math.inf
+    """When another process was last seen to have committed."""
+    looked_for_dead_at: float = -math.inf
+
+
+class _Scheduler:
+    """Runs beats: in a thread of its own when started, else in the calling thread. There is one code path.
+
+    Only a beat uses the write connection, under `_beat_lock`. Everything else reaches it through `_requests`
+    (what callers want) and `_finished` (what steps have come to).
+    """
+
+    LOOK_S = 0.005
+    """How often to look for other processes' commits while they are active."""
+    ACTIVE_S = 1.0
+    """How long after its last commit another process counts as active."""
+    DEAD_LOOK_S = 0.5
+    """How often to look for workers that died."""
+    REQUESTS_AT_ONCE = 5000
+    SWEPT_AT_ONCE = 500
+    NEVER_MS = 10 * 365 * 86_400_000
+    """Lease of an engine that drains: it can't renew while a step runs; its lock file tells whether it lives."""
+
+    def __init__(self, path: str, options: _Options, behaviours: _Behaviours, synchronous: str, clock: Any) -> None:
+        self.options = options
+        self.path = path
+        self.store = _Store(path, synchronous)
+        self.reader = _Reader(path)
+        self.desk = _Desk(self.reader, clock)
+        self.hub = _Hub()
+        self.waiters = _Waiters()
+        self.worker_id = secrets.token_hex(8)
+        self.context = contextvars.copy_context()
+        self.is_stopping = False
+        self.is_closed = False
+        self.is_forked = False
+        self._behaviours = behaviours
+        self._pid = os.getpid()
+        self._beat_lock = threading.Lock()
+        self._request_lock = threading.Lock()
+        self._requests: collections.deque[_Request] = collections.deque()
+        self._finished: collections.deque[_Commit] = collections.deque()
+        self._held: dict[int, _Claim] = {}
+        self._in_flight: collections.Counter[str] = collections.Counter()
+        self._pools: dict[str, _Pool] = {}
+        self._event_loop: _EventLoop | None = None
+        self._local: collections.deque[_Claim] = collections.deque()
+        self._bell = _Bell()
+        self._thread: threading.Thread | None = None
+        self._lock_file: _LockFile | None = None
+        self._reported: set[tuple[str, int]] = set()
+        self._timeouts: list[tuple[float, int, _Claim, _Pool]] = []
+        self._timeout_lock = threading.Lock()
+        self._failures_in_a_row = 0
+        self._failure: Exception | None = None
+        self._is_flushing = False
+        self._drain_lock = threading.Lock()
+        self._drained = _Bell()
+        self._tally: collections.Counter[str] | None = None
+        self._runner: asyncio.Runner | None = None
+        self._agenda = _Agenda(seen_at=self.desk.now())
+        self._peers: list[Worker] = []
+        _schedulers.add(self)
+
+    # Requests
+
+    def perform(self, action: Callable[[_Beat], Any]) -> Any:
+        """Do something in the next beat and return its value; errors are raised here."""
+        return self._await_request(_Request(action))
+
+    def insert(self, rows: tuple[_NewRow, ...]) -> list[int]:
+        """Insert instances without correlation keys in the next beat."""
+        return cast(list[int], self._await_request(_Request(None, rows)))
+
+    def insert_later(self, row: _NewRow) -> concurrent.futures.Future[int]:
+        """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
+        import concurrent.futures  # only users of futures pay for it
+
+        future: concurrent.futures.Future[int] = concurrent.futures.Future()
+        if row.correlation_key is None:
+            self._enqueue(_Request(None, (row,), future))
+        else:
+            self._enqueue(_Request(lambda beat: beat.insert(row), future=future))
+        if self._is_beating():
+            self._bell.ring()
+        elif not self._is_flushing:
+            self._is_flushing = True
+            threading.Thread(target=self._flush, name="durable-flush", daemon=True).start()
+        return future
+
+    def _flush(self) -> None:
+        """Commit what was inserted without waiting, on an engine that no thread beats for."""
+        while self._requests:
+            self._beat_for_callers()
+        self._is_flushing = False
+        if self._requests:  # added between the last look and the line above
+            self._beat_for_callers()
+
+    def check_open(self) -> None:
+        if self.is_forked:
+            raise EngineClosedError(
+                f"this engine on {self.path} was opened in process {self._pid}, before the fork: open another one here"
+            )
+        if self.is_closed:
+            raise EngineClosedError(f"the engine on {self.path} is stopped")
+
+    def _await_request(self, request: _Request) -> Any:
+        self._enqueue(request)
+        if self._is_beating():
+            self._bell.ring()
+            request.wait()
+        else:
+            while not request.is_settled:
+                self._beat_for_callers()
+        if request.error is not None:
+            raise request.error
+        return request.value
+
+    def _enqueue(self, request: _Request) -> None:
+        with self._request_lock:
+            self.check_open()
+            self._requests.append(request)
+
+    def _is_beating(self) -> bool:
+        """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
+        return self._thread is not None and self._thread is not threading.current_thread()
+
+    def _beat_for_callers(self) -> None:
+        with self._beat_lock:
+            if self._requests:
+                self._beat()
+
+    # What pools and beats ask for
+
+    def finish(self, commit: _Commit) -> None:
+        self._finished.append(commit)
+        self._bell.ring()
+
+    def drop(self, claim: _Claim) -> None:
+        """A step that was disowned has ended after all: its outcome is stale."""
+        row = claim.row
+        if self.hub.wants("outcome.stale"):
+            self.hub.publish([Event("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})])
+
+    def watch(self, claim: _Claim, pool: _Pool) -> None:
+        """Mind a step's timeout, from now on."""
+        deadline = time.monotonic() + cast(float, claim.spec.timeout_s)
+        with self._timeout_lock:
+            while self._timeouts and self._timeouts[0][2].is_finished:
+                heapq.heappop(self._timeouts)
+            heapq.heappush(self._timeouts, (deadline, id(claim), claim, pool))
+            is_first = self._timeouts[0][2] is claim
+        if is_first:
+            self._bell.ring()
+
+    def execute_async(self, claim: _Claim, pool: _Pool) -> None:
+        with self._timeout_lock:
+            if self._event_loop is None:
+                self._event_loop = _EventLoop(self)
+        self._event_loop.submit(claim, pool)
+
+    def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
+        return self._behaviours.find(name, version)
+
+    def known_classes(self) -> str:
+        return self._behaviours.known()
+
+    def report_unknown(self, beat: _Beat, row: _Row) -> None:
+        if (row.fsm, row.version) not in self._reported:
+            self._reported.add((row.fsm, row.version))
+            _log.warning("nothing here can run %s version %d: its instances wait", row.fsm, row.version)
+            beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
+
+    def take_unstarted(self, row: _Row) -> _Claim | None:
+        """Take a claimed row back from its queue's pool, or from the drain's hand, if it has not started."""
+        pool = self._pools.get(row.queue)
+        return pool.discard(row.id) if pool is not None else None
+
+    # The beat
+
+    def _beat(self, wants: Callable[[_Beat], None] | None = None) -> None:
+        """Run one transaction and tell everybody who waits for it. The caller holds the lock."""
+        commits = self._take_finished()
+        requests = self._take_requests()
+        try:
+            beat = self._transact(commits, requests, wants or self._want)
+        except BaseException as error:
+            self._finished.extendleft(reversed(commits))
+            if not isinstance(error, Exception):  # an interrupt: the callers' requests are tried again
+                self._requests.extendleft(reversed(requests))
+                raise
+            self._report_failure(error, requests)
+            return
+        self._failures_in_a_row = 0
+        self._failure = None
+        self._publish(beat, requests)
+
+    def _take_finished(self) -> list[_Commit]:
+        return [self._finished.popleft() for _ in range(len(self._finished))]
+
+    def _take_requests(self) -> list[_Request]:
+        count = min(len(self._requests), self.REQUESTS_AT_ONCE)
+        return [self._requests.popleft() for _ in range(count)]
+
+    def _transact(self, commits: list[_Commit], requests: list[_Request], wants: Callable[[_Beat], None]) -> _Beat:
+        """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
+        is_careful = False
+        refused: list[tuple[_Commit, Exception]] = []
+        while True:
+            beat = _Beat(self, self.desk.now(), is_careful=is_careful)
+            started = time.perf_counter()
+            try:
+                self.store.begin()
+                beat.run(commits, requests, wants)
+                self.store.commit()
+            except BaseException as error:
+                self._undo(beat)
+                if isinstance(error, _RolledBackError):
+                    commits.remove(error.commit)
+                    refused.append((error.commit, error.error))
+                elif isinstance(error, apsw.Error) or not isinstance(error, Exception) or is_careful:
+                    raise
+                else:
+                    _log.exception("a beat failed; it is tried again piece by piece")
+                    is_careful = True
+                continue
+            beat.refused.extend(refused)
+            duration = time.perf_counter() - started
+            if commits or beat.inserted:
+                beat.tell("commit.stop", {"outcomes": len(commits), "inserts": beat.inserted, "duration": duration}, {})
+            return beat
+
+    def _undo(self, beat: _Beat) -> None:
+        self.store.rollback()
+        for claim in beat.withdrawn:
+            self._pools[claim.row.queue].submit([claim], first=True)
+
+    def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
+        """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
+        translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
+        translated.__cause__ = error if translated is not error else error.__cause__
+        self._failures_in_a_row += 1
+        self._failure = translated
+        self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._failures_in_a_row, 8))
+        _log.error("%s: a commit failed and nothing of it was kept: %s", self.path, _error_text(error))
+        if self.hub.wants("store.error"):
+            self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
+        for request in requests:
+            request.fail(translated)
+
+    def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
+        """After the commit, and only then: answer callers, wake waiters, hand out claims."""
+        self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
+        for claim in beat.left:
+            if self._held.pop(claim.row.id, None) is not None:
+                self._in_flight[claim.row.queue] -= 1
+        for request in requests:
+            request.settle()
+        for act in beat.after:
+            act()
+        if self._tally is not None:
+            self._tally.update(beat.kinds)
+        if self.is_stopping and not self._held:
+            self._drained.ring()
+        if self.waiters:
+            self.waiters.notify(beat.settled)
+        self._dispatch(beat)
+        for row, change in beat.failures:
+            _log_failure(row, change)
+        self.hub.publish(beat.events)
+
+    def _dispatch(self, beat: _Beat) -> None:
+        """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
+        for claim in beat.claims:
+            self._held[claim.row.id] = claim
+            self._in_flight[claim.row.queue] += 1
+        if self._pools:
+            by_queue: dict[str, list[_Claim]] = {}
+            for claim in beat.claims:
+                by_queue.setdefault(claim.row.queue, []).append(claim)
+            for queue, claims in by_queue.items():
+                self._pools[queue].submit(claims)
+        else:
+            self._local.extend(beat.claims)
+        for commit, error in beat.refused:
+            self._refuse(commit, error)
+
+    def _refuse(self, commit: _Commit, error: Exception) -> None:
+        claim = commit.claim
+        if claim.error is not None or commit.kind == _CRASH:
+            self.finish(_stop(claim, error))
+        elif self._pools:
+            self._pools[claim.row.queue].submit([claim.failed_with(error)], first=True)
+        else:
+            self._local.appendleft(claim.failed_with(error))
+
+    def _want(self, beat: _Beat) -> None:
+        """Claim what the pools have room for."""
+        if self.is_stopping or not self._pools:
+            return
+        leaving = collections.Counter(claim.row.queue for claim in beat.left)
+        leaving.subtract(claim.row.queue for claim in beat.claims)
+        for queue, pool in self._pools.items():
+            slots = pool.width + self.options.prefetch - self._in_flight[queue] + leaving[queue]
+            if slots > 0:
+                beat.claim(queue, slots)
+            else:
+                beat.tell("scheduler.saturation", {"in_flight": self._in_flight[queue]}, {"queue": queue})
+
+    # The thread
+
+    def start(self) -> None:
+        self.check_open()
+        if self._thread is not None:
+            raise DurableError(f"the engine on {self.path} is started already")
+        self.context = contextvars.copy_context()
+        self._register(self.options.lease_ms)
+        self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
+        self.hub.start()
+        context = self.context.copy()
+        self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
+        self._thread.start()
+        _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
+
+    @property
+    def is_started(self) -> bool:
+        return self._thread is not None
+
+    def _register(self, lease_ms: int) -> None:
+        """Make this engine known in the file, reclaim what dead ones held, and look at the lines anew."""
+        self._lock_file = _LockFile.create(_LockFile.path_of(self.path, self.worker_id))
+        now = self.desk.now()
+        self._agenda.heartbeat_at = now + self.options.heartbeat_ms
+        self._agenda.judge_from = 0
+        try:
+            self.perform(lambda beat: beat.store.register(self._worker_row(beat.now, lease_ms)))
+            self._look_for_dead()
+            self.perform(_Beat.sweep_lines)
+            _LockFile.remove_stale(self.path, [worker.id for worker in self.reader.workers()])
+        except BaseException:
+            self._lock_file.remove()
+            self._lock_file = None
+            raise
+
+    def _worker_row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
+        name, queues = self.options.name, _encode(self.options.queues)
+        return self.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
+
+    def _serve(self) -> None:
+        while not self.is_closed:
+            self._bell.wait(self._step())
+
+    def _step(self) -> float:
+        """Do what is due; return for how long there is nothing to do, in seconds."""
+        with self._beat_lock:
+            if self.is_closed:
+                return 0
+            self._do_chores()
+            if self._has_work():
+                self._beat()
+            return 0 if self._has_work() else self._sleep_s()
+
+    def _has_work(self) -> bool:
+        """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
+        if self._requests:
+            return True
+        is_due = self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
+        return bool(self._finished or is_due) and time.monotonic() >= self._agenda.retry_at
+
+    def _sleep_s(self) -> float:
+        """Time to the next instant that matters: a timer, a step's timeout, a look at other processes."""
+        monotonic, now = time.monotonic(), self.desk.now()
+        instants = [self._agenda.looked_at + self._look_interval(monotonic)]
+        due_at = min(filter(None, (self._agenda.due_at, self._agenda.heartbeat_at, self._agenda.gc_at)))
+        instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
+        if self._finished:
+            instants.append(self._agenda.retry_at)
+        if self._timeouts:
+            instants.append(self._timeouts[0][0])
+        return max(0.0, min(instants) - monotonic)
+
+    # Chores
+
+    def _do_chores(self) -> None:
+        """What is to be done by the clock, none of it for a caller."""
+        monotonic = time.monotonic()
+        if self._timeouts and self._timeouts[0][0] <= monotonic:
+            self._expire_steps(monotonic)
+        if monotonic - self._agenda.looked_at >= self._look_interval(monotonic):
+            self._agenda.looked_at = monotonic
+            self._look_at_others(monotonic)
+        now = self.desk.now()
+        self._notice_gap(now)
+        if now >= self._agenda.heartbeat_at:
+            self._agenda.heartbeat_at = now + self.options.heartbeat_ms
+            self._requests.append(_Request(self._renew))
+        if now >= self._agenda.gc_at:
+            self._agenda.gc_at = now + self.options.gc_ms
+            self._agenda.sweep_from = (0, 0)
+        if self._agenda.sweep_from is not None and time.monotonic() >= self._agenda.retry_at:
+            self._requests.append(_Request(self._sweep))
+
+    def _look_interval(self, monotonic: float) -> float:
+        """How often to look at other processes, in seconds: often while one is active."""
+        is_active = monotonic - self._agenda.changed_at < self.ACTIVE_S
+        rest_s = min(self.options.poll_s, self.DEAD_LOOK_S) if self._peers else self.options.poll_s
+        return min(self.LOOK_S, rest_s) if is_active else rest_s
+
+    def _look_at_others(self, monotonic: float) -> None:
+        """See whether another process has committed, or died."""
+        try:
+            version = self.store.data_version()
+        except apsw.Error as error:
+            _log.error("%s: looking for other processes' work failed: %s", self.path, _error_text(error))
+            return
+        if version != self._agenda.data_version:
+            self._agenda.data_version, self._agenda.changed_at = version, monotonic
+            self._agenda.due_at = self.desk.now()
+            self._peers = [worker for worker in self.store.workers() if worker.id != self.worker_id]
+            self._notify_waiters()
+            self._withdraw_cancelled()
+        if self._peers and monotonic - self._agenda.looked_for_dead_at >= self.DEAD_LOOK_S:
+            self._agenda.looked_for_dead_at = monotonic
+            self._look_for_dead()
+
+    def _notify_waiters(self) -> None:
+        if self.waiters:
+            self.waiters.notify(self.reader.statuses(self.waiters.ids()).items())
+
+    def _withdraw_cancelled(self) -> None:
+        """Fail claimed rows that another process cancelled before they started."""
+        for pool in self._pools.values():
+            for row in pool.unstarted():
+                reason = self.store.cancel_reason(row)
+                if reason is not None:
+                    self._requests.append(_Request(functools.partial(_Beat.cancel_unstarted, row=row, reason=reason)))
+
+    def _notice_gap(self, now: int) -> None:
+        """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
+        gap = now - self._agenda.seen_at
+        if gap > max(5000, self.options.heartbeat_ms):
+            self._agenda.judge_from = now + self.options.lease_ms
+            self._agenda.heartbeat_at = now
+        if gap < -1000:
+            self._agenda.heartbeat_at = self._agenda.gc_at = now
+            self._agenda.due_at = now
+            self._requests.append(_Request(lambda beat: beat.store.unpark_all()))
+        self._agenda.seen_at = now
+
+    def _renew(self, beat: _Beat) -> None:
+        now, lease_ms = beat.now, self.options.lease_ms
+        if not self.store.renew(self.worker_id, now, now + lease_ms):
+            _log.warning("engine %s was taken for dead; what it had claimed runs elsewhere", self.options.name)
+            self.store.register(self._worker_row(now, lease_ms))
+        if now >= self._agenda.judge_from:
+            for worker in self.store.workers():
+                if worker.id != self.worker_id and _instant(now) >= worker.lease_expires_at:
+                    self._reap(beat, worker, "its lease ran out")
+
+    def _look_for_dead(self) -> None:
+        """Reap workers whose lock file the kernel has unlocked."""
+        for worker in self.reader.workers():
+            if worker.id == self.worker_id:
+                continue
+            lock = _LockFile.take_from_dead(_LockFile.path_of(self.path, worker.id))
+            if lock is not None:
+                self._requests.append(_Request(functools.partial(self._reap_dead, worker=worker, lock=lock)))
+
+    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile) -> None:
+        self._reap(beat, worker, "its process died")
+        beat.after.append(lock.remove)
+
+    def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
+        cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
+        count = beat.reap(worker.id, cause)
+        _log.info("reclaimed %d instances of worker %s, pid %d: %s", count, worker.name, worker.pid, how)
+        beat.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
+
+    def _sweep(self, beat: _Beat) -> None:
+        _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or (0, 0), self.SWEPT_AT_ONCE)
+
+    def _expire_steps(self, monotonic: float) -> None:
+        while self._timeouts and self._timeouts[0][0] <= monotonic:
+            with self._timeout_lock:
+                _, _, claim, pool = heapq.heappop(self._timeouts)
+            is_async = claim.is_async
+            if pool.disown(claim, _timeout_error(claim)) and is_async and self._event_loop is not None:
+                self._event_loop.cancel(claim)
+
+    # Shutdown
+
+    def stop(self, timeout_s: float | None) -> None:
+        """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
+        if self.is_forked:
+            return
+        if self._thread is None:
+            while self._requests and self._failure is None:
+                self._beat_for_callers()
+            self._close()
+            return
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
+        self._try_to_give_back(unstarted)
+        deadline = time.monotonic() + (self.options.drain_s if timeout_s is None else timeout_s)
+        while self._held and (left_s := deadline - time.monotonic()) > 0:
+            self._drained.wait(left_s)
+        for pool in self._pools.values():
+            pool.close()
+        if self._event_loop is not None:
+            self._event_loop.close()
+        self._tell_drain(len(unstarted))
+        self._try_to_give_back(list(self._held.values()))
+        self._try(lambda beat: beat.store.unregister(self.worker_id))
+        _log.info("engine %s stopped on %s", self.options.name, self.path)
+        self._close()
+
+    def _tell_drain(self, released: int) -> None:
+        for queue in self._pools:
+            left = sum(claim.row.queue == queue for claim in self._held.values())
+            if self.hub.wants("scheduler.drain"):
+                event = Event("scheduler.drain", {"released": released, "in_flight": left}, {"queue": queue})
+                self.hub.publish([event])
+
+    def _try_to_give_back(self, claims: list[_Claim]) -> None:
+        if claims:
+            self._try(lambda beat: beat.give_back(claims))
+
+    def _try(self, action: Callable[[_Beat], Any]) -> None:
+        """Do one of the last things; if storage fails, the next start finds what is left to do."""
+        try:
+            self.perform(action)
+        except DurableError as error:
+            _log.error("%s: stopping the engine: %s", self.path, error)
+
+    def _close(self) -> None:
+        with self._request_lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
+        self._bell.ring()
+        if self._is_beating():
+            cast(threading.Thread, self._thread).join()
+        self.waiters.wake_all()
+        for request in self._requests:
+            request.fail(EngineClosedError(f"the engine on {self.path} was stopped"))
+        self.hub.stop()
+        with self._beat_lock:
+            self.reader.close()
+            self.store.close()
+        if self._lock_file is not None:
+            self._lock_file.remove()
+            self._lock_file = None
+
+    close = _close
+
+    def abandon(self) -> None:
+        """Let go of everything, unclosed: this is the child of a fork."""
+        self.is_forked = self.is_closed = True
+        self.reader.abandon()
+        _keep_for_ever([self.store.db])
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    # Draining
+
+    def drain(self, queue: str | None, with_scheduled: bool, max_steps: int) -> collections.Counter[str]:
+        """Run what is runnable in this thread: claim one row, run it, and commit it with the next claim."""
+        if self._thread is not None:
+            raise DurableError("a started engine runs its queues itself: drain one that is not started")
+        if not self._drain_lock.acquire(blocking=False):
+            raise DurableError("the engine is being drained already, by another thread or by the caller of this step")
+        tally: collections.Counter[str] = collections.Counter()
+        try:
+            self._register(self.NEVER_MS)
+            self._tally = tally
+            try:
+                self._drain_until_idle(queue, with_scheduled, max_steps)
+            finally:
+                self._tally = None
+                self._end_drain()
+        finally:
+            self._drain_lock.release()
+        return tally
+
+    def _drain_until_idle(self, queue: str | None, with_scheduled: bool, max_steps: int) -> None:
+        def want(beat: _Beat) -> None:
+            queues = () if beat.claims or self._local else (queue,) if queue is not None else beat.runnable_queues()
+            horizon = _END_OF_TIME if with_scheduled else beat.now
+            any(beat.claim(one, 1, horizon=horizon) for one in queues)
+
+        steps = 0
+        while True:
+            with self._beat_lock:
+                self._beat(want)
+            if self._failure is not None:
+                raise self._failure
+            if not self._local:
+                if self._finished or self._has_unfinished_timers():
+                    continue
+                return
+            claim = self._local[0]
+            if steps >= max_steps and claim.error is None:
+                raise DurableError(
+                    f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
+                    f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
+                )
+            steps += claim.error is None
+            self._run_locally(self._local.popleft())
+
+    def _has_unfinished_timers(self) -> bool:
+        return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
+
+    def _run_locally(self, claim: _Claim) -> None:
+        """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
+        cast(collections.Counter[str], self._tally)["steps"] += claim.error is None
+        try:
+            self._finished.append(self._run_async_locally(claim) if claim.is_async else self._run_sync_locally(claim))
+        except BaseException as error:
+            self._finished.append(_crash(claim, error))
+            with self._beat_lock:
+                self._beat(lambda beat: None)
+            raise
+
+    def _run_sync_locally(self, claim: _Claim) -> _Commit:
+        """Run a plain step. Nothing can interrupt it here, so that its timeout is noticed when it returns."""
+        commit = _execute(claim)
+        timeout_s = claim.spec.timeout_s
+        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
+            return _recover(claim, _timeout_error(claim))
+        return commit
+
+    def _run_async_locally(self, claim: _Claim) -> _Commit:
+        import asyncio
+
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        runner = self._runner
+
+        async def run() -> _Commit | Exception:
+            try:
+                return await asyncio.wait_for(_execute_async(claim), claim.spec.timeout_s)
+            except TimeoutError:
+                return _timeout_error(claim)
+
+        if asyncio._get_running_loop() is None:
+            result = runner.run(run())
+        else:  # a loop can't run within another: the step gets a thread
+            result = _call_in_thread(lambda: runner.run(run()))
+        return result if isinstance(result, _Commit) else _recover(claim, result)
+
+    def _end_drain(self) -> None:
+        """Commit or give back what is in hand, and sign off."""
+        claims = list(self._local)
+        self._local.clear()
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+        try:
+            self._try_to_give_back(claims)
+            self._try(lambda beat: beat.store.unregister(self.worker_id))
+        finally:
+            cast(_LockFile, self._lock_file).remove()
+            self._lock_file = None
+
+
+def _abandon_all() -> None:
+    for scheduler in list(_schedulers):
+        if not scheduler.is_closed:
+            scheduler.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
+# ==================================================================================================
+# Engine
+# ==================================================================================================
+
+_UNTIL = {"settled": _TERMINAL | _PARKED, "terminal": _TERMINAL}
+_SYNCHRONOUS = ("full", "normal", "extra", "off")
+
+
+def _options_of_names(value: object, name: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """Check an option that is a dict by name; a name holds no colon, which parts it from its partitions."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dict, not {value!r}")
+    for key, one in value.items():
+        _text(key, f"a name in {name}")
+        check(one, f"{name}[{key!r}]")
+    return dict(value)
+
+
+def _check_no_colon(names: Iterable[str], option: str) -> None:
+    for name in names:
+        if ":" in name:
+            raise ValueError(f"{option} are by name, the part of a key before the first ':', not {name!r}")
+
+
+def _check_rate_limit(value: object, name: str) -> None:
+    if not isinstance(value, RateLimit):
+        raise ValueError(f"{name} must be a RateLimit, not {value!r}")
+
+
+def _at_least_1(value: object, name: str) -> int:
+    return _integer(value, name, 1)
+
+
+class _EngineOptions(TypedDict, total=False):
+    """The options of `Engine`."""
+
+    name: str
+    queues: Mapping[str, int]
+    fsms: Iterable[object]
+    rate_limits: Mapping[str, RateLimit]
+    concurrency_limits: Mapping[str, int]
+    prefetch: int
+    lease_ttl: _Duration
+    heartbeat_interval: _Duration
+    poll_interval: _Duration
+    drain_timeout: _Duration
+    retention: _Duration
+    gc_interval: _Duration
+    synchronous: str
+    clock: Callable[[], float]
+
+
+_ENGINE_DEFAULTS: _EngineOptions = {
+    "name": "durable",
+    "queues": {"default": 10},
+    "fsms": (),
+    "rate_limits": {},
+    "concurrency_limits": {},
+    "prefetch": 0,
+    "lease_ttl": 60,
+    "heartbeat_interval": 20,
+    "poll_interval": 0.05,
+    "drain_timeout": 5,
+    "retention": dt.timedelta(days=1),
+    "gc_interval": 60,
+    "synchronous": "full",
+    "clock": time.time,
+}
+
+
+def _read_options(given: _EngineOptions) -> _Options:
+    """Check an engine's options; a bad one is a ValueError that names it."""
+    options = _Options(
+        name=_text(given["name"], "name"),
+        queues=_options_of_names(given["queues"], "queues", _at_least_1),
+        rate_limits=_options_of_names(given["rate_limits"], "rate_limits", _check_rate_limit),
+        concurrency_limits=_options_of_names(given["concurrency_limits"], "concurrency_limits", _at_least_1),
+        prefetch=_integer(given["prefetch"], "prefetch", 0),
+        lease_ms=_positive_ms(given["lease_ttl"], "lease_ttl"),
+        heartbeat_ms=_positive_ms(given["heartbeat_interval"], "heartbeat_interval"),
+        poll_s=_positive_ms(given["poll_interval"], "poll_interval") / 1000,
+        drain_s=_duration_ms(given["drain_timeout"], "drain_timeout") / 1000,
+        retention_ms=_duration_ms(given["retention"], "retention"),
+        gc_ms=_positive_ms(given["gc_interval"], "gc_interval"),
+    )
+    _check_no_colon(options.rate_limits, "rate_limits")
+    _check_no_colon(options.concurrency_limits, "concurrency_limits")
+    if options.heartbeat_ms >= options.lease_ms:
+        raise ValueError(
+            f"heartbeat_interval must be less than lease_ttl, {given['lease_ttl']!r} seconds,"
+            f" not {given['heartbeat_interval']!r}"
+        )
+    if given["synchronous"] not in _SYNCHRONOUS:
+        raise ValueError(f"synchronous must be one of {', '.join(_SYNCHRONOUS)}, not {given['synchronous']!r}")
+    if not callable(given["clock"]):
+        raise ValueError(f"clock must be callable and return seconds since the epoch, not {given['clock']!r}")
+    return options
+
+
+class Engine:
+    """Runs machines and jobs on one SQLite file, and lets anybody insert, signal, wait and look.
+
+    Making one opens the file, and creates or migrates it; `start()` or `with` runs its queues. Every method is
+    thread-safe; several engines, in one or in many processes of the machine, may share a file. Options:
+
+    * `name` ("durable"): what `workers()` and the log show
+    * `queues` ({"default": 10}): how many steps of each queue run at once; `{}` makes a client that runs nothing
+    * `fsms` (): objects to run classes with that can't be made without arguments
+    * `rate_limits` ({}): `RateLimit` by name, kept in the file
+    * `concurrency_limits` ({}): how many instances of one concurrency key execute at once, by the key's name
+    * `prefetch` (0): rows to claim ahead for each queue
+    * `lease_ttl` (60), `heartbeat_interval` (20): seconds after which a worker that does not beat loses its claims,
+      and how often it beats
+    * `poll_interval` (0.05): seconds within which another process's commit is seen
+    * `drain_timeout` (5): seconds that `stop` waits for running steps
+    * `retention` (1 day), `gc_interval` (60): seconds that ended rows are kept, and how often they are collected
+    * `synchronous` ("full"): "full" survives a power cut, "normal" a crash of the process
+    * `clock` (time.time): seconds since the epoch
+
+    A bad value is a `ValueError`, a damaged, foreign or newer file a `SchemaError`, one that `sqlite3` has open in
+    this process a `SharedFileError`.
+    """
+
+    def __init__(self, database: str | os.PathLike[str], **options: Unpack[_EngineOptions]) -> None:
+        unknown = options.keys() - _ENGINE_DEFAULTS.keys()
+        if unknown:
+            raise TypeError(f"unknown option {min(unknown)!r}; allowed are {', '.join(_ENGINE_DEFAULTS)}")
+        given: _EngineOptions = {**_ENGINE_DEFAULTS, **options}
+        checked = _read_options(given)
+        behaviours = _Behaviours(given["fsms"])
+        self._path = _database_path(database)
+        self._synchronous = given["synchronous"]
+        self._guarded = _guard_file(self._path)
+        try:
+            self._core = _Scheduler(self._path, checked, behaviours, self._synchronous, given["clock"])
+            if self._guarded is None:  # the file is new
+                self._guarded = _guard_file(self._path)
+            self._save_rate_limits(checked.rate_limits)
+        except BaseException:
+            self._release()
+            raise
+
+    # Life cycle
+
+    def start(self) -> None:
+        """Run the queues, in threads, until `stop`."""
+        self._core.start()
+
+    def stop(self, timeout: _Duration | None = None) -> None:
+        """Stop claiming, let running steps commit for up to `timeout` (`drain_timeout` unless given), and close.
+
+        What was claimed and has not started is given back at once, what has not ended by then afterwards. A second
+        call does nothing.
+        """
+        timeout_s = None if timeout is None else _duration_ms(timeout, "timeout") / 1000
+        self._core.stop(timeout_s)
+        self._release()
+
+    def run(self) -> None:
+        """Start, block until SIGINT or SIGTERM, then stop. A second signal during the stop has its usual effect."""
+        import signal
+
+        bell = _Bell()
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        previous = [(number, signal.signal(number, lambda *_: bell.ring())) for number in numbers]
+        try:
+            if not self._core.is_started:
+                self.start()
+            while not self._core.is_closed and not bell.wait(0.5):
+                pass
+        finally:
+            for number, handler in previous:
+                signal.signal(number, handler)
+            self.stop()
+
+    def __enter__(self) -> Engine:
+        if not self._core.is_started:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # Insert and signal
+
+    def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
+        """Insert an instance, with the options of `Insert`, and return its id once it is durable.
+
+        Raises `DuplicateError`, `StateError`, `UnknownFSMError`, `UnknownLimitError`, `ValueError` or `TypeError`;
+        then nothing was written.
+        """
+        self._core.check_open()
+        row = self._core.desk.new_row(Insert(fsm, **options))
+        if row.correlation_key is None:
+            return self._core.insert((row,))[0]
+        return cast(int, self._core.perform(lambda beat: beat.insert(row)))
+
+    def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
+        """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
+        self._core.check_open()
+        rows = [self._core.desk.new_row(_as_insert(one)) for one in inserts]
+        return cast("list[int | None]", self._core.perform(lambda beat: beat.insert_all(rows)))
+
+    def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
+        """Insert an instance without waiting; the future has its id once it is durable. Many share a commit."""
+        self._core.check_open()
+        return self._core.insert_later(self._core.desk.new_row(Insert(fsm, **options)))
+
+    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
+        """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
+
+        A `dedup_key` makes redelivery a no-op as long as the instance lives. Raises `NoTargetError`.
+        """
+        message = _message(target, name, payload, dedup_key)
+        self._core.perform(lambda beat: beat.signal(message))
+
+    # Look and wait
+
+    def get(self, target: int | str) -> Instance:
+        """Return an instance by id, or by correlation key: the occupant, else the newest that carries the key.
+
+        Raises `NotFoundError`.
+        """
+        self._core.check_open()
+        return self._core.reader.get(target)
+
+    def find(
+        self,
+        *,
+        status: str | None = None,
+        fsm: Any = None,
+        queue: str | None = None,
+        parent_id: int | None = None,
+        correlation_key: str | None = None,
+        limit: int = 100,
+        before: int | None = None,
+    ) -> list[Instance]:
+        """Return the newest instances that pass all filters, newest first; `before=id` pages."""
+        self._core.check_open()
+        filters = {
+            "status": None if status is None else _status(status),
+            "fsm": fsm if fsm is None or isinstance(fsm, str) else _resolve(fsm).name,
+            "queue": queue,
+            "parent_id": parent_id,
+            "correlation_key": correlation_key,
+            "before": before,
+        }
+        return self._core.reader.find(filters, _at_least_1(limit, "limit"))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many instances each queue has in each status: `{queue: {status: n}}`."""
+        self._core.check_open()
+        return self._core.reader.counts()
+
+    def wait(self, target: int | str, timeout: _Duration | None = 5, *, until: str = "settled") -> Instance:
+        """Wait until an instance is done, failed or parked (`until="terminal"`: done or failed), and return it.
+
+        A timeout, in seconds, is not an error: the instance is returned as it stands. Raises `NotFoundError`, and
+        `EngineClosedError` if the engine is stopped meanwhile.
+        """
+        if until not in _UNTIL:
+            raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
+        timeout_s = math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000
+        self._core.check_open()
+        return self._wait(self._core.reader.identify(target), _UNTIL[until], timeout_s)
+
+    def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
+        """Wait for an instance to end and return its result.
+
+        Raises `FailedError` with its `last_error`, `TimeoutError` after `timeout` seconds (None: never), and
+        `NotFoundError`.
+        """
+        instance = self.wait(target, timeout, until="terminal")
+        if instance.status == Status.DONE:
+            return instance.result
+        if instance.status == Status.FAILED:
+            raise FailedError(instance.id, instance.last_error)
+        raise TimeoutError(f"instance {instance.id} has not ended within {timeout!r} s, it is {instance.status}")
+
+    def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
+        """Call back with every `Event` of those names, or all; return a function that unsubscribes.
+
+        Events come from a thread of their own while the engine runs, else from the thread that made them. What a
+        callback raises is logged.
+        """
+        self._core.check_open()
+        return self._core.hub.subscribe(callback, names)
+
+    # Steer
+
+    def cancel(self, target: int | str, reason: str = "cancelled") -> bool:
+        """Fail an instance for a reason; True if it is failed now, or will be when its running step ends.
+
+        The running step's outcome is dropped, and its `ctx.cancelled` is true. False if it had ended. Raises
+        `NotFoundError`.
+        """
+        _text(reason, "reason")
+        self._core.check_open()
+        instance = self._core.reader.identify(target)
+        return cast(bool, self._core.perform(lambda beat: beat.cancel(instance, reason)))
+
+    def retry(self, target: int | str) -> None:
+        """Run a failed instance again from its current step, with attempt 0.
+
+        Raises `NotFoundError`, `DurableError` if it has not failed, `DuplicateError` if its key is taken by now.
+        """
+        self._core.check_open()
+        instance = self._core.reader.identify(target)
+        self._core.perform(lambda beat: beat.revive(instance))
+
+    def pause(self, queue: str) -> None:
+        """Keep every engine from claiming from a queue, until `resume`; what runs, ends."""
+        _text(queue, "queue")
+        self._core.perform(lambda beat: beat.store.pause(queue))
+
+    def resume(self, queue: str) -> None:
+        """Let a paused queue run again."""
+        _text(queue, "queue")
+        self._core.perform(lambda beat: beat.store.resume(queue))
+
+    def drain(
+        self, *, queue: str | None = None, with_scheduled: bool = True, max_steps: int = 1000
+    ) -> collections.Counter[str]:
+        """Run everything that is runnable, in this thread, and return what it came to: `Counter(steps=3, done=1, ...)`.
+
+        No engine may be started. Work dated in the future counts as due unless `with_scheduled=False`; await
+        deadlines and buckets keep to the clock. More than `max_steps` steps are a `DurableError` that names the
+        instance still running. A step over its `timeout` is noticed when it returns.
+        """
+        if queue is not None:
+            _text(queue, "queue")
+        _boolean(with_scheduled, "with_scheduled")
+        _at_least_1(max_steps, "max_steps")
+        self._core.check_open()
+        return self._core.drain(queue, with_scheduled, max_steps)
+
+    def fire_timeouts(self) -> int:
+        """Let every armed await deadline fire now, and return how many there were."""
+        return cast(int, self._core.perform(_Beat.fire_timeouts))
+
+    # Maintain
+
+    def gc(self) -> int:
+        """Collect what is older than `retention` now; return the number of rows deleted."""
+        total = 0
+        after: tuple[int, int] | None = (0, 0)
+        while after is not None:
+            count, after = self._core.perform(functools.partial(_Beat.collect, after=after, count=500))
+            total += count
+        return total
+
+    def workers(self) -> list[Worker]:
+        """Return the engines that run on this file."""
+        self._core.check_open()
+        return self._core.reader.workers()
+
+    def check(self) -> list[str]:
+        """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound."""
+        self._core.check_open()
+        return self._core.reader.check()
+
+    def connect(self) -> apsw.Connection:
+        """Return a connection to the file for the application's own use, with the engine's settings."""
+        self._core.check_open()
+        with _driver_errors(self._path):
+            return _configure(_connect(self._path), self._synchronous)
+
+    def snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Copy the file as it is at one instant, while workers run.
+
+        In the copy every queue is paused, so that opening it repeats no side effect, no worker is registered, and
+        what was executing is runnable. Raises `ValueError` if there is a file at `path`.
+        """
+        self._core.check_open()
+        target = _database_path(path)
+        if os.path.exists(target):
+            raise ValueError(f"path must be that of a new file, and {target} exists")
+        partial = f"{target}-partial-{secrets.token_hex(4)}"
+        try:
+            self._copy(partial)
+            os.replace(partial, target)
+        finally:
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial + suffix)
+
+    # Helpers
+
+    def _wait(self, instance: int, statuses: frozenset[Status], timeout_s: float) -> Instance:
+        core = self._core
+        deadline = time.monotonic() + timeout_s
+        with core.waiters.waiting(instance, statuses) as bell:
+            while True:
+                found = core.reader.get(instance)
+                left_s = deadline - time.monotonic()
+                if found.status in statuses or left_s <= 0:
+                    return found
+                # The engine's own thread rings for commits, also for those of other processes; without it, look.
+                bell.wait(left_s if core.is_started else min(left_s, core.options.poll_s))
+                core.check_open()
+
+    def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
+        policies = [_policy(name, limit) for name, limit in limits.items()]
+        if any(self._core.reader.policy(policy.name) != policy for policy in policies):
+            self._core.perform(functools.partial(_Beat.save_policies, policies=policies))
+
+    def _copy(self, path: str) -> None:
+        source, copy = _connect(self._path), apsw.Connection(path)
+        closing = contextlib.closing
+        with _driver_errors(path), closing(source), closing(copy), copy.backup("main", source, "main") as backup:
+            backup.step(-1)
+        with contextlib.closing(_Scheduler(path, self._core.options, _Behaviours(()), "full", time.time)) as copied:
+            workers = copied.reader.workers()
+            queues = {*copied.reader.queues(), *self._core.options.queues, *(q for one in workers for q in one.queues)}
+            copied.perform(functools.partial(_Beat.disband, queues=queues))
+
+    def _release(self) -> None:
+        _unguard_file(self._guarded)
+        self._guarded = None
+
+    def __repr__(self) -> str:
+        return f"<Engine {self._core.options.name!r} on {self._path}>"
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None and not core.is_closed:
+            warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
+            self.stop(0)
+
+
+def _as_insert(value: object) -> Insert:
+    if not isinstance(value, Insert):
+        raise ValueError(f"inserts must be Insert(...)s, not {_brief(value)}")
+    return value
+
+
+def _status(value: object) -> Status:
+    try:
+        return Status(cast(str, value))
+    except ValueError:
+        raise ValueError(f"status must be one of {', '.join(Status)}, not {value!r}") from None
+
+
+def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
+    """Insert an instance in the transaction that is open on the application's own connection, and return its id.
+
+    It exists if and only if the application commits. `connection` is an `apsw.Connection`, such as
+    `engine.connect()` gives, or, in a process that has no engine on that file, a `sqlite3.Connection`. Options and
+    errors are those of `Engine.insert`; a connection without an open transaction, or to a file without durable's
+    tables, is a `ValueError`.
+    """
+    cursor = _cursor_of(connection)
+
+    def first(sql: str, binding: object) -> Any:
+        return cursor.execute(sql, (binding,)).fetchone()
+
+    def policy_of(name: str) -> _Policy | None:
+        found = first(_LIMIT, name)
+        return _Policy(*found) if found else None
+
+    _check_tables(first)
+    row = _new_row(Insert(fsm, **options), int(time.time() * 1000), policy_of)
+    cursor.execute(_INSERT, row)
+    inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
+    if not inserted:
+        raise DuplicateError(cast(str, row.correlation_key), first(_OCCUPANT, row.correlation_key)[0])
+    return connection.last_insert_rowid() if isinstance(connection, apsw.Connection) else cursor.lastrowid
+
+
+def _cursor_of(connection: Any) -> Any:
+    """Return a cursor of the application's connection, if a transaction is open on it."""
+    standard = sys.modules.get("sqlite3")
+    is_standard = standard is not None and isinstance(connection, standard.Connection)
+    if not is_standard and not isinstance(connection, apsw.Connection):
+        raise ValueError(f"connection must be an apsw.Connection or a sqlite3.Connection, not {connection!r}")
+    if not connection.in_transaction:
+        raise ValueError("connection has no transaction open: execute BEGIN IMMEDIATE on it first")
+    cursor = connection.cursor()
+    if is_standard:
+        cursor.row_factory = None
+    return cursor
+
+
+def _check_tables(first: Callable[[str, object], Any]) -> None:
+    """Refuse a connection to a file that has no tables of durable's, or those of a newer version."""
+    if first("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?", "durable_meta") is None:
+        raise ValueError("connection is to a file without durable's tables: open an Engine on it once")
+    version = int(first("SELECT value FROM durable_meta WHERE key = ?", "schema_version")[0])
+    if version != _SCHEMA_VERSION:
+        raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}")
