@@ -291,7 +291,12 @@ def _limit_name(key: str) -> str:
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _encode_ascii = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
-_decode = json.JSONDecoder().decode
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+def _decode(text: str) -> Any:
+    """Read JSON that this module wrote: there is no white space around it to look for, which takes half the time."""
+    return _raw_decode(text)[0]
 
 
 def _json(value: object) -> str:
@@ -731,8 +736,8 @@ class Cancel(Exception):
 
 
 _Outcome = Next | Retry | Await | ScheduleChildren | Done | Stop
-_OUTCOMES = (Next, Retry, Await, ScheduleChildren, Done, Stop)
-_JOB_OUTCOMES = (Retry, Done, Stop)
+_OUTCOMES: tuple[type, ...] = (Next, Retry, Await, ScheduleChildren, Done, Stop)
+_JOB_OUTCOMES: tuple[type, ...] = (Retry, Done, Stop)
 
 # ==================================================================================================
 # Schemas
@@ -1262,10 +1267,7 @@ class _Spec:
     inline: bool
     steps: dict[str, _Code]
     any_step: _Code | None
-
-    @property
-    def is_job(self) -> bool:
-        return self.max_attempts is not None
+    is_job: bool
 
     def code(self, name: str) -> _Code:
         code = self.steps.get(name, self.any_step)
@@ -1360,6 +1362,7 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         inline=_boolean(values["inline"], f"{where}: inline", TypeError),
         steps=steps,
         any_step=any_step,
+        is_job=is_job,
     )
 
 
@@ -1657,39 +1660,38 @@ class _Ruling(NamedTuple):
 
 def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
     """Say what an outcome makes of a row. Pure: no SQL, no clock."""
-    unchanged = _unchanged(row, now)._replace(state=ruling.state)
-    progress = unchanged._replace(attempt=0, last_error=None, traceback=None, awaits=None, joining=0)
-    unlimited = progress._replace(rate_limit=None, weight=1)
     match ruling.outcome:
-        case Next() as outcome:
-            kept = outcome.concurrency_key is KEEP
-            return progress._replace(
-                step=outcome.step,
-                rate_limit=_limit_key(outcome.rate_limit, "rate_limit"),
-                weight=outcome.weight,
-                concurrency_key=row.concurrency_key if kept else _limit_key(outcome.concurrency_key, "concurrency_key"),
-            )
+        case Done():
+            return _ended(row, Status.DONE, now, result=ruling.result)
+        case Stop():
+            return _ended(row, Status.FAILED, now, last_error=ruling.last_error, traceback=ruling.traceback)
         case Retry() as outcome:
             failure = ruling.last_error is not None
-            return unchanged._replace(
+            return _unchanged(row, now)._replace(
+                state=ruling.state,
                 attempt=row.attempt + outcome.counted,
                 eligible_at=_later(now, outcome.delay),
                 last_error=ruling.last_error if failure else row.last_error,
                 traceback=ruling.traceback if failure else row.traceback,
             )
+        case Next() as outcome:
+            is_kept = outcome.concurrency_key is KEEP
+            return _progressed(row, ruling, outcome.step, now)._replace(
+                rate_limit=_limit_key(outcome.rate_limit, "rate_limit"),
+                weight=outcome.weight,
+                concurrency_key=row.concurrency_key
+                if is_kept
+                else _limit_key(outcome.concurrency_key, "concurrency_key"),
+            )
         case Await() as outcome:
-            return unlimited._replace(
+            return _progressed(row, ruling, outcome.then, now)._replace(
                 status=Status.AWAITING_SIGNAL,
-                step=outcome.then,
                 awaits=_json(outcome.names),
                 await_deadline=None if outcome.timeout is None else _later(now, outcome.timeout),
             )
         case ScheduleChildren() as outcome:
-            return unlimited._replace(status=Status.AWAITING_CHILDREN, step=outcome.then, joining=1)
-        case Done():
-            return _ended(row, Status.DONE, now)._replace(result=ruling.result)
-        case Stop():
-            return _ended(row, Status.FAILED, now)._replace(last_error=ruling.last_error, traceback=ruling.traceback)
+            progressed = _progressed(row, ruling, outcome.then, now)
+            return progressed._replace(status=Status.AWAITING_CHILDREN, joining=1)
 
 
 def _later(now: int, delay: _Duration) -> int:
@@ -1699,32 +1701,70 @@ def _later(now: int, delay: _Duration) -> int:
 def _unchanged(row: _Row, now: int) -> _Change:
     """Make the row runnable at once, as it stands; whoever ran it has come back, so its crashes are forgotten."""
     return _Change(
-        Status.RUNNABLE,
-        row.step,
-        row.state,
-        None,
-        row.last_error,
-        row.traceback,
-        row.attempt,
-        0,
-        now,
-        row.concurrency_key,
-        row.rate_limit,
-        row.weight,
-        row.awaits,
-        None,
-        row.joining,
+        status=Status.RUNNABLE,
+        step=row.step,
+        state=row.state,
+        result=None,
+        last_error=row.last_error,
+        traceback=row.traceback,
+        attempt=row.attempt,
+        crashes=0,
+        eligible_at=now,
+        concurrency_key=row.concurrency_key,
+        rate_limit=row.rate_limit,
+        weight=row.weight,
+        awaits=row.awaits,
+        await_deadline=None,
+        joining=row.joining,
     )
 
 
-def _ended(row: _Row, status: Status, now: int) -> _Change:
+def _progressed(row: _Row, ruling: _Ruling, step_name: str, now: int) -> _Change:
+    """Bring the row to another step, with a clean slate: no errors, no limits but its key, nothing awaited."""
     return _unchanged(row, now)._replace(
-        status=status, eligible_at=row.eligible_at, last_error=None, traceback=None, awaits=None, joining=0
+        step=step_name,
+        state=ruling.state,
+        last_error=None,
+        traceback=None,
+        attempt=0,
+        rate_limit=None,
+        weight=1,
+        awaits=None,
+        joining=0,
+    )
+
+
+def _ended(
+    row: _Row,
+    status: Status,
+    now: int,
+    *,
+    result: str | None = None,
+    last_error: str | None = None,
+    traceback: str | None = None,
+) -> _Change:
+    """End the row; step, state and attempt stay as they were."""
+    return _Change(
+        status=status,
+        step=row.step,
+        state=row.state,
+        result=result,
+        last_error=last_error,
+        traceback=traceback,
+        attempt=row.attempt,
+        crashes=0,
+        eligible_at=row.eligible_at,
+        concurrency_key=row.concurrency_key,
+        rate_limit=row.rate_limit,
+        weight=row.weight,
+        awaits=None,
+        await_deadline=None,
+        joining=0,
     )
 
 
 def _cancelled(row: _Row, reason: str, now: int) -> _Change:
-    return _ended(row, Status.FAILED, now)._replace(last_error=reason)
+    return _ended(row, Status.FAILED, now, last_error=reason)
 
 
 def _crashed(row: _Row, cause: str, now: int) -> _Change:
@@ -1869,6 +1909,8 @@ _ROW = """
     i.weight, i.awaits, i.joining, i.parent_id, i.correlation_key,
     EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id)
 """
+_ROW_TO_CLAIM = _ROW.replace("i.claim,", "i.claim + 1,")
+"""The row as it will be under the claim that is about to be made."""
 _INSTANCE = """
     id, fsm, version, step, status, state, result, last_error, traceback, attempt, max_attempts, crashes, queue,
     priority, eligible_at, worker, concurrency_key, rate_limit, weight, parked_on, awaits, await_deadline, parent_id,
@@ -1915,13 +1957,13 @@ WHERE queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
 ORDER BY priority, eligible_at LIMIT 1
 """
 _CANDIDATES = f"""
-SELECT {_ROW} FROM durable_instances i
+SELECT {_ROW_TO_CLAIM} FROM durable_instances i
 WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
 ORDER BY eligible_at, id
 """
 # Used where rows of unknown classes stand in front: they are told apart within the index.
 _KNOWN_CANDIDATES = f"""
-SELECT {_ROW} FROM durable_instances i
+SELECT {_ROW_TO_CLAIM} FROM durable_instances i
 WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
     AND (fsm, version) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?))
 ORDER BY eligible_at, id
@@ -2623,8 +2665,8 @@ class _Store:
     def next_due(self, queue: str, priority: int, horizon: int) -> int | None:
         return cast("int | None", self.db.execute(_NEXT_DUE, (queue, priority, horizon)).get)
 
-    def claim_many(self, worker: str, ids: Iterable[int], now: int) -> None:
-        self.db.executemany(_CLAIM, [(worker, now, one) for one in ids])
+    def claim_many(self, worker: str, claims: Iterable[_Claim], now: int) -> None:
+        self.db.executemany(_CLAIM, [(worker, now, claim.row.id) for claim in claims])
 
     def next_queue(self, queue: str) -> str | None:
         return cast("str | None", self.db.execute(_NEXT_QUEUE, (queue,)).get)
@@ -3112,6 +3154,8 @@ class _Commit(NamedTuple):
 
 _KINDS = {Next: "next", Retry: "retry", Await: "await", ScheduleChildren: "children", Done: "done", Stop: "stop"}
 _CRASH = "crash"
+_PLAIN_TYPES = frozenset({type(None), str, int, float, bool, dict, list})
+"""What most jobs return; the rest of what they may is looked at more closely."""
 
 
 def _log_details(row: _Row) -> dict[str, Any]:
@@ -3159,21 +3203,24 @@ def _call(call: Callable[..., Any], claim: _Claim, ctx: Context[Any], *arguments
 
 def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
     """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
-    spec, step_name = claim.spec, claim.row.step
-    if isinstance(returned, _JOB_OUTCOMES) or (isinstance(returned, _OUTCOMES) and not spec.is_job):
-        return _rule(claim, ctx, returned)
+    is_job = claim.spec.is_job
+    kind: type = type(returned)
+    if is_job and kind in _PLAIN_TYPES:
+        return _rule(claim, ctx, Done(returned))
+    if kind in _OUTCOMES:
+        return (
+            _rule(claim, ctx, returned)
+            if not is_job or kind in _JOB_OUTCOMES
+            else _refuse_outcome(claim, ctx, returned)
+        )
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()
-        raise OutcomeError(f"step {step_name!r} returned an awaitable: define it with `async def`")
-    if not spec.is_job:
+        raise OutcomeError(f"step {claim.row.step!r} returned an awaitable: define it with `async def`")
+    if not is_job:
         names = ", ".join(one.__name__ for one in _OUTCOMES)
-        raise OutcomeError(f"step {step_name!r} returned {_brief(returned)}, which is none of {names}")
-    if isinstance(returned, Fail | Cancel):
-        return returned
-    if isinstance(returned, _OUTCOMES):
-        return _refuse_outcome(claim, ctx, returned)
-    return _rule(claim, ctx, Done(returned))
+        raise OutcomeError(f"step {claim.row.step!r} returned {_brief(returned)}, which is none of {names}")
+    return returned if isinstance(returned, Fail | Cancel) else _rule(claim, ctx, Done(returned))
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -3821,11 +3868,31 @@ class _Admission:
         return first is not None and first < (row.priority, row.eligible_at, row.id)
 
 
-class _Beat:
-    """One transaction: outcomes, requests, timers, claims; and who has to hear of it after its commit."""
+_NO_SIGNALS: tuple[Signal, ...] = ()
+
+
+class _Pick:
+    """What a claim has found so far in a queue."""
 
     PARKED_AT_ONCE = 2000
-    """A claim that has parked so many rows lets the beat end; the next goes on at once."""
+    """With so many rows parked, the beat ends; the next goes on at once."""
+
+    __slots__ = ("horizon", "parked", "queue", "slots", "taken")
+
+    def __init__(self, queue: str, slots: int, horizon: int) -> None:
+        self.queue = queue
+        self.slots = slots
+        self.horizon = horizon
+        self.taken: list[_Claim] = []
+        self.parked: list[tuple[str, int]] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.taken) >= self.slots or len(self.parked) >= self.PARKED_AT_ONCE
+
+
+class _Beat:
+    """One transaction: outcomes, requests, timers, claims; and who has to hear of it after its commit."""
 
     def __init__(self, core: _Scheduler, now: int, *, is_careful: bool = False) -> None:
         self.core = core
@@ -4006,6 +4073,8 @@ class _Beat:
             self.settled.append((row.id, status))
 
     def _tell_step(self, commit: _Commit) -> None:
+        if not self.core.hub.wants("step.stop"):
+            return
         row = commit.claim.row
         self.tell(
             "step.stop",
@@ -4283,50 +4352,52 @@ class _Beat:
 
     def claim(self, queue: str, slots: int, *, horizon: int | None = None) -> int:
         """Claim up to so many rows of a queue, by priority, time and id; note when the next is due."""
-        taken: list[_Row] = []
-        parked: list[tuple[str, int]] = []
-        horizon = self.now if horizon is None else horizon
-        priority: int = -_MAX_INTEGER - 1
-        while len(taken) < slots and len(parked) < self.PARKED_AT_ONCE:
+        pick = _Pick(queue, slots, self.now if horizon is None else horizon)
+        priority = -_MAX_INTEGER - 1
+        while not pick.is_full:
             head = self.store.next_priority(queue, priority)
             if head is None:
                 break
             priority, eligible_at = head
-            if eligible_at > horizon:
+            if eligible_at > pick.horizon:
                 self._note_due(eligible_at)
-                continue
-            if not self._scan(queue, priority, horizon, slots, taken, parked):
-                self._note_due(self.store.next_due(queue, priority, horizon))
-        self._park(parked)
-        self._take(queue, taken)
-        self.tell("pick.stop", {"count": len(taken), "demand": slots}, {"queue": queue})
-        return len(taken)
+            elif not self._scan(pick, priority):
+                self._note_due(self.store.next_due(queue, priority, pick.horizon))
+        self.is_unfinished |= len(pick.parked) >= pick.PARKED_AT_ONCE
+        self._park(pick.parked)
+        if pick.taken:
+            self.store.claim_many(self.core.worker_id, pick.taken, self.now)
+            self.claims.extend(pick.taken)
+        if self.core.hub.wants("pick.stop"):
+            self.tell("pick.stop", {"count": len(pick.taken), "demand": slots}, {"queue": queue})
+        return len(pick.taken)
 
-    def _scan(
-        self, queue: str, priority: int, horizon: int, slots: int, taken: list[_Row], parked: list[tuple[str, int]]
-    ) -> bool:
-        """Go through one priority's due rows; False if it came to the end of them."""
-        core = self.core
-        rows = self.store.candidates(queue, priority, horizon)
+    def _scan(self, pick: _Pick, priority: int) -> bool:
+        """Go through one priority's due rows until the pick is full; False if it came to the end of them first."""
+        rows = self.store.candidates(pick.queue, priority, pick.horizon)
         while (row := next(rows, None)) is not None:
-            if core.behaviour_of(row.fsm, row.version) is None:
-                core.report_unknown(self, row)
-                rows = self.store.known_candidates(queue, priority, horizon, core.known_classes())
-                skipped = {one.id for one in taken} | {one for _, one in parked}
-                rows = (one for one in rows if one.id not in skipped)
+            known = self.core.behaviour_of(row.fsm, row.version)
+            if known is None:
+                self.core.report_unknown(self, row)
+                rows = self._known_rows(pick, priority)
                 continue
-            refusal = None
-            if row.concurrency_key is not None or row.rate_limit is not None:
-                refusal = self.admission.refusal(row)
+            is_limited = row.concurrency_key is not None or row.rate_limit is not None
+            refusal = self.admission.refusal(row) if is_limited else None
             if refusal is None:
-                taken.append(row)
+                inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
+                pick.taken.append(_Claim(row, *known, self.core.desk, inbox))
             else:
-                parked.append((refusal, row.id))
+                pick.parked.append((refusal, row.id))
                 self._note_parked(row, refusal)
-            if len(taken) == slots or len(parked) >= self.PARKED_AT_ONCE:
-                self.is_unfinished |= len(parked) >= self.PARKED_AT_ONCE
+            if pick.is_full:
                 return True
         return False
+
+    def _known_rows(self, pick: _Pick, priority: int) -> Iterator[_Row]:
+        """Go on without the rows of unknown classes, which are skipped within the index."""
+        seen = {claim.row.id for claim in pick.taken} | {instance for _, instance in pick.parked}
+        rows = self.store.known_candidates(pick.queue, priority, pick.horizon, self.core.known_classes())
+        return (row for row in rows if row.id not in seen)
 
     def _note_parked(self, row: _Row, parked_on: str) -> None:
         """A row that one limit refused leaves what the other had kept for it to those behind it."""
@@ -4347,19 +4418,6 @@ class _Beat:
             self.admission.forget_lines()
         rates = {parked_on.removeprefix("rate:") for parked_on, _ in parked if parked_on.startswith("rate:")}
         self._note_due(self.admission.save(rates))
-
-    def _take(self, queue: str, rows: list[_Row]) -> None:
-        if not rows:
-            return
-        core = self.core
-        self.store.claim_many(core.worker_id, [row.id for row in rows], self.now)
-        for row in rows:
-            spec, behaviour = cast(tuple[_Spec, object], core.behaviour_of(row.fsm, row.version))
-            inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
-            self.claims.append(_Claim(row._replace(claim=row.claim + 1), spec, behaviour, core.desk, inbox))
-
-
-_NO_SIGNALS: tuple[Signal, ...] = ()
 
 
 def _log_failure(row: _Row, change: _Change) -> None:
