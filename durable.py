@@ -736,8 +736,8 @@ class Cancel(Exception):
 
 
 _Outcome = Next | Retry | Await | ScheduleChildren | Done | Stop
-_OUTCOMES: tuple[type, ...] = (Next, Retry, Await, ScheduleChildren, Done, Stop)
-_JOB_OUTCOMES: tuple[type, ...] = (Retry, Done, Stop)
+_OUTCOMES = (Next, Retry, Await, ScheduleChildren, Done, Stop)
+_JOB_OUTCOMES = (Retry, Done, Stop)
 
 # ==================================================================================================
 # Schemas
@@ -3204,15 +3204,11 @@ def _call(call: Callable[..., Any], claim: _Claim, ctx: Context[Any], *arguments
 def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
     """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
     is_job = claim.spec.is_job
-    kind: type = type(returned)
-    if is_job and kind in _PLAIN_TYPES:
+    if is_job and type(returned) in _PLAIN_TYPES:
         return _rule(claim, ctx, Done(returned))
-    if kind in _OUTCOMES:
-        return (
-            _rule(claim, ctx, returned)
-            if not is_job or kind in _JOB_OUTCOMES
-            else _refuse_outcome(claim, ctx, returned)
-        )
+    if isinstance(returned, _OUTCOMES):
+        is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
+        return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()
