@@ -1053,11 +1053,11 @@ class Context(Generic[_State]):
 
     __slots__ = ("_children", "_claim", "_effects", "_inbox", "_state")
 
-    def __init__(self, claim: _Claim, state: _State, inbox: tuple[Signal, ...]) -> None:
+    def __init__(self, claim: _Claim, state: _State, *, for_handle: bool = False) -> None:
         self._claim = claim
         self._state = state
-        self._inbox = inbox
-        self._children: tuple[Instance, ...] | None = None if inbox is claim.inbox else ()
+        self._inbox = () if for_handle else claim.inbox
+        self._children: tuple[Instance, ...] | None = () if for_handle else None
         self._effects: list[_Effect] | None = []
 
     @classmethod
@@ -2183,6 +2183,7 @@ _STORAGE_ERRORS = (
     apsw.InterruptError,
 )
 _DAMAGE_ERRORS = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
+_STORE_FAILURES = _STORAGE_ERRORS + _DAMAGE_ERRORS
 _LOCK_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's write lock."""
 
@@ -3129,14 +3130,14 @@ class _Claim:
         return _Claim(self.row, self.spec, self.behaviour, self.desk, self.inbox, error)
 
     def open(self) -> Context[Any]:
-        return Context(self, _load_state(self.spec.state, self.row.state), self.inbox)
+        return Context(self, _load_state(self.spec.state, self.row.state))
 
     def open_for_handle(self) -> Context[Any]:
         """Open a Context with an empty inbox, and the plain dict where the state no longer loads."""
         try:
-            return Context(self, _load_state(self.spec.state, self.row.state), ())
+            return Context(self, _load_state(self.spec.state, self.row.state), for_handle=True)
         except StateError:
-            return Context(self, _decode(self.row.state), ())
+            return Context(self, _decode(self.row.state), for_handle=True)
 
 
 class _Commit(NamedTuple):
@@ -3536,7 +3537,8 @@ class _EventLoop:
         """Cancel what still runs, wait for it to be gone, and stop."""
         self._is_closing = True
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _serve(self) -> None:
         import asyncio
@@ -3908,6 +3910,8 @@ class _Beat:
         self.next_at: int | None = None
         """The next instant at which a timer of the file is due."""
         self.is_unfinished = False
+        self.is_committing = False
+        self.interrupt: BaseException | None = None
         self.inserted = 0
         self._freed_keys: set[str] = set()
         self._poked_buckets: set[str] = set()
@@ -3951,7 +3955,7 @@ class _Beat:
             change = self._write(commit)
             for effect in commit.effects if change is not None else ():
                 self._apply(commit.claim.row, effect)
-        except _STORAGE_ERRORS + _DAMAGE_ERRORS:
+        except _STORE_FAILURES:
             raise
         except Exception as error:
             if not self.store.db.in_transaction:
@@ -4143,7 +4147,7 @@ class _Beat:
         except DurableError as error:
             request.error = error
         except Exception as error:
-            if not self.is_careful:
+            if not self.is_careful or isinstance(error, _STORE_FAILURES):
                 raise
             self._undo()
             request.error = error
@@ -4565,7 +4569,7 @@ class _Scheduler:
         self._failures_in_a_row = 0
         self._failure: Exception | None = None
         self._is_flushing = False
-        self._drain_lock = threading.Lock()
+        self._life_lock = threading.Lock()
         self._drained = _Bell()
         self._tally: collections.Counter[str] | None = None
         self._runner: asyncio.Runner | None = None
@@ -4638,7 +4642,7 @@ class _Scheduler:
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
-            if self._requests:
+            if self._requests and not self.is_closed:
                 self._beat()
 
     # What pools and beats ask for
@@ -4705,6 +4709,8 @@ class _Scheduler:
         self._failures_in_a_row = 0
         self._failure = None
         self._publish(beat, requests)
+        if beat.interrupt is not None:
+            raise beat.interrupt
 
     def _take_finished(self) -> list[_Commit]:
         return [self._finished.popleft() for _ in range(len(self._finished))]
@@ -4723,13 +4729,17 @@ class _Scheduler:
             try:
                 self.store.begin()
                 beat.run(commits, requests, wants)
+                beat.is_committing = True
                 self.store.commit()
             except BaseException as error:
+                if beat.is_committing and isinstance(error, KeyboardInterrupt) and not self.store.db.in_transaction:
+                    beat.interrupt = error  # it came between the commit and here: what is committed is told first
+                    return beat
                 self._undo(beat)
                 if isinstance(error, _RolledBackError):
                     commits.remove(error.commit)
                     refused.append((error.commit, error.error))
-                elif isinstance(error, apsw.Error) or not isinstance(error, Exception) or is_careful:
+                elif is_careful or not isinstance(error, Exception) or isinstance(error, _STORE_FAILURES):
                     raise
                 else:
                     _log.exception("a beat failed; it is tried again piece by piece")
@@ -4822,8 +4832,22 @@ class _Scheduler:
 
     def start(self) -> None:
         self.check_open()
+        with self._alone():
+            self._start()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep starting and draining apart: each needs that nobody else runs this engine's claims."""
         if self._thread is not None:
-            raise DurableError(f"the engine on {self.path} is started already")
+            raise DurableError("the engine is started already: it runs its queues itself")
+        if not self._life_lock.acquire(blocking=False):
+            raise DurableError("the engine is being started or drained, by another thread or by this step's caller")
+        try:
+            yield
+        finally:
+            self._life_lock.release()
+
+    def _start(self) -> None:
         self.context = contextvars.copy_context()
         self._register(self.options.lease_ms)
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
@@ -4859,7 +4883,12 @@ class _Scheduler:
 
     def _serve(self) -> None:
         while not self.is_closed:
-            self._bell.wait(self._step())
+            try:
+                sleep_s = self._step()
+            except Exception:
+                _log.exception("%s: the scheduler failed; it goes on", self.path)
+                sleep_s = 0.1
+            self._bell.wait(sleep_s)
 
     def _step(self) -> float:
         """Do what is due; return for how long there is nothing to do, in seconds."""
@@ -4920,10 +4949,12 @@ class _Scheduler:
     def _look_at_others(self, monotonic: float) -> None:
         """See whether another process has committed, or died."""
         try:
-            version = self.store.data_version()
-        except apsw.Error as error:
+            self._see_others(monotonic)
+        except (apsw.Error, DurableError) as error:
             _log.error("%s: looking for other processes' work failed: %s", self.path, _error_text(error))
-            return
+
+    def _see_others(self, monotonic: float) -> None:
+        version = self.store.data_version()
         if version != self._agenda.data_version:
             self._agenda.data_version, self._agenda.changed_at = version, monotonic
             self._agenda.due_at = self.desk.now()
@@ -4936,7 +4967,9 @@ class _Scheduler:
 
     def _notify_waiters(self) -> None:
         if self.waiters:
-            self.waiters.notify(self.reader.statuses(self.waiters.ids()).items())
+            ids = self.waiters.ids()
+            gone = dict.fromkeys(ids, Status.DONE.value)  # who waits for a collected row is to find out
+            self.waiters.notify({**gone, **self.reader.statuses(ids)}.items())
 
     def _withdraw_cancelled(self) -> None:
         """Fail claimed rows that another process cancelled before they started."""
@@ -5054,10 +5087,10 @@ class _Scheduler:
         if self._is_beating():
             cast(threading.Thread, self._thread).join()
         self.waiters.wake_all()
-        for request in self._requests:
-            request.fail(EngineClosedError(f"the engine on {self.path} was stopped"))
         self.hub.stop()
         with self._beat_lock:
+            while self._requests:
+                self._requests.popleft().fail(EngineClosedError(f"the engine on {self.path} was stopped"))
             self.reader.close()
             self.store.close()
         if self._lock_file is not None:
@@ -5078,12 +5111,8 @@ class _Scheduler:
 
     def drain(self, queue: str | None, with_scheduled: bool, max_steps: int) -> collections.Counter[str]:
         """Run what is runnable in this thread: claim one row, run it, and commit it with the next claim."""
-        if self._thread is not None:
-            raise DurableError("a started engine runs its queues itself: drain one that is not started")
-        if not self._drain_lock.acquire(blocking=False):
-            raise DurableError("the engine is being drained already, by another thread or by the caller of this step")
         tally: collections.Counter[str] = collections.Counter()
-        try:
+        with self._alone():
             self._register(self.NEVER_MS)
             self._tally = tally
             try:
@@ -5091,8 +5120,6 @@ class _Scheduler:
             finally:
                 self._tally = None
                 self._end_drain()
-        finally:
-            self._drain_lock.release()
         return tally
 
     def _drain_until_idle(self, queue: str | None, with_scheduled: bool, max_steps: int) -> None:
