@@ -73,8 +73,6 @@ if TYPE_CHECKING:
     import sqlite3
 
 __all__ = [
-    "KEEP",
-    "LIVE",
     "Await",
     "Cancel",
     "Context",
@@ -89,6 +87,8 @@ __all__ = [
     "FailedError",
     "Insert",
     "Instance",
+    "KEEP",
+    "LIVE",
     "Next",
     "NoTargetError",
     "NotFoundError",
@@ -4885,7 +4885,7 @@ class _Scheduler:
         while not self.is_closed:
             try:
                 sleep_s = self._step()
-            except Exception:
+            except Exception:  # noqa: BLE001 - a scheduler that dies would leave its callers waiting for ever
                 _log.exception("%s: the scheduler failed; it goes on", self.path)
                 sleep_s = 0.1
             self._bell.wait(sleep_s)
