@@ -1454,7 +1454,7 @@ def _register(spec: _Spec) -> None:
 
 
 def _definition(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
+    return _module_name(cls.__module__), cls.__qualname__
 
 
 def _resolve(fsm: object) -> _Spec:
