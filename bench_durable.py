@@ -33,6 +33,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -126,7 +127,7 @@ class Bench:
     @property
     def rounds(self) -> int:
         """How many samples a row has."""
-        return 9 if self.full else 5
+        return 7 if self.full else 3
 
     @contextlib.contextmanager
     def file(self) -> Iterator[Path]:
@@ -297,7 +298,7 @@ def spin(loops: int) -> None:
 class Five(FSM, initial="1"):
     """Five steps that do nothing."""
 
-    def step(self, name: str, ctx: Context) -> durable.Next | durable.Done:
+    def step(self, name: str, ctx: Context[Any]) -> durable.Next | durable.Done:
         """On to the next number."""
         return durable.Next(str(int(name) + 1)) if name < "5" else durable.Done()
 
@@ -309,7 +310,7 @@ class FiveInline(Five, inline=True):
 class Parked(FSM):
     """Waits for a signal; its result is the instant at which it woke."""
 
-    def step(self, name: str, ctx: Context) -> durable.Await | durable.Done:
+    def step(self, name: str, ctx: Context[Any]) -> durable.Await | durable.Done:
         """Park, then look at the clock."""
         return durable.Await("go", then="woken") if name == "start" else durable.Done(now())
 
@@ -317,7 +318,7 @@ class Parked(FSM):
 class FanOut(FSM):
     """Starts children and counts them when all have ended."""
 
-    def step(self, name: str, ctx: Context) -> durable.ScheduleChildren | durable.Done:
+    def step(self, name: str, ctx: Context[Any]) -> durable.ScheduleChildren | durable.Done:
         """One row each, and the join."""
         if name == "join":
             return durable.Done(len(ctx.children))
@@ -327,7 +328,7 @@ class FanOut(FSM):
 class Ledger(FSM):
     """Writes a row of the application's own in its commit."""
 
-    def perform(self, args: dict[str, Any], ctx: Context) -> None:
+    def perform(self, args: dict[str, Any], ctx: Context[Any]) -> None:
         """Exactly once."""
         ctx.execute("INSERT INTO ledger (amount) VALUES (?)", (args["n"],))
 
@@ -463,16 +464,16 @@ def steps(bench: Bench) -> Iterator[Figure]:
     """Steps a second of machines of five, beside as many jobs."""
 
     def five(fsm: type[FSM]) -> Work:
-        return running(lambda engine: 5 * pace(engine, [Insert(fsm, state=ARGS)] * 1_000))
+        return running(lambda engine: 5 * pace(engine, [Insert(fsm, state=ARGS)] * 800))
 
-    yield bench.compare("queued between steps", "steps/s", five(Five), rate(noops(5_000)), at_least=1.0)
-    yield bench.compare("inline=True", "steps/s", five(FiveInline), rate(noops(5_000)), at_least=1.3)
+    yield bench.compare("queued between steps", "steps/s", five(Five), rate(noops(4_000)), at_least=1.0)
+    yield bench.compare("inline=True", "steps/s", five(FiveInline), rate(noops(4_000)), at_least=1.3)
 
 
 @section
 def commits(bench: Bench) -> Iterator[Figure]:
     """The slowest commits under load, beside those of the skeleton."""
-    jobs = 20_000 if bench.full else 10_000
+    jobs = 20_000 if bench.full else 5_000
 
     def ours(engine: Engine) -> float:
         durations: list[float] = []
@@ -499,9 +500,9 @@ def execute(bench: Bench) -> Iterator[Figure]:
     def ours(engine: Engine) -> float:
         with contextlib.closing(engine.connect()) as connection:
             connection.execute("CREATE TABLE ledger (id INTEGER PRIMARY KEY, amount INTEGER NOT NULL) STRICT")
-        return pace(engine, [Insert(Ledger, args=ARGS)] * 5_000)
+        return pace(engine, [Insert(Ledger, args=ARGS)] * 3_000)
 
-    figure = bench.compare("drain, an INSERT a step", "jobs/s", running(ours), rate(noops(5_000)))
+    figure = bench.compare("drain, an INSERT a step", "jobs/s", running(ours), rate(noops(3_000)))
     yield figure
     added = [1e6 / a - 1e6 / b for a, b in zip(figure.ours, figure.floor, strict=True)]
     yield Figure("which adds", "us", added)
@@ -513,9 +514,9 @@ def events(bench: Bench) -> Iterator[Figure]:
 
     def ours(engine: Engine) -> float:
         engine.subscribe(ignore)
-        return pace(engine, noops(5_000))
+        return pace(engine, noops(3_000))
 
-    yield bench.compare("drain, 10 in flight", "jobs/s", running(ours), rate(noops(5_000)))
+    yield bench.compare("drain, 10 in flight", "jobs/s", running(ours), rate(noops(3_000)))
 
 
 def ignore(event: Event) -> None:
@@ -527,8 +528,8 @@ def idle(bench: Bench) -> Iterator[Figure]:
     """What a running engine costs that has nothing to do."""
 
     def percent_of_a_core(engine: Engine) -> float:
-        time.sleep(0.5)
-        used, rest_s = time.process_time(), seconds(lambda: time.sleep(2))
+        time.sleep(1.5)  # for a second after any commit an engine looks more often
+        used, rest_s = time.process_time(), seconds(lambda: time.sleep(1.5))
         return 100 * (time.process_time() - used) / rest_s
 
     samples = [bench.once(running(percent_of_a_core)) for _ in range(bench.rounds)]
@@ -537,10 +538,23 @@ def idle(bench: Bench) -> Iterator[Figure]:
 
 @section
 def imports(bench: Bench) -> Iterator[Figure]:
-    """Import in a fresh process, beside that of what it needs."""
-    pairs = [json.loads(child("imports")) for _ in range(2 * bench.rounds + 1)]
+    """Import in a fresh process from bytecode, as of an installed module, beside that of what it needs."""
+    pairs = [import_ms(bench) for _ in range(2 * bench.rounds + 2)][1:]  # the first one compiles
     needs, adds = zip(*pairs, strict=True)
     yield Figure("durable, beside apsw + attrs + cattrs", "ms", adds, needs, at_most=30)
+
+
+def import_ms(bench: Bench) -> tuple[float, float]:
+    """Milliseconds that importing takes: what durable needs, and durable after it."""
+    code = """if True:
+        import time; began = time.perf_counter()
+        import apsw, attrs, cattrs, cattrs.preconf.json; needed = time.perf_counter()
+        import durable; ended = time.perf_counter()
+        print(1000 * (needed - began), 1000 * (ended - needed))"""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bench.directory), "PYTHONDONTWRITEBYTECODE": ""}
+    run = partial(subprocess.run, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    needs_ms, durable_ms = run([sys.executable, "-c", code], cwd=Path(durable.__file__).parent).stdout.split()
+    return float(needs_ms), float(durable_ms)
 
 
 # ---------------------------------------------------------------- machines
@@ -737,10 +751,10 @@ def wakes(bench: Bench) -> Iterator[Figure]:
 def processes(bench: Bench) -> Iterator[Figure]:
     """Two worker processes on one file, beside one; first what the machine itself makes of two."""
     loops = int(5_000 / min(seconds(lambda: spin(1_000_000)) for _ in range(5)))
-    spins = [Insert(spin, args={"loops": loops})] * 300
+    spins = [Insert(spin, args={"loops": loops})] * 200
     yield bench.take_turns("bare processes that count", "/s", lambda: bare_pace(2), lambda: bare_pace(1))
     yield two_workers(bench, "steps of 5 ms of processor", spins, at_least=1.8)
-    yield two_workers(bench, "steps that do nothing", noops(5_000))
+    yield two_workers(bench, "steps that do nothing", noops(3_000))
 
 
 def two_workers(bench: Bench, what: str, work: Sequence[Insert], **bar: float) -> Figure:
@@ -762,7 +776,7 @@ def pace_of_workers(bench: Bench, work: Sequence[Insert], count: int) -> float:
 def bare_pace(count: int) -> float:
     """How often a second so many processes count to a million, together."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        return sum(20 / float(spent_s) for spent_s in pool.map(child, ["spin"] * count))
+        return sum(10 / float(spent_s) for spent_s in pool.map(child, ["spin"] * count))
 
 
 @contextlib.contextmanager
@@ -795,16 +809,6 @@ def child_worker(path: str) -> None:
     Engine(path).run()
 
 
-def child_imports() -> None:
-    """Print the milliseconds that importing takes: what durable needs, and durable after it."""
-    code = (
-        "import time; began = time.perf_counter(); import apsw, attrs, cattrs, cattrs.preconf.json;"
-        "needs = time.perf_counter() - began; import durable;"
-        "print([1000 * needs, 1000 * (time.perf_counter() - began - needs)])"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(durable.__file__).parent)
-
-
 def child_memory(path: str, jobs: str) -> None:
     """Run that many jobs and print the peak of resident memory in megabytes."""
     with Engine(path, prefetch=100) as engine:
@@ -819,12 +823,11 @@ def child_memory(path: str, jobs: str) -> None:
 
 
 def child_spin() -> None:
-    """Count to twenty million and print the seconds."""
-    print(seconds(lambda: spin(20_000_000)))
+    """Count to ten million and print the seconds."""
+    print(seconds(lambda: spin(10_000_000)))
 
 
 CHILDREN: dict[str, Callable[..., None]] = {
-    "imports": child_imports,
     "memory": child_memory,
     "spin": child_spin,
     "worker": child_worker,

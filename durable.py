@@ -43,9 +43,11 @@ import enum
 import functools
 import heapq
 import inspect
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import secrets
@@ -68,9 +70,11 @@ import cattrs.cols
 import cattrs.gen
 
 if TYPE_CHECKING:
+    import argparse
     import asyncio
     import concurrent.futures
     import sqlite3
+    import subprocess
 
 __all__ = [
     "Await",
@@ -996,6 +1000,16 @@ def _dump_plain(value: object) -> str:
     return _state_text(value)
 
 
+def _dict_text(value: dict[Any, Any]) -> str:
+    """Write a dict given for a State: mostly of JSON values, which need no look by cattrs."""
+    try:
+        return _json(value)
+    except TypeError:
+        return _state_text(_unstructure(value))
+    except (ValueError, RecursionError) as error:
+        raise StateError([_error_text(error)]) from error
+
+
 def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
     """Write a state as JSON text, held against its schema; `known` is a text that is known to fit.
 
@@ -1005,7 +1019,7 @@ def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
         return _dump_plain(value)
     if not isinstance(value, cls | dict):
         raise StateError([f"not a {cls.__name__} or a dict, {_brief(value)}"])
-    text = _state_text(_unstructure(value))
+    text = _dict_text(value) if isinstance(value, dict) else _state_text(_unstructure(value))
     if text == known:
         return text
     state = _structure(_strict, _decode(text), cls)
@@ -5703,3 +5717,1264 @@ def _check_tables(first: Callable[[str, object], Any]) -> None:
     version = int(first("SELECT value FROM durable_meta WHERE key = ?", "schema_version")[0])
     if version != _SCHEMA_VERSION:
         raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}")
+
+
+# ==================================================================================================
+# Command line
+# ==================================================================================================
+
+# How a status looks in a bar, as a block and as a letter, from what is over to what is still to come.
+_BLOCKS = {
+    Status.DONE: "█#",
+    Status.FAILED: "▚x",
+    Status.EXECUTING: "▓=",
+    Status.AWAITING_CHILDREN: "▒~",
+    Status.AWAITING_SIGNAL: "▒~",
+    Status.RUNNABLE: "░.",
+}
+_COLOURS = dict(zip(_BLOCKS, ("32", "31", "33", "35", "34", "36"), strict=True)) | {"bold": "1", "dim": "2"}
+
+
+class _UsageError(Exception):
+    """A command line that cannot be meant: exit status 2."""
+
+
+def _plain(value: object) -> str:
+    """`value` on one line, without anything that would steer a terminal."""
+    text = "-" if value is None or value == "" else str(value)
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _fit(text: str, width: int, *, right: bool = False) -> str:
+    """`text` in exactly `width` columns of a terminal, where a letter may take two."""
+    from apsw.unicode import text_width, text_width_substr
+
+    if text_width(text) > width:
+        text = text_width_substr(text, width - 1)[1] + "…"
+    padding = " " * (width - text_width(text))
+    return padding + text if right else text + padding
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """A width for each column, so that a line fits into `room`: the widest give way first."""
+    from apsw.unicode import text_width
+
+    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > 4:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+@attrs.frozen
+class _Screen:
+    """Where a verb writes, and what can be shown there."""
+
+    stream: typing.TextIO
+    live: bool  # a terminal that moves its cursor when told to
+    colour: bool
+    blocks: bool  # the encoding has block characters
+
+    @classmethod
+    def of_stdout(cls) -> _Screen:
+        """What standard output can show: plain lines, unless it is a terminal."""
+        import io
+
+        live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        if live and os.name == "nt":
+            os.system("")  # makes the Windows console understand escape sequences
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a letter that can't be shown is no reason to show nothing
+        blocks = str(sys.stdout.encoding).lower().startswith("utf")
+        return cls(sys.stdout, live, live and not os.environ.get("NO_COLOR"), blocks)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and lines; a pipe takes lines of any length."""
+        import shutil
+
+        columns, lines = shutil.get_terminal_size()
+        return (columns, lines) if self.live else (1_000_000, 1_000_000)
+
+    def write(self, *texts: str) -> None:
+        """Write `texts` and let them be seen."""
+        self.stream.write("".join(texts))
+        self.stream.flush()
+
+    def print(self, *lines: str) -> None:
+        """Write `lines`."""
+        self.write(*(f"{line}\n" for line in lines))
+
+    def print_json(self, value: object, indent: int | None = None) -> None:
+        """Write `value` for programs; instants as ISO text."""
+        self.print(json.dumps(value, indent=indent, default=dt.datetime.isoformat, ensure_ascii=not self.blocks))
+
+    def paint(self, text: str, style: str) -> str:
+        """`text` in the colour of a status, bold or dim, if there are colours."""
+        return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m" if self.colour else text
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+        """`rows` under `head`: numbers to the right, a status in its colour."""
+        cells = [[_plain(cell) for cell in row] for row in rows]
+        widths = _widths([head, *cells], self.size[0])
+        right = [all(isinstance(cell, int) for cell in column) for column in zip(*rows, strict=True)]
+        yield self.paint("  ".join(map(_fit, head, widths)).rstrip(), "bold")
+        for row, texts in zip(rows, cells, strict=True):
+            line = ""
+            for cell, text, width, to_right in zip(row, texts, widths, right, strict=True):
+                text = _fit(text, width, right=to_right)
+                line += (self.paint(text, cell) if isinstance(cell, Status) else text) + "  "
+            yield line.rstrip()
+
+    def bar(self, tally: Mapping[str, int], width: int) -> str:
+        """The statuses of `tally` as stretches of one bar; the smallest can still be seen."""
+        total = sum(tally.values()) or 1
+        cells = {status: max(bool(tally.get(status)), width * tally.get(status, 0) // total) for status in _BLOCKS}
+        cells[max(cells, key=cells.__getitem__)] += width - sum(cells.values())
+        which = 0 if self.blocks else 1
+        return "".join(self.paint(_BLOCKS[status][which] * n, status) for status, n in cells.items() if n)
+
+    def spark(self, values: Sequence[float]) -> str:
+        """`values` as a row of small columns."""
+        levels, peak = "▁▂▃▄▅▆▇█" if self.blocks else "_.-=+*#@", max(values, default=0) or 1
+        return "".join(levels[min(7, int(8 * max(0, value) / peak))] for value in values)
+
+
+def _span(seconds: float) -> str:
+    """A length of time in its largest unit: `40 ms`, `3.2 s`, `12 min`, `5 h`, `9 d`."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}".replace(".0 ", " ")
+    return f"{seconds * 1000:.0f} ms"
+
+
+def _distance(instant: dt.datetime, now: dt.datetime) -> str:
+    """How far `instant` is from `now`: `3 min ago`, `in 2 h`."""
+    seconds = (instant - now).total_seconds()
+    return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} ago"
+
+
+def _moment(instant: dt.datetime, now: dt.datetime) -> str:
+    """`instant` on the reader's own clock, and how far off it is."""
+    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({_distance(instant, now)})"
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+# ---- what verbs are made of
+
+
+@contextlib.contextmanager
+def _look(path: pathlib.Path) -> Iterator[_Reader]:
+    """A reader on the file, which can't write; no file is made, and none left behind."""
+    if not path.is_file():
+        raise DurableError(f"{path}: no such file")
+    # To read without a WAL, SQLite makes one, and only a connection that might write takes it away at the end.
+    has_wal = pathlib.Path(f"{path.resolve()}-wal").exists()
+    reader = _Reader(str(path.resolve()), apsw.SQLITE_OPEN_READONLY if has_wal else apsw.SQLITE_OPEN_READWRITE)
+    try:
+        with reader._reading() as connection:
+            if not _file_version(connection, reader.path):
+                raise SchemaError(f"{path} is no database of durable's")
+        yield reader
+    finally:
+        reader.close()
+
+
+@contextlib.contextmanager
+def _client(path: pathlib.Path, *, may_create: bool = False, **options: Any) -> Iterator[Engine]:
+    """An engine on the file that runs nothing."""
+    if not may_create:
+        with _look(path):  # refuses a file that is missing, or is none of durable's
+            pass
+    engine = Engine(path, queues={}, **options)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+_Run = Callable[..., int | None]
+_Opener = Callable[[pathlib.Path], contextlib.AbstractContextManager[Any]]
+
+
+@attrs.frozen
+class _Argument:
+    """One argument of a verb, as argparse will be told of it."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+
+@attrs.frozen
+class _Verb:
+    """A verb: what it does, what it opens its file with, its arguments."""
+
+    run: _Run
+    opens: _Opener | None
+    arguments: tuple[_Argument, ...]
+
+    def __call__(self, options: argparse.Namespace) -> int:
+        if self.opens is None:
+            return self.run(options) or 0
+        with self.opens(options.file) as opened:
+            return self.run(opened, options) or 0
+
+
+_VERBS: dict[str, _Verb] = {}
+
+
+def _argument(*names: str, **options: Any) -> _Argument:
+    return _Argument(names, options)
+
+
+_FILE = _argument("file", type=pathlib.Path, metavar="FILE", help="the database")
+
+
+def _verb(*arguments: _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
+    """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status."""
+
+    def register(run: _Run) -> _Run:
+        of_file = (_FILE,) if opens else ()
+        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, of_file + arguments)
+        return run
+
+    return register
+
+
+def _json_argument(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _UsageError(f"not JSON: {text!r}: {error}") from error
+
+
+def _target_argument(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _queue_argument(text: str) -> tuple[str, int]:
+    name, _, width = text.rpartition("=")
+    if not (name and width.isascii() and width.isdigit()):
+        raise _UsageError(f"not NAME=N: {text!r}")
+    return name, int(width)
+
+
+def _instant_argument(text: str) -> dt.datetime:
+    try:
+        return dt.datetime.fromisoformat(text).astimezone()  # without a zone: on this machine's clock
+    except ValueError as error:
+        raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
+
+
+_TARGET_OPTIONS = {
+    "type": _target_argument,
+    "metavar": "TARGET",
+    "help": "an id (all digits) or a correlation key",
+}
+_TARGET = _argument("target", **_TARGET_OPTIONS)
+_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
+_CODE = _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script")
+_DATABASE = _argument(
+    "--database", type=pathlib.Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"
+)
+_JSON = _argument("--json", action="store_true", help="for programs")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_LOG_LEVEL = _argument("--log-level", choices=_LOG_LEVELS, default="info", help="what to log (info)")
+_FILTERS = (
+    _argument("--fsm", metavar="NAME", help="only of this class, by its name in the file"),
+    _argument("--queue", metavar="QUEUE", help="only in this queue"),
+    _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
+)
+
+
+def _given(options: argparse.Namespace, arguments: Iterable[_Argument]) -> dict[str, Any]:
+    """Those of `arguments` that the command line has, under the names that the engine's methods give them."""
+    names = [argument.options.get("dest") or argument.names[0].strip("-") for argument in arguments]
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+# ---- run, drain, insert: with the user's code
+
+
+def _load_script(path: pathlib.Path) -> types.ModuleType:
+    """The script under its stem, so that its classes have the names that `python SCRIPT` gives them."""
+    path = path.resolve(strict=True)
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    if known is not None or path.stem in sys.stdlib_module_names:
+        raise DurableError(f"another module is called {path.stem!r}; the script needs a name of its own")
+    sys.path.insert(0, str(path.parent))
+    module = sys.modules[path.stem] = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _load_module(name: str) -> types.ModuleType:
+    """The module, found from the current directory as `python -m` finds it."""
+    import importlib
+
+    sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def _blame(error: BaseException) -> str:
+    """`error` in one line, with the user's line that raised it."""
+    import importlib
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if f.filename not in (__file__, importlib.__file__) and f.filename[0] != "<"]
+    place = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _load(target: str) -> tuple[types.ModuleType, Any]:
+    """The module that `target` means, and what it calls the name behind the colon; None without one."""
+    name, _, attribute = target.rpartition(":")
+    if not name or not attribute.replace(".", "_").isidentifier():  # no colon, or that of `C:\jobs.py`
+        name, attribute = target, ""
+    try:
+        is_script = name.endswith(".py") or pathlib.Path(name).is_file()
+        module = _load_script(pathlib.Path(name)) if is_script else _load_module(name)
+        return module, operator.attrgetter(attribute)(module) if attribute else None
+    except DurableError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise DurableError(f"{target} cannot be loaded: {_blame(error)}") from error
+
+
+def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engine:
+    """The engine that the command line means: TARGET's own, or a new one on --database."""
+    if queues and not options.database:
+        raise _UsageError("the queues of TARGET's own engine are its own: --queue goes with --database")
+    module, engine = _load(options.target)
+    if options.database and engine is None:
+        if not _registry:
+            raise DurableError(f"{options.target} defines no machine and no job")
+        return Engine(options.database, queues=queues or {spec.queue: 10 for spec in _registry.values()})
+    engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
+    if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
+        raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
+    return engines[0]
+
+
+def _log_to_stderr(level: str) -> None:
+    """Log for a person at a terminal, unless the user's code has set up logging of its own."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%X")
+
+
+def _serve(engine: Engine) -> None:
+    """Run `engine` until a signal asks for a drain. A second one leaves at once, as a crash would."""
+    import signal
+
+    def leave(number: int, _frame: object) -> None:
+        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
+
+    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
+    signal.signal(signal.SIGTERM, leave)
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
+    engine.run()
+
+
+@_verb(
+    _CODE,
+    _DATABASE,
+    _argument(
+        "--queue",
+        type=_queue_argument,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=N",
+        help="run N steps of queue NAME at once; others not at all",
+    ),
+    _LOG_LEVEL,
+)
+def _cli_run(options: argparse.Namespace) -> None:
+    """Run an engine until SIGINT or SIGTERM.
+
+    TARGET's own engine, or a new one on --database with all classes of TARGET, in their own queues unless
+    --queue says which, and how many steps of each at once. Several may run on one file. The first signal
+    asks for a drain: what runs may end, nothing new begins. The second leaves at once.
+
+    durable run jobs.py
+    durable run shop.worker:engine
+    durable run jobs.py --database shop.db --queue default=10 checkout=5
+    """
+    engine = _engine_for(options, dict(options.queue))
+    _log_to_stderr(options.log_level)
+    _serve(engine)
+
+
+@_verb(
+    _CODE,
+    _DATABASE,
+    _argument("--queue", metavar="QUEUE", help="only this queue"),
+    _argument("--with-scheduled", action="store_true", help="also what is scheduled for later"),
+    _LOG_LEVEL,
+)
+def _cli_drain(options: argparse.Namespace) -> int:
+    """Run what is due in this process, print the tally, end.
+
+    Exit status 1 if an instance failed.
+
+    durable drain jobs.py --database shop.db
+    """
+    engine = _engine_for(options, {})
+    _log_to_stderr(options.log_level)
+    try:
+        tally = engine.drain(queue=options.queue, with_scheduled=options.with_scheduled, max_steps=sys.maxsize)
+    finally:
+        engine.stop()
+    print(", ".join(f"{count} {kind}" for kind, count in tally.items() if count) or "nothing was due")
+    return 1 if tally["stop"] else 0
+
+
+_INSERT_OPTIONS = (
+    _argument("--state", "--args", type=_json_argument, metavar="JSON", help="its state, a job's arguments"),
+    _argument("--key", dest="correlation_key", metavar="KEY", help="a business key, unique among the live"),
+    _argument("--in", dest="schedule_in", type=float, metavar="SECONDS", help="not before"),
+    _argument("--at", dest="schedule_at", type=_instant_argument, metavar="INSTANT", help="not before"),
+    _argument("--queue", metavar="QUEUE", help="another queue than its class's"),
+    _argument("--priority", type=int, metavar="N", help="lower goes first (0)"),
+    _argument("--step", metavar="STEP", help="another first step"),
+    _argument("--concurrency-key", dest="concurrency_key", metavar="KEY", help="what it shares its turns with"),
+    _argument("--rate-limit", dest="rate_limit", metavar="NAME", help="the bucket that pays for it"),
+    _argument("--weight", type=int, metavar="N", help="how many tokens it costs (1)"),
+    _argument("--max-attempts", dest="max_attempts", type=int, metavar="N", help="of a job (20)"),
+)
+
+
+@_verb(
+    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
+    _argument("--database", type=pathlib.Path, metavar="FILE", required=True, help="made if it is missing"),
+    *_INSERT_OPTIONS,
+)
+def _cli_insert(options: argparse.Namespace) -> None:
+    """Insert an instance and print its id.
+
+    durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'
+    durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60
+    """
+    if ":" not in options.target:
+        raise _UsageError(f"not TARGET:CLASS: {options.target!r}")
+    _, fsm = _load(options.target)
+    with _client(options.database, may_create=True) as engine:
+        print(engine.insert(fsm, **_given(options, _INSERT_OPTIONS)))
+
+
+# ---- list, counts, workers, show, wait, check: looking, with a file that is only read
+
+
+def _remark(it: Instance, now: dt.datetime) -> str:
+    """What one asks next about an instance: its error, what it waits for, what came of it."""
+    error = it.last_error or ""
+    match it.status:
+        case Status.DONE:
+            return "" if it.result is None else json.dumps(it.result, ensure_ascii=False)
+        case Status.AWAITING_SIGNAL:
+            end = f", {_distance(it.await_deadline, now)}" if it.await_deadline else ""
+            return " ".join(it.awaits) + end
+        case Status.RUNNABLE if it.parked_on:
+            return f"parked on {it.parked_on}"
+        case Status.RUNNABLE if it.eligible_at > now:
+            return f"due {_distance(it.eligible_at, now)}  {error}"
+    return error
+
+
+_LISTED = operator.attrgetter("id", "fsm", "step", "status", "queue", "correlation_key")
+
+
+def _instances(screen: _Screen, found: Iterable[Instance], now: dt.datetime) -> Iterator[str]:
+    rows = [(*_LISTED(it), _distance(it.updated_at, now), _remark(it, now)) for it in found]
+    return screen.table(("id", "fsm", "step", "status", "queue", "key", "changed", "remark"), rows)
+
+
+def _workers(screen: _Screen, found: Iterable[Worker], now: dt.datetime) -> Iterator[str]:
+    rows = []
+    for it in found:
+        queues = " ".join(f"{queue}={width}" for queue, width in it.queues.items())
+        times = (_distance(it.started_at, now), _distance(it.heartbeat_at, now))
+        rows.append((it.name, it.host, it.pid, queues, *times, it.id))
+    return screen.table(("worker", "host", "pid", "queues", "started", "heartbeat", "id"), rows)
+
+
+def _records(found: Iterable[Instance | Worker]) -> list[dict[str, Any]]:
+    return [attrs.asdict(record, recurse=False) for record in found]
+
+
+_LIST_FILTERS = (
+    *_FILTERS,
+    _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
+    _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
+    _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
+)
+
+
+@_verb(
+    *_LIST_FILTERS,
+    _argument("--limit", type=int, default=100, metavar="N", help="so many at most (100)"),
+    _JSON,
+    opens=_look,
+)
+def _cli_list(reader: _Reader, options: argparse.Namespace) -> None:
+    """List instances, newest first.
+
+    durable list shop.db --status failed
+    durable list shop.db --fsm jobs.Resize --json
+    """
+    found = reader.find(_given(options, _LIST_FILTERS), options.limit)
+    screen = _Screen.of_stdout()
+    if options.json:
+        return screen.print_json(_records(found), indent=2)
+    return screen.print(*_instances(screen, found, _now()))
+
+
+@_verb(_JSON, opens=_look)
+def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
+    """Count the instances of every queue by status.
+
+    durable counts shop.db
+    """
+    screen, counts = _Screen.of_stdout(), reader.counts()
+    if options.json:
+        return screen.print_json(counts, indent=2)
+    rows = [(queue, *(tally.get(status, 0) for status in _BLOCKS)) for queue, tally in counts.items()]
+    return screen.print(*screen.table(("queue", *_BLOCKS), rows))
+
+
+@_verb(_JSON, opens=_look)
+def _cli_workers(reader: _Reader, options: argparse.Namespace) -> None:
+    """List the engines that run on FILE.
+
+    durable workers shop.db
+    """
+    screen, found = _Screen.of_stdout(), reader.workers()
+    if options.json:
+        return screen.print_json(_records(found), indent=2)
+    return screen.print(*_workers(screen, found, _now()))
+
+
+_HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND concurrency_key = ? LIMIT 5"
+_CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
+
+
+@attrs.frozen
+class _Case:
+    """One instance, for `show`: where it stands, why, and the verb that helps."""
+
+    reader: _Reader
+    file: pathlib.Path
+    it: Instance
+    now: dt.datetime
+
+    def verb(self, *words: object) -> str:
+        """A command on the file, to be copied into a shell."""
+        import shlex
+
+        return shlex.join(["durable", str(words[0]), str(self.file), *map(str, words[1:])])
+
+    def plight(self) -> tuple[str, str]:
+        """What the instance waits for; and the verb that helps, if one does."""
+        it = self.it
+        match it.status:
+            case Status.RUNNABLE:
+                return self.why_it_does_not_run()
+            case Status.EXECUTING:
+                return self.who_runs_it()
+            case Status.AWAITING_SIGNAL:
+                end = f"until {_moment(it.await_deadline, self.now)}" if it.await_deadline else "without a deadline"
+                return f"the signal {' or '.join(it.awaits)}, {end}", self.verb("signal", it.id, it.awaits[0], "{}")
+            case Status.AWAITING_CHILDREN:
+                return "the end of its children", self.verb("list", "--parent", it.id)
+            case Status.FAILED:
+                return "somebody to retry it", self.verb("retry", it.id)
+        return "", ""
+
+    def why_it_does_not_run(self) -> tuple[str, str]:
+        """What stands between a runnable instance and a worker."""
+        it = self.it
+        if it.queue in self.reader.paused():
+            return f"its queue {it.queue} to be resumed", self.verb("resume", it.queue)
+        if it.parked_on == f"key:{it.concurrency_key}":
+            holders = [row[0] for row in self.reader._rows(_HOLDERS, (it.concurrency_key,))]
+            others = f"held by {' '.join(f'#{id_}' for id_ in holders)}" if holders else "free by now"
+            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", *holders[:1]) if holders else ""
+        if it.parked_on:
+            return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
+        if it.eligible_at > self.now:
+            return f"its time, {_moment(it.eligible_at, self.now)}", ""
+        if not any(it.queue in worker.queues for worker in self.reader.workers()):
+            return f"an engine that runs the queue {it.queue}", f"durable run MODULE --database {self.file}"
+        return "a free place, or an engine that knows its class", self.verb("workers")
+
+    def who_runs_it(self) -> tuple[str, str]:
+        """The worker that has the instance, if it lives."""
+        for worker in self.reader.workers():
+            if worker.id == self.it.worker and worker.lease_expires_at > self.now:
+                heard = _distance(worker.heartbeat_at, self.now)
+                where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
+                if self.reader.is_cancelled(self.it.id):
+                    return f"{where}; it has been asked to end", self.verb("workers")
+                return where, self.verb("cancel", self.it.id)
+        return "an engine to take it from a worker that is gone", f"durable run MODULE --database {self.file}"
+
+    def facts(self) -> Iterator[tuple[str, object]]:
+        """The story, a line each."""
+        it, (reason, verb) = self.it, self.plight()
+        of_how_many = f" of {it.max_attempts}" if it.max_attempts else ""
+        yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
+        yield "since", _moment(it.updated_at, self.now)
+        yield "waits for", reason
+        yield "try", verb
+        yield "crashes", it.crashes
+        yield "key", it.correlation_key
+        yield "queue", f"{it.queue}, priority {it.priority}"
+        yield "turns", it.concurrency_key
+        yield "pays", it.rate_limit and f"{it.weight} of {it.rate_limit}"
+        yield "child of", it.parent_id
+        yield "inserted", _moment(it.inserted_at, self.now)
+        yield "state", json.dumps(it.state, ensure_ascii=False)
+        yield "result", it.status is Status.DONE and json.dumps(it.result, ensure_ascii=False)
+
+    def tell(self, screen: _Screen) -> Iterator[str]:
+        """All of it: the facts, the last error, the signals, the children."""
+        it = self.it
+        title = screen.paint(_plain(f"{it.fsm} #{it.id}"), "bold")
+        yield f"{title}  version {it.version}  {screen.paint(it.status, it.status)}"
+        for label, fact in self.facts():
+            if fact:
+                yield f"  {screen.paint(_fit(label, 9), 'dim')}  {_plain(fact)}"
+        if it.last_error:
+            yield from ("", screen.paint("last error", "bold"))
+            yield from (screen.paint(f"  {_plain(line)}", Status.FAILED) for line in it.last_error.splitlines())
+            yield from (screen.paint(f"  {_plain(line)}", "dim") for line in (it.traceback or "").splitlines())
+        yield from self.tell_signals(screen)
+        yield from self.tell_children(screen)
+
+    def tell_signals(self, screen: _Screen) -> Iterator[str]:
+        """What its inbox holds."""
+        rows = [
+            (signal.id, signal.name, json.dumps(signal.payload), _distance(signal.sent_at, self.now))
+            for signal in self.reader.signals(self.it.id)
+        ]
+        if rows:
+            yield from ("", *screen.table(("signal", "name", "payload", "sent"), rows))
+
+    def tell_children(self, screen: _Screen) -> Iterator[str]:
+        """How many there are of each status, and ten of them: those that failed, if any did."""
+        tally = self.reader._rows(_CHILD_COUNTS, (self.it.id,))
+        if tally:
+            counts = ", ".join(screen.paint(f"{count} {status}", status) for status, count in tally)
+            yield from ("", f"{screen.paint('children', 'bold')}  {counts}")
+            mine = {"parent_id": self.it.id}
+            failed = self.reader.find(mine | {"status": Status.FAILED}, 10)
+            yield from _instances(screen, failed or self.reader.find(mine, 10), self.now)
+
+
+@_verb(_TARGET, _JSON, opens=_look)
+def _cli_show(reader: _Reader, options: argparse.Namespace) -> None:
+    """Tell the story of one instance.
+
+    Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
+
+    durable show shop.db 42
+    durable show shop.db order:42
+    """
+    screen, it = _Screen.of_stdout(), reader.get(options.target)
+    if options.json:
+        return screen.print_json(_records([it])[0], indent=2)
+    return screen.print(*_Case(reader, options.file, it, _now()).tell(screen))
+
+
+@_verb(
+    _TARGET,
+    _argument("--timeout", type=float, default=float("inf"), metavar="S", help="give up after S seconds"),
+    opens=_look,
+)
+def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
+    """Wait until an instance is done and print its result as JSON.
+
+    Exit status 1 if it failed, or has not ended after --timeout seconds.
+
+    durable wait shop.db order:42 --timeout 60
+    """
+    end, it = time.monotonic() + options.timeout, reader.get(options.target)
+    while it.status not in _TERMINAL and time.monotonic() < end:
+        time.sleep(0.02)
+        it = reader.get(it.id)
+    if it.status is not Status.DONE:
+        stands = f"failed: {it.last_error}" if it.status is Status.FAILED else f"is still {it.status}"
+        raise DurableError(f"#{it.id} {stands}")
+    _Screen.of_stdout().print_json(it.result)
+
+
+@_verb(_JSON, opens=_look)
+def _cli_check(reader: _Reader, options: argparse.Namespace) -> int:
+    """Audit the file; exit status 1 if it has problems.
+
+    durable check shop.db
+    """
+    screen, problems = _Screen.of_stdout(), reader.check()
+    if options.json:
+        screen.print_json(problems, indent=2)
+    else:
+        screen.print(*map(_plain, problems or ["sound"]))
+    return 1 if problems else 0
+
+
+# ---- signal, cancel, retry, pause, resume, gc, snapshot: what the methods do
+
+
+def _complain(error: BaseException) -> None:
+    """`error` on standard error, in one line."""
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    print(f"durable: {_plain(text or type(error).__name__)}", file=sys.stderr)
+
+
+def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -> int:
+    """Call `act` with every target; say what is refused, and go on with the next. The exit status."""
+    status = 0
+    for target in targets:
+        try:
+            act(target)
+        except DurableError as error:
+            _complain(error)
+            status = 1
+    return status
+
+
+@_verb(
+    _TARGET,
+    _argument("name", metavar="NAME", help="the signal's name"),
+    _argument("payload", type=_json_argument, nargs="?", metavar="JSON", help="its payload (null)"),
+    _argument("--dedup-key", metavar="K", help="send it once, however often this is repeated"),
+    opens=_client,
+)
+def _cli_signal(engine: Engine, options: argparse.Namespace) -> None:
+    """Send a signal to a live instance.
+
+    durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7
+    """
+    engine.signal(options.target, options.name, options.payload, dedup_key=options.dedup_key)
+
+
+@_verb(
+    _argument("targets", nargs="+", **_TARGET_OPTIONS),
+    _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
+    opens=_client,
+)
+def _cli_cancel(engine: Engine, options: argparse.Namespace) -> int:
+    """Fail instances; what a running step does is dropped.
+
+    durable cancel shop.db 42 order:43 --reason 'out of stock'
+    """
+
+    def cancel(target: int | str) -> None:
+        if not engine.cancel(target, options.reason):
+            raise DurableError(f"{target} had ended already")
+
+    return _on_each(options.targets, cancel)
+
+
+def _all_failed(engine: Engine, filters: Mapping[str, Any]) -> list[int]:
+    """The ids of what has failed, oldest first."""
+    ids: list[int] = []
+    while page := engine.find(status=Status.FAILED, limit=1000, before=ids[-1] if ids else None, **filters):
+        ids += [instance.id for instance in page]
+    return ids[::-1]
+
+
+@_verb(
+    _argument("targets", nargs="*", **_TARGET_OPTIONS),
+    _argument("--all", action="store_true", help="whatever failed and passes the filters"),
+    *_FILTERS,
+    opens=_client,
+)
+def _cli_retry(engine: Engine, options: argparse.Namespace) -> int:
+    """Run failed instances again from the step they failed in.
+
+    durable retry shop.db 42
+    durable retry shop.db --all --fsm jobs.Resize
+    """
+    if bool(options.targets) == options.all:
+        raise _UsageError("retry takes either TARGETs or --all")
+    return _on_each(options.targets or _all_failed(engine, _given(options, _FILTERS)), engine.retry)
+
+
+@_verb(_QUEUE, opens=_client)
+def _cli_pause(engine: Engine, options: argparse.Namespace) -> None:
+    """Let no engine claim from a queue; what runs, ends.
+
+    durable pause shop.db checkout
+    """
+    engine.pause(options.queue)
+
+
+@_verb(_QUEUE, opens=_client)
+def _cli_resume(engine: Engine, options: argparse.Namespace) -> None:
+    """Let a paused queue run again.
+
+    durable resume shop.db checkout
+    """
+    engine.resume(options.queue)
+
+
+@_verb(
+    _FILE,
+    _argument("--retention", type=float, default=86_400.0, metavar="S", help="keep the last S seconds (a day)"),
+)
+def _cli_gc(options: argparse.Namespace) -> None:
+    """Delete what ended before the retention and print how many rows that were.
+
+    durable gc shop.db --retention 3600
+    """
+    with _client(options.file, retention=options.retention) as engine:
+        print(engine.gc())
+
+
+@_verb(_argument("copy", type=pathlib.Path, metavar="COPY", help="the copy; it must not exist"), opens=_client)
+def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
+    """Copy the file while engines run on it; every queue of the copy is paused.
+
+    durable snapshot shop.db backup.db
+    """
+    engine.snapshot(options.copy)
+
+
+# ---- watch: the live view
+
+
+# Each part reads the partial index that it names in its condition.
+_WAITS = """
+SELECT 'parked', parked_on, count(*), NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
+UNION ALL SELECT 'signal', awaits, count(*), min(await_deadline) FROM durable_instances
+    WHERE status IN ('awaiting_signal', 'awaiting_children') AND awaits IS NOT NULL GROUP BY awaits
+UNION ALL SELECT 'time', queue, count(*), min(eligible_at) FROM durable_instances
+    WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
+ORDER BY 3 DESC LIMIT 5
+"""
+_LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 3"
+_ARMED = "SELECT 1 FROM durable_instances WHERE await_deadline IS NOT NULL LIMIT 1"
+
+
+def _over(tally: Mapping[str, int]) -> int:
+    return tally.get(Status.DONE, 0) + tally.get(Status.FAILED, 0)
+
+
+@attrs.frozen
+class _Glance:
+    """What `watch` saw at one moment."""
+
+    now: dt.datetime
+    counts: dict[str, dict[str, int]]
+    waits: list[tuple[Any, ...]]
+    failures: list[Instance]
+    workers: list[Worker]
+    paused: set[str]
+    is_armed: bool  # a deadline will fire
+
+    @classmethod
+    def take(cls, reader: _Reader, now: dt.datetime) -> _Glance:
+        """Look at everything."""
+        return cls(
+            now,
+            reader.counts(),
+            reader._rows(_WAITS, (int(now.timestamp() * 1000),)),
+            [reader.get(row[0]) for row in reader._rows(_LATEST_FAILURES)],
+            reader.workers(),
+            set(reader.paused()),
+            bool(reader._rows(_ARMED)),
+        )
+
+    def tally(self) -> collections.Counter[str]:
+        """All queues in one."""
+        return sum(map(collections.Counter, self.counts.values()), collections.Counter())
+
+    def is_idle(self) -> bool:
+        """Whether nothing is left that time alone would bring on."""
+        tally = self.tally()
+        return not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or self.is_armed)
+
+    def failed(self) -> list[tuple[object, ...]]:
+        """The latest failures, for a table."""
+        return [(i.id, i.fsm, i.step, _distance(i.updated_at, self.now), i.last_error) for i in self.failures]
+
+    def waiting(self) -> Iterator[tuple[object, ...]]:
+        """How many wait for what, and until when the first of them does, for a table."""
+        for kind, name, count, first in self.waits:
+            names = " or ".join(json.loads(name)) if kind == "signal" else name
+            yield count, f"{kind}: {names}", _distance(_instant(first), self.now) if first else None
+
+
+@attrs.frozen
+class _Film:
+    """The latest glances: what a rate needs."""
+
+    file: pathlib.Path
+    glances: collections.deque[_Glance] = attrs.field(factory=lambda: collections.deque(maxlen=24))
+
+    def rate(self, tally_of: Callable[[_Glance], Mapping[str, int]]) -> float:
+        """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
+        first, last = self.glances[0], self.glances[-1]
+        seconds = (last.now - first.now).total_seconds() or 1
+        return max(0, _over(tally_of(last)) - _over(tally_of(first))) / seconds
+
+    def title(self, screen: _Screen, columns: int) -> str:
+        """The file, how fast all of it goes, and the time."""
+        last, ended = self.glances[-1], [_over(glance.tally()) for glance in self.glances]
+        spark = screen.spark([after - before for before, after in itertools.pairwise(ended)])
+        right = f"{self.rate(_Glance.tally):,.1f}/s  {last.now.astimezone():%H:%M:%S}"
+        left = _fit(f"durable  {_plain(self.file)}", max(9, columns - len(spark + right) - 2))
+        return f"{screen.paint(left, 'bold')} {screen.paint(spark, Status.DONE)} {right}"
+
+    def queue(self, screen: _Screen, queue: str, columns: int) -> str:
+        """A queue's bar with its rate."""
+        last, tally = self.glances[-1], self.glances[-1].counts[queue]
+        rate, ready = self.rate(lambda glance: glance.counts.get(queue, {})), tally.get(Status.RUNNABLE, 0)
+        note = "paused" if queue in last.paused else f"{_span(ready / rate)} left" if rate and ready else ""
+        right = f"{_over(tally) / sum(tally.values()):4.0%} {rate:9,.1f}/s  {note}"
+        return f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, columns - 44))}  {right}"
+
+    def frame(self, screen: _Screen) -> list[str]:
+        """All that a terminal of this size can show."""
+        last, (columns, lines) = self.glances[-1], screen.size
+        frame = [self.title(screen, columns), ""]
+        for queue, tally in last.counts.items():
+            frame.append(self.queue(screen, queue, columns))
+            if 2 * len(last.counts) < lines - 12:  # else the bars alone, to leave room for the rest
+                counts = (
+                    screen.paint(f"{tally[status]:,} {status}", status) for status in _BLOCKS if tally.get(status)
+                )
+                frame.append(" " * 14 + "  ".join(counts))
+        for table in (
+            screen.table(("failed", "fsm", "step", "when", "why"), last.failed()),
+            screen.table(("waiting", "for", "first"), list(last.waiting())),
+            _workers(screen, last.workers, last.now),
+        ):
+            head, *rows = table
+            frame += ["", head, *rows] if rows else []
+        return frame[: lines - 1]
+
+    def news(self) -> Iterator[str]:
+        """What a pipe is told: the counts if they have changed, and the failures not told before."""
+        last, before = self.glances[-1], self.glances[-2] if len(self.glances) > 1 else None
+        clock, tally = f"{last.now.astimezone():%H:%M:%S}", last.tally()
+        if before is None or before.counts != last.counts:
+            counts = "  ".join(f"{tally[status]} {status}" for status in _BLOCKS if tally[status])
+            yield f"{clock}  {counts or 'empty'}  {self.rate(_Glance.tally):.1f}/s"
+        for it in reversed(last.failures):
+            if before is None or it not in before.failures:
+                yield _plain(f"{clock}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
+
+
+@contextlib.contextmanager
+def _second_screen(screen: _Screen) -> Iterator[None]:
+    """The terminal's other screen, without a cursor; the first comes back however this ends."""
+    screen.write("\x1b[?1049h\x1b[?25l")
+    try:
+        yield
+    finally:
+        screen.write("\x1b[?25h\x1b[?1049l")
+
+
+@_verb(
+    _argument("--until-idle", action="store_true", help="end when nothing is left that time alone would bring on"),
+    _argument("--interval", type=float, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
+    opens=_look,
+)
+def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
+    """Watch the queues live; Ctrl-C ends it.
+
+    In a pipe: a line for each change of the counts and each failure.
+
+    durable watch shop.db
+    durable watch shop.db --until-idle > progress.log
+    """
+    screen, film = _Screen.of_stdout(), _Film(options.file)
+    with contextlib.suppress(KeyboardInterrupt), _second_screen(screen) if screen.live else contextlib.nullcontext():
+        while True:
+            begun = time.monotonic()
+            film.glances.append(_Glance.take(reader, _now()))
+            if screen.live:  # over the frame before, line by line: nothing flickers
+                screen.write("\x1b[H", *(f"{line}\x1b[K\n" for line in film.frame(screen)), "\x1b[J")
+            else:
+                screen.print(*film.news())
+            if options.until_idle and film.glances[-1].is_idle():
+                break
+            # To count a large file takes time: a tenth of this process's, at most.
+            time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
+    if screen.live:
+        screen.print(*film.frame(screen))
+
+
+# ---- demo: real files, a real kill
+
+
+_DEMO_WIDTH, _DEMO_PREFETCH = 8, 24
+_DEMO_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import durable; durable._run_demo_worker(*sys.argv[2:])"
+
+
+def _demo_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files under `directory` that can be read and whose names can be written down."""
+    found = []
+    for parent, below, names in os.walk(directory):
+        below[:] = sorted(name for name in below if name not in ("__pycache__", "site-packages"))
+        paths = (pathlib.Path(parent, name) for name in sorted(names))
+        found += [path for path in paths if str(path).isprintable() and path.is_file() and os.access(path, os.R_OK)]
+    return found
+
+
+def _fingerprint(path: pathlib.Path) -> dict[str, Any]:
+    """A file's length and sha256."""
+    import hashlib
+
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+
+
+def _sum_up(prints: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Many fingerprints in one, in whatever order they come."""
+    import hashlib
+
+    found = list(prints)
+    digests = "".join(sorted(one["sha256"] for one in found))
+    sha256 = hashlib.sha256(digests.encode()).hexdigest()
+    return {"files": len(found), "bytes": sum(one["bytes"] for one in found), "sha256": sha256}
+
+
+def _demo_classes() -> tuple[type[FSM], Callable[[pathlib.Path, float], FSM]]:
+    """The demo's machine and job, made when they are wanted: they are in no application's registry."""
+
+    class Fingerprint(FSM, name="durable.demo.Fingerprint", queue="files", max_attempts=3):
+        """One file. Each run is written to a log outside the database too, where a second run shows."""
+
+        def __init__(self, log: pathlib.Path, pause: float) -> None:
+            self.log, self.pause = log, pause
+
+        def perform(self, args: dict[str, Any], ctx: Context[Any]) -> dict[str, Any]:
+            with self.log.open("ab", buffering=0) as log:
+                log.write(b"%d\n" % ctx.id)
+            time.sleep(self.pause)
+            return _fingerprint(pathlib.Path(args["path"]))
+
+    class Survey(FSM, name="durable.demo.Survey", queue="surveys"):
+        """All files: a job for each, and the sum of what they found."""
+
+        @step
+        def start(self, ctx: Context[Any]) -> ScheduleChildren:
+            children = [Insert(Fingerprint, state={"path": path}) for path in ctx.state["paths"]]
+            return ScheduleChildren(children, then="join", state={})
+
+        @step
+        def join(self, ctx: Context[Any]) -> Done:
+            return Done(_sum_up(child.result for child in ctx.children if child.status is Status.DONE))
+
+    return Survey, Fingerprint
+
+
+def _run_demo_worker(home: str, pause: str) -> None:
+    """What the demo's worker processes run, until their standard input ends: when the demo does, however."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo itself
+    _, fingerprint = _demo_classes()
+    queues, fsms = {"surveys": 1, "files": _DEMO_WIDTH}, [fingerprint(pathlib.Path(home, "runs.log"), float(pause))]
+    with Engine(pathlib.Path(home, "demo.db"), name="demo", queues=queues, prefetch=_DEMO_PREFETCH, fsms=fsms):
+        sys.stdin.read()
+
+
+@attrs.define
+class _Demo:
+    """The demo's course: its files, the worker processes it starts and kills, what it tells."""
+
+    home: pathlib.Path
+    directory: pathlib.Path
+    files: list[pathlib.Path]
+    screen: _Screen = attrs.field(factory=_Screen.of_stdout)
+    begun: float = attrs.field(factory=time.perf_counter)
+    samples: list[tuple[float, int]] = attrs.field(factory=list)  # seconds since then, and files done
+
+    def play(self) -> int:
+        """Everything, and the exit status."""
+        survey = self.insert()
+        with _look(self.home / "demo.db") as reader:
+            with self.worker() as doomed:
+                self.watch(reader, doomed, lambda done: done >= len(self.files) // 2)
+                doomed.kill()
+                doomed.wait()
+            done = _over(reader.counts()["files"])
+            self.tell(f"process {doomed.pid} is killed after {done:,} files, with others in its hands")
+            killed_at = self.samples[-1][0]
+            with self.worker() as heir:
+                self.watch(reader, heir, lambda _: reader.get(survey).status in _TERMINAL)
+            return self.compare(reader.get(survey), killed_at)
+
+    def insert(self) -> int:
+        """Insert the machine that fans out."""
+        survey, _ = _demo_classes()
+        with _client(self.home / "demo.db", may_create=True) as engine:
+            inserted = engine.insert(survey, state={"paths": [str(path) for path in self.files]})
+        self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
+        return inserted
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[subprocess.Popen[bytes]]:
+        """A process that runs the queues until it is told to end, or killed."""
+        import subprocess
+
+        few = len(self.files) < 500  # then each takes its time, so that there is something to kill
+        pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
+        command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home), str(pause))
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            self.tell(f"process {process.pid} starts: {_DEMO_WIDTH} at a time, every commit synced to disk")
+            yield process
+
+    def watch(self, reader: _Reader, process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> None:
+        """Show the progress until `enough` says so of the files done."""
+        while process.poll() is None:
+            tally = reader.counts().get("files", {})
+            done = _over(tally)
+            self.samples.append((time.perf_counter() - self.begun, done))
+            if tally and enough(done):
+                return
+            if self.screen.live:
+                bar = self.screen.bar(tally or {Status.RUNNABLE: 1}, max(9, self.screen.size[0] - 36))
+                self.screen.write(f"\r{' ' * 11}{bar}  {done:,} of {len(self.files):,}\x1b[K")
+            time.sleep(0.02)
+        raise DurableError(f"the worker process ended early, with status {process.returncode}")
+
+    def tell(self, text: str) -> None:
+        """A line of the timeline, over the bar."""
+        clear = "\r\x1b[K" if self.screen.live else ""
+        self.screen.print(f"{clear}{time.perf_counter() - self.begun:7.2f} s  {_plain(text)}")
+
+    def compare(self, survey: Instance, killed_at: float) -> int:
+        """The machine's sum against that of a plain loop, and what the kill cost."""
+        runs = (self.home / "runs.log").read_bytes().split()
+        most = _DEMO_WIDTH + _DEMO_PREFETCH
+        self.tell(f"joined; {len(runs) - len(set(runs))} files were fingerprinted twice (at most {most} can be)")
+        plain = _sum_up(map(_fingerprint, self.files))
+        same = survey.result == plain
+        self.tell(f"a plain loop: {plain['bytes']:,} bytes, sha256 {plain['sha256'][:16]}…")
+        verdict = "the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}"
+        self.tell(verdict)
+        self.screen.print("", *self.chart(killed_at))
+        return 0 if same else 1
+
+    def chart(self, killed_at: float, width: int = 60) -> Iterator[str]:
+        """Files per second over the time, with the kill."""
+        slot = self.samples[-1][0] / width
+        done = [max(n for at, n in self.samples if at <= max(slot * i, self.samples[0][0])) for i in range(width + 1)]
+        pace = [after - before for before, after in itertools.pairwise(done)]
+        line, kill = self.screen.spark(pace), min(width - 1, int(killed_at / slot))
+        mark = self.screen.paint("✗" if self.screen.blocks else "X", Status.FAILED)
+        yield f"{' ' * 11}{line[:kill]}{mark}{line[kill + 1 :]}"
+        yield f"{' ' * 11}files per second over the time, {max(pace) / slot:,.0f} at most"
+
+
+@_verb(_argument("directory", type=pathlib.Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"))
+def _cli_demo(options: argparse.Namespace) -> int:
+    """See the engine at work on real files, and survive a kill.
+
+    A machine starts a job for each file under DIRECTORY, which fingerprints it, and joins them. Half-way the
+    worker process is killed; a new one goes on. At the end the sum is compared with that of a plain loop.
+
+    durable demo
+    durable demo ~/Pictures
+    """
+    import sysconfig
+    import tempfile
+
+    directory = (options.directory or pathlib.Path(sysconfig.get_path("stdlib"))).resolve(strict=True)
+    files = _demo_files(directory)
+    if not files:
+        raise DurableError(f"{directory}: no files there")
+    with tempfile.TemporaryDirectory(prefix="durable-demo-", ignore_cleanup_errors=True) as home:
+        return _Demo(pathlib.Path(home), directory, files).play()
+
+
+# ---- the entry
+
+
+_OVERVIEW = """Durable state machines and jobs in one SQLite file.
+
+durable demo                              see it at work
+durable run jobs.py --database shop.db    run what jobs.py defines
+durable watch shop.db                     what goes on
+durable show shop.db order:42             one instance, and what helps it"""
+
+
+def _version() -> str:
+    """The version of the installed distribution; a copied module is of none."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("durable-fsm")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line as `_VERBS` has it."""
+    import argparse
+    import inspect
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            """Leave it to `main` to say it, in one line."""
+            raise _UsageError(f"{message} (see {self.prog} --help)")
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="durable", description=_OVERVIEW, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"durable {_version()}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, verb in _VERBS.items():
+        about = inspect.cleandoc(verb.run.__doc__ or "")
+        line = about.partition("\n")[0]
+        command = verbs.add_parser(name, help=line, description=about, formatter_class=raw, allow_abbrev=False)
+        command.set_defaults(verb=verb)
+        for argument in verb.arguments:
+            command.add_argument(*argument.names, **argument.options)
+    return parser
+
+
+def _obey(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit:  # --help and --version have said it all
+        return 0
+    verb: _Verb = options.verb
+    return verb(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `durable ARGV…` and return its exit status; `durable --help` has the verbs."""
+    try:
+        return _obey(argv)
+    except _UsageError as error:
+        _complain(error)
+        return 2
+    except BrokenPipeError:  # who read has seen enough; at exit Python would write the rest again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    import durable  # once more, under its name: an FSM of `__main__` is none of `durable`, which users import
+
+    sys.exit(durable.main())
