@@ -2514,7 +2514,10 @@ _WRITE_ACTIONS = frozenset(
         apsw.SQLITE_CREATE_INDEX,
         apsw.SQLITE_CREATE_TABLE,
         apsw.SQLITE_CREATE_TRIGGER,
+        apsw.SQLITE_CREATE_TEMP_INDEX,
+        apsw.SQLITE_CREATE_TEMP_TABLE,
         apsw.SQLITE_CREATE_TEMP_TRIGGER,
+        apsw.SQLITE_CREATE_TEMP_VIEW,
         apsw.SQLITE_CREATE_VIEW,
         apsw.SQLITE_CREATE_VTABLE,
         apsw.SQLITE_DROP_INDEX,
@@ -2597,6 +2600,8 @@ class _Store:
         self._refusal = self._refusal or _FORBIDDEN_ACTIONS.get(action)
         if action == apsw.SQLITE_PRAGMA and one not in _HARMLESS_PRAGMAS:
             self._refusal = f"set PRAGMA {one}"
+        if action == apsw.SQLITE_ALTER_TABLE and one == "temp":
+            self._refusal = "rename temporary tables"  # to a name of durable's, which would hide the real one
         if action in _WRITE_ACTIONS:
             owned = next((name for name in (one, two) if name and name.lower().startswith("durable_")), None)
             self._refusal = self._refusal or (owned and f"write to {owned}")
@@ -5679,6 +5684,7 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
     tables, is a `ValueError`.
     """
     cursor = _cursor_of(connection)
+    _lock_and_check(cursor)
 
     def first(sql: str, binding: object) -> Any:
         return cursor.execute(sql, (binding,)).fetchone()
@@ -5687,7 +5693,6 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
         found = first(_LIMIT, name)
         return _Policy(*found) if found else None
 
-    _check_tables(first)
     row = _new_row(Insert(fsm, **options), int(time.time() * 1000), policy_of)
     cursor.execute(_INSERT, row)
     inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
@@ -5707,14 +5712,23 @@ def _cursor_of(connection: Any) -> Any:
     cursor = connection.cursor()
     if is_standard:
         cursor.row_factory = None
+    else:
+        cursor.row_trace = lambda _, row: row  # not the connection's own
     return cursor
 
 
-def _check_tables(first: Callable[[str, object], Any]) -> None:
-    """Refuse a connection to a file that has no tables of durable's, or those of a newer version."""
-    if first("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?", "durable_meta") is None:
-        raise ValueError("connection is to a file without durable's tables: open an Engine on it once")
-    version = int(first("SELECT value FROM durable_meta WHERE key = ?", "schema_version")[0])
+def _lock_and_check(cursor: Any) -> None:
+    """Take the write lock, and refuse a file that has no tables of durable's, or those of a newer version.
+
+    The lock first: SQLite waits for it only as long as the transaction has read nothing.
+    """
+    try:
+        cursor.execute("DELETE FROM durable_meta WHERE key = ''")
+    except Exception as error:
+        if "no such table" not in str(error):
+            raise
+        raise ValueError("connection is to a file without durable's tables: open an Engine on it once") from error
+    version = int(cursor.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'").fetchone()[0])
     if version != _SCHEMA_VERSION:
         raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}")
 
