@@ -33,6 +33,7 @@ Read from top to bottom; nothing refers to what stands below it:
 
 from __future__ import annotations
 
+import atexit
 import base64
 import collections
 import contextlib
@@ -2009,6 +2010,10 @@ WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT 1
 _LINE = """
 SELECT id, weight FROM durable_instances WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
 """
+_LINE_START = """
+SELECT priority, eligible_at, id, queue FROM durable_instances
+WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT ?
+"""
 _LINE_QUEUE = "SELECT min(queue) FROM durable_instances WHERE parked_on = ? AND queue > ?"
 _NEXT_LINE = "SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?"
 _UNPARK = """
@@ -2479,7 +2484,9 @@ class _Reader:
     def close(self) -> None:
         self._is_closed = True
         while self._idle:
-            self._idle.pop().close()
+            connection = self._idle.pop()
+            with contextlib.suppress(apsw.Error):  # a reader has nothing to lose
+                connection.close()
 
     def abandon(self) -> None:
         """Forget the connections, unclosed: this is the child of a fork."""
@@ -2573,7 +2580,11 @@ class _Store:
         return int(self.db.execute("PRAGMA data_version").get)
 
     def close(self) -> None:
-        self.db.close()
+        """Close the connection; if the last copying of the log fails, the log stays and loses nothing."""
+        try:
+            self.db.close()
+        except apsw.Error as error:
+            _log.warning("%s: its write-ahead log stays as it is: %s", self.path, _error_text(error))
 
     # The user's own statements
 
@@ -2709,6 +2720,11 @@ class _Store:
 
     def line(self, parked_on: str, queue: str) -> Iterator[tuple[int, int]]:
         return cast(Iterator[tuple[int, int]], self.db.execute(_LINE, (parked_on, queue)))
+
+    def line_start(self, parked_on: str, queue: str, count: int) -> list[tuple[int, int, int, str]]:
+        """Return (priority, eligible_at, id, queue) of the first rows parked on something in a queue."""
+        rows = self.db.execute(_LINE_START, (parked_on, queue, count))
+        return cast("list[tuple[int, int, int, str]]", list(rows))
 
     def line_queues(self, parked_on: str) -> list[str]:
         return list(_parked_queues(self.db, parked_on))
@@ -2936,6 +2952,16 @@ def _has_descriptor(identity: tuple[int, int]) -> bool:
     return False
 
 
+def _sync_folder(path: str) -> None:
+    """Let a new file's name survive a power cut, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 class _LockFile:
     """A file beside the database that a running engine holds locked; the kernel drops the lock when it dies.
 
@@ -2957,6 +2983,7 @@ class _LockFile:
         while True:
             lock = cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path)
             if lock._take() and _file_id(path) == _file_id_of(lock._descriptor):
+                _sync_folder(path)
                 return lock
             lock.close()
 
@@ -2981,6 +3008,16 @@ class _LockFile:
             return lock
         lock.close()
         return None
+
+    def restore(self) -> None:
+        """Make the file anew if somebody has removed it, so that others do not take its worker for dead."""
+        if _file_id(self._path) is None:
+            lost, self._descriptor = self._descriptor, type(self).create(self._path)._release()
+            os.close(lost)
+
+    def _release(self) -> int:
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
 
     def _take(self) -> bool:
         try:
@@ -4263,6 +4300,10 @@ class _Beat:
             self._give_back(claim.row)
             self.left.append(claim)
 
+    def pause(self, queue: str) -> None:
+        self.store.pause(queue)
+        self.sweep_lines()  # a row of that queue may have been about to take a slot that others wait for
+
     def save_policies(self, policies: Iterable[_Policy]) -> None:
         for policy in policies:
             self.store.save_policy(policy, self.now)
@@ -4354,10 +4395,19 @@ class _Beat:
             self.admission.forget_lines()
 
     def _unpark_key(self, key: str) -> None:
-        """Let as many of a key's line go as it has slots, in every queue; one at least (engines may differ)."""
+        """Let as many of a key's line go as it has slots; one at least, for engines may differ in their limits.
+
+        Among the queues that this engine claims from now, in the order of the key; in every other queue too, whoever
+        serves it: a row that nobody claims must not keep the slot.
+        """
         parked_on = f"key:{key}"
-        for queue in self.store.line_queues(parked_on):
-            self.store.unpark(parked_on, queue, max(1, self.admission.slots(key)))
+        count = max(1, self.admission.slots(key))
+        queues = self.store.line_queues(parked_on)
+        served = [queue for queue in queues if len(queues) > 1 and self.core.serves(queue, self)]
+        heads = heapq.merge(*(self.store.line_start(parked_on, queue, count) for queue in served))
+        first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
+        for queue in queues:
+            self.store.unpark(parked_on, queue, first[queue] if queue in served else count)
 
     def sweep_lines(self) -> None:
         """Let everything out of line that the limits admit: they may have changed since it was parked."""
@@ -4537,6 +4587,34 @@ class _Agenda:
     looked_for_dead_at: float = -math.inf
 
 
+class _Timeouts:
+    """The running steps that have a timeout, by the instant at which it is over."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._heap: list[tuple[float, int, _Claim, _Pool]] = []
+        self.next_at = math.inf
+        """Monotonic seconds."""
+
+    def add(self, claim: _Claim, pool: _Pool) -> bool:
+        """Mind a step from now on; True if it is the next to expire."""
+        deadline = time.monotonic() + cast(float, claim.spec.timeout_s)
+        with self._lock:
+            while self._heap and self._heap[0][2].is_finished:  # or steps that ended long ago would pile up
+                heapq.heappop(self._heap)
+            heapq.heappush(self._heap, (deadline, id(claim), claim, pool))
+            self.next_at = self._heap[0][0]
+        return deadline == self.next_at
+
+    def take_expired(self, monotonic: float) -> list[tuple[_Claim, _Pool]]:
+        expired = []
+        with self._lock:
+            while self._heap and self._heap[0][0] <= monotonic:
+                expired.append(heapq.heappop(self._heap)[2:])
+            self.next_at = self._heap[0][0] if self._heap else math.inf
+        return expired
+
+
 class _Scheduler:
     """Runs beats: in a thread of its own when started, else in the calling thread. There is one code path.
 
@@ -4549,6 +4627,8 @@ class _Scheduler:
     ACTIVE_S = 1.0
     """How long after its last commit another process counts as active."""
     DEAD_LOOK_S = 0.5
+    GONE_S = 1.2
+    """After how long without a lock file a worker is taken for dead: longer than between two looks of its own."""
     """How often to look for workers that died."""
     REQUESTS_AT_ONCE = 5000
     SWEPT_AT_ONCE = 500
@@ -4583,17 +4663,18 @@ class _Scheduler:
         self._thread: threading.Thread | None = None
         self._lock_file: _LockFile | None = None
         self._reported: set[tuple[str, int]] = set()
-        self._timeouts: list[tuple[float, int, _Claim, _Pool]] = []
-        self._timeout_lock = threading.Lock()
+        self._timeouts = _Timeouts()
         self._failures_in_a_row = 0
         self._failure: Exception | None = None
         self._is_flushing = False
         self._life_lock = threading.Lock()
         self._drained = _Bell()
         self._tally: collections.Counter[str] | None = None
+        self._drained_queue: str | None = None
         self._runner: asyncio.Runner | None = None
         self._agenda = _Agenda(seen_at=self.desk.now())
         self._peers: list[Worker] = []
+        self._missing: dict[str, float] = {}
         _schedulers.add(self)
 
     # Requests
@@ -4678,17 +4759,11 @@ class _Scheduler:
 
     def watch(self, claim: _Claim, pool: _Pool) -> None:
         """Mind a step's timeout, from now on."""
-        deadline = time.monotonic() + cast(float, claim.spec.timeout_s)
-        with self._timeout_lock:
-            while self._timeouts and self._timeouts[0][2].is_finished:
-                heapq.heappop(self._timeouts)
-            heapq.heappush(self._timeouts, (deadline, id(claim), claim, pool))
-            is_first = self._timeouts[0][2] is claim
-        if is_first:
+        if self._timeouts.add(claim, pool):
             self._bell.ring()
 
     def execute_async(self, claim: _Claim, pool: _Pool) -> None:
-        with self._timeout_lock:
+        with self._request_lock:
             if self._event_loop is None:
                 self._event_loop = _EventLoop(self)
         self._event_loop.submit(claim, pool)
@@ -4836,16 +4911,28 @@ class _Scheduler:
 
     def _want(self, beat: _Beat) -> None:
         """Claim what the pools have room for."""
-        if self.is_stopping or not self._pools:
+        if self.is_stopping:
             return
-        leaving = collections.Counter(claim.row.queue for claim in beat.left)
-        leaving.subtract(claim.row.queue for claim in beat.claims)
-        for queue, pool in self._pools.items():
-            slots = pool.width + self.options.prefetch - self._in_flight[queue] + leaving[queue]
+        for queue in self._pools:
+            slots = self._slots(queue, beat)
             if slots > 0:
                 beat.claim(queue, slots)
             else:
                 beat.tell("scheduler.saturation", {"in_flight": self._in_flight[queue]}, {"queue": queue})
+
+    def _slots(self, queue: str, beat: _Beat) -> int:
+        """How many more rows of a queue may be claimed, with those counted that this beat has seen come and go."""
+        leaving = sum(claim.row.queue == queue for claim in beat.left)
+        coming = sum(claim.row.queue == queue for claim in beat.claims)
+        return self._pools[queue].width + self.options.prefetch - self._in_flight[queue] + leaving - coming
+
+    def serves(self, queue: str, beat: _Beat) -> bool:
+        """Whether this engine is about to claim from a queue."""
+        if self.store.is_paused(queue):
+            return False
+        if self._tally is not None:
+            return self._drained_queue in (None, queue)
+        return queue in self._pools and not self.is_stopping and self._slots(queue, beat) > 0
 
     # The thread
 
@@ -4889,6 +4976,8 @@ class _Scheduler:
         try:
             self.perform(lambda beat: beat.store.register(self._worker_row(beat.now, lease_ms)))
             self._look_for_dead()
+            while self._tally is not None and self._look_for_dead():
+                time.sleep(0.05)  # a started engine looks again later, one that drains has to know now
             self.perform(_Beat.sweep_lines)
             _LockFile.remove_stale(self.path, [worker.id for worker in self.reader.workers()])
         except BaseException:
@@ -4934,8 +5023,7 @@ class _Scheduler:
         instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
         if self._finished:
             instants.append(self._agenda.retry_at)
-        if self._timeouts:
-            instants.append(self._timeouts[0][0])
+        instants.append(self._timeouts.next_at)
         return max(0.0, min(instants) - monotonic)
 
     # Chores
@@ -4943,7 +5031,7 @@ class _Scheduler:
     def _do_chores(self) -> None:
         """What is to be done by the clock, none of it for a caller."""
         monotonic = time.monotonic()
-        if self._timeouts and self._timeouts[0][0] <= monotonic:
+        if self._timeouts.next_at <= monotonic:
             self._expire_steps(monotonic)
         if monotonic - self._agenda.looked_at >= self._look_interval(monotonic):
             self._agenda.looked_at = monotonic
@@ -4962,7 +5050,7 @@ class _Scheduler:
     def _look_interval(self, monotonic: float) -> float:
         """How often to look at other processes, in seconds: often while one is active."""
         is_active = monotonic - self._agenda.changed_at < self.ACTIVE_S
-        rest_s = min(self.options.poll_s, self.DEAD_LOOK_S) if self._peers else self.options.poll_s
+        rest_s = min(self.options.poll_s, self.DEAD_LOOK_S)
         return min(self.LOOK_S, rest_s) if is_active else rest_s
 
     def _look_at_others(self, monotonic: float) -> None:
@@ -4980,9 +5068,12 @@ class _Scheduler:
             self._peers = [worker for worker in self.store.workers() if worker.id != self.worker_id]
             self._notify_waiters()
             self._withdraw_cancelled()
-        if self._peers and monotonic - self._agenda.looked_for_dead_at >= self.DEAD_LOOK_S:
+        if monotonic - self._agenda.looked_for_dead_at >= self.DEAD_LOOK_S:
             self._agenda.looked_for_dead_at = monotonic
-            self._look_for_dead()
+            if self._lock_file is not None:
+                self._lock_file.restore()
+            if self._peers:
+                self._look_for_dead()
 
     def _notify_waiters(self) -> None:
         if self.waiters:
@@ -5001,7 +5092,7 @@ class _Scheduler:
     def _notice_gap(self, now: int) -> None:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
         gap = now - self._agenda.seen_at
-        if gap > max(5000, self.options.heartbeat_ms):
+        if gap > (self.options.lease_ms - self.options.heartbeat_ms) / 2:  # shorter, it has cost nobody the lease
             self._agenda.judge_from = now + self.options.lease_ms
             self._agenda.heartbeat_at = now
         if gap < -1000:
@@ -5020,18 +5111,29 @@ class _Scheduler:
                 if worker.id != self.worker_id and _instant(now) >= worker.lease_expires_at:
                     self._reap(beat, worker, "its lease ran out")
 
-    def _look_for_dead(self) -> None:
-        """Reap workers whose lock file the kernel has unlocked."""
-        for worker in self.reader.workers():
-            if worker.id == self.worker_id:
-                continue
-            lock = _LockFile.take_from_dead(_LockFile.path_of(self.path, worker.id))
-            if lock is not None:
-                self._requests.append(_Request(functools.partial(self._reap_dead, worker=worker, lock=lock)))
+    def _look_for_dead(self) -> bool:
+        """Reap workers whose lock the kernel has dropped; return whether some are still to be judged.
 
-    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile) -> None:
+        A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
+        """
+        is_unsure = False
+        for worker in self.reader.workers():
+            path = _LockFile.path_of(self.path, worker.id)
+            lock = _LockFile.take_from_dead(path) if worker.id != self.worker_id else None
+            if lock is None and (worker.id == self.worker_id or os.path.exists(path)):
+                self._missing.pop(worker.id, None)
+            elif (
+                lock is None and time.monotonic() - self._missing.setdefault(worker.id, time.monotonic()) < self.GONE_S
+            ):
+                is_unsure = True
+            else:
+                self._requests.append(_Request(functools.partial(self._reap_dead, worker=worker, lock=lock)))
+        return is_unsure
+
+    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
         self._reap(beat, worker, "its process died")
-        beat.after.append(lock.remove)
+        if lock is not None:
+            beat.after.append(lock.remove)
 
     def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
         cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
@@ -5043,11 +5145,8 @@ class _Scheduler:
         _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or (0, 0), self.SWEPT_AT_ONCE)
 
     def _expire_steps(self, monotonic: float) -> None:
-        while self._timeouts and self._timeouts[0][0] <= monotonic:
-            with self._timeout_lock:
-                _, _, claim, pool = heapq.heappop(self._timeouts)
-            is_async = claim.is_async
-            if pool.disown(claim, _timeout_error(claim)) and is_async and self._event_loop is not None:
+        for claim, pool in self._timeouts.take_expired(monotonic):
+            if pool.disown(claim, _timeout_error(claim)) and claim.is_async and self._event_loop is not None:
                 self._event_loop.cancel(claim)
 
     # Shutdown
@@ -5132,9 +5231,9 @@ class _Scheduler:
         """Run what is runnable in this thread: claim one row, run it, and commit it with the next claim."""
         tally: collections.Counter[str] = collections.Counter()
         with self._alone():
-            self._register(self.NEVER_MS)
-            self._tally = tally
+            self._tally, self._drained_queue = tally, queue
             try:
+                self._register(self.NEVER_MS)
                 self._drain_until_idle(queue, with_scheduled, max_steps)
             finally:
                 self._tally = None
@@ -5214,11 +5313,13 @@ class _Scheduler:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+        if self._lock_file is None:  # it was not even registered
+            return
         try:
             self._try_to_give_back(claims)
             self._try(lambda beat: beat.store.unregister(self.worker_id))
         finally:
-            cast(_LockFile, self._lock_file).remove()
+            self._lock_file.remove()
             self._lock_file = None
 
 
@@ -5228,6 +5329,15 @@ def _abandon_all() -> None:
             scheduler.abandon()
 
 
+def _stop_all() -> None:
+    """Give back what engines left running hold, while their threads still can."""
+    for scheduler in list(_schedulers):
+        if not scheduler.is_closed and scheduler.is_started:
+            warnings.warn(f"engine {scheduler.options.name!r} on {scheduler.path} was not stopped", ResourceWarning, 1)
+            scheduler.stop(0)
+
+
+atexit.register(_stop_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
 
@@ -5545,7 +5655,7 @@ class Engine:
     def pause(self, queue: str) -> None:
         """Keep every engine from claiming from a queue, until `resume`; what runs, ends."""
         _text(queue, "queue")
-        self._core.perform(lambda beat: beat.store.pause(queue))
+        self._core.perform(lambda beat: beat.pause(queue))
 
     def resume(self, queue: str) -> None:
         """Let a paused queue run again."""
