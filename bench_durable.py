@@ -381,7 +381,7 @@ def running(sample: Callable[[Engine], float], **options: Any) -> Work:
 
 def rate(work: Sequence[Insert], width: int = 10, **options: Any) -> Work:
     """How many instances a second an engine of that width finishes."""
-    return running(lambda engine: pace(engine, work, width), queues={"default": width}, **options)
+    return running(lambda engine: pace(engine, work, min(width, 32)), queues={"default": width}, **options)
 
 
 def lone_s(engine: Engine) -> float:

@@ -241,7 +241,7 @@ def _instant_ms(value: object, name: str) -> int:
         raise ValueError(f"{name} must be a timezone-aware datetime, not {value!r}")
     if value.utcoffset() is None:
         raise ValueError(f"{name} must be timezone-aware, not the naive {value!r}")
-    return -((_EPOCH - value) // _MILLISECOND)
+    return min(-((_EPOCH - value) // _MILLISECOND), _END_OF_TIME)
 
 
 def _instant(milliseconds: int) -> dt.datetime:
@@ -330,7 +330,10 @@ def _error_text(error: str | BaseException) -> str:
     """Write an error the way `last_error` shows it: `ValueError: boom`, or a given reason as it is."""
     if isinstance(error, str):
         return _printable(error)
-    message = str(error)
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - an error that can't say what it is remains an error, not a crash
+        message = "(its text can't be made)"
     return _printable(f"{type(error).__name__}: {message}" if message else type(error).__name__)
 
 
@@ -863,16 +866,46 @@ def _structure_mapping_factory(cls: Any, converter: cattrs.Converter) -> Callabl
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
             raise _invalid("dict", value)
-        if key in (int, float):
+        if key in (Any, str):
+            for name in value:
+                if not isinstance(name, str):
+                    raise ValueError(f"keys must be strings, not {_brief(name)}")
+        elif key in (int, float):
             value = {key(name) if isinstance(name, str) else name: item for name, item in value.items()}
         return structure(value, cls)
 
     return hook
 
 
+def _unstructure_class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Write every field, those that the constructor does not take (`init=False`) among them."""
+    return cattrs.gen.make_dict_unstructure_fn(cls, converter, _cattrs_include_init_false=True)
+
+
+def _unstructure_mapping_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """Write a mapping; only a declared number type makes a number a key, JSON would turn any into a string."""
+    key = (typing.get_args(cls) or (Any,))[0]
+    values = cattrs.cols.mapping_unstructure_factory(cls, converter, unstructure_to=dict)
+    if key in (int, float):
+        return values
+
+    def hook(value: Any) -> Any:
+        written = values(value)
+        for name in written:
+            if not isinstance(name, str):
+                raise ValueError(f"keys must be strings, not {_brief(name)}")
+        return written
+
+    return hook
+
+
 def _structure_class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
     structure = cattrs.gen.make_dict_structure_fn(
-        cls, converter, _cattrs_forbid_extra_keys=converter.forbid_extra_keys, _cattrs_detailed_validation=True
+        cls,
+        converter,
+        _cattrs_forbid_extra_keys=converter.forbid_extra_keys,
+        _cattrs_detailed_validation=True,
+        _cattrs_include_init_false=True,
     )
 
     def hook(value: Any, _: Any) -> Any:
@@ -904,14 +937,27 @@ def _structure_union_factory(cls: Any, converter: cattrs.Converter) -> Callable[
     return hook
 
 
+def _write_scalar(cls: type, write: Callable[[Any], Any], value: Any) -> Any:
+    """Write a scalar of the declared type; another one is not turned into it, nor does a date drop the time."""
+    if not isinstance(value, cls) or (cls is dt.date and isinstance(value, dt.datetime)):
+        raise _invalid(_type_name(cls), value)
+    return write(value)
+
+
 def _make_converter(*, forbid_extra_keys: bool) -> cattrs.Converter:
     converter = cattrs.Converter(
         forbid_extra_keys=forbid_extra_keys,
         unstruct_collection_overrides=dict.fromkeys((set, frozenset, tuple, collections.deque), list),
     )
     for cls, codec in _CODECS.items():
-        converter.register_unstructure_hook_func(functools.partial(lambda known, cls: cls is known, cls), codec.write)
-    converter.register_unstructure_hook(pathlib.PurePath, str)
+        write = functools.partial(_write_scalar, cls, codec.write)
+        converter.register_unstructure_hook_func(functools.partial(lambda known, cls: cls is known, cls), write)
+    # cattrs has a hook of its own for bytes, which goes before those above
+    converter.register_unstructure_hook(bytes, functools.partial(_write_scalar, bytes, _CODECS[bytes].write))
+    for path in (pathlib.PurePath, pathlib.Path):
+        converter.register_unstructure_hook(path, functools.partial(_write_scalar, path, str))
+    converter.register_unstructure_hook_factory(attrs.has, _unstructure_class_factory)
+    converter.register_unstructure_hook_factory(cattrs.cols.is_mapping, _unstructure_mapping_factory)
     converter.register_structure_hook_factory(attrs.has, _structure_class_factory)
     converter.register_structure_hook_factory(cattrs.cols.is_mapping, _structure_mapping_factory)
     converter.register_structure_hook_factory(_is_collection, _structure_list_factory)
@@ -1011,6 +1057,57 @@ def _dict_text(value: dict[Any, Any]) -> str:
         raise StateError([_error_text(error)]) from error
 
 
+def _misfits(value: Any, kind: Any, path: str = "") -> Iterator[str]:
+    """List what in a state object is not of its field's type, with its path; only a refusal pays for it."""
+    where = f"{path.removeprefix('.')}: " if path else ""
+    arguments = typing.get_args(kind)
+    if not _fits(value, kind):
+        yield f"{where}not a valid {_type_name(kind)}, {_brief(value)}"
+    elif attrs.has(type(value)):
+        for field in attrs.fields(type(value)):
+            yield from _misfits(getattr(value, field.name), field.type, f"{path}.{field.name}")
+    elif isinstance(value, Mapping):
+        key_kind, item_kind = arguments if len(arguments) == 2 else (Any, Any)
+        for key, item in value.items():
+            if not isinstance(key, str) and key_kind in (Any, str):
+                yield f"{where}keys must be strings, not {_brief(key)}"
+            yield from _misfits(item, item_kind, f"{path}[{key!r}]")
+    elif _is_collection(type(value)):
+        is_fixed = typing.get_origin(kind) is tuple and ... not in arguments
+        kinds = arguments if is_fixed else (arguments or (Any,))[:1] * len(value)
+        for index, (item, item_kind) in enumerate(zip(value, kinds, strict=False)):
+            yield from _misfits(item, item_kind, f"{path}[{index}]")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is itself, whatever it holds, of an annotated type."""
+    wanted = typing.get_origin(kind) or kind
+    if _is_union(kind):
+        return any(not any(_misfits(value, one)) for one in typing.get_args(kind))
+    if wanted is dt.date:
+        return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
+    if isinstance(wanted, type) and wanted is not Any:
+        return isinstance(value, (int, float) if wanted is float else wanted)
+    return isinstance(value, (*_SCALARS, list, dict, enum.Enum, types.NoneType)) or attrs.has(type(value))
+
+
+def _object_text(value: Any, cls: type) -> str:
+    try:
+        return _state_text(_unstructure(value))
+    except StateError as error:
+        with contextlib.suppress(RecursionError):
+            if problems := list(_misfits(value, cls)):
+                raise StateError(problems) from error
+        raise
+
+
+def _has_other_keys(value: object) -> bool:
+    """Whether a dict somewhere has a key that is no string, which JSON would turn into one."""
+    if isinstance(value, dict):
+        return any(not isinstance(key, str) or _has_other_keys(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(map(_has_other_keys, value))
+
+
 def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
     """Write a state as JSON text, held against its schema; `known` is a text that is known to fit.
 
@@ -1020,11 +1117,12 @@ def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
         return _dump_plain(value)
     if not isinstance(value, cls | dict):
         raise StateError([f"not a {cls.__name__} or a dict, {_brief(value)}"])
-    text = _dict_text(value) if isinstance(value, dict) else _state_text(_unstructure(value))
+    text = _dict_text(value) if isinstance(value, dict) else _object_text(value, cls)
     if text == known:
         return text
-    state = _structure(_strict, _decode(text), cls)
-    return text if isinstance(value, cls) else _state_text(_unstructure(state))
+    given = value if isinstance(value, dict) and _has_other_keys(value) else _decode(text)
+    state = _structure(_strict, given, cls)
+    return text if isinstance(value, cls) else _object_text(state, cls)
 
 
 def _load_state(cls: type | None, text: str) -> Any:
@@ -1316,6 +1414,11 @@ class FSM:
 
     def __init_subclass__(cls, *, abstract: bool = False, **options: Unpack[_FSMOptions]) -> None:
         super().__init_subclass__()
+        if "_options" in vars(cls):  # made anew by a decorator (slots of attrs, of a dataclass), without keywords
+            first = cls._spec
+            abstract, options = first is None, cast(_FSMOptions, vars(cls)["_options"])
+            if first is not None:
+                cls.__qualname__ = first.cls.__qualname__
         cls._spec = None
         cls._options = _merged_options(cls, dict(options))
         if not abstract:
@@ -1445,8 +1548,8 @@ def _read_state_class(cls: type[FSM], values: dict[str, Any]) -> type | None:
 
 def _module_name(module: str) -> str:
     """Name a module as its importers know it: a script run as `__main__` by its stem, or its `-m` name."""
-    main = sys.modules.get("__main__")
-    if module != "__main__" or main is None:
+    main = sys.modules.get(module)
+    if module not in ("__main__", "__mp_main__") or main is None:  # the second: in a process that spawn started
         return module
     if getattr(main, "__spec__", None) is not None:
         return str(cast(Any, main).__spec__.name)
@@ -1803,7 +1906,8 @@ def _crashed(row: _Row, cause: str, now: int) -> _Change:
 _SCHEMA_VERSION = 1
 
 # `correlation_guard` makes duplicates uncommittable and is a signal's address look-up. Every index serves one query
-# and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads.
+# and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads. Conditions are
+# spelled with OR: for IN, SQLite builds its list anew for each row written, which made an update a third slower.
 _SCHEMA = """
 CREATE TABLE durable_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE durable_instances (
@@ -1812,7 +1916,8 @@ CREATE TABLE durable_instances (
     version INTEGER NOT NULL,
     step TEXT NOT NULL,
     status TEXT NOT NULL DEFAULT 'runnable' CHECK (
-        status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children', 'done', 'failed')),
+        status = 'runnable' OR status = 'executing' OR status = 'done' OR status = 'failed'
+        OR status = 'awaiting_signal' OR status = 'awaiting_children'),
     state TEXT NOT NULL,
     result TEXT,
     last_error TEXT,
@@ -1856,11 +1961,12 @@ CREATE INDEX durable_held ON durable_instances (concurrency_key)
     WHERE status = 'executing' AND concurrency_key IS NOT NULL;
 CREATE INDEX durable_deadlines ON durable_instances (await_deadline) WHERE await_deadline IS NOT NULL;
 CREATE INDEX durable_waiting ON durable_instances (status, queue)
-    WHERE status IN ('awaiting_signal', 'awaiting_children');
+    WHERE status = 'awaiting_signal' OR status = 'awaiting_children';
 CREATE INDEX durable_children ON durable_instances (parent_id, status) WHERE parent_id IS NOT NULL;
 CREATE UNIQUE INDEX durable_occupants ON durable_instances (correlation_guard) WHERE correlation_guard IS NOT NULL;
 CREATE INDEX durable_keys ON durable_instances (correlation_key) WHERE correlation_key IS NOT NULL;
-CREATE INDEX durable_finished ON durable_instances (updated_at, queue, status) WHERE status IN ('done', 'failed');
+CREATE INDEX durable_finished ON durable_instances (updated_at, queue, status)
+    WHERE status = 'done' OR status = 'failed';
 CREATE INDEX durable_failed ON durable_instances (id) WHERE status = 'failed';
 CREATE TABLE durable_signals (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -2110,13 +2216,12 @@ _WORKERS = """
 SELECT id, name, host, pid, queues, started_at, heartbeat_at, lease_expires_at FROM durable_workers
 ORDER BY started_at, id
 """
-_EXPIRED = "SELECT id, lease_expires_at FROM durable_workers WHERE id <> ? AND lease_expires_at <= ?"
 _CLAIMED_BY = f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id"
 
 # A finished child waits for its parent's join: `joining` stays set until the step after the join makes progress.
 _SWEEP = """
 SELECT id, updated_at FROM durable_instances c
-WHERE status IN ('done', 'failed') AND (updated_at, id) > (?, ?) AND updated_at < ?
+WHERE (status = 'done' OR status = 'failed') AND (updated_at, id) > (?, ?) AND updated_at < ?
     AND NOT EXISTS (SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND p.joining
         AND p.status NOT IN ('done', 'failed'))
 ORDER BY updated_at, id LIMIT ?
@@ -2147,9 +2252,9 @@ SELECT queue, status, count(*) FROM durable_instances WHERE status = 'runnable' 
 UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY queue
 UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE status = 'executing' GROUP BY queue
 UNION ALL SELECT queue, status, count(*) FROM durable_instances
-    WHERE status IN ('awaiting_signal', 'awaiting_children') GROUP BY queue, status
+    WHERE status = 'awaiting_signal' OR status = 'awaiting_children' GROUP BY queue, status
 UNION ALL SELECT queue, status, count(*) FROM durable_instances
-    WHERE status IN ('done', 'failed') GROUP BY queue, status
+    WHERE status = 'done' OR status = 'failed' GROUP BY queue, status
 """
 _STATUSES = "SELECT id, status FROM durable_instances WHERE id IN (SELECT value FROM json_each(?))"
 
@@ -6682,7 +6787,7 @@ def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
 _WAITS = """
 SELECT 'parked', parked_on, count(*), NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
 UNION ALL SELECT 'signal', awaits, count(*), min(await_deadline) FROM durable_instances
-    WHERE status IN ('awaiting_signal', 'awaiting_children') AND awaits IS NOT NULL GROUP BY awaits
+    WHERE (status = 'awaiting_signal' OR status = 'awaiting_children') AND awaits IS NOT NULL GROUP BY awaits
 UNION ALL SELECT 'time', queue, count(*), min(eligible_at) FROM durable_instances
     WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
 ORDER BY 3 DESC LIMIT 5
