@@ -2163,6 +2163,7 @@ WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
 # A consumed signal that has a dedup_key leaves it behind, so that a redelivery stays a no-op while the instance lives.
 _CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
 _CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
+_HAS_SIGNALS = "SELECT 1 FROM durable_signals LIMIT 1"
 _EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ?"
 
 _LIVE_CHILD = """
@@ -2894,6 +2895,9 @@ class _Store:
         bindings = [(one,) for one in ids]
         self.db.executemany(_CONSUME, bindings)
         self.db.executemany(_CONSUME_KEYED, bindings)
+
+    def has_signals(self) -> bool:
+        return self._first(_HAS_SIGNALS) is not None
 
     def empty_inbox(self, target: int) -> None:
         self.db.execute(_EMPTY_INBOX, (target,))
@@ -4077,6 +4081,7 @@ class _Beat:
         self._freed_keys: set[str] = set()
         self._poked_buckets: set[str] = set()
         self._parents: set[int] = set()
+        self._has_signals: bool | None = None
 
     def run(
         self,
@@ -4209,7 +4214,8 @@ class _Beat:
         )
         self.left.append(claim)
         self.kinds.append(commit.kind)
-        self.claims.append(_Claim(next_row, claim.spec, claim.behaviour, claim.desk, self.store.inbox(row.id)))
+        inbox = self.store.inbox(row.id) if self._may_have_signals() else _NO_SIGNALS
+        self.claims.append(_Claim(next_row, claim.spec, claim.behaviour, claim.desk, inbox))
         self._tell_step(commit)
         self.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
 
@@ -4227,11 +4233,18 @@ class _Beat:
         if row.concurrency_key is not None:
             self._freed_keys.add(row.concurrency_key)
         if status in _TERMINAL:
-            self.store.empty_inbox(row.id)
+            if self._may_have_signals():
+                self.store.empty_inbox(row.id)
             if row.parent_id is not None:
                 self._parents.add(row.parent_id)
         if status != Status.RUNNABLE:
             self.settled.append((row.id, status))
+
+    def _may_have_signals(self) -> bool:
+        """Whether there is any signal in the file: most files have none, so one look saves one for each row."""
+        if self._has_signals is None:
+            self._has_signals = self.store.has_signals()
+        return self._has_signals
 
     def _tell_step(self, commit: _Commit) -> None:
         if not self.core.hub.wants("step.stop"):
@@ -4347,6 +4360,7 @@ class _Beat:
         if status is None or status in _TERMINAL:
             what = "no live instance" if status is None else f"instance {instance} has ended ({status}), so none"
             raise NoTargetError(f"{what} {'has the id' if isinstance(target, int) else 'occupies the key'} {target!r}")
+        self._has_signals = True
         if self.store.deliver(instance, message, self.now):
             self.store.wake(instance, message.name, self.now)
 
