@@ -787,6 +787,17 @@ def _type_name(cls: Any) -> str:
     return getattr(cls, "__name__", None) or str(cls)
 
 
+def _is_enum(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, enum.Enum)
+
+
+def _structure_enum(value: Any, cls: Any) -> Any:
+    for member in cls:
+        if member.value == value and type(member.value) is type(value):
+            return member
+    raise _invalid(_type_name(cls), value)
+
+
 def _structure_scalar(value: Any, cls: Any) -> Any:
     if _is_enum(cls):
         return _structure_enum(value, cls)
@@ -801,17 +812,6 @@ def _structure_scalar(value: Any, cls: Any) -> Any:
         raise _invalid(_type_name(cls), value) from None
 
 
-def _structure_enum(value: Any, cls: Any) -> Any:
-    for member in cls:
-        if member.value == value and type(member.value) is type(value):
-            return member
-    raise _invalid(_type_name(cls), value)
-
-
-def _is_enum(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, enum.Enum)
-
-
 def _is_collection(cls: Any) -> bool:
     origin = typing.get_origin(cls) or cls
     return isinstance(origin, type) and issubclass(origin, list | set | frozenset | tuple | collections.deque)
@@ -819,23 +819,6 @@ def _is_collection(cls: Any) -> bool:
 
 def _is_union(cls: Any) -> bool:
     return typing.get_origin(cls) in (typing.Union, types.UnionType)
-
-
-def _structure_list_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    """Read a JSON array as a list, set, frozenset, deque or tuple; a string is no array of its characters."""
-    container = typing.get_origin(cls) or cls
-    arguments = typing.get_args(cls) or (Any, ...)
-    if issubclass(container, tuple) and (len(arguments) != 2 or arguments[1] is not ...):
-        return _structure_fixed_tuple(container, [(converter.get_structure_hook(one), one) for one in arguments])
-    structure = cattrs.cols.list_structure_factory(list[arguments[0]], converter)  # type: ignore[valid-type]
-
-    def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, list):
-            raise _invalid(container.__name__, value)
-        items = structure(value, cls)
-        return items if container is list else container(items)
-
-    return hook
 
 
 def _structure_fixed_tuple(
@@ -854,6 +837,23 @@ def _structure_fixed_tuple(
         if problems:
             raise cattrs.IterableValidationError("", problems, cls)
         return tuple(items)
+
+    return hook
+
+
+def _structure_list_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a JSON array as a list, set, frozenset, deque or tuple; a string is no array of its characters."""
+    container = typing.get_origin(cls) or cls
+    arguments = typing.get_args(cls) or (Any, ...)
+    if issubclass(container, tuple) and (len(arguments) != 2 or arguments[1] is not ...):
+        return _structure_fixed_tuple(container, [(converter.get_structure_hook(one), one) for one in arguments])
+    structure = cattrs.cols.list_structure_factory(list[arguments[0]], converter)  # type: ignore[valid-type]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, list):
+            raise _invalid(container.__name__, value)
+        items = structure(value, cls)
+        return items if container is list else container(items)
 
     return hook
 
@@ -916,13 +916,15 @@ def _structure_class_factory(cls: Any, converter: cattrs.Converter) -> Callable[
     return hook
 
 
-def _structure_union_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+def _structure_union_factory(
+    cls: Any, converter: cattrs.Converter, strict: cattrs.Converter | None
+) -> Callable[[Any, Any], Any]:
     """Read a union as the first of its members that takes the value, the strict reading before the lenient one."""
     members = [one for one in typing.get_args(cls) if one is not types.NoneType]
     takes_none = len(members) < len(typing.get_args(cls))
     readings = [(converter.get_structure_hook(one), one) for one in members]
-    if converter is not _strict:
-        readings = [(_strict.get_structure_hook(one), one) for one in members] + readings
+    if strict is not None:
+        readings = [(strict.get_structure_hook(one), one) for one in members] + readings
 
     def hook(value: Any, _: Any) -> Any:
         if value is None and takes_none:
@@ -944,9 +946,10 @@ def _write_scalar(cls: type, write: Callable[[Any], Any], value: Any) -> Any:
     return write(value)
 
 
-def _make_converter(*, forbid_extra_keys: bool) -> cattrs.Converter:
+def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
+    """Make the converter that is strict, or with that one given, the lenient one."""
     converter = cattrs.Converter(
-        forbid_extra_keys=forbid_extra_keys,
+        forbid_extra_keys=strict is None,
         unstruct_collection_overrides=dict.fromkeys((set, frozenset, tuple, collections.deque), list),
     )
     for cls, codec in _CODECS.items():
@@ -961,17 +964,19 @@ def _make_converter(*, forbid_extra_keys: bool) -> cattrs.Converter:
     converter.register_structure_hook_factory(attrs.has, _structure_class_factory)
     converter.register_structure_hook_factory(cattrs.cols.is_mapping, _structure_mapping_factory)
     converter.register_structure_hook_factory(_is_collection, _structure_list_factory)
-    converter.register_structure_hook_factory(_is_union, _structure_union_factory)
+    converter.register_structure_hook_factory(
+        _is_union, lambda cls, converter: _structure_union_factory(cls, converter, strict)
+    )
     converter.register_structure_hook_func(_is_enum, _structure_enum)
     for cls in (*_SCALARS, pathlib.Path):
         converter.register_structure_hook(cls, _structure_scalar)
     return converter
 
 
-_strict = _make_converter(forbid_extra_keys=True)
+_strict = _make_converter()
 """Reads what users give: every key must be known."""
 
-_lenient = _make_converter(forbid_extra_keys=False)
+_lenient = _make_converter(_strict)
 """Reads what the file holds, which an older version of the class may have written."""
 
 
@@ -1161,6 +1166,45 @@ _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
 
 
+class _Follower(NamedTuple):
+    """An instance to insert in the commit."""
+
+    row: _NewRow
+
+
+class _Statement(NamedTuple):
+    """The user's own SQL, to run in the commit."""
+
+    sql: str
+    bindings: tuple[Any, ...] | dict[str, Any]
+
+
+class _Message(NamedTuple):
+    """A signal to deliver: in a step's commit, or in one of its own."""
+
+    target: int | str
+    name: str
+    payload: str | None
+    dedup_key: str | None
+
+
+def _target(value: object) -> int | str:
+    """Check what addresses an instance: an id, or a correlation key."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return _text(value, "target (an id or a correlation key)")
+
+
+def _message(target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
+    if dedup_key is not None:
+        _text(dedup_key, "dedup_key")
+    try:
+        text = _dump_value(payload, "payload")
+    except OutcomeError as error:
+        raise ValueError(str(error)) from error
+    return _Message(_target(target), _text(name, "a signal's name"), text, dedup_key)
+
+
 class Context(Generic[_State]):
     """What a step sees of its instance, and its verbs that add to the step's commit. Read-only."""
 
@@ -1280,46 +1324,7 @@ class Context(Generic[_State]):
         return f"<Context of instance {self.id}: {self.fsm}, step {self.step!r}, attempt {self.attempt}>"
 
 
-class _Statement(NamedTuple):
-    """The user's own SQL, to run in the commit."""
-
-    sql: str
-    bindings: tuple[Any, ...] | dict[str, Any]
-
-
-class _Follower(NamedTuple):
-    """An instance to insert in the commit."""
-
-    row: _NewRow
-
-
-class _Message(NamedTuple):
-    """A signal to deliver: in a step's commit, or in one of its own."""
-
-    target: int | str
-    name: str
-    payload: str | None
-    dedup_key: str | None
-
-
 _Effect = _Statement | _Follower | _Message
-
-
-def _target(value: object) -> int | str:
-    """Check what addresses an instance: an id, or a correlation key."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    return _text(value, "target (an id or a correlation key)")
-
-
-def _message(target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
-    if dedup_key is not None:
-        _text(dedup_key, "dedup_key")
-    try:
-        text = _dump_value(payload, "payload")
-    except OutcomeError as error:
-        raise ValueError(str(error)) from error
-    return _Message(_target(target), _text(name, "a signal's name"), text, dedup_key)
 
 
 def step(method: _AnyStep) -> _AnyStep:
@@ -1389,6 +1394,141 @@ class _Spec:
         return code
 
 
+def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
+    """Check the class keywords and add those that the nearest base has; a name is never inherited."""
+    unknown = options.keys() - _FSMOptions.__annotations__.keys()
+    if unknown:
+        allowed = ", ".join(["abstract", *_FSMOptions.__annotations__])
+        raise TypeError(f"{cls.__qualname__}: unknown option {min(unknown)!r}; allowed are {allowed}")
+    inherited: dict[str, Any] = next(
+        (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
+    )
+    if "State" in vars(cls):
+        inherited = {name: value for name, value in inherited.items() if name != "state"}
+    return {**{name: value for name, value in inherited.items() if name != "name"}, **options}
+
+
+def _is_step(cls: type, name: str) -> bool:
+    """Whether the method is a step: marked, or in place of a base's method that is."""
+    return any(getattr(vars(base).get(name), "_durable_step", False) for base in cls.__mro__)
+
+
+def _module_name(module: str) -> str:
+    """Name a module as its importers know it: a script run as `__main__` by its stem, or its `-m` name."""
+    main = sys.modules.get(module)
+    if module not in ("__main__", "__mp_main__") or main is None:  # the second: in a process that spawn started
+        return module
+    if getattr(main, "__spec__", None) is not None:
+        return str(cast(Any, main).__spec__.name)
+    file = getattr(main, "__file__", None)
+    return pathlib.Path(file).stem if file else module
+
+
+def _read_state_class(cls: type[FSM], values: dict[str, Any]) -> type | None:
+    state = values.get("state", getattr(cls, "State", None))
+    if state is None:
+        return None
+    if not isinstance(state, type) or not attrs.has(state):
+        raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
+    return state
+
+
+def _checked_method(cls: type, name: str, form: str, *counts: int) -> Callable[..., Any]:
+    """Return a method that can be called with one of those numbers of arguments, `self` among them."""
+    method = getattr(cls, name)
+    for count in counts:
+        with contextlib.suppress(TypeError):
+            inspect.signature(method).bind(*range(count))
+            return cast(Callable[..., Any], method)
+    raise TypeError(f"{cls.__qualname__}.{name} must be callable as {name}{form}")
+
+
+def _perform_code(cls: type[FSM]) -> _Code:
+    form = "(self, args) or perform(self, args, ctx)"
+    method = _checked_method(cls, _PERFORM, form, 3, 2)
+    is_async = inspect.iscoroutinefunction(method)
+    with contextlib.suppress(TypeError):
+        inspect.signature(method).bind(1, 2, 3)
+        return _Code(lambda self, ctx: self.perform(ctx.state, ctx), is_async)
+    return _Code(lambda self, ctx: self.perform(ctx.state), is_async)
+
+
+def _read_steps(cls: type[FSM]) -> tuple[dict[str, _Code], _Code | None]:
+    """Find a class's code: its marked steps, or its one `step`, or its `perform`."""
+    where = cls.__qualname__
+    names = dict.fromkeys(name for base in reversed(cls.__mro__) for name in vars(base))
+    marked = [name for name in names if _is_step(cls, name)]
+    has_any_step = callable(getattr(cls, "step", None)) and "step" not in marked
+    has_perform = callable(getattr(cls, _PERFORM, None)) and _PERFORM not in marked
+    for name in ("handle", "backoff"):
+        if name in marked or inspect.iscoroutinefunction(getattr(cls, name)):
+            raise TypeError(f"{where}: {name} must be a plain method of the class, neither a step nor async")
+    if has_perform and (marked or has_any_step):
+        raise TypeError(f"{where} defines both steps and perform: keep the steps (a machine) or perform (a job)")
+    if marked and has_any_step:
+        raise TypeError(f"{where} defines both @step methods and step(self, name, ctx): use one of the two forms")
+    if has_perform:
+        return {_PERFORM: _perform_code(cls)}, None
+    if has_any_step:
+        method = _checked_method(cls, "step", "(self, name, ctx)", 3)
+        return {}, _Code(lambda self, ctx: self.step(ctx.step, ctx), inspect.iscoroutinefunction(method))
+    if not marked:
+        raise TypeError(
+            f"{where} defines neither steps nor perform: mark methods with @step (a machine), define perform"
+            " (a job), or pass abstract=True (a shared base)"
+        )
+    methods = {name: _checked_method(cls, name, "(self, ctx)", 2) for name in marked}
+    return {name: _Code(method, inspect.iscoroutinefunction(method)) for name, method in methods.items()}, None
+
+
+def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
+    """Read what a class defines; whatever could not run is a TypeError here."""
+    where = cls.__qualname__
+    steps, any_step = _read_steps(cls)
+    is_job = _PERFORM in steps and any_step is None and not _is_step(cls, _PERFORM)
+    for option in ("initial",) if is_job else ("max_attempts",):
+        if option in cls._options:
+            raise TypeError(f"{where}: {option} is for {'machines' if is_job else 'jobs'} only: leave it out")
+    values = {**_DEFAULTS, **cls._options}
+    if not is_job and any_step is None and values["initial"] not in steps:
+        known = ", ".join(map(repr, steps))
+        raise TypeError(f"{where}: initial={values['initial']!r} is none of its steps {known}: name one of them")
+    timeout = values["timeout"]
+    return _Spec(
+        cls=cls,
+        name=_text(values.get("name", f"{_module_name(cls.__module__)}.{where}"), f"{where}: name", TypeError),
+        version=_integer(values["version"], f"{where}: version", 1, TypeError),
+        queue=_text(values["queue"], f"{where}: queue", TypeError),
+        initial=_PERFORM if is_job else _text(values["initial"], f"{where}: initial", TypeError),
+        state=_read_state_class(cls, values),
+        max_attempts=_integer(values["max_attempts"], f"{where}: max_attempts", 1, TypeError) if is_job else None,
+        max_crashes=_integer(values["max_crashes"], f"{where}: max_crashes", 1, TypeError),
+        timeout_s=None if timeout is None else _positive_ms(timeout, f"{where}: timeout", TypeError) / 1000,
+        inline=_boolean(values["inline"], f"{where}: inline", TypeError),
+        steps=steps,
+        any_step=any_step,
+        is_job=is_job,
+    )
+
+
+def _definition(cls: type) -> tuple[str, str]:
+    return _module_name(cls.__module__), cls.__qualname__
+
+
+_registry: dict[tuple[str, int], _Spec] = {}
+
+
+def _register(spec: _Spec) -> None:
+    """Make a class known under its name and version; defining the same one again replaces it."""
+    known = _registry.get((spec.name, spec.version))
+    if known is not None and _definition(known.cls) != _definition(spec.cls):
+        raise TypeError(
+            f"{spec.cls.__qualname__}: {spec.name!r} version {spec.version} is taken by"
+            f" {'.'.join(_definition(known.cls))}: give it another name or version"
+        )
+    _registry[spec.name, spec.version] = spec
+
+
 class FSM:
     """Base of machines and jobs.
 
@@ -1440,141 +1580,6 @@ class FSM:
         return Stop(reason)
 
 
-def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
-    """Check the class keywords and add those that the nearest base has; a name is never inherited."""
-    unknown = options.keys() - _FSMOptions.__annotations__.keys()
-    if unknown:
-        allowed = ", ".join(["abstract", *_FSMOptions.__annotations__])
-        raise TypeError(f"{cls.__qualname__}: unknown option {min(unknown)!r}; allowed are {allowed}")
-    inherited: dict[str, Any] = next(
-        (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
-    )
-    if "State" in vars(cls):
-        inherited = {name: value for name, value in inherited.items() if name != "state"}
-    return {**{name: value for name, value in inherited.items() if name != "name"}, **options}
-
-
-def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
-    """Read what a class defines; whatever could not run is a TypeError here."""
-    where = cls.__qualname__
-    steps, any_step = _read_steps(cls)
-    is_job = _PERFORM in steps and any_step is None and not _is_step(cls, _PERFORM)
-    for option in ("initial",) if is_job else ("max_attempts",):
-        if option in cls._options:
-            raise TypeError(f"{where}: {option} is for {'machines' if is_job else 'jobs'} only: leave it out")
-    values = {**_DEFAULTS, **cls._options}
-    if not is_job and any_step is None and values["initial"] not in steps:
-        known = ", ".join(map(repr, steps))
-        raise TypeError(f"{where}: initial={values['initial']!r} is none of its steps {known}: name one of them")
-    timeout = values["timeout"]
-    return _Spec(
-        cls=cls,
-        name=_text(values.get("name", f"{_module_name(cls.__module__)}.{where}"), f"{where}: name", TypeError),
-        version=_integer(values["version"], f"{where}: version", 1, TypeError),
-        queue=_text(values["queue"], f"{where}: queue", TypeError),
-        initial=_PERFORM if is_job else _text(values["initial"], f"{where}: initial", TypeError),
-        state=_read_state_class(cls, values),
-        max_attempts=_integer(values["max_attempts"], f"{where}: max_attempts", 1, TypeError) if is_job else None,
-        max_crashes=_integer(values["max_crashes"], f"{where}: max_crashes", 1, TypeError),
-        timeout_s=None if timeout is None else _positive_ms(timeout, f"{where}: timeout", TypeError) / 1000,
-        inline=_boolean(values["inline"], f"{where}: inline", TypeError),
-        steps=steps,
-        any_step=any_step,
-        is_job=is_job,
-    )
-
-
-def _is_step(cls: type, name: str) -> bool:
-    """Whether the method is a step: marked, or in place of a base's method that is."""
-    return any(getattr(vars(base).get(name), "_durable_step", False) for base in cls.__mro__)
-
-
-def _read_steps(cls: type[FSM]) -> tuple[dict[str, _Code], _Code | None]:
-    """Find a class's code: its marked steps, or its one `step`, or its `perform`."""
-    where = cls.__qualname__
-    names = dict.fromkeys(name for base in reversed(cls.__mro__) for name in vars(base))
-    marked = [name for name in names if _is_step(cls, name)]
-    has_any_step = callable(getattr(cls, "step", None)) and "step" not in marked
-    has_perform = callable(getattr(cls, _PERFORM, None)) and _PERFORM not in marked
-    for name in ("handle", "backoff"):
-        if name in marked or inspect.iscoroutinefunction(getattr(cls, name)):
-            raise TypeError(f"{where}: {name} must be a plain method of the class, neither a step nor async")
-    if has_perform and (marked or has_any_step):
-        raise TypeError(f"{where} defines both steps and perform: keep the steps (a machine) or perform (a job)")
-    if marked and has_any_step:
-        raise TypeError(f"{where} defines both @step methods and step(self, name, ctx): use one of the two forms")
-    if has_perform:
-        return {_PERFORM: _perform_code(cls)}, None
-    if has_any_step:
-        method = _checked_method(cls, "step", "(self, name, ctx)", 3)
-        return {}, _Code(lambda self, ctx: self.step(ctx.step, ctx), inspect.iscoroutinefunction(method))
-    if not marked:
-        raise TypeError(
-            f"{where} defines neither steps nor perform: mark methods with @step (a machine), define perform"
-            " (a job), or pass abstract=True (a shared base)"
-        )
-    methods = {name: _checked_method(cls, name, "(self, ctx)", 2) for name in marked}
-    return {name: _Code(method, inspect.iscoroutinefunction(method)) for name, method in methods.items()}, None
-
-
-def _checked_method(cls: type, name: str, form: str, *counts: int) -> Callable[..., Any]:
-    """Return a method that can be called with one of those numbers of arguments, `self` among them."""
-    method = getattr(cls, name)
-    for count in counts:
-        with contextlib.suppress(TypeError):
-            inspect.signature(method).bind(*range(count))
-            return cast(Callable[..., Any], method)
-    raise TypeError(f"{cls.__qualname__}.{name} must be callable as {name}{form}")
-
-
-def _perform_code(cls: type[FSM]) -> _Code:
-    form = "(self, args) or perform(self, args, ctx)"
-    method = _checked_method(cls, _PERFORM, form, 3, 2)
-    is_async = inspect.iscoroutinefunction(method)
-    with contextlib.suppress(TypeError):
-        inspect.signature(method).bind(1, 2, 3)
-        return _Code(lambda self, ctx: self.perform(ctx.state, ctx), is_async)
-    return _Code(lambda self, ctx: self.perform(ctx.state), is_async)
-
-
-def _read_state_class(cls: type[FSM], values: dict[str, Any]) -> type | None:
-    state = values.get("state", getattr(cls, "State", None))
-    if state is None:
-        return None
-    if not isinstance(state, type) or not attrs.has(state):
-        raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
-    return state
-
-
-def _module_name(module: str) -> str:
-    """Name a module as its importers know it: a script run as `__main__` by its stem, or its `-m` name."""
-    main = sys.modules.get(module)
-    if module not in ("__main__", "__mp_main__") or main is None:  # the second: in a process that spawn started
-        return module
-    if getattr(main, "__spec__", None) is not None:
-        return str(cast(Any, main).__spec__.name)
-    file = getattr(main, "__file__", None)
-    return pathlib.Path(file).stem if file else module
-
-
-_registry: dict[tuple[str, int], _Spec] = {}
-
-
-def _register(spec: _Spec) -> None:
-    """Make a class known under its name and version; defining the same one again replaces it."""
-    known = _registry.get((spec.name, spec.version))
-    if known is not None and _definition(known.cls) != _definition(spec.cls):
-        raise TypeError(
-            f"{spec.cls.__qualname__}: {spec.name!r} version {spec.version} is taken by"
-            f" {'.'.join(_definition(known.cls))}: give it another name or version"
-        )
-    _registry[spec.name, spec.version] = spec
-
-
-def _definition(cls: type) -> tuple[str, str]:
-    return _module_name(cls.__module__), cls.__qualname__
-
-
 def _resolve(fsm: object) -> _Spec:
     """Find what is meant by a class, a function job, or a registered name (its highest version)."""
     if isinstance(fsm, str):
@@ -1599,42 +1604,6 @@ class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
     def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Returned_co: ...
 
 
-@overload
-def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
-@overload
-def job(
-    **options: Unpack[_FSMOptions],
-) -> Callable[[Callable[_Arguments, _Returned_co]], _FunctionJob[_Arguments, _Returned_co]]: ...
-def job(function: Any = None, /, **options: Any) -> Any:
-    """Make a function, plain or async, a job, without changing it.
-
-    Its parameters with their annotations and defaults are the schema of its `args`; a parameter named `ctx` gets
-    the Context. What it returns and raises is read as from `perform`. Options are the class keywords of `FSM`.
-
-    >>> @job(name="greet", max_attempts=3)
-    ... def greet(name: str, times: int = 1):
-    ...     return f"hello {name}" * times
-    >>> greet("you")
-    'hello you'
-    >>> greet.fsm.__name__
-    'greet'
-    """
-    if function is None:
-        return lambda decorated: job(decorated, **options)
-    if not inspect.isfunction(function):
-        raise TypeError(f"@durable.job goes on a function, not on {function!r}")
-    names = _parameter_names(function)
-    body = {
-        "__module__": function.__module__,
-        "__qualname__": function.__qualname__,
-        "__doc__": function.__doc__,
-        _PERFORM: _function_perform(function, names),
-        "State": _arguments_class(function, names),
-    }
-    cast(Any, function).fsm = types.new_class(function.__name__, (FSM,), options, lambda space: space.update(body))
-    return function
-
-
 def _parameter_names(function: types.FunctionType) -> list[str]:
     """List a function's parameters; those that no dict could name are refused."""
     parameters = inspect.signature(function).parameters.values()
@@ -1647,6 +1616,12 @@ def _parameter_names(function: types.FunctionType) -> list[str]:
     return [parameter.name for parameter in parameters]
 
 
+@overload
+def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
+@overload
+def job(
+    **options: Unpack[_FSMOptions],
+) -> Callable[[Callable[_Arguments, _Returned_co]], _FunctionJob[_Arguments, _Returned_co]]: ...
 def _arguments_class(function: types.FunctionType, names: list[str]) -> type:
     """Make the attrs class of a function's arguments."""
     try:
@@ -1684,6 +1659,36 @@ def _function_perform(function: types.FunctionType, names: list[str]) -> Callabl
         return function(**arguments(args, ctx))
 
     return perform
+
+
+def job(function: Any = None, /, **options: Any) -> Any:
+    """Make a function, plain or async, a job, without changing it.
+
+    Its parameters with their annotations and defaults are the schema of its `args`; a parameter named `ctx` gets
+    the Context. What it returns and raises is read as from `perform`. Options are the class keywords of `FSM`.
+
+    >>> @job(name="greet", max_attempts=3)
+    ... def greet(name: str, times: int = 1):
+    ...     return f"hello {name}" * times
+    >>> greet("you")
+    'hello you'
+    >>> greet.fsm.__name__
+    'greet'
+    """
+    if function is None:
+        return lambda decorated: job(decorated, **options)
+    if not inspect.isfunction(function):
+        raise TypeError(f"@durable.job goes on a function, not on {function!r}")
+    names = _parameter_names(function)
+    body = {
+        "__module__": function.__module__,
+        "__qualname__": function.__qualname__,
+        "__doc__": function.__doc__,
+        _PERFORM: _function_perform(function, names),
+        "State": _arguments_class(function, names),
+    }
+    cast(Any, function).fsm = types.new_class(function.__name__, (FSM,), options, lambda space: space.update(body))
+    return function
 
 
 # ==================================================================================================
@@ -1776,40 +1781,33 @@ class _Ruling(NamedTuple):
     traceback: str | None = None
 
 
-def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
-    """Say what an outcome makes of a row. Pure: no SQL, no clock."""
-    match ruling.outcome:
-        case Done():
-            return _ended(row, Status.DONE, now, result=ruling.result)
-        case Stop():
-            return _ended(row, Status.FAILED, now, last_error=ruling.last_error, traceback=ruling.traceback)
-        case Retry() as outcome:
-            failure = ruling.last_error is not None
-            return _unchanged(row, now)._replace(
-                state=ruling.state,
-                attempt=row.attempt + outcome.counted,
-                eligible_at=_later(now, outcome.delay),
-                last_error=ruling.last_error if failure else row.last_error,
-                traceback=ruling.traceback if failure else row.traceback,
-            )
-        case Next() as outcome:
-            is_kept = outcome.concurrency_key is KEEP
-            return _progressed(row, ruling, outcome.step, now)._replace(
-                rate_limit=_limit_key(outcome.rate_limit, "rate_limit"),
-                weight=outcome.weight,
-                concurrency_key=row.concurrency_key
-                if is_kept
-                else _limit_key(outcome.concurrency_key, "concurrency_key"),
-            )
-        case Await() as outcome:
-            return _progressed(row, ruling, outcome.then, now)._replace(
-                status=Status.AWAITING_SIGNAL,
-                awaits=_json(outcome.names),
-                await_deadline=None if outcome.timeout is None else _later(now, outcome.timeout),
-            )
-        case ScheduleChildren() as outcome:
-            progressed = _progressed(row, ruling, outcome.then, now)
-            return progressed._replace(status=Status.AWAITING_CHILDREN, joining=1)
+def _ended(
+    row: _Row,
+    status: Status,
+    now: int,
+    *,
+    result: str | None = None,
+    last_error: str | None = None,
+    traceback: str | None = None,
+) -> _Change:
+    """End the row; step, state and attempt stay as they were."""
+    return _Change(
+        status=status,
+        step=row.step,
+        state=row.state,
+        result=result,
+        last_error=last_error,
+        traceback=traceback,
+        attempt=row.attempt,
+        crashes=0,
+        eligible_at=row.eligible_at,
+        concurrency_key=row.concurrency_key,
+        rate_limit=row.rate_limit,
+        weight=row.weight,
+        awaits=None,
+        await_deadline=None,
+        joining=0,
+    )
 
 
 def _later(now: int, delay: _Duration) -> int:
@@ -1852,33 +1850,40 @@ def _progressed(row: _Row, ruling: _Ruling, step_name: str, now: int) -> _Change
     )
 
 
-def _ended(
-    row: _Row,
-    status: Status,
-    now: int,
-    *,
-    result: str | None = None,
-    last_error: str | None = None,
-    traceback: str | None = None,
-) -> _Change:
-    """End the row; step, state and attempt stay as they were."""
-    return _Change(
-        status=status,
-        step=row.step,
-        state=row.state,
-        result=result,
-        last_error=last_error,
-        traceback=traceback,
-        attempt=row.attempt,
-        crashes=0,
-        eligible_at=row.eligible_at,
-        concurrency_key=row.concurrency_key,
-        rate_limit=row.rate_limit,
-        weight=row.weight,
-        awaits=None,
-        await_deadline=None,
-        joining=0,
-    )
+def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
+    """Say what an outcome makes of a row. Pure: no SQL, no clock."""
+    match ruling.outcome:
+        case Done():
+            return _ended(row, Status.DONE, now, result=ruling.result)
+        case Stop():
+            return _ended(row, Status.FAILED, now, last_error=ruling.last_error, traceback=ruling.traceback)
+        case Retry() as outcome:
+            failure = ruling.last_error is not None
+            return _unchanged(row, now)._replace(
+                state=ruling.state,
+                attempt=row.attempt + outcome.counted,
+                eligible_at=_later(now, outcome.delay),
+                last_error=ruling.last_error if failure else row.last_error,
+                traceback=ruling.traceback if failure else row.traceback,
+            )
+        case Next() as outcome:
+            is_kept = outcome.concurrency_key is KEEP
+            return _progressed(row, ruling, outcome.step, now)._replace(
+                rate_limit=_limit_key(outcome.rate_limit, "rate_limit"),
+                weight=outcome.weight,
+                concurrency_key=row.concurrency_key
+                if is_kept
+                else _limit_key(outcome.concurrency_key, "concurrency_key"),
+            )
+        case Await() as outcome:
+            return _progressed(row, ruling, outcome.then, now)._replace(
+                status=Status.AWAITING_SIGNAL,
+                awaits=_json(outcome.names),
+                await_deadline=None if outcome.timeout is None else _later(now, outcome.timeout),
+            )
+        case ScheduleChildren() as outcome:
+            progressed = _progressed(row, ruling, outcome.then, now)
+            return progressed._replace(status=Status.AWAITING_CHILDREN, joining=1)
 
 
 def _cancelled(row: _Row, reason: str, now: int) -> _Change:
@@ -2401,26 +2406,6 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
     return version
 
 
-def _open_database(path: str, synchronous: str) -> apsw.Connection:
-    """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
-    with _driver_errors(path):
-        connection = _connect(path)
-        try:
-            # Closing the last connection copies the WAL into the file: not into one that may be refused.
-            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            _file_version(connection, path)
-            if connection.readonly("main"):
-                raise DurableError(f"{path} can only be read: durable needs to write")
-            _configure(connection, synchronous)
-            _enter_wal_mode(connection, path)
-            _migrate(connection, path)
-            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
-
-
 def _enter_wal_mode(connection: apsw.Connection, path: str) -> None:
     """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
     patience = _Patience()
@@ -2452,6 +2437,26 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         raise
 
 
+def _open_database(path: str, synchronous: str) -> apsw.Connection:
+    """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
+    with _driver_errors(path):
+        connection = _connect(path)
+        try:
+            # Closing the last connection copies the WAL into the file: not into one that may be refused.
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            _file_version(connection, path)
+            if connection.readonly("main"):
+                raise DurableError(f"{path} can only be read: durable needs to write")
+            _configure(connection, synchronous)
+            _enter_wal_mode(connection, path)
+            _migrate(connection, path)
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
 def _parked_queues(connection: apsw.Connection, parked_on: str) -> Iterator[str]:
     """Yield the queues in which rows are parked on something, by a seek each."""
     queue: str | None = ""
@@ -2475,6 +2480,23 @@ def _make_worker(row: Sequence[Any]) -> Worker:
     values[4] = _decode(values[4])
     values[5:] = map(_instant, values[5:])
     return Worker(*values)
+
+
+def _keep_for_ever(connections: list[apsw.Connection]) -> None:
+    """Keep connections from being closed, even by the interpreter's end.
+
+    A fork's child shares its parent's open files: closing SQLite's in the child may truncate the WAL under the
+    parent. What a reference is held to that nobody will drop is never closed.
+    """
+    import ctypes  # only the child of a fork pays for it
+
+    for connection in connections:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+def _make_signal(row: Sequence[Any]) -> Signal:
+    identity, name, payload, sent_at = row
+    return Signal(identity, name, _load_value(payload), _instant(sent_at))
 
 
 class _Reader:
@@ -2598,23 +2620,6 @@ class _Reader:
         """Forget the connections, unclosed: this is the child of a fork."""
         self._is_closed = True
         _keep_for_ever(self._all)
-
-
-def _make_signal(row: Sequence[Any]) -> Signal:
-    identity, name, payload, sent_at = row
-    return Signal(identity, name, _load_value(payload), _instant(sent_at))
-
-
-def _keep_for_ever(connections: list[apsw.Connection]) -> None:
-    """Keep connections from being closed, even by the interpreter's end.
-
-    A fork's child shares its parent's open files: closing SQLite's in the child may truncate the WAL under the
-    parent. What a reference is held to that nobody will drop is never closed.
-    """
-    import ctypes  # only the child of a fork pays for it
-
-    for connection in connections:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 _WRITE_ACTIONS = frozenset(
@@ -3005,21 +3010,18 @@ def _watch_sqlite3() -> None:
     sys.addaudithook(_audit)
 
 
-def _guard_file(path: str) -> tuple[int, int] | None:
-    """Keep sqlite3 from opening the file from now on; refuse if it has."""
-    _watch_sqlite3()
-    if "sqlite3" in sys.modules and _is_open_in_sqlite3(path):
-        raise SharedFileError(_SHARED.format(path=path))
-    identity = _file_id(path)
-    if identity is not None:
-        _open_files[identity] += 1
-    return identity
+def _has_descriptor(identity: tuple[int, int]) -> bool:
+    """Whether the process has the file open, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError, ValueError):
+                if _file_id_of(int(name)) == identity:
+                    return True
+    return False
 
 
-def _unguard_file(identity: tuple[int, int] | None) -> None:
-    if identity is not None:
-        _open_files[identity] -= 1
-        _open_files[identity] or _open_files.pop(identity)
+def _is_open_in_apsw(identity: tuple[int, int]) -> bool:
+    return any(_file_id(connection.filename) == identity for connection in apsw.connections())
 
 
 def _is_open_in_sqlite3(path: str) -> bool:
@@ -3047,18 +3049,21 @@ def _is_open_in_sqlite3(path: str) -> bool:
     return is_unsure and identity is not None and _has_descriptor(identity) and not _is_open_in_apsw(identity)
 
 
-def _is_open_in_apsw(identity: tuple[int, int]) -> bool:
-    return any(_file_id(connection.filename) == identity for connection in apsw.connections())
+def _guard_file(path: str) -> tuple[int, int] | None:
+    """Keep sqlite3 from opening the file from now on; refuse if it has."""
+    _watch_sqlite3()
+    if "sqlite3" in sys.modules and _is_open_in_sqlite3(path):
+        raise SharedFileError(_SHARED.format(path=path))
+    identity = _file_id(path)
+    if identity is not None:
+        _open_files[identity] += 1
+    return identity
 
 
-def _has_descriptor(identity: tuple[int, int]) -> bool:
-    """Whether the process has the file open, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError, ValueError):
-                if _file_id_of(int(name)) == identity:
-                    return True
-    return False
+def _unguard_file(identity: tuple[int, int] | None) -> None:
+    if identity is not None:
+        _open_files[identity] -= 1
+        _open_files[identity] or _open_files.pop(identity)
 
 
 def _sync_folder(path: str) -> None:
@@ -3328,36 +3333,6 @@ def _log_details(row: _Row) -> dict[str, Any]:
     return {"id": row.id, "fsm": row.fsm, "step": row.step, "attempt": row.attempt}
 
 
-def _execute(claim: _Claim) -> _Commit:
-    """Run a claimed row's step to the record of its commit. User code runs here, and in `_execute_async`."""
-    claim.started_at = time.perf_counter()
-    if claim.error is not None:
-        return _recover(claim, claim.error)
-    try:
-        code = claim.spec.code(claim.row.step)
-        ctx = claim.open()
-        verdict = _verdict(claim, ctx, _call(code.call, claim, ctx))
-    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
-        return _recover(claim, error)
-    return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
-
-
-async def _execute_async(claim: _Claim) -> _Commit | Exception:
-    """Run an `async def` step; what it failed with is returned, for `handle` to be called in a thread."""
-    claim.started_at = time.perf_counter()
-    try:
-        code = claim.spec.code(claim.row.step)
-        ctx = claim.open()
-        token = _current.set(ctx)
-        try:
-            returned = await code.call(claim.behaviour, ctx)
-        finally:
-            _current.reset(token)
-        return _verdict(claim, ctx, returned)
-    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
-        return error
-
-
 def _call(call: Callable[..., Any], claim: _Claim, ctx: Context[Any], *arguments: Any) -> Any:
     """Call a step or `handle` with its Context as the current one."""
     token = _current.set(ctx)
@@ -3367,98 +3342,25 @@ def _call(call: Callable[..., Any], claim: _Claim, ctx: Context[Any], *arguments
         _current.reset(token)
 
 
-def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
-    """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
-    is_job = claim.spec.is_job
-    if is_job and type(returned) in _PLAIN_TYPES:
-        return _rule(claim, ctx, Done(returned))
-    if isinstance(returned, _OUTCOMES):
-        is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
-        return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
-    if inspect.isawaitable(returned):
-        if inspect.iscoroutine(returned):
-            returned.close()
-        raise OutcomeError(f"step {claim.row.step!r} returned an awaitable: define it with `async def`")
-    if not is_job:
-        names = ", ".join(one.__name__ for one in _OUTCOMES)
-        raise OutcomeError(f"step {claim.row.step!r} returned {_brief(returned)}, which is none of {names}")
-    return returned if isinstance(returned, Fail | Cancel) else _rule(claim, ctx, Done(returned))
+def _describe_stop(outcome: Stop, error: Exception | None) -> tuple[str, str | None]:
+    reason = outcome.reason
+    source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
+    return _error_text(reason), None if source is None else _traceback_text(source)
 
 
-def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
-    """Stop a job that returned what only a machine may; what it added to the commit is dropped."""
-    ctx._close()
-    reason = f"a job may not return {type(outcome).__name__}: only Done, Stop, Retry, Fail, Cancel or a value"
-    return _rule(claim, ctx, Stop(reason))
-
-
-def _recover(claim: _Claim, error: Exception) -> _Commit:
-    """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
-    row = claim.row
-    if not isinstance(error, Cancel):
-        _log.warning(
-            "instance %d (%s) failed in step %r, attempt %d: %s",
-            row.id,
-            row.fsm,
-            row.step,
-            row.attempt,
-            _error_text(_reason_of(error)),
-            exc_info=error,
-            extra=_log_details(row),
-        )
-    try:
-        ctx = claim.open_for_handle()
-        if claim.spec.is_job and isinstance(error, Fail | Cancel):
-            return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
-        return _handled(claim, ctx, error)
-    except Exception as second:  # noqa: BLE001 - the user's `handle`: whatever it raises ends the instance
-        return _stop(claim, second)
-
-
-def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
-    call = type(claim.behaviour).handle  # type: ignore[attr-defined]
-    is_job = claim.spec.is_job
-    try:
-        returned = _call(call, claim, ctx, error)
-    except (Fail, Cancel) as ruling:
-        if not is_job:
-            raise
-        returned = ruling
-    if is_job and isinstance(returned, Fail | Cancel):
-        ctx._close()
-        return _rule(claim, ctx, _rule_of_job(claim, ctx, returned), returned)
-    if is_job and isinstance(returned, _OUTCOMES) and not isinstance(returned, _JOB_OUTCOMES):
-        return _refuse_outcome(claim, ctx, returned)
-    if not isinstance(returned, _OUTCOMES):
-        raise OutcomeError(f"handle returned {_brief(returned)}, which is no outcome") from error
-    return _rule(claim, ctx, returned, error)
-
-
-def _rule_of_job(claim: _Claim, ctx: Context[Any], error: Fail | Cancel) -> Retry | Stop:
-    if isinstance(error, Cancel):
-        return Stop(error.reason)
-    return cast(FSM, claim.behaviour)._retry_or_stop(error.reason, ctx)
+def _elapsed(claim: _Claim) -> float:
+    return time.perf_counter() - claim.started_at
 
 
 def _reason_of(error: Exception) -> str | BaseException:
     return error.reason if isinstance(error, Fail | Cancel) else error
 
 
-def _stop(claim: _Claim, error: BaseException) -> _Commit:
-    """End an instance as failed for an error that nobody is left to ask about."""
-    text, trace = _error_text(error), _traceback_text(error)
-    ruling = _Ruling(Stop(text), claim.row.state, last_error=text, traceback=trace)
-    return _Commit(claim, _KINDS[Stop], _transition(claim.row, ruling, claim.desk.now()), duration=_elapsed(claim))
-
-
-def _crash(claim: _Claim, error: BaseException) -> _Commit:
-    """Record that a step crashed: SystemExit and the like are not for `handle`."""
-    cause = f"crash: {_error_text(error)} out of step {claim.row.step!r}"
-    return _Commit(claim, _CRASH, _crashed(claim.row, cause, claim.desk.now()), duration=_elapsed(claim))
-
-
-def _elapsed(claim: _Claim) -> float:
-    return time.perf_counter() - claim.started_at
+def _state_after(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> str:
+    if isinstance(outcome, Done | Stop):
+        return claim.row.state
+    state = ctx.state if outcome.state is None else outcome.state
+    return _dump_state(claim.spec.state, state, claim.row.state)
 
 
 def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception | None = None) -> _Commit:
@@ -3498,17 +3400,120 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception 
     )
 
 
-def _describe_stop(outcome: Stop, error: Exception | None) -> tuple[str, str | None]:
-    reason = outcome.reason
-    source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
-    return _error_text(reason), None if source is None else _traceback_text(source)
+def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
+    """Stop a job that returned what only a machine may; what it added to the commit is dropped."""
+    ctx._close()
+    reason = f"a job may not return {type(outcome).__name__}: only Done, Stop, Retry, Fail, Cancel or a value"
+    return _rule(claim, ctx, Stop(reason))
 
 
-def _state_after(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> str:
-    if isinstance(outcome, Done | Stop):
-        return claim.row.state
-    state = ctx.state if outcome.state is None else outcome.state
-    return _dump_state(claim.spec.state, state, claim.row.state)
+def _rule_of_job(claim: _Claim, ctx: Context[Any], error: Fail | Cancel) -> Retry | Stop:
+    if isinstance(error, Cancel):
+        return Stop(error.reason)
+    return cast(FSM, claim.behaviour)._retry_or_stop(error.reason, ctx)
+
+
+def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
+    call = type(claim.behaviour).handle  # type: ignore[attr-defined]
+    is_job = claim.spec.is_job
+    try:
+        returned = _call(call, claim, ctx, error)
+    except (Fail, Cancel) as ruling:
+        if not is_job:
+            raise
+        returned = ruling
+    if is_job and isinstance(returned, Fail | Cancel):
+        ctx._close()
+        return _rule(claim, ctx, _rule_of_job(claim, ctx, returned), returned)
+    if is_job and isinstance(returned, _OUTCOMES) and not isinstance(returned, _JOB_OUTCOMES):
+        return _refuse_outcome(claim, ctx, returned)
+    if not isinstance(returned, _OUTCOMES):
+        raise OutcomeError(f"handle returned {_brief(returned)}, which is no outcome") from error
+    return _rule(claim, ctx, returned, error)
+
+
+def _stop(claim: _Claim, error: BaseException) -> _Commit:
+    """End an instance as failed for an error that nobody is left to ask about."""
+    text, trace = _error_text(error), _traceback_text(error)
+    ruling = _Ruling(Stop(text), claim.row.state, last_error=text, traceback=trace)
+    return _Commit(claim, _KINDS[Stop], _transition(claim.row, ruling, claim.desk.now()), duration=_elapsed(claim))
+
+
+def _recover(claim: _Claim, error: Exception) -> _Commit:
+    """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
+    row = claim.row
+    if not isinstance(error, Cancel):
+        _log.warning(
+            "instance %d (%s) failed in step %r, attempt %d: %s",
+            row.id,
+            row.fsm,
+            row.step,
+            row.attempt,
+            _error_text(_reason_of(error)),
+            exc_info=error,
+            extra=_log_details(row),
+        )
+    try:
+        ctx = claim.open_for_handle()
+        if claim.spec.is_job and isinstance(error, Fail | Cancel):
+            return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
+        return _handled(claim, ctx, error)
+    except Exception as second:  # noqa: BLE001 - the user's `handle`: whatever it raises ends the instance
+        return _stop(claim, second)
+
+
+def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
+    """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
+    is_job = claim.spec.is_job
+    if is_job and type(returned) in _PLAIN_TYPES:
+        return _rule(claim, ctx, Done(returned))
+    if isinstance(returned, _OUTCOMES):
+        is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
+        return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
+    if inspect.isawaitable(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()
+        raise OutcomeError(f"step {claim.row.step!r} returned an awaitable: define it with `async def`")
+    if not is_job:
+        names = ", ".join(one.__name__ for one in _OUTCOMES)
+        raise OutcomeError(f"step {claim.row.step!r} returned {_brief(returned)}, which is none of {names}")
+    return returned if isinstance(returned, Fail | Cancel) else _rule(claim, ctx, Done(returned))
+
+
+def _execute(claim: _Claim) -> _Commit:
+    """Run a claimed row's step to the record of its commit. User code runs here, and in `_execute_async`."""
+    claim.started_at = time.perf_counter()
+    if claim.error is not None:
+        return _recover(claim, claim.error)
+    try:
+        code = claim.spec.code(claim.row.step)
+        ctx = claim.open()
+        verdict = _verdict(claim, ctx, _call(code.call, claim, ctx))
+    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
+        return _recover(claim, error)
+    return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
+
+
+async def _execute_async(claim: _Claim) -> _Commit | Exception:
+    """Run an `async def` step; what it failed with is returned, for `handle` to be called in a thread."""
+    claim.started_at = time.perf_counter()
+    try:
+        code = claim.spec.code(claim.row.step)
+        ctx = claim.open()
+        token = _current.set(ctx)
+        try:
+            returned = await code.call(claim.behaviour, ctx)
+        finally:
+            _current.reset(token)
+        return _verdict(claim, ctx, returned)
+    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
+        return error
+
+
+def _crash(claim: _Claim, error: BaseException) -> _Commit:
+    """Record that a step crashed: SystemExit and the like are not for `handle`."""
+    cause = f"crash: {_error_text(error)} out of step {claim.row.step!r}"
+    return _Commit(claim, _CRASH, _crashed(claim.row, cause, claim.desk.now()), duration=_elapsed(claim))
 
 
 class _Bell:
@@ -5559,6 +5564,19 @@ def _read_options(given: _EngineOptions) -> _Options:
     return options
 
 
+def _as_insert(value: object) -> Insert:
+    if not isinstance(value, Insert):
+        raise ValueError(f"inserts must be Insert(...)s, not {_brief(value)}")
+    return value
+
+
+def _status(value: object) -> Status:
+    try:
+        return Status(cast(str, value))
+    except ValueError:
+        raise ValueError(f"status must be one of {', '.join(Status)}, not {value!r}") from None
+
+
 class Engine:
     """Runs machines and jobs on one SQLite file, and lets anybody insert, signal, wait and look.
 
@@ -5891,45 +5909,6 @@ class Engine:
             self.stop(0)
 
 
-def _as_insert(value: object) -> Insert:
-    if not isinstance(value, Insert):
-        raise ValueError(f"inserts must be Insert(...)s, not {_brief(value)}")
-    return value
-
-
-def _status(value: object) -> Status:
-    try:
-        return Status(cast(str, value))
-    except ValueError:
-        raise ValueError(f"status must be one of {', '.join(Status)}, not {value!r}") from None
-
-
-def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
-    """Insert an instance in the transaction that is open on the application's own connection, and return its id.
-
-    It exists if and only if the application commits. `connection` is an `apsw.Connection`, such as
-    `engine.connect()` gives, or, in a process that has no engine on that file, a `sqlite3.Connection`. Options and
-    errors are those of `Engine.insert`; a connection without an open transaction, or to a file without durable's
-    tables, is a `ValueError`.
-    """
-    cursor = _cursor_of(connection)
-    _lock_and_check(cursor)
-
-    def first(sql: str, binding: object) -> Any:
-        return cursor.execute(sql, (binding,)).fetchone()
-
-    def policy_of(name: str) -> _Policy | None:
-        found = first(_LIMIT, name)
-        return _Policy(*found) if found else None
-
-    row = _new_row(Insert(fsm, **options), int(time.time() * 1000), policy_of)
-    cursor.execute(_INSERT, row)
-    inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
-    if not inserted:
-        raise DuplicateError(cast(str, row.correlation_key), first(_OCCUPANT, row.correlation_key)[0])
-    return connection.last_insert_rowid() if isinstance(connection, apsw.Connection) else cursor.lastrowid
-
-
 def _cursor_of(connection: Any) -> Any:
     """Return a cursor of the application's connection, if a transaction is open on it."""
     standard = sys.modules.get("sqlite3")
@@ -5960,6 +5939,32 @@ def _lock_and_check(cursor: Any) -> None:
     version = int(cursor.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'").fetchone()[0])
     if version != _SCHEMA_VERSION:
         raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}")
+
+
+def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
+    """Insert an instance in the transaction that is open on the application's own connection, and return its id.
+
+    It exists if and only if the application commits. `connection` is an `apsw.Connection`, such as
+    `engine.connect()` gives, or, in a process that has no engine on that file, a `sqlite3.Connection`. Options and
+    errors are those of `Engine.insert`; a connection without an open transaction, or to a file without durable's
+    tables, is a `ValueError`.
+    """
+    cursor = _cursor_of(connection)
+    _lock_and_check(cursor)
+
+    def first(sql: str, binding: object) -> Any:
+        return cursor.execute(sql, (binding,)).fetchone()
+
+    def policy_of(name: str) -> _Policy | None:
+        found = first(_LIMIT, name)
+        return _Policy(*found) if found else None
+
+    row = _new_row(Insert(fsm, **options), int(time.time() * 1000), policy_of)
+    cursor.execute(_INSERT, row)
+    inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
+    if not inserted:
+        raise DuplicateError(cast(str, row.correlation_key), first(_OCCUPANT, row.correlation_key)[0])
+    return connection.last_insert_rowid() if isinstance(connection, apsw.Connection) else cursor.lastrowid
 
 
 # ==================================================================================================
