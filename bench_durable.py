@@ -760,7 +760,7 @@ def wakes(bench: Bench) -> Iterator[Figure]:
             inserted, committed = engine.insert(clock), now()
             return 1000 * (float(engine.result(inserted, PATIENCE_S)) - committed)
 
-        yield Figure("after a rest", "ms", [wake_ms(1.3) for _ in range(bench.rounds)], at_most=50)
+        yield Figure("after a rest", "ms", [wake_ms(1.2 + 0.017 * n) for n in range(2 * bench.rounds)], at_most=50)
         busy = [wake_ms(0.013 * (1 + n % 7)) for n in range(40)]
         yield Figure("active within the last second", "ms", busy, at_most=10)
 

@@ -371,10 +371,10 @@ class RateLimit:
     burst: int = cast(int, None)
 
     def __attrs_post_init__(self) -> None:
-        _positive_ms(self.per, "per")
         if cast("int | None", self.burst) is None:
             object.__setattr__(self, "burst", self.allowed)
-        _integer(self.burst, "burst", 1)
+        if _integer(self.burst, "burst", 1) * max(1000, _positive_ms(self.per, "per")) > _MAX_INTEGER // 4:
+            raise ValueError(f"burst times per must be under 2 ** 61 token-milliseconds, not {self!r}")
 
 
 class _Policy(NamedTuple):
@@ -1616,12 +1616,6 @@ def _parameter_names(function: types.FunctionType) -> list[str]:
     return [parameter.name for parameter in parameters]
 
 
-@overload
-def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
-@overload
-def job(
-    **options: Unpack[_FSMOptions],
-) -> Callable[[Callable[_Arguments, _Returned_co]], _FunctionJob[_Arguments, _Returned_co]]: ...
 def _arguments_class(function: types.FunctionType, names: list[str]) -> type:
     """Make the attrs class of a function's arguments."""
     try:
@@ -1661,6 +1655,12 @@ def _function_perform(function: types.FunctionType, names: list[str]) -> Callabl
     return perform
 
 
+@overload
+def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
+@overload
+def job(
+    **options: Unpack[_FSMOptions],
+) -> Callable[[Callable[_Arguments, _Returned_co]], _FunctionJob[_Arguments, _Returned_co]]: ...
 def job(function: Any = None, /, **options: Any) -> Any:
     """Make a function, plain or async, a job, without changing it.
 
@@ -2115,7 +2115,7 @@ _PARK = """
 UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL
 """
 _LINE_HEAD = """
-SELECT priority, eligible_at, id, weight, rate_limit FROM durable_instances
+SELECT priority, eligible_at, id, weight FROM durable_instances
 WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT 1
 """
 _LINE = """
@@ -2131,6 +2131,13 @@ _UNPARK = """
 UPDATE durable_instances SET parked_on = NULL WHERE id IN (
     SELECT id FROM durable_instances WHERE parked_on = ? AND queue = ?
     ORDER BY priority, eligible_at, id LIMIT ?)
+"""
+_UNPARK_OTHER = """
+UPDATE durable_instances SET parked_on = NULL WHERE id IN (
+    SELECT id FROM (
+        SELECT id, rate_limit FROM durable_instances WHERE parked_on = ? AND queue = ?
+        ORDER BY priority, eligible_at, id LIMIT 100)
+    WHERE rate_limit IS NOT ? LIMIT 1)
 """
 _UNPARK_ALL = "UPDATE durable_instances SET parked_on = NULL WHERE parked_on IS NOT NULL"
 
@@ -2651,7 +2658,22 @@ _FORBIDDEN_ACTIONS = {
     apsw.SQLITE_ATTACH: "attach databases",
     apsw.SQLITE_DETACH: "detach databases",
 }
-_HARMLESS_PRAGMAS = frozenset({"user_version", "application_id", "table_info", "index_list", "foreign_key_list"})
+_HARMLESS_PRAGMAS = frozenset(
+    {
+        "application_id",
+        "data_version",  # this and page_size are asked by SQLite's own full-text and R-tree modules
+        "foreign_key_list",
+        "index_list",
+        "page_size",
+        "table_info",
+        "user_version",
+    }
+)
+
+
+def _is_owned(table: str | None) -> bool:
+    """Whether a table is durable's, or SQLite's own with the ids that were given out."""
+    return table is not None and (table.lower().startswith("durable_") or table.lower() == "sqlite_sequence")
 
 
 class _Store:
@@ -2700,10 +2722,7 @@ class _Store:
     # The user's own statements
 
     def run(self, statement: _Statement) -> None:
-        """Run the user's SQL; what it may not do is a DurableError.
-
-        Deferred foreign keys are looked at here: at the commit they would fail the whole beat.
-        """
+        """Run the user's SQL; what it may not do is a DurableError."""
         self._is_users_sql, self._refusal = True, None
         try:
             # The flag keeps it out of the cached statements of our own, which were let pass.
@@ -2713,8 +2732,11 @@ class _Store:
             raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
         finally:
             self._is_users_sql = False
+
+    def check_foreign_keys(self) -> None:
+        """Refuse what deferred foreign keys would refuse at the commit, where it would fail the whole beat."""
         if self.db.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]:
-            raise DurableError(f"a foreign key constraint would fail at the commit: {statement.sql}")
+            raise DurableError("a foreign key constraint would fail at the commit")
 
     def _authorize(self, action: int, one: str | None, two: str | None, *_: str | None) -> int:
         if not self._is_users_sql:
@@ -2725,7 +2747,7 @@ class _Store:
         if action == apsw.SQLITE_ALTER_TABLE and one == "temp":
             self._refusal = "rename temporary tables"  # to a name of durable's, which would hide the real one
         if action in _WRITE_ACTIONS:
-            owned = next((name for name in (one, two) if name and name.lower().startswith("durable_")), None)
+            owned = next(filter(_is_owned, (one, two)), None)
             self._refusal = self._refusal or (owned and f"write to {owned}")
         return apsw.SQLITE_DENY if self._refusal else apsw.SQLITE_OK
 
@@ -2825,9 +2847,9 @@ class _Store:
     def park_many(self, parked: Iterable[tuple[str, int]]) -> None:
         self.db.executemany(_PARK, parked)
 
-    def line_head(self, parked_on: str, queue: str) -> tuple[int, int, int, int, str | None] | None:
-        """Return (priority, eligible_at, id, weight, rate_limit) of the first row parked on something in a queue."""
-        return cast("tuple[int, int, int, int, str | None] | None", self._first(_LINE_HEAD, (parked_on, queue)))
+    def line_head(self, parked_on: str, queue: str) -> tuple[int, int, int, int] | None:
+        """Return (priority, eligible_at, id, weight) of the first row parked on something in a queue."""
+        return cast("tuple[int, int, int, int] | None", self._first(_LINE_HEAD, (parked_on, queue)))
 
     def line(self, parked_on: str, queue: str) -> Iterator[tuple[int, int]]:
         return cast(Iterator[tuple[int, int]], self.db.execute(_LINE, (parked_on, queue)))
@@ -2846,6 +2868,11 @@ class _Store:
     def unpark(self, parked_on: str, queue: str, count: int) -> int:
         self.db.execute(_UNPARK, (parked_on, queue, count))
         return self.db.changes()
+
+    def unpark_other(self, parked_on: str, queue: str, rate: str) -> bool:
+        """Let the first of the next hundred rows go that waits for another bucket than that, or for none."""
+        self.db.execute(_UNPARK_OTHER, (parked_on, queue, rate))
+        return bool(self.db.changes())
 
     def unpark_all(self) -> None:
         self.db.execute(_UNPARK_ALL)
@@ -3021,7 +3048,11 @@ def _has_descriptor(identity: tuple[int, int]) -> bool:
 
 
 def _is_open_in_apsw(identity: tuple[int, int]) -> bool:
-    return any(_file_id(connection.filename) == identity for connection in apsw.connections())
+    if identity in _open_files:
+        return True
+    with contextlib.suppress(apsw.ThreadingViolationError):  # one that is busy in another thread does not tell
+        return any(_file_id(connection.filename) == identity for connection in apsw.connections())
+    return True
 
 
 def _is_open_in_sqlite3(path: str) -> bool:
@@ -3558,7 +3589,7 @@ class _Pool:
     def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
         with self._lock:
             (self._ready.extendleft if first else self._ready.extend)(claims)
-        self._rouse()
+        self.rouse()
 
     def withdraw(self) -> list[_Claim]:
         """Take back what has not started; an attempt that waits for `handle` has."""
@@ -3588,7 +3619,7 @@ class _Pool:
             self._running -= 1
             self._threads -= not claim.is_async
             self._ready.appendleft(claim.failed_with(error))
-        self._rouse()
+        self.rouse()
         return True
 
     def finish(self, claim: _Claim, result: _Commit | Exception) -> bool:
@@ -3604,17 +3635,17 @@ class _Pool:
         if isinstance(result, _Commit):
             self._port.finish(result)
         if has_more:
-            self._rouse()
+            self.rouse()
         return True
 
     def close(self) -> None:
-        self._is_closed = True
         with self._lock:
+            self._is_closed = True
             idle, self._idle = self._idle, []
         for bell in idle:
             bell.ring()
 
-    def _rouse(self) -> None:
+    def rouse(self) -> None:
         """Wake a thread, or start one, if there is something that may start."""
         with self._lock:
             if self._is_closed or not self._ready or self._running >= self.width:
@@ -3629,8 +3660,16 @@ class _Pool:
         if bell is not None:
             bell.ring()
         else:
-            context = self._port.context.copy()
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        context = self._port.context.copy()
+        try:
             threading.Thread(target=context.run, args=(self._work,), name="durable-worker", daemon=True).start()
+        except RuntimeError as error:  # the system has no more; the scheduler rouses the pool again now and then
+            _log.error("no worker thread could be started: %s", error)
+            with self._lock:
+                self._threads -= 1
 
     def _work(self) -> None:
         """Run rows until the pool closes; a thread whose step was disowned has been replaced and leaves."""
@@ -3649,13 +3688,16 @@ class _Pool:
         """Take the next row, or line up for being roused."""
         with self._lock:
             if not self._ready or self._running >= self.width:
-                self._idle.append(bell)
+                if not self._is_closed:
+                    self._idle.append(bell)
+                else:
+                    bell.ring()
                 return None
             claim = self._ready.popleft()
             self._running += 1
             has_more = bool(self._ready) and not claim.is_async
         if has_more:
-            self._rouse()
+            self.rouse()
         return claim
 
     def _run(self, claim: _Claim) -> _Commit:
@@ -3703,19 +3745,21 @@ class _EventLoop:
     def cancel(self, claim: _Claim) -> None:
         self._loop.call_soon_threadsafe(lambda: claim in self._tasks and self._tasks[claim].cancel())
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 2.0) -> None:
         """Cancel what still runs, wait for it to be gone, and stop."""
         self._is_closing = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                _log.warning("an async step does not let itself be cancelled: it is left behind")
 
     def _serve(self) -> None:
         import asyncio
 
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            self._run_until_closing()
             tasks = list(self._tasks.values())
             for task in tasks:
                 task.cancel()
@@ -3723,6 +3767,13 @@ class _EventLoop:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
+
+    def _run_until_closing(self) -> None:
+        while not self._is_closing:
+            try:
+                self._loop.run_forever()
+            except BaseException:  # noqa: BLE001 - SystemExit out of a task of the user's own: other steps go on
+                _log.exception("the event loop was interrupted; it goes on")
 
     def _accept(self) -> None:
         self._is_roused = False  # first: what is added from now on rouses again
@@ -3775,6 +3826,7 @@ class _Hub:
         self._wanted: frozenset[str] = frozenset()
         self._queue: collections.deque[Event] = collections.deque()
         self._bell = _Bell()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_running = False
 
@@ -3802,9 +3854,10 @@ class _Hub:
         if not self._queue:
             return
         if self._is_running:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
-                self._thread.start()
+            with self._lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
+                    self._thread.start()
             self._bell.ring()
         else:
             self._deliver()
@@ -3840,7 +3893,7 @@ class _Hub:
                 if event.name in names:
                     try:
                         callback(event)
-                    except Exception:  # noqa: BLE001 - the user's callback
+                    except (Exception, SystemExit):  # noqa: BLE001 - the user's callback
                         _log.exception("a subscriber to %r failed", event.name)
 
 
@@ -3869,15 +3922,14 @@ class _Request:
         self.is_settled = True
         if self.future is None:
             cast(_Bell, self._bell).ring()
-        elif self.future.set_running_or_notify_cancel():
-            if self.error is not None:
-                self.future.set_exception(self.error)
-            else:
-                self.future.set_result(self.value[0] if self.rows else self.value)
+        elif self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.value[0] if self.rows else self.value)
 
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.settle()
+    def is_wanted(self) -> bool:
+        """Take the request up; False if its caller has cancelled it before that."""
+        return self.future is None or self.future.running() or self.future.set_running_or_notify_cancel()
 
     def wait(self) -> None:
         cast(_Bell, self._bell).wait()
@@ -3914,7 +3966,7 @@ class _Waiters:
 
     def notify(self, statuses: Iterable[tuple[int, str]]) -> None:
         for instance, status in statuses:
-            for until, bell in self._bells.get(instance, ()):
+            for until, bell in tuple(self._bells.get(instance, ())):  # who wakes leaves the list
                 if status in until:
                     bell.ring()
 
@@ -3932,6 +3984,11 @@ class _RolledBackError(Exception):
         super().__init__(str(error))
         self.commit = commit
         self.error = error
+
+
+def _order(row: _Row) -> tuple[int, int, int]:
+    """The order of rows within a queue and within a key."""
+    return row.priority, row.eligible_at, row.id
 
 
 class _Admission:
@@ -3955,6 +4012,7 @@ class _Admission:
             policy, level = self.bucket(rate)
             price = policy.price(row.weight)
             if level < price or self._is_behind(f"rate:{rate}", row):
+                self._heads[f"rate:{rate}", row.queue] = self._heads.get((f"rate:{rate}", row.queue)) or _order(row)
                 return f"rate:{rate}"
             self._buckets[rate] = policy, level - price
             self._charged.add(rate)
@@ -4033,7 +4091,7 @@ class _Admission:
             head = self._store.line_head(*line)
             self._heads[line] = head and head[:3]
         first = self._heads[line]
-        return first is not None and first < (row.priority, row.eligible_at, row.id)
+        return first is not None and first < _order(row)
 
 
 _NO_SIGNALS: tuple[Signal, ...] = ()
@@ -4087,6 +4145,8 @@ class _Beat:
         self._poked_buckets: set[str] = set()
         self._parents: set[int] = set()
         self._has_signals: bool | None = None
+        self._offered_keys: set[str] = core.passed_on_keys
+        self._rate_refused: set[tuple[str, str, str]] = set()
 
     def run(
         self,
@@ -4101,6 +4161,7 @@ class _Beat:
         self._fire()
         self._release()
         wants(self)
+        self._pass_on()
         if self._freed_keys or self._poked_buckets:
             self._release()
             self.is_unfinished = True
@@ -4114,7 +4175,7 @@ class _Beat:
     def _settle(self, commit: _Commit) -> None:
         """Commit an outcome, whole or not at all."""
         is_compound = commit.effects or commit.children or self.is_careful
-        if is_compound or (commit.is_inline and commit.change.rate_limit is not None):
+        if is_compound or commit.is_inline:  # what limits were charged for has to be undone with the rest
             self._settle_compound(commit)
         else:
             self._conclude(commit, self._write(commit))
@@ -4126,6 +4187,7 @@ class _Beat:
             change = self._write(commit)
             for effect in commit.effects if change is not None else ():
                 self._apply(commit.claim.row, effect)
+            self.store.check_foreign_keys()
         except _STORE_FAILURES:
             raise
         except Exception as error:
@@ -4316,6 +4378,7 @@ class _Beat:
         self.inserted += len(rows)
 
     def _answer(self, request: _Request) -> None:
+        request.error = None  # of a first try
         if self.is_careful:
             self.store.savepoint()
         try:
@@ -4381,8 +4444,8 @@ class _Beat:
             if claim is None:
                 return self.store.request_cancel(instance, reason)
             self.withdrawn.append(claim)
-            change = _cancelled(row, reason, self.now)
-            self.store.settle(row, change, self.now)
+            change = _cancelled(row, row.cancel_reason or reason, self.now)
+            self.store.settle(row, change, self.now, row.cancel_reason)
             self._left(_Commit(claim, "stop", change), change)
             return True
         self.store.end(instance, reason, self.now)
@@ -4393,8 +4456,10 @@ class _Beat:
         return True
 
     def revive(self, instance: int) -> None:
-        key, scope = self.store.carried_key(instance)
         status = self.store.status(instance)
+        if status is None:
+            raise NotFoundError(f"instance {instance} was collected just now")
+        key, scope = self.store.carried_key(instance)
         if status != Status.FAILED:
             raise DurableError(f"instance {instance} has not failed, it is {status}: only a failed one can be retried")
         occupant = self.store.occupant(key) if key is not None and scope else None
@@ -4431,6 +4496,13 @@ class _Beat:
     def save_policies(self, policies: Iterable[_Policy]) -> None:
         for policy in policies:
             self.store.save_policy(policy, self.now)
+
+    def sign_off(self, claims: Iterable[_Claim], worker: str) -> None:
+        """Give back all that this engine holds, also what it has lost sight of, and end its registration."""
+        self.give_back(claims)
+        for row in self.store.claimed_by(worker):
+            self._give_back(row)
+        self.store.unregister(worker)
 
     def disband(self, queues: Iterable[str]) -> None:
         """Pause the queues, give back every claim and forget the workers: this file is a copy that none works on."""
@@ -4512,6 +4584,7 @@ class _Beat:
         for key in freed:
             self.admission.forget(key)
             self._unpark_key(key)
+        self._offered_keys = self._offered_keys | freed
         poked, self._poked_buckets = self._poked_buckets, set()
         for rate in poked:
             self._note_due(self.admission.release_line(rate))
@@ -4532,6 +4605,27 @@ class _Beat:
         first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
         for queue in queues:
             self.store.unpark(parked_on, queue, first[queue] if queue in served else count)
+
+    def _pass_on(self) -> None:
+        """Offer slots that nobody has taken to those who come next in line, where this engine could run them now.
+
+        Whoever was let out first may be of a class unknown here, may find its queue full, or have to wait for its
+        bucket; in the last case it is passed by rows of other buckets, near the head of the line, and no others: they
+        would only follow it into the bucket's line.
+        """
+        refused = {(key, queue) for key, queue, _ in self._rate_refused}
+        passed_on = set()
+        for key in self._offered_keys:
+            parked_on, free = f"key:{key}", self.admission.slots(key)
+            for queue in self.store.line_queues(parked_on) if free > 0 else ():
+                if (key, queue) not in refused and self.core.serves(queue, self):
+                    self.store.unpark(parked_on, queue, free)
+                    passed_on.add(key)
+        for key, queue, rate in self._rate_refused:
+            if self.store.unpark_other(f"key:{key}", queue, rate):
+                passed_on.add(key)
+        self.core.passed_on_keys = passed_on
+        self.is_unfinished |= bool(passed_on)
 
     def sweep_lines(self) -> None:
         """Let everything out of line that the limits admit: they may have changed since it was parked."""
@@ -4568,11 +4662,13 @@ class _Beat:
     def _scan(self, pick: _Pick, priority: int) -> bool:
         """Go through one priority's due rows until the pick is full; False if it came to the end of them first."""
         rows = self.store.candidates(pick.queue, priority, pick.horizon)
+        is_filtered = False
         while (row := next(rows, None)) is not None:
             known = self.core.behaviour_of(row.fsm, row.version)
             if known is None:
                 self.core.report_unknown(self, row)
-                rows = self._known_rows(pick, priority)
+                rows = rows if is_filtered else self._known_rows(pick, priority)
+                is_filtered = True
                 continue
             is_limited = row.concurrency_key is not None or row.rate_limit is not None
             refusal = self.admission.refusal(row) if is_limited else None
@@ -4601,9 +4697,7 @@ class _Beat:
             return
         self.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
         if row.concurrency_key is not None:
-            head = self.store.line_head(f"key:{row.concurrency_key}", row.queue)
-            if head is not None and head[4] != row.rate_limit:  # one of the same bucket would only follow it there
-                self._freed_keys.add(row.concurrency_key)
+            self._rate_refused.add((row.concurrency_key, row.queue, cast(str, row.rate_limit)))
 
     def _park(self, parked: list[tuple[str, int]]) -> None:
         if parked:
@@ -4636,30 +4730,34 @@ class _Behaviours:
             if not isinstance(one, type) and isinstance(one, FSM):
                 self._objects[cls] = one
         self._unusable: set[type] = set()
+        self.wanted: set[type[FSM]] = set()
+        """Classes that were met and have no object yet."""
 
     def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
-        """Return a class's description and object; None if it is not known here, or needs arguments to be made."""
+        """Return a class's description and object; None if it is not known here, or has no object yet."""
         spec = _registry.get((name, version))
         if spec is None:
             return None
         behaviour = self._objects.get(spec.cls)
         if behaviour is None:
-            behaviour = self._make(spec.cls)
-        return None if behaviour is None else (spec, behaviour)
+            if spec.cls not in self._unusable:
+                self.wanted.add(spec.cls)
+            return None
+        return spec, behaviour
 
-    def _make(self, cls: type[FSM]) -> object | None:
-        if cls in self._unusable:
-            return None
-        try:
-            return self._objects.setdefault(cls, cls())
-        except Exception:  # noqa: BLE001 - the user's constructor
-            self._unusable.add(cls)
-            _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
-            return None
+    def make_wanted(self) -> None:
+        """Make objects of the classes that were asked for; the user's code, so not within a transaction."""
+        while self.wanted:
+            cls = self.wanted.pop()
+            try:
+                self._objects.setdefault(cls, cls())
+            except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
+                self._unusable.add(cls)
+                _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
 
     def known(self) -> str:
-        """List what can be run as JSON, for a statement."""
-        return _encode([key for key in list(_registry) if self.find(*key) is not None])
+        """List what can be run, now or soon, as JSON for a statement."""
+        return _encode([key for key, spec in list(_registry.items()) if spec.cls not in self._unusable])
 
 
 def _timeout_error(claim: _Claim) -> TimeoutError:
@@ -4685,6 +4783,21 @@ def _call_in_thread(call: Callable[[], Any]) -> Any:
     return value
 
 
+_inherited_files: set[tuple[int, int] | None] = set()
+"""Files on which an engine was open when this process was forked off."""
+
+_FORK_ADVICE = (
+    "SQLite's record of its locks is copied by a fork and wrong from then on, so that nothing in this process may open"
+    " the file: fork before there is an engine, or start processes by spawn"
+)
+
+
+def _refuse_inherited(path: str) -> None:
+    identity = _file_id(path)
+    if identity is not None and identity in _inherited_files:
+        raise EngineClosedError(f"an engine on {path} was open when this process was forked off. {_FORK_ADVICE}")
+
+
 _schedulers: weakref.WeakSet[_Scheduler] = weakref.WeakSet()
 
 
@@ -4697,11 +4810,15 @@ class _Agenda:
     due_at: int | None = None
     """The next instant at which something in the file is due."""
     heartbeat_at: int = 0
+    renewed_at: int = 0
     judge_from: int = 0
     """From when on other workers' leases are judged."""
     gc_at: int = 0
     sweep_from: tuple[int, int] | None = None
     """Where a sweep that is under way goes on."""
+    failure: Exception | None = None
+    """What storage said last, until it works again."""
+    failures_in_a_row: int = 0
     retry_at: float = 0.0
     """When storage that failed is tried again."""
     data_version: int = -1
@@ -4709,6 +4826,8 @@ class _Agenda:
     changed_at: float = -math.inf
     """When another process was last seen to have committed."""
     looked_for_dead_at: float = -math.inf
+    missing_since: dict[str, float] = attrs.Factory(dict)
+    """Since when other workers' lock files are not there."""
 
 
 class _Timeouts:
@@ -4717,6 +4836,7 @@ class _Timeouts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._heap: list[tuple[float, int, _Claim, _Pool]] = []
+        self._room = 64
         self.next_at = math.inf
         """Monotonic seconds."""
 
@@ -4724,8 +4844,10 @@ class _Timeouts:
         """Mind a step from now on; True if it is the next to expire."""
         deadline = time.monotonic() + cast(float, claim.spec.timeout_s)
         with self._lock:
-            while self._heap and self._heap[0][2].is_finished:  # or steps that ended long ago would pile up
-                heapq.heappop(self._heap)
+            if len(self._heap) >= self._room:  # steps that ended long before their deadline must not pile up
+                self._heap = [entry for entry in self._heap if not entry[2].is_finished]
+                heapq.heapify(self._heap)
+                self._room = 64 + 2 * len(self._heap)
             heapq.heappush(self._heap, (deadline, id(claim), claim, pool))
             self.next_at = self._heap[0][0]
         return deadline == self.next_at
@@ -4751,9 +4873,9 @@ class _Scheduler:
     ACTIVE_S = 1.0
     """How long after its last commit another process counts as active."""
     DEAD_LOOK_S = 0.5
+    """How often to look for workers that died."""
     GONE_S = 1.2
     """After how long without a lock file a worker is taken for dead: longer than between two looks of its own."""
-    """How often to look for workers that died."""
     REQUESTS_AT_ONCE = 5000
     SWEPT_AT_ONCE = 500
     NEVER_MS = 10 * 365 * 86_400_000
@@ -4778,7 +4900,7 @@ class _Scheduler:
         self._request_lock = threading.Lock()
         self._requests: collections.deque[_Request] = collections.deque()
         self._finished: collections.deque[_Commit] = collections.deque()
-        self._held: dict[int, _Claim] = {}
+        self._held: dict[tuple[int, int], _Claim] = {}
         self._in_flight: collections.Counter[str] = collections.Counter()
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
@@ -4788,17 +4910,17 @@ class _Scheduler:
         self._lock_file: _LockFile | None = None
         self._reported: set[tuple[str, int]] = set()
         self._timeouts = _Timeouts()
-        self._failures_in_a_row = 0
-        self._failure: Exception | None = None
         self._is_flushing = False
         self._life_lock = threading.Lock()
+        self._life_owner: int | None = None
         self._drained = _Bell()
         self._tally: collections.Counter[str] | None = None
         self._drained_queue: str | None = None
         self._runner: asyncio.Runner | None = None
         self._agenda = _Agenda(seen_at=self.desk.now())
         self._peers: list[Worker] = []
-        self._missing: dict[str, float] = {}
+        self._announcements: collections.deque[Callable[[], Any]] = collections.deque()
+        self.passed_on_keys: set[str] = set()
         _schedulers.add(self)
 
     # Requests
@@ -4838,7 +4960,7 @@ class _Scheduler:
     def check_open(self) -> None:
         if self.is_forked:
             raise EngineClosedError(
-                f"this engine on {self.path} was opened in process {self._pid}, before the fork: open another one here"
+                f"this engine on {self.path} was opened in process {self._pid}, before the fork. {_FORK_ADVICE}"
             )
         if self.is_closed:
             raise EngineClosedError(f"the engine on {self.path} is stopped")
@@ -4856,6 +4978,7 @@ class _Scheduler:
         return request.value
 
     def _enqueue(self, request: _Request) -> None:
+        self.check_open()  # first without the lock: a fork may have copied it while it was held
         with self._request_lock:
             self.check_open()
             self._requests.append(request)
@@ -4868,6 +4991,7 @@ class _Scheduler:
         with self._beat_lock:
             if self._requests and not self.is_closed:
                 self._beat()
+        self._announce()
 
     # What pools and beats ask for
 
@@ -4899,7 +5023,9 @@ class _Scheduler:
         return self._behaviours.known()
 
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
-        if (row.fsm, row.version) not in self._reported:
+        spec = _registry.get((row.fsm, row.version))
+        is_coming = spec is not None and spec.cls in self._behaviours.wanted
+        if not is_coming and (row.fsm, row.version) not in self._reported:
             self._reported.add((row.fsm, row.version))
             _log.warning("nothing here can run %s version %d: its instances wait", row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
@@ -4916,7 +5042,7 @@ class _Scheduler:
         commits = self._take_finished()
         requests = self._take_requests()
         try:
-            beat = self._transact(commits, requests, wants or self._want)
+            beat = self._transact(list(commits), requests, wants or self._want)
         except BaseException as error:
             self._finished.extendleft(reversed(commits))
             if not isinstance(error, Exception):  # an interrupt: the callers' requests are tried again
@@ -4924,8 +5050,8 @@ class _Scheduler:
                 raise
             self._report_failure(error, requests)
             return
-        self._failures_in_a_row = 0
-        self._failure = None
+        self._agenda.failures_in_a_row = 0
+        self._agenda.failure = None
         self._publish(beat, requests)
         if beat.interrupt is not None:
             raise beat.interrupt
@@ -4935,7 +5061,8 @@ class _Scheduler:
 
     def _take_requests(self) -> list[_Request]:
         count = min(len(self._requests), self.REQUESTS_AT_ONCE)
-        return [self._requests.popleft() for _ in range(count)]
+        requests = [self._requests.popleft() for _ in range(count)]
+        return [request for request in requests if request.is_wanted()]
 
     def _transact(self, commits: list[_Commit], requests: list[_Request], wants: Callable[[_Beat], None]) -> _Beat:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
@@ -4970,48 +5097,80 @@ class _Scheduler:
             return beat
 
     def _undo(self, beat: _Beat) -> None:
-        self.store.rollback()
-        for claim in beat.withdrawn:
-            self._pools[claim.row.queue].submit([claim], first=True)
+        try:
+            self.store.rollback()
+        finally:
+            for claim in beat.withdrawn:
+                self._pools[claim.row.queue].submit([claim], first=True)
 
     def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
         """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
         translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
         translated.__cause__ = error if translated is not error else error.__cause__
-        self._failures_in_a_row += 1
-        self._failure = translated
-        self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._failures_in_a_row, 8))
+        self._agenda.failures_in_a_row += 1
+        self._agenda.failure = translated
+        self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
         _log.error("%s: a commit failed and nothing of it was kept: %s", self.path, _error_text(error))
         if self.hub.wants("store.error"):
-            self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
+            event = Event("store.error", {}, {"error": _error_text(error)})
+            self._announcements.append(functools.partial(self.hub.publish, [event]))
         for request in requests:
-            request.fail(translated)
+            request.error = translated
+            self._answer(request)
 
     def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
-        for claim in beat.left:
-            if self._held.pop(claim.row.id, None) is not None:
-                self._in_flight[claim.row.queue] -= 1
+        self._let_go(beat.left)
         for request in requests:
-            request.settle()
+            self._answer(request)
         for act in beat.after:
             act()
         if self._tally is not None:
             self._tally.update(beat.kinds)
-        if self.is_stopping and not self._held:
-            self._drained.ring()
         if self.waiters:
             self.waiters.notify(beat.settled)
         self._dispatch(beat)
         for row, change in beat.failures:
-            _log_failure(row, change)
-        self.hub.publish(beat.events)
+            self._announcements.append(functools.partial(_log_failure, row, change))
+        if beat.events:
+            self._announcements.append(functools.partial(self.hub.publish, beat.events))
+        if self._behaviours.wanted:
+            self._announcements.append(self._make_behaviours)
+
+    def _let_go(self, claims: Iterable[_Claim]) -> None:
+        for claim in claims:
+            if self._held.pop((claim.row.id, claim.row.claim), None) is not None:
+                self._in_flight[claim.row.queue] -= 1
+        if self.is_stopping and not self._held:
+            self._drained.ring()
+
+    def _answer(self, request: _Request) -> None:
+        """Wake a caller; a future's callbacks are the user's code, and so wait until the beat is over."""
+        if request.future is None:
+            request.settle()
+        else:
+            self._announcements.append(request.settle)
+
+    def _announce(self) -> None:
+        """Run what beats have left of the user's code: callbacks, constructors, log handlers. Not under the lock."""
+        while self._announcements:
+            try:
+                announcement = self._announcements.popleft()
+            except IndexError:
+                return
+            announcement()
+
+    def _make_behaviours(self) -> None:
+        """Make the objects of classes that were met for the first time, and look at their rows again."""
+        self._behaviours.make_wanted()
+        self._agenda.due_at = self.desk.now()
+        self._bell.ring()
 
     def _dispatch(self, beat: _Beat) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
         for claim in beat.claims:
-            self._held[claim.row.id] = claim
+            self._held[claim.row.id, claim.row.claim] = claim
             self._in_flight[claim.row.queue] += 1
         if self._pools:
             by_queue: dict[str, list[_Claim]] = {}
@@ -5068,13 +5227,15 @@ class _Scheduler:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep starting and draining apart: each needs that nobody else runs this engine's claims."""
-        if self._thread is not None:
-            raise DurableError("the engine is started already: it runs its queues itself")
         if not self._life_lock.acquire(blocking=False):
             raise DurableError("the engine is being started or drained, by another thread or by this step's caller")
+        self._life_owner = threading.get_ident()
         try:
+            if self._thread is not None:
+                raise DurableError("the engine is started already: it runs its queues itself")
             yield
         finally:
+            self._life_owner = None
             self._life_lock.release()
 
     def _start(self) -> None:
@@ -5096,7 +5257,7 @@ class _Scheduler:
         self._lock_file = _LockFile.create(_LockFile.path_of(self.path, self.worker_id))
         now = self.desk.now()
         self._agenda.heartbeat_at = now + self.options.heartbeat_ms
-        self._agenda.judge_from = 0
+        self._agenda.renewed_at, self._agenda.judge_from = now, 0
         try:
             self.perform(lambda beat: beat.store.register(self._worker_row(beat.now, lease_ms)))
             self._look_for_dead()
@@ -5130,7 +5291,8 @@ class _Scheduler:
             self._do_chores()
             if self._has_work():
                 self._beat()
-            return 0 if self._has_work() else self._sleep_s()
+        self._announce()
+        return 0 if self._has_work() else self._sleep_s()
 
     def _has_work(self) -> bool:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
@@ -5187,15 +5349,18 @@ class _Scheduler:
     def _see_others(self, monotonic: float) -> None:
         version = self.store.data_version()
         if version != self._agenda.data_version:
-            self._agenda.data_version, self._agenda.changed_at = version, monotonic
+            self._agenda.changed_at = monotonic
             self._agenda.due_at = self.desk.now()
             self._peers = [worker for worker in self.store.workers() if worker.id != self.worker_id]
             self._notify_waiters()
             self._withdraw_cancelled()
+            self._agenda.data_version = version  # last: if one of these fails, the next look finds the change again
         if monotonic - self._agenda.looked_for_dead_at >= self.DEAD_LOOK_S:
             self._agenda.looked_for_dead_at = monotonic
             if self._lock_file is not None:
                 self._lock_file.restore()
+            for pool in self._pools.values():
+                pool.rouse()
             if self._peers:
                 self._look_for_dead()
 
@@ -5227,6 +5392,11 @@ class _Scheduler:
 
     def _renew(self, beat: _Beat) -> None:
         now, lease_ms = beat.now, self.options.lease_ms
+        if self.is_stopping:  # it may have signed off
+            return
+        if now - self._agenda.renewed_at >= lease_ms - self.options.heartbeat_ms:
+            self._agenda.judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
+        self._agenda.renewed_at = now
         if not self.store.renew(self.worker_id, now, now + lease_ms):
             _log.warning("engine %s was taken for dead; what it had claimed runs elsewhere", self.options.name)
             self.store.register(self._worker_row(now, lease_ms))
@@ -5245,9 +5415,10 @@ class _Scheduler:
             path = _LockFile.path_of(self.path, worker.id)
             lock = _LockFile.take_from_dead(path) if worker.id != self.worker_id else None
             if lock is None and (worker.id == self.worker_id or os.path.exists(path)):
-                self._missing.pop(worker.id, None)
+                self._agenda.missing_since.pop(worker.id, None)
             elif (
-                lock is None and time.monotonic() - self._missing.setdefault(worker.id, time.monotonic()) < self.GONE_S
+                lock is None
+                and time.monotonic() - self._agenda.missing_since.setdefault(worker.id, time.monotonic()) < self.GONE_S
             ):
                 is_unsure = True
             else:
@@ -5279,46 +5450,74 @@ class _Scheduler:
         """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
         if self.is_forked:
             return
+        drain_s = self.options.drain_s if timeout_s is None else timeout_s
         if self._thread is None:
-            while self._requests and self._failure is None:
-                self._beat_for_callers()
-            self._close()
+            self._stop_unstarted(drain_s)
             return
         if self.is_stopping:
             return
-        self.is_stopping = True
+        with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
+            self.is_stopping = True
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
         self._try_to_give_back(unstarted)
-        deadline = time.monotonic() + (self.options.drain_s if timeout_s is None else timeout_s)
+        deadline = time.monotonic() + drain_s
         while self._held and (left_s := deadline - time.monotonic()) > 0:
             self._drained.wait(left_s)
         for pool in self._pools.values():
             pool.close()
         if self._event_loop is not None:
             self._event_loop.close()
-        self._tell_drain(len(unstarted))
-        self._try_to_give_back(list(self._held.values()))
-        self._try(lambda beat: beat.store.unregister(self.worker_id))
+        self._tell_drain(collections.Counter(claim.row.queue for claim in unstarted))
+        self._sign_off()
         _log.info("engine %s stopped on %s", self.options.name, self.path)
         self._close()
 
-    def _tell_drain(self, released: int) -> None:
+    def _stop_unstarted(self, drain_s: float) -> None:
+        """Stop an engine that beats for its callers, or drains: then the step that runs may end first."""
+        self.is_stopping = True
+        if self._life_owner == threading.get_ident():
+            return  # called by the very step that is drained: `drain` closes behind it
+        is_alone = self._life_lock.acquire(timeout=drain_s)
+        try:
+            while self._requests and self._agenda.failure is None:
+                self._beat_for_callers()
+            if not is_alone:
+                self._sign_off()
+            self._close()
+        finally:
+            if is_alone:
+                self._life_lock.release()
+
+    def _tell_drain(self, released: collections.Counter[str]) -> None:
         for queue in self._pools:
-            left = sum(claim.row.queue == queue for claim in self._held.values())
+            left = sum(claim.row.queue == queue for claim in list(self._held.values()))
             if self.hub.wants("scheduler.drain"):
-                event = Event("scheduler.drain", {"released": released, "in_flight": left}, {"queue": queue})
+                event = Event("scheduler.drain", {"released": released[queue], "in_flight": left}, {"queue": queue})
                 self.hub.publish([event])
 
     def _try_to_give_back(self, claims: list[_Claim]) -> None:
         if claims:
             self._try(lambda beat: beat.give_back(claims))
 
-    def _try(self, action: Callable[[_Beat], Any]) -> None:
+    def _sign_off(self) -> None:
+        """Give everything back. The lock file goes only then: left behind unlocked, it tells of a dead worker."""
+        claims = list(self._held.values())
+        is_done = self._try(lambda beat: beat.sign_off(claims, self.worker_id))
+        if self._lock_file is not None:
+            if is_done:
+                self._lock_file.remove()
+            else:
+                self._lock_file.close()
+            self._lock_file = None
+
+    def _try(self, action: Callable[[_Beat], Any]) -> bool:
         """Do one of the last things; if storage fails, the next start finds what is left to do."""
         try:
             self.perform(action)
         except DurableError as error:
             _log.error("%s: stopping the engine: %s", self.path, error)
+            return False
+        return True
 
     def _close(self) -> None:
         with self._request_lock:
@@ -5329,14 +5528,18 @@ class _Scheduler:
         if self._is_beating():
             cast(threading.Thread, self._thread).join()
         self.waiters.wake_all()
-        self.hub.stop()
         with self._beat_lock:
             while self._requests:
-                self._requests.popleft().fail(EngineClosedError(f"the engine on {self.path} was stopped"))
+                request = self._requests.popleft()
+                request.error = EngineClosedError(f"the engine on {self.path} was stopped")
+                self._answer(request)
+        self._announce()
+        self.hub.stop()  # after the requests: one of them may be a subscriber's
+        with self._beat_lock:
             self.reader.close()
             self.store.close()
         if self._lock_file is not None:
-            self._lock_file.remove()
+            self._lock_file.close()
             self._lock_file = None
 
     close = _close
@@ -5344,6 +5547,7 @@ class _Scheduler:
     def abandon(self) -> None:
         """Let go of everything, unclosed: this is the child of a fork."""
         self.is_forked = self.is_closed = True
+        _inherited_files.add(_file_id(self.path))
         self.reader.abandon()
         _keep_for_ever([self.store.db])
         if self._lock_file is not None:
@@ -5362,6 +5566,8 @@ class _Scheduler:
             finally:
                 self._tally = None
                 self._end_drain()
+                if self.is_stopping:
+                    self._close()
         return tally
 
     def _drain_until_idle(self, queue: str | None, with_scheduled: bool, max_steps: int) -> None:
@@ -5374,8 +5580,9 @@ class _Scheduler:
         while True:
             with self._beat_lock:
                 self._beat(want)
-            if self._failure is not None:
-                raise self._failure
+            self._announce()
+            if self._agenda.failure is not None:
+                raise self._agenda.failure
             if not self._local:
                 if self._finished or self._has_unfinished_timers():
                     continue
@@ -5386,6 +5593,8 @@ class _Scheduler:
                     f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
                     f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
                 )
+            if self.is_stopping:
+                raise EngineClosedError(f"the engine on {self.path} was stopped while it was drained")
             steps += claim.error is None
             self._run_locally(self._local.popleft())
 
@@ -5401,6 +5610,7 @@ class _Scheduler:
             self._finished.append(_crash(claim, error))
             with self._beat_lock:
                 self._beat(lambda beat: None)
+            self._announce()
             raise
 
     def _run_sync_locally(self, claim: _Claim) -> _Commit:
@@ -5432,19 +5642,11 @@ class _Scheduler:
 
     def _end_drain(self) -> None:
         """Commit or give back what is in hand, and sign off."""
-        claims = list(self._local)
         self._local.clear()
         if self._runner is not None:
             self._runner.close()
             self._runner = None
-        if self._lock_file is None:  # it was not even registered
-            return
-        try:
-            self._try_to_give_back(claims)
-            self._try(lambda beat: beat.store.unregister(self.worker_id))
-        finally:
-            self._lock_file.remove()
-            self._lock_file = None
+        self._sign_off()
 
 
 def _abandon_all() -> None:
@@ -5564,6 +5766,13 @@ def _read_options(given: _EngineOptions) -> _Options:
     return options
 
 
+def _id_or_none(value: object, name: str) -> int | None:
+    """Check an id to look for; one beyond SQLite's integers is that of nobody."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value and max(-_MAX_INTEGER, min(value, _MAX_INTEGER))
+    raise ValueError(f"{name} must be an id, not {value!r}")
+
+
 def _as_insert(value: object) -> Insert:
     if not isinstance(value, Insert):
         raise ValueError(f"inserts must be Insert(...)s, not {_brief(value)}")
@@ -5610,6 +5819,7 @@ class Engine:
         behaviours = _Behaviours(given["fsms"])
         self._path = _database_path(database)
         self._synchronous = given["synchronous"]
+        _refuse_inherited(self._path)
         self._guarded = _guard_file(self._path)
         try:
             self._core = _Scheduler(self._path, checked, behaviours, self._synchronous, given["clock"])
@@ -5634,7 +5844,8 @@ class Engine:
         """
         timeout_s = None if timeout is None else _duration_ms(timeout, "timeout") / 1000
         self._core.stop(timeout_s)
-        self._release()
+        if self._core.is_closed:
+            self._release()
 
     def run(self) -> None:
         """Start, block until SIGINT or SIGTERM, then stop. A second signal during the stop has its usual effect."""
@@ -5722,9 +5933,9 @@ class Engine:
             "status": None if status is None else _status(status),
             "fsm": fsm if fsm is None or isinstance(fsm, str) else _resolve(fsm).name,
             "queue": queue,
-            "parent_id": parent_id,
+            "parent_id": _id_or_none(parent_id, "parent_id"),
             "correlation_key": correlation_key,
-            "before": before,
+            "before": _id_or_none(before, "before"),
         }
         return self._core.reader.find(filters, _at_least_1(limit, "limit"))
 
@@ -5872,13 +6083,13 @@ class Engine:
         deadline = time.monotonic() + timeout_s
         with core.waiters.waiting(instance, statuses) as bell:
             while True:
+                core.check_open()
                 found = core.reader.get(instance)
                 left_s = deadline - time.monotonic()
                 if found.status in statuses or left_s <= 0:
                     return found
                 # The engine's own thread rings for commits, also for those of other processes; without it, look.
                 bell.wait(left_s if core.is_started else min(left_s, core.options.poll_s))
-                core.check_open()
 
     def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
         policies = [_policy(name, limit) for name, limit in limits.items()]
