@@ -3097,16 +3097,6 @@ def _unguard_file(identity: tuple[int, int] | None) -> None:
         _open_files[identity] or _open_files.pop(identity)
 
 
-def _sync_folder(path: str) -> None:
-    """Let a new file's name survive a power cut, where folders can be synced."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 class _LockFile:
     """A file beside the database that a running engine holds locked; the kernel drops the lock when it dies.
 
@@ -3128,7 +3118,6 @@ class _LockFile:
         while True:
             lock = cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path)
             if lock._take() and _file_id(path) == _file_id_of(lock._descriptor):
-                _sync_folder(path)
                 return lock
             lock.close()
 
@@ -4062,21 +4051,24 @@ class _Admission:
     def release_line(self, rate: str) -> int | None:
         """Let out of a bucket's line what its tokens afford, in every queue; return when the next can go."""
         policy, level = self.bucket(rate)
-        parked_on, next_at = f"rate:{rate}", None
-        for queue in self._store.line_queues(parked_on):
-            count, rest, head = 0, level, None
-            for _, weight in self._store.line(parked_on, queue):
-                if rest < policy.price(weight):
-                    head = weight
-                    break
-                count, rest = count + 1, rest - policy.price(weight)
-            self._store.unpark(parked_on, queue, count)
-            if head is not None:
-                ready_at = policy.instant_of(policy.price(head), rest, self._now)
-                next_at = ready_at if next_at is None else min(next_at, ready_at)
+        released = [self.release_queue(rate, queue) for queue in self._store.line_queues(f"rate:{rate}")]
+        next_at = min((ready_at for _, ready_at in released if ready_at is not None), default=None)
         self._store.save_bucket(policy, rate, level, self._now, next_at)
-        self._heads.clear()
         return next_at
+
+    def release_queue(self, rate: str, queue: str) -> tuple[int, int | None]:
+        """Do so in one queue; return how many rows were let out, and when the next can go."""
+        policy, level = self.bucket(rate)
+        line, count, ready_at = f"rate:{rate}", 0, None
+        for _, weight in self._store.line(line, queue):
+            price = policy.price(weight)
+            if level < price:
+                ready_at = policy.instant_of(price, level, self._now)
+                break
+            count, level = count + 1, level - price
+        self._store.unpark(line, queue, count)
+        self._heads.clear()
+        return count, ready_at
 
     def _ready_at(self, rate: str, policy: _Policy, level: int) -> int | None:
         """When the first of the bucket's line, in whichever queue, can be afforded."""
@@ -4145,7 +4137,7 @@ class _Beat:
         self._poked_buckets: set[str] = set()
         self._parents: set[int] = set()
         self._has_signals: bool | None = None
-        self._offered_keys: set[str] = core.passed_on_keys
+        self._offered: set[str] = core.passed_on
         self._rate_refused: set[tuple[str, str, str]] = set()
 
     def run(
@@ -4584,8 +4576,8 @@ class _Beat:
         for key in freed:
             self.admission.forget(key)
             self._unpark_key(key)
-        self._offered_keys = self._offered_keys | freed
         poked, self._poked_buckets = self._poked_buckets, set()
+        self._offered = self._offered | {f"key:{key}" for key in freed} | {f"rate:{rate}" for rate in poked}
         for rate in poked:
             self._note_due(self.admission.release_line(rate))
         if freed or poked:
@@ -4607,25 +4599,32 @@ class _Beat:
             self.store.unpark(parked_on, queue, first[queue] if queue in served else count)
 
     def _pass_on(self) -> None:
-        """Offer slots that nobody has taken to those who come next in line, where this engine could run them now.
+        """Offer what nobody has taken to those who come next in line, where this engine could run them now.
 
         Whoever was let out first may be of a class unknown here, may find its queue full, or have to wait for its
         bucket; in the last case it is passed by rows of other buckets, near the head of the line, and no others: they
         would only follow it into the bucket's line.
         """
-        refused = {(key, queue) for key, queue, _ in self._rate_refused}
-        passed_on = set()
-        for key in self._offered_keys:
-            parked_on, free = f"key:{key}", self.admission.slots(key)
-            for queue in self.store.line_queues(parked_on) if free > 0 else ():
-                if (key, queue) not in refused and self.core.serves(queue, self):
-                    self.store.unpark(parked_on, queue, free)
-                    passed_on.add(key)
+        passed_on = {line for line in self._offered if self._offer_again(line)}
         for key, queue, rate in self._rate_refused:
             if self.store.unpark_other(f"key:{key}", queue, rate):
-                passed_on.add(key)
-        self.core.passed_on_keys = passed_on
+                passed_on.add(f"key:{key}")
+        self.core.passed_on = passed_on
         self.is_unfinished |= bool(passed_on)
+
+    def _offer_again(self, line: str) -> bool:
+        """Let the next rows of a line go, in queues that this engine serves; False if there are none."""
+        kind, _, limit = line.partition(":")
+        free = self.admission.slots(limit) if kind == "key" else 0
+        count = 0
+        for queue in self.store.line_queues(line) if kind == "rate" or free > 0 else ():
+            if not self.core.serves(queue, self):
+                continue
+            if kind == "rate":
+                count += self.admission.release_queue(limit, queue)[0]
+            elif all((limit, queue) != refused[:2] for refused in self._rate_refused):
+                count += self.store.unpark(line, queue, free)
+        return count > 0
 
     def sweep_lines(self) -> None:
         """Let everything out of line that the limits admit: they may have changed since it was parked."""
@@ -4920,7 +4919,7 @@ class _Scheduler:
         self._agenda = _Agenda(seen_at=self.desk.now())
         self._peers: list[Worker] = []
         self._announcements: collections.deque[Callable[[], Any]] = collections.deque()
-        self.passed_on_keys: set[str] = set()
+        self.passed_on: set[str] = set()
         _schedulers.add(self)
 
     # Requests
@@ -5242,6 +5241,7 @@ class _Scheduler:
         self.context = contextvars.copy_context()
         self._register(self.options.lease_ms)
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
+        self._requests.append(_Request(_Beat.sweep_lines))  # again, now that it is known which queues are served
         self.hub.start()
         context = self.context.copy()
         self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
