@@ -51,8 +51,6 @@ import math
 import operator
 import os
 import pathlib
-import secrets
-import socket
 import sys
 import threading
 import time
@@ -655,16 +653,6 @@ def _not_negative(value: object, name: str, *, error: type[Exception]) -> None:
         _duration_ms(value, name, error)
 
 
-def _flag_or_none(value: object, name: str, *, error: type[Exception]) -> None:
-    if value is not None:
-        _boolean(value, name, error)
-
-
-def _key_or_keep(value: object, name: str, *, error: type[Exception]) -> None:
-    if value is not KEEP:
-        _limit_key(value, name, error)
-
-
 @attrs.frozen
 class Next:
     """Go on with another step, at once. `state` left out means `ctx.state`, as the step leaves it.
@@ -675,14 +663,21 @@ class Next:
 
     step: str = attrs.field(converter=_step_name)
     state: Any = None
-    rate_limit: str | tuple[object, ...] | None = attrs.field(
-        default=None, kw_only=True, validator=_checked(_limit_key)
-    )
-    weight: int = attrs.field(default=1, kw_only=True, validator=_checked(_integer, least=1))
-    concurrency_key: str | tuple[object, ...] | _Keep | None = attrs.field(
-        default=KEEP, kw_only=True, validator=_checked(_key_or_keep)
-    )
-    inline: bool | None = attrs.field(default=None, kw_only=True, validator=_checked(_flag_or_none))
+    rate_limit: str | tuple[object, ...] | None = attrs.field(default=None, kw_only=True)
+    weight: int = attrs.field(default=1, kw_only=True)
+    concurrency_key: str | tuple[object, ...] | _Keep | None = attrs.field(default=KEEP, kw_only=True)
+    inline: bool | None = attrs.field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        # Only what was given is looked at: most steps give nothing, and four validators take as long as the rest.
+        if self.rate_limit is not None:
+            _limit_key(self.rate_limit, "rate_limit", OutcomeError)
+        if self.weight != 1 or self.weight is True:
+            _integer(self.weight, "weight", 1, OutcomeError)
+        if self.concurrency_key is not KEEP:
+            _limit_key(self.concurrency_key, "concurrency_key", OutcomeError)
+        if self.inline is not None:
+            _boolean(self.inline, "inline", OutcomeError)
 
 
 @attrs.frozen
@@ -1040,9 +1035,12 @@ def _state_text(value: object) -> str:
         raise StateError([_error_text(error)]) from error
 
 
-def _dump_plain(value: object) -> str:
+def _dump_plain(value: object, known: str | None) -> str:
     if not isinstance(value, dict):
         raise StateError([f"not a dict, {_brief(value)}"])
+    with contextlib.suppress(TypeError, ValueError, RecursionError):  # said better below
+        if known is not None and _json(value) == known:
+            return known
     try:
         problems = list(_plain_problems(value))
     except RecursionError:
@@ -1119,7 +1117,7 @@ def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
     What is stored is what a strict reading of it would write, so that nothing is stored that does not load.
     """
     if cls is None:
-        return _dump_plain(value)
+        return _dump_plain(value, known)
     if not isinstance(value, cls | dict):
         raise StateError([f"not a {cls.__name__} or a dict, {_brief(value)}"])
     text = _dict_text(value) if isinstance(value, dict) else _object_text(value, cls)
@@ -2049,8 +2047,8 @@ INSERT INTO durable_instances (
     fsm, version, step, state, max_attempts, max_crashes, queue, priority, eligible_at, concurrency_key, rate_limit,
     weight, parent_id, correlation_key, correlation_scope, inserted_at, updated_at
 ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (correlation_guard) WHERE correlation_guard IS NOT NULL DO NOTHING
 """
+_INSERT_UNIQUE = f"{_INSERT} ON CONFLICT (correlation_guard) WHERE correlation_guard IS NOT NULL DO NOTHING"
 _OCCUPANT = "SELECT id, status FROM durable_instances WHERE correlation_guard = ?"
 _CARRIER = "SELECT max(id) FROM durable_instances WHERE correlation_key = ?"
 _LIMIT = "SELECT name, allowed, per_ms, burst FROM durable_limits WHERE name = ?"
@@ -2362,6 +2360,9 @@ class _Patience:
 def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
     connection = apsw.Connection(path, flags=flags, statementcachesize=128)
     connection.set_busy_handler(_Patience())
+    # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
+    # place of 2 for the candidates of a claim.
+    connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
 
 
@@ -2544,19 +2545,19 @@ class _Reader:
             return list(connection.execute(sql, bindings))
 
     def identify(self, target: int | str) -> int:
-        """Return the id of an instance: by key, the occupant's, else that of the newest that carries the key."""
-        if isinstance(_target(target), str):
-            rows = self._rows(_OCCUPANT, (target,)) or self._rows(_CARRIER, (target,))
-            if rows and rows[0][0] is not None:
-                return int(rows[0][0])
-        elif -_MAX_INTEGER <= cast(int, target) <= _MAX_INTEGER and self._rows(_STATUS, (target,)):
-            return cast(int, target)
-        raise NotFoundError(f"no instance {'has the id' if isinstance(target, int) else 'carries the key'} {target!r}")
+        """Return the id that a target means: by key, the occupant's, else that of the newest that carries the key."""
+        if isinstance(_target(target), int):
+            return max(-_MAX_INTEGER, min(cast(int, target), _MAX_INTEGER))  # beyond SQLite's integers it is nobody's
+        rows = self._rows(_OCCUPANT, (target,)) or self._rows(_CARRIER, (target,))
+        if not rows or rows[0][0] is None:
+            raise NotFoundError(f"no instance carries the key {target!r}")
+        return int(rows[0][0])
 
     def get(self, target: int | str) -> Instance:
-        rows = self._rows(_GET, (self.identify(target),))
+        identity = self.identify(target)
+        rows = self._rows(_GET, (identity,))
         if not rows:
-            raise NotFoundError(f"instance {target!r} was collected just now")
+            raise NotFoundError(f"no instance has the id {identity}")
         return _make_instance(rows[0])
 
     def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
@@ -2639,10 +2640,6 @@ _WRITE_ACTIONS = frozenset(
         apsw.SQLITE_CREATE_INDEX,
         apsw.SQLITE_CREATE_TABLE,
         apsw.SQLITE_CREATE_TRIGGER,
-        apsw.SQLITE_CREATE_TEMP_INDEX,
-        apsw.SQLITE_CREATE_TEMP_TABLE,
-        apsw.SQLITE_CREATE_TEMP_TRIGGER,
-        apsw.SQLITE_CREATE_TEMP_VIEW,
         apsw.SQLITE_CREATE_VIEW,
         apsw.SQLITE_CREATE_VTABLE,
         apsw.SQLITE_DROP_INDEX,
@@ -2657,6 +2654,11 @@ _FORBIDDEN_ACTIONS = {
     apsw.SQLITE_SAVEPOINT: "control the transaction",
     apsw.SQLITE_ATTACH: "attach databases",
     apsw.SQLITE_DETACH: "detach databases",
+    # They would outlive the step, on the engine's own connection, and hide other tables from it.
+    apsw.SQLITE_CREATE_TEMP_INDEX: "create temporary objects",
+    apsw.SQLITE_CREATE_TEMP_TABLE: "create temporary objects",
+    apsw.SQLITE_CREATE_TEMP_TRIGGER: "create temporary objects",
+    apsw.SQLITE_CREATE_TEMP_VIEW: "create temporary objects",
 }
 _HARMLESS_PRAGMAS = frozenset(
     {
@@ -2690,6 +2692,7 @@ class _Store:
         # and its failure would look like the commit's.
         self.db.set_wal_hook(self._note_log)
         self._is_users_sql = False
+        self._is_ddl = False
         self._refusal: str | None = None
         # Asked when a statement is prepared, not when it runs; set once, for setting it prepares everything anew.
         self.db.authorizer = self._authorize
@@ -2745,7 +2748,7 @@ class _Store:
 
     def run(self, statement: _Statement) -> None:
         """Run the user's SQL; what it may not do is a DurableError."""
-        self._is_users_sql, self._refusal = True, None
+        self._is_users_sql, self._is_ddl, self._refusal = True, False, None
         try:
             # The flag keeps it out of the cached statements of our own, which were let pass.
             for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
@@ -2766,9 +2769,9 @@ class _Store:
         self._refusal = self._refusal or _FORBIDDEN_ACTIONS.get(action)
         if action == apsw.SQLITE_PRAGMA and one not in _HARMLESS_PRAGMAS:
             self._refusal = f"set PRAGMA {one}"
-        if action == apsw.SQLITE_ALTER_TABLE and one == "temp":
-            self._refusal = "rename temporary tables"  # to a name of durable's, which would hide the real one
-        if action in _WRITE_ACTIONS:
+        # Dropping or renaming a table of the application's writes to SQLite's record of ids too.
+        self._is_ddl |= action in (apsw.SQLITE_DROP_TABLE, apsw.SQLITE_ALTER_TABLE)
+        if action in _WRITE_ACTIONS and not (one == "sqlite_sequence" and self._is_ddl):
             owned = next(filter(_is_owned, (one, two)), None)
             self._refusal = self._refusal or (owned and f"write to {owned}")
         return apsw.SQLITE_DENY if self._refusal else apsw.SQLITE_OK
@@ -2777,7 +2780,7 @@ class _Store:
 
     def insert(self, row: _NewRow) -> int | None:
         """Insert an instance; None if its correlation key is taken."""
-        self.db.execute(_INSERT, row)
+        self.db.execute(_INSERT_UNIQUE, row)
         return self.db.last_insert_rowid() if self.db.changes() else None
 
     def insert_many(self, rows: Sequence[_NewRow]) -> range:
@@ -3086,7 +3089,7 @@ def _is_open_in_sqlite3(path: str) -> bool:
     import gc
     import sqlite3
 
-    identity, is_unsure = _file_id(path), False
+    identity, is_unsure = _file_id(path), gc.get_freeze_count() > 0  # what is frozen is not listed
     for thing in gc.get_objects():
         if identity is None or not issubclass(type(thing), sqlite3.Connection):
             continue
@@ -3339,7 +3342,9 @@ class _Claim:
         return self.error is None and code is not None and code.is_async
 
     def failed_with(self, error: Exception) -> _Claim:
-        return _Claim(self.row, self.spec, self.behaviour, self.desk, self.inbox, error)
+        failed = _Claim(self.row, self.spec, self.behaviour, self.desk, self.inbox, error)
+        failed.started_at = self.started_at
+        return failed
 
     def open(self) -> Context[Any]:
         return Context(self, _load_state(self.spec.state, self.row.state))
@@ -3483,6 +3488,7 @@ def _stop(claim: _Claim, error: BaseException) -> _Commit:
 
 def _recover(claim: _Claim, error: Exception) -> _Commit:
     """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
+    claim = claim.failed_with(error)  # so that a commit that is refused does not come back to `handle`
     row = claim.row
     if not isinstance(error, Cancel):
         _log.warning(
@@ -3564,27 +3570,32 @@ class _Bell:
     A bare lock: 16 us from ring to wake-up, where `threading.Event` takes 30.
     """
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_is_rung", "_lock")
 
     def __init__(self) -> None:
+        self._is_rung = False
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def ring(self) -> None:
-        if self._lock.locked():
+        if not self._is_rung:  # the lock itself does not tell: it is taken again as soon as the sleeper is woken
+            self._is_rung = True
             with contextlib.suppress(RuntimeError):  # somebody else rang it in between
                 self._lock.release()
 
     def wait(self, timeout: float = -1) -> bool:
         """Sleep until it is rung; False if the timeout, in seconds, was first."""
-        return self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        is_rung = self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        self._is_rung = False
+        return is_rung
 
 
 class _Pool:
     """The worker threads of one queue, and the claimed rows that wait for one.
 
-    A thread that takes a row rouses the next if there is more to take: steps that block start one after the other
-    at once, while for steps that do not, one thread does them all and no switch is paid for.
+    A thread that takes a row rouses the next if there is more to take, and one at a time is on its way: steps that
+    block start one after the other at once, while for steps that do not, one thread does nearly all and few switches
+    are paid for.
     """
 
     def __init__(self, width: int, port: _Port) -> None:
@@ -3595,6 +3606,7 @@ class _Pool:
         self._idle: list[_Bell] = []
         self._running = 0
         self._threads = 0
+        self._is_arriving = False
         self._is_closed = False
 
     def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
@@ -3642,7 +3654,7 @@ class _Pool:
             self._running -= 1
             if isinstance(result, Exception):
                 self._ready.appendleft(claim.failed_with(result))
-            has_more = bool(self._ready)
+            has_more = bool(self._ready) and claim.is_async
         if isinstance(result, _Commit):
             self._port.finish(result)
         if has_more:
@@ -3659,7 +3671,7 @@ class _Pool:
     def rouse(self) -> None:
         """Wake a thread, or start one, if there is something that may start."""
         with self._lock:
-            if self._is_closed or not self._ready or self._running >= self.width:
+            if self._is_arriving or self._is_closed or not self._ready or self._running >= self.width:
                 return
             if self._idle:
                 bell = self._idle.pop()
@@ -3668,6 +3680,7 @@ class _Pool:
                 self._threads += 1
             else:
                 return
+            self._is_arriving = True
         if bell is not None:
             bell.ring()
         else:
@@ -3681,12 +3694,15 @@ class _Pool:
             _log.error("no worker thread could be started: %s", error)
             with self._lock:
                 self._threads -= 1
+                self._is_arriving = False
 
     def _work(self) -> None:
         """Run rows until the pool closes; a thread whose step was disowned has been replaced and leaves."""
         bell = _Bell()
+        has_arrived = True
         while not self._is_closed:
-            claim = self._take(bell)
+            claim = self._take(bell, has_arrived=has_arrived)
+            has_arrived = claim is None
             if claim is None:
                 bell.wait()
             elif claim.is_async:
@@ -3695,9 +3711,11 @@ class _Pool:
                 self._port.drop(claim)
                 return
 
-    def _take(self, bell: _Bell) -> _Claim | None:
+    def _take(self, bell: _Bell, *, has_arrived: bool) -> _Claim | None:
         """Take the next row, or line up for being roused."""
         with self._lock:
+            if has_arrived:
+                self._is_arriving = False
             if not self._ready or self._running >= self.width:
                 if not self._is_closed:
                     self._idle.append(bell)
@@ -4472,7 +4490,7 @@ class _Beat:
     def revive(self, instance: int) -> None:
         status = self.store.status(instance)
         if status is None:
-            raise NotFoundError(f"instance {instance} was collected just now")
+            raise NotFoundError(f"no instance has the id {instance}")
         key, scope = self.store.carried_key(instance)
         if status != Status.FAILED:
             raise DurableError(f"instance {instance} has not failed, it is {status}: only a failed one can be retried")
@@ -4830,6 +4848,8 @@ class _Agenda:
     """When the clock was last read: a gap since then is a suspended machine or a clock that was set."""
     due_at: int | None = None
     """The next instant at which something in the file is due."""
+    wakes_at: float = 0.0
+    """Until when the thread sleeps, unless it is rung."""
     heartbeat_at: int = 0
     renewed_at: int = 0
     judge_from: int = 0
@@ -4849,6 +4869,8 @@ class _Agenda:
     looked_for_dead_at: float = -math.inf
     missing_since: dict[str, float] = attrs.Factory(dict)
     """Since when other workers' lock files are not there."""
+    taken: list[_LockFile] = attrs.Factory(list)
+    """Locks that the last look has taken from dead workers."""
 
 
 class _Timeouts:
@@ -4910,7 +4932,7 @@ class _Scheduler:
         self.desk = _Desk(self.reader, clock)
         self.hub = _Hub()
         self.waiters = _Waiters()
-        self.worker_id = secrets.token_hex(8)
+        self.worker_id = os.urandom(8).hex()
         self.context = contextvars.copy_context()
         self.is_stopping = False
         self.is_closed = False
@@ -4989,7 +5011,8 @@ class _Scheduler:
     def _await_request(self, request: _Request) -> Any:
         self._enqueue(request)
         if self._is_beating():
-            self._bell.ring()
+            if not self._beat_in_place():
+                self._bell.ring()
             request.wait()
         else:
             while not request.is_settled:
@@ -5007,6 +5030,22 @@ class _Scheduler:
     def _is_beating(self) -> bool:
         """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
         return self._thread is not None and self._thread is not threading.current_thread()
+
+    def _beat_in_place(self) -> bool:
+        """Run the beat of a started engine in the caller's thread, if no beat is under way: it saves two switches."""
+        if not self._beat_lock.acquire(blocking=False):
+            return False
+        try:
+            if self.is_closed or self._agenda.failure is not None:
+                return False
+            self._beat()
+        finally:
+            self._beat_lock.release()
+        self._announce()
+        due_at = self._agenda.due_at
+        if self._has_work() or (due_at is not None and due_at < self._agenda.wakes_at):
+            self._bell.ring()
+        return True
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
@@ -5144,6 +5183,7 @@ class _Scheduler:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
         self._let_go(beat.left)
+        self._dispatch(beat)
         for request in requests:
             self._answer(request)
         for act in beat.after:
@@ -5152,7 +5192,6 @@ class _Scheduler:
             self._tally.update(beat.kinds)
         if self.waiters:
             self.waiters.notify(beat.settled)
-        self._dispatch(beat)
         for row, change in beat.failures:
             self._announcements.append(functools.partial(_log_failure, row, change))
         if beat.events:
@@ -5293,6 +5332,8 @@ class _Scheduler:
             raise
 
     def _worker_row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
+        import socket  # 3 ms that a mere import does not need
+
         name, queues = self.options.name, _encode(self.options.queues)
         return self.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
 
@@ -5303,6 +5344,7 @@ class _Scheduler:
             except Exception:  # noqa: BLE001 - a scheduler that dies would leave its callers waiting for ever
                 _log.exception("%s: the scheduler failed; it goes on", self.path)
                 sleep_s = 0.1
+            self._agenda.wakes_at = self.desk.now() + sleep_s * 1000
             self._bell.wait(sleep_s)
 
     def _step(self) -> float:
@@ -5432,6 +5474,8 @@ class _Scheduler:
 
         A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
         """
+        while self._agenda.taken:  # by the last look; if storage refused that reaping, its error still holds the locks
+            self._agenda.taken.pop().close()
         is_unsure = False
         for worker in self.reader.workers():
             path = _LockFile.path_of(self.path, worker.id)
@@ -5444,6 +5488,7 @@ class _Scheduler:
             ):
                 is_unsure = True
             else:
+                self._agenda.taken.extend(filter(None, (lock,)))
                 self._requests.append(_Request(functools.partial(self._reap_dead, worker=worker, lock=lock)))
         return is_unsure
 
@@ -5849,6 +5894,8 @@ class Engine:
                 self._guarded = _guard_file(self._path)
             self._save_rate_limits(checked.rate_limits)
         except BaseException:
+            if hasattr(self, "_core"):
+                self._core.close()
             self._release()
             raise
 
@@ -6089,7 +6136,7 @@ class Engine:
         target = _database_path(path)
         if os.path.exists(target):
             raise ValueError(f"path must be that of a new file, and {target} exists")
-        partial = f"{target}-partial-{secrets.token_hex(4)}"
+        partial = f"{target}-partial-{os.urandom(4).hex()}"
         try:
             self._copy(partial)
             os.replace(partial, target)
@@ -6164,7 +6211,7 @@ def _lock_and_check(cursor: Any) -> None:
     The lock first: SQLite waits for it only as long as the transaction has read nothing.
     """
     try:
-        cursor.execute("DELETE FROM durable_meta WHERE key = ''")
+        cursor.execute("DELETE FROM main.durable_meta WHERE key = ''")
     except Exception as error:
         if "no such table" not in str(error):
             raise
@@ -6193,7 +6240,7 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
         return _Policy(*found) if found else None
 
     row = _new_row(Insert(fsm, **options), int(time.time() * 1000), policy_of)
-    cursor.execute(_INSERT, row)
+    cursor.execute(_INSERT_UNIQUE, row)
     inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
     if not inserted:
         raise DuplicateError(cast(str, row.correlation_key), first(_OCCUPANT, row.correlation_key)[0])
