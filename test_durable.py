@@ -2957,9 +2957,12 @@ def test_stop_gives_back_what_it_claimed_but_did_not_start(make_engine: MakeEngi
     """`stop()` gives claimed but unstarted instances back at once: another engine has them meanwhile."""
     engine = make_engine(fsms=[Holds(gate)], queues={"default": 1}, prefetch=4, drain_timeout=PATIENCE)
     ids = engine.insert_all([Insert(Holds), Insert(Echo), Insert(Echo)])
+    claimed = threading.Semaphore(0)
+    engine.subscribe(lambda event: claimed.release(event.measurements["count"] or 1), "pick.stop")
     engine.start()
+    while engine.counts() != {"default": {"executing": 3}}:
+        assert claimed.acquire(timeout=PATIENCE)
     assert gate.entered.wait(PATIENCE)
-    assert engine.counts() == {"default": {"executing": 3}}
     stopper = threading.Thread(target=engine.stop)
     stopper.start()
     with make_engine() as other:
@@ -4341,17 +4344,18 @@ class Tree(FSM):
 
 def test_a_parent_is_parked_until_all_children_have_ended_and_sees_them_all(make_engine: MakeEngine) -> None:
     """It wakes when all are terminal, failed ones included; `ctx.children` holds them all."""
-    inserts = [Insert(Echo, state={"n": 1}), Insert(Fails, queue="other"), Insert(Echo, schedule_in=60)]
+    inserts = [Insert(Echo, schedule_in=60), Insert(Fails, queue="other"), Insert(Waits)]
     engine, machine, ident = scripted(make_engine, ScheduleChildren(inserts, "join"))
-    engine.drain(with_scheduled=False)
-    assert (engine.get(ident).status, engine.get(ident).step) == (Status.AWAITING_CHILDREN, "join")
-    assert len(engine.find(parent_id=ident)) == 3
+    for scheduled in (False, True):
+        engine.drain(with_scheduled=scheduled)
+        assert (engine.get(ident).status, engine.get(ident).step) == (Status.AWAITING_CHILDREN, "join")
+    engine.signal(engine.find(fsm=Waits, parent_id=ident)[0].id, "go")
     engine.drain()
     children = sorted(machine.children[-1], key=lambda child: child.id)
     assert [(child.status, child.result, child.last_error) for child in children] == [
-        (Status.DONE, {"n": 1}, None),
-        (Status.FAILED, None, "broken"),
         (Status.DONE, {}, None),
+        (Status.FAILED, None, "broken"),
+        (Status.DONE, [None], None),
     ]
     assert engine.get(ident).status is Status.DONE
 
