@@ -2547,7 +2547,9 @@ class _Reader:
     def identify(self, target: int | str) -> int:
         """Return the id that a target means: by key, the occupant's, else that of the newest that carries the key."""
         if isinstance(_target(target), int):
-            return max(-_MAX_INTEGER, min(cast(int, target), _MAX_INTEGER))  # beyond SQLite's integers it is nobody's
+            if abs(cast(int, target)) > _MAX_INTEGER:
+                raise NotFoundError(f"no instance has the id {target!r}")
+            return cast(int, target)
         rows = self._rows(_OCCUPANT, (target,)) or self._rows(_CARRIER, (target,))
         if not rows or rows[0][0] is None:
             raise NotFoundError(f"no instance carries the key {target!r}")
@@ -2557,7 +2559,7 @@ class _Reader:
         identity = self.identify(target)
         rows = self._rows(_GET, (identity,))
         if not rows:
-            raise NotFoundError(f"no instance has the id {identity}")
+            raise NotFoundError(f"no instance has the id {target!r}")
         return _make_instance(rows[0])
 
     def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
@@ -2725,6 +2727,8 @@ class _Store:
         self._log_pages = 0
         try:
             self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.BusyError:
+            pass  # another process is at it
         except apsw.Error as error:
             _log.warning("%s: its write-ahead log could not be copied yet: %s", self.path, _error_text(error))
 

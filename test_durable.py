@@ -325,7 +325,7 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-" _CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _SETTLE _ADVANCE _GIVE_BACK _CANCEL_REASON
+_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _SETTLE _ADVANCE _GIVE_BACK _CANCEL_REASON
 _OCCUPANT _CARRIER _EXECUTING _PARK _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE _UNPARK _BUCKET
 _READY_BUCKETS _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT
 _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
@@ -9039,7 +9039,7 @@ def grows(ctx: durable.Context):
     entered.release()
     gate.wait(60)
 
-events = queues.SimpleQueue()
+events = queue.SimpleQueue()
 with durable.Engine(sys.argv[1]) as engine:
     engine.connect().execute("create table t (x)")
     engine.subscribe(events.put, "store.error")
