@@ -2544,7 +2544,7 @@ class _Reader:
         with self._reading() as connection:
             return list(connection.execute(sql, bindings))
 
-    def identify(self, target: int | str) -> int:
+    def locate(self, target: int | str) -> int:
         """Return the id that a target means: by key, the occupant's, else that of the newest that carries the key."""
         if isinstance(_target(target), int):
             if abs(cast(int, target)) > _MAX_INTEGER:
@@ -2555,8 +2555,15 @@ class _Reader:
             raise NotFoundError(f"no instance carries the key {target!r}")
         return int(rows[0][0])
 
+    def identify(self, target: int | str) -> int:
+        """Return the id of an instance that exists."""
+        identity = self.locate(target)
+        if not self._rows(_STATUS, (identity,)):
+            raise NotFoundError(f"no instance has the id {target!r}")
+        return identity
+
     def get(self, target: int | str) -> Instance:
-        identity = self.identify(target)
+        identity = self.locate(target)
         rows = self._rows(_GET, (identity,))
         if not rows:
             raise NotFoundError(f"no instance has the id {target!r}")
@@ -6027,7 +6034,7 @@ class Engine:
             raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
         timeout_s = math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000
         self._core.check_open()
-        return self._wait(self._core.reader.identify(target), _UNTIL[until], timeout_s)
+        return self._wait(self._core.reader.locate(target), _UNTIL[until], timeout_s)
 
     def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
         """Wait for an instance to end and return its result.

@@ -838,7 +838,7 @@ def test_a_subclass_of_an_abstract_base_is_not_abstract() -> None:
 @pytest.mark.parametrize("body", [STEPS, DISPATCH, PERFORM], ids=["steps", "dispatch", "job"])
 def test_a_subclass_inherits_the_steps_or_perform(timed_engine: Engine, body: dict[str, Any]) -> None:
     """A subclass that adds nothing does what its parent does, under its own name."""
-    child = define("Child", define("Parent", body=body, name="parent of a child"))
+    child = define("Child", define("ParentMachine", body=body, name="parent of a child"))
     instance = finish(timed_engine, child)
     assert instance.fsm == f"{__name__}.Child"
     assert instance.result in ("start", "performed")
@@ -897,7 +897,7 @@ def test_timeout_bounds_one_run_of_a_step(make_engine: MakeEngine) -> None:
     async def start(self: Any, ctx: Ctx) -> Any:
         await asyncio.Event().wait()
 
-    slow = define("Slow", body={"start": start}, timeout=0.05)
+    slow = define("Overdue", body={"start": start}, timeout=0.05)
     with make_engine() as timed_engine:
         target = timed_engine.insert(define("SlowChild", slow))
         instance = timed_engine.wait(target, timeout=30)
@@ -911,7 +911,7 @@ def test_inline_runs_a_next_on_the_same_claim(make_engine: MakeEngine) -> None:
         return Next("last") if name == "start" else Done()
 
     told = threading.Event()
-    fsm = define("Inline", body={"step": dispatch}, inline=True)
+    fsm = define("InlineMachine", body={"step": dispatch}, inline=True)
     with make_engine() as timed_engine:
         timed_engine.subscribe(lambda event: told.set(), "inline.continue")
         timed_engine.insert(define("InlineChild", fsm))
@@ -1691,7 +1691,7 @@ def test_the_context_tells_where_a_step_stands(stage: Stage) -> None:
     """The context has the instance's own columns under their names."""
     fsm = Machine(Retry())
     timed_engine = stage(fsm)
-    parent = timed_engine.insert(define("Parent", body={"step": lambda self, name, ctx: _schedule(name)}))
+    parent = timed_engine.insert(define("ParentMachine", body={"step": lambda self, name, ctx: _schedule(name)}))
     timed_engine.drain()
     child = timed_engine.find(parent_id=parent)[0].id
     ctx = fsm.contexts[1]
@@ -10601,8 +10601,8 @@ class Theatre(RuleBasedStateMachine):
         hand = self.hand(number)
         self.perform(hand, hand.beat)
 
-    @rule(number=workers)
     def fill_disk(self, number: int) -> None:
+        """Let a worker's next commit fail. Only rehearsed plays do: the model does not follow it anywhere else."""
         if not self.hands[number].is_full:
             self.hands[number].fill_disk()
 
