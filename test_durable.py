@@ -11,7 +11,8 @@ In this order:
 * Command line
 * The wheel
 
-Those marked `slow` are long; DURABLE_TEST_PROFILE=long gives Hypothesis more examples.
+Those marked `slow` are run by the larger run, those marked `long` by hand: `pytest -m long`. With
+DURABLE_TEST_PROFILE=long Hypothesis tries more examples.
 """
 
 from __future__ import annotations
@@ -4450,7 +4451,7 @@ def test_a_retried_child_is_waited_for_again(make_engine: MakeEngine, later: boo
     assert engine.check() == []
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: int) -> None:
     """One step may schedule any number of children, and joins them all, once."""
     engine, machine = scripted_engine(
@@ -5274,7 +5275,7 @@ TestKeys = Keys.TestCase
 TestKeys.settings = hypothesis.settings(PLAIN, max_examples=12, stateful_step_count=20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_keys_hold_in_long_histories() -> None:
     """Never more than K of a key, strict order within it, nothing parked in vain: many long histories."""
     from hypothesis.stateful import run_state_machine_as_test
@@ -6814,7 +6815,7 @@ def test_failure_at_any_point_of_a_beat_loses_nothing(fault: str) -> None:
         work_on_a_failing_disk(fault, skip)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_failure_at_every_point_of_a_beat_loses_nothing(fault: str) -> None:
     """The same, point for point."""
@@ -7098,7 +7099,7 @@ def test_processes_that_create_a_file_together_find_it_sound(make_engine: MakeEn
 
 
 @posix
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_hundreds_of_kills_lose_nothing(make_engine: MakeEngine, labour: Labour, workers: int) -> None:
     """The same, a hundred times for each number of processes."""
@@ -7371,7 +7372,7 @@ def test_power_cut_leaves_a_sound_file_with_normal_too(
     survive_power_cut("normal", workload, cuts, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("synchronous", ["full", "normal"])
 def test_power_cuts_in_the_long_run(synchronous: str) -> None:
     """The same, many times."""
@@ -7415,7 +7416,7 @@ def flat(worker: subprocess.Popen[str]) -> tuple[int, int]:
     return int(pages), len(list(Path(f"/proc/{worker.pid}/fd").iterdir()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
     """Mixed work with kills and full disks: the counts add up, memory and descriptors stay flat."""
@@ -10839,7 +10840,7 @@ def test_the_engine_does_what_the_model_says() -> None:
     run_state_machine_as_test(Theatre, settings=QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_silent")
 def test_the_engine_does_what_the_model_says_for_long() -> None:
     """The same over tens of thousands of moves."""
@@ -11503,7 +11504,7 @@ def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rehearse_all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_silent")
 @pytest.mark.parametrize("name", ["parents are not woken", "deadlines never fire", "buckets are not charged"])
 def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11711,7 +11712,7 @@ def test_two_processes_come_to_the_same_end_even_if_one_is_killed() -> None:
     compare_processes(CYCLE, kills=(30,))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_silent")
 @hypothesis.settings(QUICK, max_examples=15)
 @hypothesis.given(group=groups, kills=st.lists(st.integers(1, 60), max_size=4).map(sorted))
