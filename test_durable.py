@@ -115,14 +115,19 @@ from durable import (
 )
 
 hypothesis.settings.register_profile(
-    "quick", max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+    "quick",
+    max_examples=25,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile(
     "long",
-    max_examples=200,
-    stateful_step_count=50,
+    max_examples=50,
+    stateful_step_count=30,
     deadline=None,
-    derandomize=False,
+    derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile(os.environ.get("DURABLE_TEST_PROFILE", "quick"))
