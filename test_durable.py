@@ -462,6 +462,24 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
     assert engine.counts() == {"default": {"runnable": 50}}
 
 
+def test_readme_recipes_for_telemetry_work_with_the_real_libraries(make_engine: Any) -> None:
+    """The README's few lines feed a Prometheus histogram and open an OpenTelemetry span for each step."""
+    prometheus = pytest.importorskip("prometheus_client")
+    tracing = pytest.importorskip("opentelemetry.trace")
+    code = next(code for code, _ in BLOCKS if "def observe(" in code)
+    space: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    registry = prometheus.CollectorRegistry()
+    histogram = prometheus.Histogram("step_seconds", "Seconds of a step", ["fsm", "kind"], registry=registry)
+    engine = make_engine()
+    stop = space["observe"](engine, histogram, tracing.get_tracer("durable"))
+    engine.insert(Idle)
+    engine.drain()
+    stop()
+    name = Idle._spec.name if Idle._spec else ""
+    assert registry.get_sample_value("step_seconds_count", {"fsm": name, "kind": "done"}) == 1
+
+
 # ==================================================================================================
 # Behaviour, schemas, outcomes
 # ==================================================================================================
