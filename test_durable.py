@@ -12550,11 +12550,11 @@ class Checkout(FSM, queue="checkout"):
         paid: float = 0.0
 
     @step
-    def start(self, ctx: durable.Context) -> Await:
+    def start(self, ctx: durable.Context["Checkout.State"]) -> Await:
         return Await("payment_confirmed", then="ship", timeout=3600)
 
     @step
-    def ship(self, ctx: durable.Context) -> Done | Next | Stop:
+    def ship(self, ctx: durable.Context["Checkout.State"]) -> Done | Next | Stop:
         if not ctx.awaited:
             return Stop("payment never came")
         if ctx.attempt:
@@ -12576,10 +12576,10 @@ def shop() -> bool:
 _WRONG_PROGRAM = f"""\
 {_CORRECT_PROGRAM}
 
-def wrong(engine: Engine, ctx: durable.Context) -> None:
+def wrong(engine: Engine, ctx: durable.Context["Checkout.State"]) -> None:
     engine.insert(Checkout, priority="high")  # wrong: type of an option
     engine.insert(Checkout, urgency=1)  # wrong: name of an option
-    engine.insert(42)  # wrong: no machine
+    print(ctx.state.orders)  # wrong: no such field of the state
     engine.enqueue(Checkout)  # wrong: no such method
     name: str = engine.insert(Checkout)  # wrong: type of a result
     print(name, engine.get(1).statuses)  # wrong: no such field
