@@ -5373,8 +5373,10 @@ class _Scheduler:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
         if self._requests:
             return True
-        is_due = self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
-        return bool(self._finished or is_due) and time.monotonic() >= self._agenda.retry_at
+        return bool(self._finished or self._is_due()) and time.monotonic() >= self._agenda.retry_at
+
+    def _is_due(self) -> bool:
+        return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
 
     def _sleep_s(self) -> float:
         """Time to the next instant that matters: a timer, a step's timeout, a look at other processes."""
@@ -5662,7 +5664,7 @@ class _Scheduler:
             if self._agenda.failure is not None:
                 raise self._agenda.failure
             if not self._local:
-                if self._finished or self._has_unfinished_timers():
+                if self._finished or self._is_due():
                     continue
                 return
             claim = self._local[0]
@@ -5675,9 +5677,6 @@ class _Scheduler:
                 raise EngineClosedError(f"the engine on {self.path} was stopped while it was drained")
             steps += claim.error is None
             self._run_locally(self._local.popleft())
-
-    def _has_unfinished_timers(self) -> bool:
-        return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
 
     def _run_locally(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
