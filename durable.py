@@ -3605,9 +3605,19 @@ class _Pool:
     """The worker threads of one queue, and the claimed rows that wait for one.
 
     A thread that takes a row rouses the next if there is more to take, and one at a time is on its way: steps that
-    block start one after the other at once, while for steps that do not, one thread does nearly all and few switches
-    are paid for.
+    block start one after the other at once. A thread that finds nothing more to take runs the beat that commits what
+    is finished, and goes on with what that beat claims.
+
+    After a run of quick steps no other thread is roused, since waking one costs more than several such steps; if one
+    blocks after all, the scheduler notices within `WATCH_S`.
     """
+
+    QUICK_S = 0.0001
+    """A step that takes no longer is not worth a second thread."""
+    QUICK_STEPS = 8
+    """After so many more quick than slow ones the next is taken for a quick one, too."""
+    BLOCKED_S = 0.001
+    """After so long a step that was taken for a quick one is known for none."""
 
     def __init__(self, width: int, port: _Port) -> None:
         self.width = width
@@ -3617,7 +3627,10 @@ class _Pool:
         self._idle: list[_Bell] = []
         self._running = 0
         self._threads = 0
-        self._is_arriving = False
+        self._arriving = 0
+        """Threads that will look for work in a moment: roused, or in a beat. What is finished is left to them."""
+        self._quick_steps = 0
+        self._taken_at = 0.0
         self._is_closed = False
 
     def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
@@ -3656,8 +3669,27 @@ class _Pool:
         self.rouse()
         return True
 
-    def finish(self, claim: _Claim, result: _Commit | Exception) -> bool:
-        """Take a step's result: a commit, or an error for `handle`. False if the step was disowned."""
+    def finish(self, claim: _Claim, commit: _Commit) -> bool:
+        """Take what a step in one of these threads has come to. False if the step was disowned."""
+        with self._lock:
+            if claim.is_disowned:
+                return False
+            claim.is_finished = True
+            self._running -= 1
+            self._port.finish(commit)
+            is_last = not self._ready
+            is_minded = self._arriving > 0 or self._is_quick
+            self._arriving += is_last
+            self._count_step(commit.duration)
+        if is_last:
+            self._port.beat()
+            self._arrive()
+        elif not is_minded:
+            self._port.ring()
+        return True
+
+    def finish_async(self, claim: _Claim, result: _Commit | Exception) -> bool:
+        """Take the result of a step on the event loop: a commit, or an error for `handle`. False if disowned."""
         with self._lock:
             if claim.is_disowned:
                 return False
@@ -3665,11 +3697,10 @@ class _Pool:
             self._running -= 1
             if isinstance(result, Exception):
                 self._ready.appendleft(claim.failed_with(result))
-            has_more = bool(self._ready) and claim.is_async
-        if isinstance(result, _Commit):
-            self._port.finish(result)
-        if has_more:
-            self.rouse()
+            else:
+                self._port.finish(result)
+        self._port.ring()
+        self.rouse()
         return True
 
     def close(self) -> None:
@@ -3679,10 +3710,31 @@ class _Pool:
         for bell in idle:
             bell.ring()
 
+    @property
+    def _is_quick(self) -> bool:
+        return self._quick_steps >= self.QUICK_STEPS
+
+    @property
+    def is_left_waiting(self) -> bool:
+        """Whether rows wait for a thread that is busy with another, while there could be one more."""
+        return bool(self._ready) and 0 < self._running < self.width and not self._arriving
+
+    def watch(self) -> None:
+        """See whether a thread that was to take one row after the other has come to a step that blocks."""
+        if self._is_quick and time.perf_counter() - self._taken_at > self.BLOCKED_S:
+            self._quick_steps = 0
+        self.rouse()
+
+    def _count_step(self, duration_s: float) -> None:
+        """Once slow is chance, a thread has to wait for the interpreter now and then; twice is not."""
+        is_quick = duration_s <= self.QUICK_S
+        self._quick_steps = min(self._quick_steps + 1, 2 * self.QUICK_STEPS) if is_quick else self._quick_steps // 2
+
     def rouse(self) -> None:
-        """Wake a thread, or start one, if there is something that may start."""
+        """Wake a thread, or start one, if there is something that may start and nobody about to take it."""
         with self._lock:
-            if self._is_arriving or self._is_closed or not self._ready or self._running >= self.width:
+            is_coming = self._arriving or (self._running and self._is_quick)
+            if is_coming or self._is_closed or not self._ready or self._running >= self.width:
                 return
             if self._idle:
                 bell = self._idle.pop()
@@ -3691,7 +3743,7 @@ class _Pool:
                 self._threads += 1
             else:
                 return
-            self._is_arriving = True
+            self._arriving += 1
         if bell is not None:
             bell.ring()
         else:
@@ -3705,37 +3757,44 @@ class _Pool:
             _log.error("no worker thread could be started: %s", error)
             with self._lock:
                 self._threads -= 1
-                self._is_arriving = False
+                self._arriving -= 1
 
     def _work(self) -> None:
         """Run rows until the pool closes; a thread whose step was disowned has been replaced and leaves."""
         bell = _Bell()
-        has_arrived = True
+        self._arrive()
         while not self._is_closed:
-            claim = self._take(bell, has_arrived=has_arrived)
-            has_arrived = claim is None
+            claim = self._take(bell)
             if claim is None:
                 bell.wait()
+                self._arrive()
             elif claim.is_async:
                 self._port.execute_async(claim, self)
             elif not self.finish(claim, contextvars.copy_context().run(self._run, claim)):
                 self._port.drop(claim)
                 return
 
-    def _take(self, bell: _Bell, *, has_arrived: bool) -> _Claim | None:
+    def _arrive(self) -> None:
+        """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
+        with self._lock:
+            self._arriving -= 1
+        if self._port.has_finished:
+            self._port.beat()
+
+    def _take(self, bell: _Bell) -> _Claim | None:
         """Take the next row, or line up for being roused."""
         with self._lock:
-            if has_arrived:
-                self._is_arriving = False
             if not self._ready or self._running >= self.width:
                 if not self._is_closed:
                     self._idle.append(bell)
                 else:
+                    self._arriving += 1
                     bell.ring()
                 return None
             claim = self._ready.popleft()
             self._running += 1
-            has_more = bool(self._ready) and not claim.is_async
+            self._taken_at = time.perf_counter()
+            has_more = bool(self._ready) and not self._is_quick and not claim.is_async
         if has_more:
             self.rouse()
         return claim
@@ -3754,7 +3813,11 @@ class _Port(typing.Protocol):
 
     context: contextvars.Context
 
+    @property
+    def has_finished(self) -> bool: ...
     def finish(self, commit: _Commit) -> None: ...
+    def beat(self) -> None: ...
+    def ring(self) -> None: ...
     def drop(self, claim: _Claim) -> None: ...
     def watch(self, claim: _Claim, pool: _Pool) -> None: ...
     def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
@@ -3832,7 +3895,7 @@ class _EventLoop:
             result = _crash(claim, error)
         finally:
             self._tasks.pop(claim, None)
-        if not pool.finish(claim, result):
+        if not pool.finish_async(claim, result):
             self._port.drop(claim)
 
 
@@ -4860,7 +4923,7 @@ class _Agenda:
     due_at: int | None = None
     """The next instant at which something in the file is due."""
     wakes_at: float = 0.0
-    """Until when the thread sleeps, unless it is rung."""
+    """Until when the thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
     heartbeat_at: int = 0
     renewed_at: int = 0
     judge_from: int = 0
@@ -4873,7 +4936,8 @@ class _Agenda:
     failures_in_a_row: int = 0
     retry_at: float = 0.0
     """When storage that failed is tried again."""
-    data_version: int = -1
+    UNKNOWN: ClassVar[int] = -1
+    data_version: int = UNKNOWN
     looked_at: float = -math.inf
     changed_at: float = -math.inf
     """When another process was last seen to have committed."""
@@ -4926,6 +4990,10 @@ class _Scheduler:
     """How often to look for other processes' commits while they are active."""
     ACTIVE_S = 1.0
     """How long after its last commit another process counts as active."""
+    WATCH_S = 0.005
+    """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
+    SLACK_S = 0.0005
+    """By how much less sleep the scheduler's thread is not woken for."""
     DEAD_LOOK_S = 0.5
     """How often to look for workers that died."""
     GONE_S = 1.2
@@ -5022,8 +5090,7 @@ class _Scheduler:
     def _await_request(self, request: _Request) -> Any:
         self._enqueue(request)
         if self._is_beating():
-            if not self._beat_in_place():
-                self._bell.ring()
+            self._beat_in_place()
             request.wait()
         else:
             while not request.is_settled:
@@ -5042,21 +5109,21 @@ class _Scheduler:
         """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
         return self._thread is not None and self._thread is not threading.current_thread()
 
-    def _beat_in_place(self) -> bool:
-        """Run the beat of a started engine in the caller's thread, if no beat is under way: it saves two switches."""
+    def _beat_in_place(self) -> None:
+        """Run the beat of a started engine in this thread, unless one is under way: it saves two switches.
+
+        Whoever runs one looks for what came meanwhile when it has let go of the lock, so nothing is left lying.
+        """
         if not self._beat_lock.acquire(blocking=False):
-            return False
+            return
         try:
-            if self.is_closed or self._agenda.failure is not None:
-                return False
-            self._beat()
+            if self._agenda.failure is None and not self.is_closed:
+                self._beat()
         finally:
             self._beat_lock.release()
         self._announce()
-        due_at = self._agenda.due_at
-        if self._has_work() or (due_at is not None and due_at < self._agenda.wakes_at):
+        if time.monotonic() + self._sleep_s() < self._agenda.wakes_at - self.SLACK_S:
             self._bell.ring()
-        return True
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
@@ -5066,9 +5133,25 @@ class _Scheduler:
 
     # What pools and beats ask for
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether there are outcomes to commit."""
+        return bool(self._finished)
+
     def finish(self, commit: _Commit) -> None:
         self._finished.append(commit)
+
+    def ring(self) -> None:
+        """Have the scheduler's thread look for work."""
         self._bell.ring()
+
+    def beat(self) -> None:
+        """Commit what is finished, and claim, in a worker's thread."""
+        try:
+            self._beat_in_place()
+        except Exception:  # noqa: BLE001 - the scheduler's own fault; its thread tries again
+            _log.exception("%s: a beat failed; it is tried again", self.path)
+            self._bell.ring()
 
     def drop(self, claim: _Claim) -> None:
         """A step that was disowned has ended after all: its outcome is stale."""
@@ -5259,6 +5342,7 @@ class _Scheduler:
         claim = commit.claim
         if claim.error is not None or commit.kind == _CRASH:
             self.finish(_stop(claim, error))
+            self._bell.ring()
         elif self._pools:
             self._pools[claim.row.queue].submit([claim.failed_with(error)], first=True)
         else:
@@ -5350,12 +5434,13 @@ class _Scheduler:
 
     def _serve(self) -> None:
         while not self.is_closed:
+            self._agenda.wakes_at = math.inf
             try:
                 sleep_s = self._step()
             except Exception:  # noqa: BLE001 - a scheduler that dies would leave its callers waiting for ever
                 _log.exception("%s: the scheduler failed; it goes on", self.path)
                 sleep_s = 0.1
-            self._agenda.wakes_at = self.desk.now() + sleep_s * 1000
+            self._agenda.wakes_at = time.monotonic() + sleep_s
             self._bell.wait(sleep_s)
 
     def _step(self) -> float:
@@ -5367,7 +5452,7 @@ class _Scheduler:
             if self._has_work():
                 self._beat()
         self._announce()
-        return 0 if self._has_work() else self._sleep_s()
+        return self._sleep_s()
 
     def _has_work(self) -> bool:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
@@ -5379,7 +5464,9 @@ class _Scheduler:
         return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
 
     def _sleep_s(self) -> float:
-        """Time to the next instant that matters: a timer, a step's timeout, a look at other processes."""
+        """Time to the next instant that matters: a timer, a step's timeout, a look at other processes or at pools."""
+        if self._has_work():
+            return 0
         monotonic, now = time.monotonic(), self.desk.now()
         instants = [self._agenda.looked_at + self._look_interval(monotonic)]
         due_at = min(filter(None, (self._agenda.due_at, self._agenda.heartbeat_at, self._agenda.gc_at)))
@@ -5387,6 +5474,8 @@ class _Scheduler:
         if self._finished:
             instants.append(self._agenda.retry_at)
         instants.append(self._timeouts.next_at)
+        if any(pool.is_left_waiting for pool in self._pools.values()):
+            instants.append(monotonic + self.WATCH_S)
         return max(0.0, min(instants) - monotonic)
 
     # Chores
@@ -5396,6 +5485,8 @@ class _Scheduler:
         monotonic = time.monotonic()
         if self._timeouts.next_at <= monotonic:
             self._expire_steps(monotonic)
+        for pool in self._pools.values():
+            pool.watch()
         if monotonic - self._agenda.looked_at >= self._look_interval(monotonic):
             self._agenda.looked_at = monotonic
             self._look_at_others(monotonic)
@@ -5426,7 +5517,8 @@ class _Scheduler:
     def _see_others(self, monotonic: float) -> None:
         version = self.store.data_version()
         if version != self._agenda.data_version:
-            self._agenda.changed_at = monotonic
+            if self._agenda.data_version != self._agenda.UNKNOWN:
+                self._agenda.changed_at = monotonic
             self._agenda.due_at = self.desk.now()
             self._peers = [worker for worker in self.store.workers() if worker.id != self.worker_id]
             self._notify_waiters()
@@ -5436,8 +5528,6 @@ class _Scheduler:
             self._agenda.looked_for_dead_at = monotonic
             if self._lock_file is not None:
                 self._lock_file.restore()
-            for pool in self._pools.values():
-                pool.rouse()
             if self._peers:
                 self._look_for_dead()
 
@@ -5538,6 +5628,7 @@ class _Scheduler:
             return
         with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
             self.is_stopping = True
+        self._bell.ring()
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
         self._try_to_give_back(unstarted)
         deadline = time.monotonic() + drain_s
