@@ -1383,6 +1383,7 @@ class _Spec:
     inline: bool
     steps: dict[str, _Code]
     any_step: _Code | None
+    has_async: bool
     is_job: bool
 
     def code(self, name: str) -> _Code:
@@ -1505,6 +1506,7 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         inline=_boolean(values["inline"], f"{where}: inline", TypeError),
         steps=steps,
         any_step=any_step,
+        has_async=any(code is not None and code.is_async for code in (*steps.values(), any_step)),
         is_job=is_job,
     )
 
@@ -1749,6 +1751,10 @@ class _Row(NamedTuple):
         return [] if self.awaits is None else cast(list[str], _decode(self.awaits))
 
 
+_make_row: Callable[[Iterable[Any]], _Row] = functools.partial(tuple.__new__, _Row)
+"""`_Row._make` in a third of the time: what a statement returns has as many columns as it names."""
+
+
 class _Change(NamedTuple):
     """What an outcome makes of a row: new column values, in the order in which the statement binds them."""
 
@@ -1779,32 +1785,36 @@ class _Ruling(NamedTuple):
     traceback: str | None = None
 
 
+# A change is made by position, in the order of its fields: by name it takes three times as long.
+
+
 def _ended(
     row: _Row,
     status: Status,
-    now: int,
     *,
     result: str | None = None,
     last_error: str | None = None,
     traceback: str | None = None,
 ) -> _Change:
-    """End the row; step, state and attempt stay as they were."""
+    """End the row; step, state and attempt stay as they were, its crashes are forgotten."""
+    crashes = joining = 0
+    awaits = await_deadline = None
     return _Change(
-        status=status,
-        step=row.step,
-        state=row.state,
-        result=result,
-        last_error=last_error,
-        traceback=traceback,
-        attempt=row.attempt,
-        crashes=0,
-        eligible_at=row.eligible_at,
-        concurrency_key=row.concurrency_key,
-        rate_limit=row.rate_limit,
-        weight=row.weight,
-        awaits=None,
-        await_deadline=None,
-        joining=0,
+        status,
+        row.step,
+        row.state,
+        result,
+        last_error,
+        traceback,
+        row.attempt,
+        crashes,
+        row.eligible_at,
+        row.concurrency_key,
+        row.rate_limit,
+        row.weight,
+        awaits,
+        await_deadline,
+        joining,
     )
 
 
@@ -1814,37 +1824,47 @@ def _later(now: int, delay: _Duration) -> int:
 
 def _unchanged(row: _Row, now: int) -> _Change:
     """Make the row runnable at once, as it stands; whoever ran it has come back, so its crashes are forgotten."""
+    crashes, result, await_deadline = 0, None, None
     return _Change(
-        status=Status.RUNNABLE,
-        step=row.step,
-        state=row.state,
-        result=None,
-        last_error=row.last_error,
-        traceback=row.traceback,
-        attempt=row.attempt,
-        crashes=0,
-        eligible_at=now,
-        concurrency_key=row.concurrency_key,
-        rate_limit=row.rate_limit,
-        weight=row.weight,
-        awaits=row.awaits,
-        await_deadline=None,
-        joining=row.joining,
+        Status.RUNNABLE,
+        row.step,
+        row.state,
+        result,
+        row.last_error,
+        row.traceback,
+        row.attempt,
+        crashes,
+        now,
+        row.concurrency_key,
+        row.rate_limit,
+        row.weight,
+        row.awaits,
+        await_deadline,
+        row.joining,
     )
 
 
 def _progressed(row: _Row, ruling: _Ruling, step_name: str, now: int) -> _Change:
     """Bring the row to another step, with a clean slate: no errors, no limits but its key, nothing awaited."""
-    return _unchanged(row, now)._replace(
-        step=step_name,
-        state=ruling.state,
-        last_error=None,
-        traceback=None,
-        attempt=0,
-        rate_limit=None,
-        weight=1,
-        awaits=None,
-        joining=0,
+    attempt = crashes = joining = 0
+    result = last_error = traceback = rate_limit = awaits = await_deadline = None
+    weight = 1
+    return _Change(
+        Status.RUNNABLE,
+        step_name,
+        ruling.state,
+        result,
+        last_error,
+        traceback,
+        attempt,
+        crashes,
+        now,
+        row.concurrency_key,
+        rate_limit,
+        weight,
+        awaits,
+        await_deadline,
+        joining,
     )
 
 
@@ -1852,9 +1872,9 @@ def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
     """Say what an outcome makes of a row. Pure: no SQL, no clock."""
     match ruling.outcome:
         case Done():
-            return _ended(row, Status.DONE, now, result=ruling.result)
+            return _ended(row, Status.DONE, result=ruling.result)
         case Stop():
-            return _ended(row, Status.FAILED, now, last_error=ruling.last_error, traceback=ruling.traceback)
+            return _ended(row, Status.FAILED, last_error=ruling.last_error, traceback=ruling.traceback)
         case Retry() as outcome:
             failure = ruling.last_error is not None
             return _unchanged(row, now)._replace(
@@ -1865,14 +1885,13 @@ def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
                 traceback=ruling.traceback if failure else row.traceback,
             )
         case Next() as outcome:
-            is_kept = outcome.concurrency_key is KEEP
-            return _progressed(row, ruling, outcome.step, now)._replace(
-                rate_limit=_limit_key(outcome.rate_limit, "rate_limit"),
-                weight=outcome.weight,
-                concurrency_key=row.concurrency_key
-                if is_kept
-                else _limit_key(outcome.concurrency_key, "concurrency_key"),
-            )
+            progressed = _progressed(row, ruling, outcome.step, now)
+            if outcome.concurrency_key is not KEEP:
+                key = _limit_key(outcome.concurrency_key, "concurrency_key")
+                progressed = progressed._replace(concurrency_key=key)
+            if outcome.rate_limit is None and outcome.weight == 1:
+                return progressed
+            return progressed._replace(rate_limit=_limit_key(outcome.rate_limit, "rate_limit"), weight=outcome.weight)
         case Await() as outcome:
             return _progressed(row, ruling, outcome.then, now)._replace(
                 status=Status.AWAITING_SIGNAL,
@@ -1884,21 +1903,53 @@ def _transition(row: _Row, ruling: _Ruling, now: int) -> _Change:
             return progressed._replace(status=Status.AWAITING_CHILDREN, joining=1)
 
 
-def _cancelled(row: _Row, reason: str, now: int) -> _Change:
-    return _ended(row, Status.FAILED, now, last_error=reason)
+def _advanced(row: _Row, change: _Change) -> _Row:
+    """Say how the row stands when it goes on inline: under the next claim, at the new step."""
+    attempt = crashes = joining = has_inbox = 0
+    last_error = traceback = cancel_reason = awaits = None
+    return _Row(
+        row.id,
+        row.fsm,
+        row.version,
+        change.step,
+        change.state,
+        last_error,
+        traceback,
+        attempt,
+        row.max_attempts,
+        crashes,
+        row.max_crashes,
+        row.queue,
+        row.priority,
+        change.eligible_at,
+        row.claim + 1,
+        cancel_reason,
+        change.concurrency_key,
+        change.rate_limit,
+        change.weight,
+        awaits,
+        joining,
+        row.parent_id,
+        row.correlation_key,
+        has_inbox,
+    )
+
+
+def _cancelled(row: _Row, reason: str) -> _Change:
+    return _ended(row, Status.FAILED, last_error=reason)
 
 
 def _crashed(row: _Row, cause: str, now: int) -> _Change:
     """Say what becomes of a row whose step crashed: it runs again, unless it has crashed or been tried too often."""
     if row.cancel_reason is not None:
-        return _cancelled(row, row.cancel_reason, now)
+        return _cancelled(row, row.cancel_reason)
     attempt, crashes = row.attempt + 1, row.crashes + 1
     poisoned = crashes >= row.max_crashes
     exhausted = row.max_attempts is not None and attempt >= row.max_attempts
     if poisoned or exhausted:
         limit = f"{crashes} crashes in a row" if poisoned else f"attempt {attempt} of {row.max_attempts}"
         cause = f"{cause}; given up after {limit}"
-        return _cancelled(row, cause, now)._replace(attempt=attempt, crashes=crashes)
+        return _cancelled(row, cause)._replace(attempt=attempt, crashes=crashes)
     return _unchanged(row, now)._replace(attempt=attempt, crashes=crashes, last_error=cause, traceback=None)
 
 
@@ -2808,23 +2859,35 @@ class _Store:
         self.db.execute(_SETTLE, (*change, now, row.id, row.claim, cancel_reason))
         return bool(self.db.changes())
 
-    def advance(self, row: _Row, change: _Change, now: int) -> bool:
-        """Go on with the next step under the same hold of the row; False if the claim holds no more."""
-        self.db.execute(
-            _ADVANCE,
-            (
-                change.step,
-                change.state,
-                change.eligible_at,
-                change.concurrency_key,
-                change.rate_limit,
-                change.weight,
-                now,
-                row.id,
-                row.claim,
-            ),
+    def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
+        """Write outcomes, each under its claim; False if one of these claims holds no more, or was cancelled."""
+        before = self.db.total_changes()
+        self.db.executemany(
+            _SETTLE, [(*one.change, now, one.claim.row.id, one.claim.row.claim, None) for one in commits]
         )
-        return bool(self.db.changes())
+        return bool(self.db.total_changes() - before == len(commits))
+
+    def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
+        """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
+        before = self.db.total_changes()
+        self.db.executemany(
+            _ADVANCE,
+            [
+                (
+                    change.step,
+                    change.state,
+                    change.eligible_at,
+                    change.concurrency_key,
+                    change.rate_limit,
+                    change.weight,
+                    now,
+                    claim.row.id,
+                    claim.row.claim,
+                )
+                for claim, _, change, *_ in commits
+            ],
+        )
+        return bool(self.db.total_changes() - before == len(commits))
 
     def cancel_reason(self, row: _Row) -> str | None:
         """Why the row was cancelled, if it is still held by that claim."""
@@ -2857,10 +2920,10 @@ class _Store:
         return cast("tuple[int, int] | None", self._first(_NEXT_PRIORITY, (queue, priority)))
 
     def candidates(self, queue: str, priority: int, horizon: int) -> Iterator[_Row]:
-        return map(_Row._make, self.db.execute(_CANDIDATES, (queue, priority, horizon)))
+        return map(_make_row, self.db.execute(_CANDIDATES, (queue, priority, horizon)))
 
     def known_candidates(self, queue: str, priority: int, horizon: int, known: str) -> Iterator[_Row]:
-        return map(_Row._make, self.db.execute(_KNOWN_CANDIDATES, (queue, priority, horizon, known)))
+        return map(_make_row, self.db.execute(_KNOWN_CANDIDATES, (queue, priority, horizon, known)))
 
     def next_due(self, queue: str, priority: int, horizon: int) -> int | None:
         return cast("int | None", self.db.execute(_NEXT_DUE, (queue, priority, horizon)).get)
@@ -3000,7 +3063,7 @@ class _Store:
         return [_make_worker(row) for row in self.db.execute(_WORKERS)]
 
     def claimed_by(self, worker: str) -> list[_Row]:
-        return list(map(_Row._make, self.db.execute(_CLAIMED_BY, (worker,))))
+        return list(map(_make_row, self.db.execute(_CLAIMED_BY, (worker,))))
 
     def pause(self, queue: str) -> None:
         self.db.execute(_PAUSE, (queue,))
@@ -3349,8 +3412,10 @@ class _Claim:
     @property
     def is_async(self) -> bool:
         """Whether its next turn is the event loop's; `handle` is always a thread's."""
+        if not self.spec.has_async or self.error is not None:
+            return False
         code = self.spec.steps.get(self.row.step, self.spec.any_step)
-        return self.error is None and code is not None and code.is_async
+        return code is not None and code.is_async
 
     def failed_with(self, error: Exception) -> _Claim:
         failed = _Claim(self.row, self.spec, self.behaviour, self.desk, self.inbox, error)
@@ -3380,11 +3445,29 @@ class _Commit(NamedTuple):
     is_inline: bool = False
     duration: float = 0.0
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether one statement writes it, which asks nothing and is followed by nothing."""
+        return not (self.effects or self.shown or self.is_asking) and self.change.status not in _PARKED
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether it would go on inline with limits that it does not hold yet."""
+        change = self.change
+        is_new_key = change.concurrency_key is not None and change.concurrency_key != self.claim.row.concurrency_key
+        return self.is_inline and (is_new_key or change.rate_limit is not None)
+
 
 _KINDS = {Next: "next", Retry: "retry", Await: "await", ScheduleChildren: "children", Done: "done", Stop: "stop"}
 _CRASH = "crash"
+
 _PLAIN_TYPES = frozenset({type(None), str, int, float, bool, dict, list})
 """What most jobs return; the rest of what they may is looked at more closely."""
+
+
+def _kind(outcome: _Outcome) -> str:
+    """Name an outcome, or a subclass of one."""
+    return _KINDS.get(type(outcome)) or next(kind for cls, kind in _KINDS.items() if isinstance(outcome, cls))
 
 
 def _log_details(row: _Row) -> dict[str, Any]:
@@ -3414,48 +3497,48 @@ def _reason_of(error: Exception) -> str | BaseException:
     return error.reason if isinstance(error, Fail | Cancel) else error
 
 
-def _state_after(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> str:
-    if isinstance(outcome, Done | Stop):
-        return claim.row.state
+def _state_after(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> str:
     state = ctx.state if outcome.state is None else outcome.state
     return _dump_state(claim.spec.state, state, claim.row.state)
+
+
+def _check_next(claim: _Claim, outcome: Next) -> None:
+    claim.spec.code(outcome.step)
+    if outcome.rate_limit is not None:
+        key = cast(str, _limit_key(outcome.rate_limit, "rate_limit"))
+        _check_rate(key, outcome.weight, claim.desk.policy(_limit_name(key)))
 
 
 def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception | None = None) -> _Commit:
     """Write an outcome's values as text and hold them against the class and its limits; `error` is what it answers."""
     row, spec = claim.row, claim.spec
     effects = ctx._close()
+    state, result, last_error, trace = row.state, None, None, None
     children: tuple[_NewRow, ...] = ()
-    result = last_error = trace = None
+    is_inline = False
     match outcome:
         case Done():
             result = _dump_value(outcome.result, "result")
         case Stop():
             last_error, trace = _describe_stop(outcome, error)
         case Retry():
+            state = _state_after(claim, ctx, outcome)
             if error is not None:
                 last_error, trace = _error_text(_reason_of(error)), _traceback_text(error)
         case Next():
-            spec.code(outcome.step)
-            key = _limit_key(outcome.rate_limit, "rate_limit")
-            if key is not None:
-                _check_rate(key, outcome.weight, claim.desk.policy(_limit_name(key)))
-        case Await() | ScheduleChildren():
+            _check_next(claim, outcome)
+            state = _state_after(claim, ctx, outcome)
+            is_inline = spec.inline if outcome.inline is None else outcome.inline
+        case Await():
             spec.code(outcome.then)
-    if isinstance(outcome, ScheduleChildren):
-        rows = map(claim.desk.new_row, outcome.children)
-        children = tuple(one._replace(parent_id=row.id) for one in rows)
-    ruling = _Ruling(outcome, _state_after(claim, ctx, outcome), result, last_error, trace)
-    return _Commit(
-        claim,
-        _KINDS[type(outcome)],
-        _transition(row, ruling, claim.desk.now()),
-        effects,
-        tuple(signal.id for signal in ctx.awaited) if ctx.inbox else (),
-        children,
-        isinstance(outcome, Next) and (spec.inline if outcome.inline is None else outcome.inline),
-        _elapsed(claim),
-    )
+            state = _state_after(claim, ctx, outcome)
+        case ScheduleChildren():
+            spec.code(outcome.then)
+            state = _state_after(claim, ctx, outcome)
+            children = tuple(claim.desk.new_row(child)._replace(parent_id=row.id) for child in outcome.children)
+    change = _transition(row, _Ruling(outcome, state, result, last_error, trace), claim.desk.now())
+    shown = tuple(signal.id for signal in ctx.awaited) if ctx.inbox else ()
+    return _Commit(claim, _kind(outcome), change, effects, shown, children, is_inline, _elapsed(claim))
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -3727,8 +3810,10 @@ class _Pool:
 
     def _count_step(self, duration_s: float) -> None:
         """Once slow is chance, a thread has to wait for the interpreter now and then; twice is not."""
-        is_quick = duration_s <= self.QUICK_S
-        self._quick_steps = min(self._quick_steps + 1, 2 * self.QUICK_STEPS) if is_quick else self._quick_steps // 2
+        if duration_s > self.QUICK_S:
+            self._quick_steps //= 2
+        elif self._quick_steps < 2 * self.QUICK_STEPS:
+            self._quick_steps += 1
 
     def rouse(self) -> None:
         """Wake a thread, or start one, if there is something that may start and nobody about to take it."""
@@ -4080,6 +4165,10 @@ class _Waiters:
                     bell.ring()
 
 
+class _StaleError(Exception):
+    """One of several outcomes written at once may not be written: each must be looked at by itself."""
+
+
 class _RolledBackError(Exception):
     """A statement of the user's rolled the whole transaction back; it must run again without that commit."""
 
@@ -4253,6 +4342,9 @@ class _Beat:
         self._has_signals: bool | None = None
         self._offered: set[str] = core.passed_on
         self._rate_refused: set[tuple[str, str, str]] = set()
+        self._paused: dict[str, bool] = {}
+        self._known: dict[tuple[str, int], tuple[_Spec, object]] = {}
+        self._wants_steps = core.hub.wants("step.stop")
 
     def run(
         self,
@@ -4261,8 +4353,7 @@ class _Beat:
         wants: Callable[[_Beat], None],
     ) -> None:
         """Do the work of a beat, in this order; `wants` claims."""
-        for commit in commits:
-            self._settle(commit)
+        self._settle_all(commits)
         self._serve(requests)
         self._fire()
         self._release()
@@ -4277,6 +4368,31 @@ class _Beat:
             self.events.append(Event(name, measurements, metadata))
 
     # Outcomes
+
+    def _settle_all(self, commits: Iterable[_Commit]) -> None:
+        """Commit outcomes in the order in which they came, runs of simple ones by a statement for all."""
+        leaving: list[_Commit] = []
+        staying: list[_Commit] = []
+        for commit in commits:
+            if self.is_careful or not commit.is_simple:
+                self._settle_simple(leaving, staying)
+                leaving, staying = [], []
+                self._settle(commit)
+            elif commit.is_inline and self._may_go_on(commit):
+                staying.append(commit)
+            else:
+                leaving.append(commit)
+        self._settle_simple(leaving, staying)
+
+    def _settle_simple(self, leaving: list[_Commit], staying: list[_Commit]) -> None:
+        if leaving and not self.store.settle_many(leaving, self.now):
+            raise _StaleError
+        if staying and not self.store.advance_many(staying, self.now):
+            raise _StaleError
+        for commit in leaving:
+            self._left(commit, commit.change)
+        for commit in staying:
+            self._go_on(commit, commit.change)
 
     def _settle(self, commit: _Commit) -> None:
         """Commit an outcome, whole or not at all."""
@@ -4316,7 +4432,7 @@ class _Beat:
         """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
         row, change = commit.claim.row, commit.change
         if commit.is_inline and self._may_go_on(commit):
-            if not self.store.advance(row, change, self.now):
+            if not self.store.advance_many([commit], self.now):
                 return None
             change = change._replace(status=Status.EXECUTING)
         else:
@@ -4341,7 +4457,22 @@ class _Beat:
         return change
 
     def _may_go_on(self, commit: _Commit) -> bool:
-        """Ask whether an inline step may run on the claim already held; a key that it keeps is held too."""
+        """Ask whether an inline step may run on the claim already held."""
+        row = commit.claim.row
+        is_free = not self.core.is_stopping and not self._is_paused(row.queue)
+        if is_free and (not commit.is_asking or self._admit(commit)):
+            return True
+        self.tell("inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": commit.change.step})
+        return False
+
+    def _is_paused(self, queue: str) -> bool:
+        """Whether a queue was paused when the beat began."""
+        if queue not in self._paused:
+            self._paused[queue] = self.store.is_paused(queue)
+        return self._paused[queue]
+
+    def _admit(self, commit: _Commit) -> bool:
+        """Ask the limits that an inline step names; a key that it keeps is held already."""
         row, change = commit.claim.row, commit.change
         is_kept = change.concurrency_key == row.concurrency_key
         asking = row._replace(
@@ -4350,12 +4481,10 @@ class _Beat:
             weight=change.weight,
             eligible_at=self.now,
         )
-        is_free = not self.core.is_stopping and not self.store.is_paused(row.queue)
-        if is_free and self.admission.refusal(asking) is None:
-            self._note_due(self.admission.save(set()))
-            return True
-        self.tell("inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
-        return False
+        if self.admission.refusal(asking) is not None:
+            return False
+        self._note_due(self.admission.save(set()))
+        return True
 
     def _conclude(self, commit: _Commit, change: _Change | None) -> None:
         """Note what follows from a written outcome, for the rest of the beat and for after its commit."""
@@ -4370,26 +4499,12 @@ class _Beat:
         claim, row = commit.claim, commit.claim.row
         if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
             self._freed_keys.add(row.concurrency_key)
-        next_row = row._replace(
-            step=change.step,
-            state=change.state,
-            last_error=None,
-            traceback=None,
-            attempt=0,
-            crashes=0,
-            eligible_at=change.eligible_at,
-            claim=row.claim + 1,
-            concurrency_key=change.concurrency_key,
-            rate_limit=change.rate_limit,
-            weight=change.weight,
-            awaits=None,
-            joining=0,
-        )
         self.left.append(claim)
         self.kinds.append(commit.kind)
         inbox = self.store.inbox(row.id) if self._may_have_signals() else _NO_SIGNALS
-        self.claims.append(_Claim(next_row, claim.spec, claim.behaviour, claim.desk, inbox))
-        self._tell_step(commit)
+        self.claims.append(_Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, inbox))
+        if self._wants_steps:
+            self._tell_step(commit)
         self.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
 
     def _left(self, commit: _Commit, change: _Change) -> None:
@@ -4397,7 +4512,8 @@ class _Beat:
         row = commit.claim.row
         self.left.append(commit.claim)
         self.kinds.append(commit.kind)
-        self._tell_step(commit)
+        if self._wants_steps:
+            self._tell_step(commit)
         self._departed(row, change.status)
         if change.status == Status.FAILED:
             self.failures.append((row, change))
@@ -4420,8 +4536,6 @@ class _Beat:
         return self._has_signals
 
     def _tell_step(self, commit: _Commit) -> None:
-        if not self.core.hub.wants("step.stop"):
-            return
         row = commit.claim.row
         self.tell(
             "step.stop",
@@ -4434,7 +4548,7 @@ class _Beat:
         row = commit.claim.row
         reason = self.store.cancel_reason(row)
         if reason is not None:
-            change = _cancelled(row, reason, self.now)
+            change = _cancelled(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._left(commit._replace(kind="stop"), change)
             return
@@ -4550,7 +4664,7 @@ class _Beat:
             if claim is None:
                 return self.store.request_cancel(instance, reason)
             self.withdrawn.append(claim)
-            change = _cancelled(row, row.cancel_reason or reason, self.now)
+            change = _cancelled(row, row.cancel_reason or reason)
             self.store.settle(row, change, self.now, row.cancel_reason)
             self._left(_Commit(claim, "stop", change), change)
             return True
@@ -4558,7 +4672,7 @@ class _Beat:
         self._departed(row, Status.FAILED)
         if row.rate_limit is not None and status == Status.RUNNABLE and parked_on is None:
             self._poked_buckets.add(row.rate_limit)
-        self.failures.append((row, _cancelled(row, reason, self.now)))
+        self.failures.append((row, _cancelled(row, reason)))
         return True
 
     def revive(self, instance: int) -> None:
@@ -4623,7 +4737,7 @@ class _Beat:
         if self.store.give_back(row, self.now):
             self._departed(row, Status.RUNNABLE)
         elif (reason := self.store.cancel_reason(row)) is not None:
-            change = _cancelled(row, reason, self.now)
+            change = _cancelled(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._departed(row, change.status)
 
@@ -4632,7 +4746,7 @@ class _Beat:
         claim = self.core.take_unstarted(row)
         if claim is not None:
             self.withdrawn.append(claim)
-            change = _cancelled(row, reason, self.now)
+            change = _cancelled(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._left(_Commit(claim, "stop", change), change)
 
@@ -4775,19 +4889,17 @@ class _Beat:
     def _scan(self, pick: _Pick, priority: int) -> bool:
         """Go through one priority's due rows until the pick is full; False if it came to the end of them first."""
         rows = self.store.candidates(pick.queue, priority, pick.horizon)
-        is_filtered = False
+        known = self._known
         while (row := next(rows, None)) is not None:
-            known = self.core.behaviour_of(row.fsm, row.version)
-            if known is None:
-                self.core.report_unknown(self, row)
-                rows = rows if is_filtered else self._known_rows(pick, priority)
-                is_filtered = True
+            found = known.get((row.fsm, row.version)) or self._find(row)
+            if found is None:
+                rows = self._known_rows(pick, priority)
                 continue
             is_limited = row.concurrency_key is not None or row.rate_limit is not None
             refusal = self.admission.refusal(row) if is_limited else None
             if refusal is None:
                 inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
-                pick.taken.append(_Claim(row, *known, self.core.desk, inbox))
+                pick.taken.append(_Claim(row, *found, self.core.desk, inbox))
             else:
                 pick.parked.append((refusal, row.id))
                 self._note_parked(row, refusal)
@@ -4795,8 +4907,17 @@ class _Beat:
                 return True
         return False
 
+    def _find(self, row: _Row) -> tuple[_Spec, object] | None:
+        """Find a row's class and the object of it, asked for once in a beat; None if it can't run here, or not yet."""
+        found = self.core.behaviour_of(row.fsm, row.version)
+        if found is None:
+            self.core.report_unknown(self, row)
+        else:
+            self._known[row.fsm, row.version] = found
+        return found
+
     def _known_rows(self, pick: _Pick, priority: int) -> Iterator[_Row]:
-        """Go on without the rows of unknown classes, which are skipped within the index."""
+        """Go on without the rows of classes that can't run, which are skipped within the index."""
         seen = {claim.row.id for claim in pick.taken} | {instance for _, instance in pick.parked}
         rows = self.store.known_candidates(pick.queue, priority, pick.horizon, self.core.known_classes())
         return (row for row in rows if row.id not in seen)
@@ -4869,8 +4990,8 @@ class _Behaviours:
                 _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
 
     def known(self) -> str:
-        """List what can be run, now or soon, as JSON for a statement."""
-        return _encode([key for key, spec in list(_registry.items()) if spec.cls not in self._unusable])
+        """List what can be run or has not been met, as JSON for a statement."""
+        return _encode([key for key, spec in list(_registry.items()) if spec.cls not in self._unusable | self.wanted])
 
 
 def _timeout_error(claim: _Claim) -> TimeoutError:
@@ -5239,6 +5360,8 @@ class _Scheduler:
                 if isinstance(error, _RolledBackError):
                     commits.remove(error.commit)
                     refused.append((error.commit, error.error))
+                elif isinstance(error, _StaleError):
+                    is_careful = True
                 elif is_careful or not isinstance(error, Exception) or isinstance(error, _STORE_FAILURES):
                     raise
                 else:
@@ -5324,17 +5447,16 @@ class _Scheduler:
 
     def _dispatch(self, beat: _Beat) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
+        by_queue: dict[str, list[_Claim]] = {}
         for claim in beat.claims:
             self._held[claim.row.id, claim.row.claim] = claim
-            self._in_flight[claim.row.queue] += 1
-        if self._pools:
-            by_queue: dict[str, list[_Claim]] = {}
-            for claim in beat.claims:
-                by_queue.setdefault(claim.row.queue, []).append(claim)
-            for queue, claims in by_queue.items():
+            by_queue.setdefault(claim.row.queue, []).append(claim)
+        for queue, claims in by_queue.items():
+            self._in_flight[queue] += len(claims)
+            if self._pools:
                 self._pools[queue].submit(claims)
-        else:
-            self._local.extend(beat.claims)
+            else:
+                self._local.extend(claims)
         for commit, error in beat.refused:
             self._refuse(commit, error)
 
