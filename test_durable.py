@@ -10824,7 +10824,7 @@ class Theatre(RuleBasedStateMachine):
         assert sum(row.occupied_key == key for row in self.model.rows.values()) <= 1
 
     def compare_ledger(self) -> None:
-        with self.client.core.reader._reading() as connection:
+        with self.client.core.reader.reading() as connection:
             assert list(connection.execute("SELECT instance, text FROM ledger ORDER BY rowid")) == self.model.ledger
 
 
