@@ -1536,7 +1536,13 @@ def _definition(cls: type) -> tuple[str, str]:
     return _module_name(cls.__module__), cls.__qualname__
 
 
-_registry: dict[tuple[str, int], _Spec] = {}
+class _Registry(dict[tuple[str, int], "_Spec"]):
+    """The classes by name and version, and how often one was added: an engine that is idle looks for that."""
+
+    changes = 0
+
+
+_registry = _Registry()
 
 
 def _register(spec: _Spec) -> None:
@@ -1548,6 +1554,7 @@ def _register(spec: _Spec) -> None:
             f" {'.'.join(_definition(known.cls))}: give it another name or version"
         )
     _registry[spec.name, spec.version] = spec
+    _registry.changes += 1
 
 
 class FSM:
@@ -4058,12 +4065,15 @@ class _Options:
 
 
 class _Hub:
-    """Hands events to subscribers, in a thread of its own while the engine runs; a callback's error is logged."""
+    """Calls subscribers and the callbacks of futures, one after the other; what they raise is logged.
+
+    It has a thread of its own, so that one which waits or takes long holds up no work.
+    """
 
     def __init__(self) -> None:
         self._subscribers: dict[object, tuple[Callable[[Event], object], frozenset[str]]] = {}
         self._wanted: frozenset[str] = frozenset()
-        self._queue: collections.deque[Event] = collections.deque()
+        self._calls: collections.deque[Callable[[], object]] = collections.deque()
         self._bell = _Bell()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -4089,51 +4099,105 @@ class _Hub:
         return name in self._wanted
 
     def publish(self, events: Iterable[Event]) -> None:
-        self._queue.extend(events)
-        if not self._queue:
-            return
+        """Tell the subscribers, soon."""
+        for event in events:
+            self.post(functools.partial(self._tell, event))
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Have something called: by the thread while the engine runs, else by the next `flush`."""
+        self._calls.append(call)
         if self._is_running:
+            self._rouse()
+
+    def post_apart(self, call: Callable[[], object]) -> None:
+        """Have something called by the thread, also of an engine that does not run."""
+        self._calls.append(call)
+        self._rouse()
+
+    def flush(self) -> None:
+        """Call here and now what waits for it, unless there is a thread that will."""
+        if self._calls:
             with self._lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
-                    self._thread.start()
-            self._bell.ring()
-        else:
-            self._deliver()
+                is_minded = self._thread is not None
+            if not is_minded:
+                self._call_all()
 
     def start(self) -> None:
         self._is_running = True
 
-    def stop(self) -> None:
-        """Deliver what is left, and end the thread."""
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Call what is left, and end the thread."""
         self._is_running = False
-        if self._thread is not None:
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
             self._bell.ring()
-            if self._thread is not threading.current_thread():
-                self._thread.join()
-            self._thread = None
-        self._deliver()
+            thread.join(timeout_s)
+            if thread.is_alive():
+                _log.warning("a callback does not come to its end: it is left behind")
+        self._call_all()
+
+    def _rouse(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system has no more; the next call tries again
+                    _log.error("no thread could be started for callbacks: %s", error)
+                    return
+                self._thread = thread
+        self._bell.ring()
 
     def _update(self) -> None:
         self._wanted = frozenset().union(*(names for _, names in list(self._subscribers.values())))
 
     def _serve(self) -> None:
-        while self._is_running:
+        while True:
+            self._call_all()
+            with self._lock:
+                if not self._calls and not self._is_running:
+                    self._thread = None
+                    return
             self._bell.wait()
-            self._deliver()
 
-    def _deliver(self) -> None:
-        while self._queue:
+    def _call_all(self) -> None:
+        while self._calls:
             try:
-                event = self._queue.popleft()
+                call = self._calls.popleft()
             except IndexError:
                 return
-            for callback, names in list(self._subscribers.values()):
-                if event.name in names:
-                    try:
-                        callback(event)
-                    except (Exception, SystemExit):  # noqa: BLE001 - the user's callback
-                        _log.exception("a subscriber to %r failed", event.name)
+            try:
+                call()
+            except (Exception, SystemExit):  # noqa: BLE001 - the user's code
+                _log.exception("%s failed", getattr(call, "func", call))
+
+    def _tell(self, event: Event) -> None:
+        for callback, names in list(self._subscribers.values()):
+            if event.name in names:
+                try:
+                    callback(event)
+                except (Exception, SystemExit):  # noqa: BLE001 - the user's callback
+                    _log.exception("a subscriber to %r failed", event.name)
+
+
+@functools.cache
+def _future_type() -> type[concurrent.futures.Future[Any]]:
+    """Make the class of the engine's futures: their done-callbacks are the hub's to run, not the beat's."""
+    import concurrent.futures  # only users of futures pay for it
+
+    class Future(concurrent.futures.Future[Any]):
+        def __init__(self, hub: _Hub) -> None:
+            super().__init__()
+            self._hub = hub
+
+        def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
+            """Have it called with the future when it is done; at once if it is."""
+            if self.done():
+                super().add_done_callback(fn)
+            else:
+                super().add_done_callback(lambda done: self._hub.post_apart(functools.partial(fn, done)))
+
+    return Future
 
 
 class _Request:
@@ -5019,8 +5083,9 @@ class _Behaviours:
             if not isinstance(one, type) and isinstance(one, FSM):
                 self._objects[cls] = one
         self._unusable: set[type] = set()
+        self._coming: set[type] = set()
         self.wanted: set[type[FSM]] = set()
-        """Classes that were met and have no object yet."""
+        """Classes that were met and have no object yet; once taken they are coming."""
 
     def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
         """Return a class's description and object; None if it is not known here, or has no object yet."""
@@ -5029,24 +5094,33 @@ class _Behaviours:
             return None
         behaviour = self._objects.get(spec.cls)
         if behaviour is None:
-            if spec.cls not in self._unusable:
+            if spec.cls not in self._unusable | self._coming:
                 self.wanted.add(spec.cls)
             return None
         return spec, behaviour
 
-    def make_wanted(self) -> None:
-        """Make objects of the classes that were asked for; the user's code, so not within a transaction."""
-        while self.wanted:
-            cls = self.wanted.pop()
-            try:
-                self._objects.setdefault(cls, cls())
-            except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
-                self._unusable.add(cls)
-                _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
+    def take_wanted(self) -> set[type[FSM]]:
+        taken, self.wanted = self.wanted, set()
+        self._coming |= taken
+        return taken
+
+    def make(self, cls: type[FSM]) -> None:
+        """Make the object of a class; the user's code, so not within a transaction."""
+        try:
+            self._objects[cls] = cls()
+        except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
+            self._unusable.add(cls)
+            _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
+        finally:
+            self._coming.discard(cls)
+
+    def is_coming(self, spec: _Spec | None) -> bool:
+        return spec is not None and spec.cls in self.wanted | self._coming
 
     def known(self) -> str:
         """List what can be run or has not been met, as JSON for a statement."""
-        return _encode([key for key, spec in list(_registry.items()) if spec.cls not in self._unusable | self.wanted])
+        left_out = self._unusable | self._coming | self.wanted
+        return _encode([key for key, spec in list(_registry.items()) if spec.cls not in left_out])
 
 
 def _timeout_error(claim: _Claim) -> TimeoutError:
@@ -5114,6 +5188,8 @@ class _Agenda:
     """When storage that failed is tried again."""
     UNKNOWN: ClassVar[int] = -1
     data_version: int = UNKNOWN
+    registrations: int = 0
+    """How many classes had been registered at the last look."""
     looked_at: float = -math.inf
     changed_at: float = -math.inf
     """When another process was last seen to have committed."""
@@ -5217,7 +5293,7 @@ class _Scheduler:
         self._runner: asyncio.Runner | None = None
         self._agenda = _Agenda(seen_at=self.desk.now())
         self._peers: list[Worker] = []
-        self._announcements: collections.deque[Callable[[], Any]] = collections.deque()
+        self._announcements: collections.deque[Callable[[], object]] = collections.deque()
         self.passed_on: set[str] = set()
         _schedulers.add(self)
 
@@ -5233,9 +5309,7 @@ class _Scheduler:
 
     def insert_later(self, row: _NewRow) -> concurrent.futures.Future[int]:
         """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
-        import concurrent.futures  # only users of futures pay for it
-
-        future: concurrent.futures.Future[int] = concurrent.futures.Future()
+        future: concurrent.futures.Future[int] = cast(Any, _future_type())(self.hub)
         if row.correlation_key is None:
             self._enqueue(_Request(None, (row,), future))
         else:
@@ -5354,8 +5428,7 @@ class _Scheduler:
 
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
         spec = _registry.get((row.fsm, row.version))
-        is_coming = spec is not None and spec.cls in self._behaviours.wanted
-        if not is_coming and (row.fsm, row.version) not in self._reported:
+        if not self._behaviours.is_coming(spec) and (row.fsm, row.version) not in self._reported:
             self._reported.add((row.fsm, row.version))
             _log.warning("nothing here can run %s version %d: its instances wait", row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
@@ -5445,11 +5518,10 @@ class _Scheduler:
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
         _log.error("%s: a commit failed and nothing of it was kept: %s", self.path, _error_text(error))
         if self.hub.wants("store.error"):
-            event = Event("store.error", {}, {"error": _error_text(error)})
-            self._announcements.append(functools.partial(self.hub.publish, [event]))
+            self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
         for request in requests:
             request.error = translated
-            self._answer(request)
+            request.settle()
 
     def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
@@ -5457,7 +5529,7 @@ class _Scheduler:
         self._let_go(beat.left)
         self._dispatch(beat)
         for request in requests:
-            self._answer(request)
+            request.settle()
         for act in beat.after:
             act()
         if self._tally is not None:
@@ -5466,10 +5538,9 @@ class _Scheduler:
             self.waiters.notify(beat.settled)
         for row, change in beat.failures:
             self._announcements.append(functools.partial(_log_failure, row, change))
-        if beat.events:
-            self._announcements.append(functools.partial(self.hub.publish, beat.events))
-        if self._behaviours.wanted:
-            self._announcements.append(self._make_behaviours)
+        for cls in self._behaviours.take_wanted():
+            self._announcements.append(functools.partial(self._make_behaviour, cls))
+        self.hub.publish(beat.events)
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
         for claim in claims:
@@ -5478,27 +5549,29 @@ class _Scheduler:
         if self.is_stopping and not self._held:
             self._drained.ring()
 
-    def _answer(self, request: _Request) -> None:
-        """Wake a caller; a future's callbacks are the user's code, and so wait until the beat is over."""
-        if request.future is None:
-            request.settle()
-        else:
-            self._announcements.append(request.settle)
-
     def _announce(self) -> None:
-        """Run what beats have left of the user's code: callbacks, constructors, log handlers. Not under the lock."""
+        """Run what beats have left of the users' code: log handlers, constructors, callbacks. Not under the lock."""
         while self._announcements:
             try:
                 announcement = self._announcements.popleft()
             except IndexError:
-                return
+                break
             announcement()
+        self.hub.flush()
 
-    def _make_behaviours(self) -> None:
-        """Make the objects of classes that were met for the first time, and look at their rows again."""
-        self._behaviours.make_wanted()
-        self._agenda.due_at = self.desk.now()
-        self._bell.ring()
+    def _make_behaviour(self, cls: type[FSM]) -> None:
+        """Make the object of a class that was met for the first time: in a thread, since it may take long or wait."""
+
+        def make() -> None:
+            self._behaviours.make(cls)
+            with self._beat_lock:  # a beat that has not seen it must not say after this when the next is due
+                self._agenda.due_at = self.desk.now()
+            self._bell.ring()
+
+        if self._tally is not None:  # the drain has nothing else to do
+            make()
+        else:
+            threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
 
     def _dispatch(self, beat: _Beat) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
@@ -5685,13 +5758,16 @@ class _Scheduler:
         return min(self.LOOK_S, rest_s) if is_active else rest_s
 
     def _look_at_others(self, monotonic: float) -> None:
-        """See whether another process has committed, or died."""
+        """See whether another process has committed, or died, or a class was defined here."""
         try:
             self._see_others(monotonic)
         except (apsw.Error, DurableError) as error:
             _log.error("%s: looking for other processes' work failed: %s", self.path, _error_text(error))
 
     def _see_others(self, monotonic: float) -> None:
+        if self._agenda.registrations != _registry.changes:
+            self._agenda.registrations = _registry.changes
+            self._agenda.due_at = self.desk.now()
         version = self.store.data_version()
         if version != self._agenda.data_version:
             if self._agenda.data_version != self._agenda.UNKNOWN:
@@ -5880,7 +5956,7 @@ class _Scheduler:
             while self._requests:
                 request = self._requests.popleft()
                 request.error = EngineClosedError(f"the engine on {self.path} was stopped")
-                self._answer(request)
+                request.settle()
         self._announce()
         self.hub.stop()  # after the requests: one of them may be a subscriber's
         with self._beat_lock:

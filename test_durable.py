@@ -3238,6 +3238,101 @@ def test_a_futures_callback_may_use_the_engine(engine: Engine, started: bool) ->
     assert seen == [Status.RUNNABLE]
 
 
+def test_a_futures_callback_that_waits_does_not_hold_up_the_work(engine: Engine) -> None:
+    """Every method may be called from it, `result` too: what it waits for goes on meanwhile."""
+    engine.start()
+    results: list[object] = []
+    called = threading.Event()
+
+    def ask(future: concurrent.futures.Future[int]) -> None:
+        with contextlib.suppress(TimeoutError):
+            results.append(engine.result(future.result(), timeout=BEFORE_A_HEARTBEAT))
+        called.set()
+
+    engine.insert_nowait(Echo, state={"n": 1}, schedule_in=0.05).add_done_callback(ask)
+    assert called.wait(PATIENCE)
+    assert results == [{"n": 1}]
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
+def test_a_futures_callback_that_hangs_holds_up_no_other_future(engine: Engine, started: bool) -> None:
+    """Whoever waits for a future hears of its commit, whatever the callback of another does."""
+    if started:
+        engine.start()
+    let_go = threading.Event()
+    try:
+        engine.insert_nowait(Waits).add_done_callback(lambda _: let_go.wait(PATIENCE))
+        futures = [engine.insert_nowait(Waits) for _ in range(20)]
+        assert all(future.result(BEFORE_A_HEARTBEAT) for future in futures)
+        assert engine.insert(Waits)
+    finally:
+        let_go.set()
+
+
+def test_a_futures_callback_that_raises_is_logged(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """It is the user's code: its error is not the engine's, and hurts no later callback."""
+    called = threading.Event()
+    engine.insert_nowait(Waits).add_done_callback(lambda _: 1 / 0)
+    engine.insert_nowait(Waits).add_done_callback(lambda _: called.set())
+    assert called.wait(PATIENCE)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_futures_callback_added_when_it_is_done_is_called_at_once(engine: Engine) -> None:
+    """As `concurrent.futures` has it: in the thread that adds it."""
+    future = engine.insert_nowait(Waits)
+    ident = future.result(PATIENCE)
+    seen: list[tuple[int, int]] = []
+    future.add_done_callback(lambda done: seen.append((done.result(), threading.get_ident())))
+    assert seen == [(ident, threading.get_ident())]
+
+
+def test_a_constructor_that_takes_long_holds_up_only_its_own_class(make_engine: MakeEngine) -> None:
+    """Objects are made apart from the beats: other classes' work, and the engine's lease, do not wait for it."""
+    let_go, began = threading.Event(), threading.Event()
+
+    class SlowToMake(FSM):
+        def __init__(self) -> None:
+            began.set()
+            let_go.wait(PATIENCE)
+
+        def perform(self, args: Any) -> str:
+            return "made"
+
+    engine = make_engine(lease_ttl=0.4, heartbeat_interval=0.1, queues={"default": 2})
+    engine.start()
+    try:
+        slow = engine.insert(SlowToMake)
+        assert began.wait(PATIENCE)
+        renewed = engine.workers()[0].heartbeat_at
+        assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+        eventually(lambda: engine.workers()[0].heartbeat_at > renewed)
+        assert engine.get(slow).status == Status.RUNNABLE
+    finally:
+        let_go.set()
+    assert engine.result(slow, timeout=BEFORE_A_HEARTBEAT) == "made"
+
+
+def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(make_engine: MakeEngine) -> None:
+    """Its rows wait for a process that knows it: from then on this one does."""
+    engine = make_engine(poll_interval=0.05, heartbeat_interval=3000, lease_ttl=6000)
+
+    class Late(FSM, name="defined-late"):
+        def perform(self, args: Any) -> str:
+            return "seen"
+
+    del durable._registry["defined-late", 1]
+    ident = engine.insert(Late)
+    engine.start()
+    assert engine.wait(ident, timeout=0.5).status == Status.RUNNABLE
+
+    class Late(FSM, name="defined-late"):  # type: ignore[no-redef]
+        def perform(self, args: Any) -> str:
+            return "seen"
+
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "seen"
+
+
 # Looking
 
 
