@@ -533,7 +533,7 @@ def idle(bench: Bench) -> Iterator[Figure]:
 
 def percent_of_a_core() -> float:
     """What this process spends while its main thread sleeps."""
-    time.sleep(1.2)  # for a second after any commit an engine looks more often
+    time.sleep(2.5)  # for two seconds after any commit an engine looks more often
     used, rest_s = time.process_time(), seconds(lambda: time.sleep(1.5))
     return 100 * (time.process_time() - used) / rest_s
 
@@ -760,7 +760,7 @@ def wakes(bench: Bench) -> Iterator[Figure]:
             inserted, committed = engine.insert(clock), now()
             return 1000 * (float(engine.result(inserted, PATIENCE_S)) - committed)
 
-        yield Figure("after a rest", "ms", [wake_ms(1.2 + 0.017 * n) for n in range(2 * bench.rounds)], at_most=50)
+        yield Figure("after a rest", "ms", [wake_ms(2.3 + 0.017 * n) for n in range(bench.rounds)], at_most=50)
         busy = [wake_ms(0.013 * (1 + n % 7)) for n in range(40)]
         yield Figure("active within the last second", "ms", busy, at_most=10)
 

@@ -4080,6 +4080,82 @@ def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, data
     assert engine.get(int(out)).status is Status.RUNNABLE
 
 
+# An idle engine
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+
+
+@on_linux
+def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: pathlib.Path) -> None:
+    """While a file is written to again and again, nobody pays for hearing of it each time."""
+    log = tmp_path / "log"
+    log.write_bytes(b"")
+    heard: queues.Queue[None] = queues.Queue()
+    watch = durable._LogWatch.open(str(log), lambda: heard.put(None))
+    assert watch is not None
+    with contextlib.closing(watch):
+        log.write_bytes(b"1")
+        assert watch.start()
+        for _ in range(2):
+            assert watch.arm()
+            log.write_bytes(b"2")
+            heard.get(timeout=PATIENCE)
+            for _ in range(10):
+                log.write_bytes(b"3")
+        assert heard.qsize() <= 2  # the end of an armed watch is an event as well
+    assert [thread for thread in threading.enumerate() if thread.name == "durable-watch"] == []
+
+
+@on_linux
+def test_a_watch_that_hears_nothing_is_not_relied_on(tmp_path: pathlib.Path) -> None:
+    """Some file systems tell of no writes: an engine's own first commit shows it, and then the engine looks."""
+    log = tmp_path / "log"
+    log.write_bytes(b"")
+    watch = durable._LogWatch.open(str(log), lambda: None)
+    assert watch is not None
+    assert not watch.start()
+    watch.close()
+    assert durable._LogWatch.open(str(tmp_path / "missing"), lambda: None) is None
+
+
+@on_linux
+def test_an_idle_engine_rests_until_another_connection_commits(make_engine: MakeEngine) -> None:
+    """Nothing to do costs next to nothing: it looks seldom, since the system tells it of what others write."""
+    engine = make_engine(poll_interval=0.01)
+    engine.start()
+    core = engine._core
+
+    def rests() -> bool:
+        return core._look_interval(time.monotonic()) == core.DEAD_LOOK_S
+
+    for n in range(2):
+        eventually(rests)
+        with contextlib.closing(engine.connect()) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            ident = durable.insert_into(connection, Echo, args={"n": n})
+            connection.execute("COMMIT")
+        assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": n}
+        assert not rests()
+
+
+@pytest.mark.parametrize("fault", ["no ctypes", "no inotify", "no file"])
+def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Where the system tells nothing, the engine looks every `poll_interval`."""
+
+    def refuse(self: Any, *_: object) -> None:
+        raise {"no ctypes": ImportError, "no inotify": AttributeError, "no file": OSError}[fault](fault)
+
+    monkeypatch.setattr(durable._LogWatch, "__init__", refuse)
+    engine = make_engine(poll_interval=0.01)
+    engine.start()
+    assert engine._core._watch is None
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        ident = durable.insert_into(connection, Echo, args={"n": 1})
+        connection.execute("COMMIT")
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+
+
 # Correlation keys
 
 
