@@ -34,12 +34,10 @@ Read from top to bottom; nothing refers to what stands below it:
 from __future__ import annotations
 
 import atexit
-import base64
 import collections
 import contextlib
 import contextvars
 import datetime as dt
-import decimal
 import enum
 import functools
 import heapq
@@ -56,7 +54,6 @@ import threading
 import time
 import types
 import typing
-import uuid
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -773,23 +770,37 @@ class _Codec(NamedTuple):
     forms: tuple[type, ...] = (str,)
 
 
-_CODECS: dict[type, _Codec] = {
-    dt.datetime: _Codec(dt.datetime.isoformat, dt.datetime.fromisoformat),
-    dt.date: _Codec(dt.date.isoformat, dt.date.fromisoformat),
-    dt.time: _Codec(dt.time.isoformat, dt.time.fromisoformat),
-    dt.timedelta: _Codec(dt.timedelta.total_seconds, lambda s: dt.timedelta(seconds=s), (int, float)),
-    uuid.UUID: _Codec(str, uuid.UUID),
-    decimal.Decimal: _Codec(str, decimal.Decimal),
-    bytes: _Codec(lambda b: base64.b64encode(b).decode(), lambda s: base64.b64decode(s, validate=True)),
-}
-_SCALARS: dict[type, _Codec] = {
-    bool: _Codec(bool, bool, (bool,)),
-    int: _Codec(int, int, (int,)),
-    float: _Codec(float, float, (int, float)),
-    str: _Codec(str, str),
-    pathlib.PurePath: _Codec(str, str),
-    **_CODECS,
-}
+# What states need is made when the first one is met: converters and the types they know take 10 ms of an import.
+
+
+@functools.cache
+def _codecs() -> dict[type, _Codec]:
+    """Say how the types are written that JSON does not have."""
+    import base64
+    import decimal
+    import uuid
+
+    return {
+        dt.datetime: _Codec(dt.datetime.isoformat, dt.datetime.fromisoformat),
+        dt.date: _Codec(dt.date.isoformat, dt.date.fromisoformat),
+        dt.time: _Codec(dt.time.isoformat, dt.time.fromisoformat),
+        dt.timedelta: _Codec(dt.timedelta.total_seconds, lambda s: dt.timedelta(seconds=s), (int, float)),
+        uuid.UUID: _Codec(str, uuid.UUID),
+        decimal.Decimal: _Codec(str, decimal.Decimal),
+        bytes: _Codec(lambda b: base64.b64encode(b).decode(), lambda s: base64.b64decode(s, validate=True)),
+    }
+
+
+@functools.cache
+def _scalars() -> dict[type, _Codec]:
+    return {
+        bool: _Codec(bool, bool, (bool,)),
+        int: _Codec(int, int, (int,)),
+        float: _Codec(float, float, (int, float)),
+        str: _Codec(str, str),
+        pathlib.PurePath: _Codec(str, str),
+        **_codecs(),
+    }
 
 
 def _invalid(type_name: str, value: object) -> ValueError:
@@ -814,8 +825,8 @@ def _structure_enum(value: Any, cls: Any) -> Any:
 def _structure_scalar(value: Any, cls: Any) -> Any:
     if _is_enum(cls):
         return _structure_enum(value, cls)
-    known = next(base for base in cls.__mro__ if base in _SCALARS)
-    codec = _SCALARS[known]
+    known = next(base for base in cls.__mro__ if base in _scalars())
+    codec = _scalars()[known]
     if not isinstance(value, codec.forms) or (isinstance(value, bool) and known is not bool):
         raise _invalid(_type_name(cls), value)
     try:
@@ -965,11 +976,11 @@ def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
         forbid_extra_keys=strict is None,
         unstruct_collection_overrides=dict.fromkeys((set, frozenset, tuple, collections.deque), list),
     )
-    for cls, codec in _CODECS.items():
+    for cls, codec in _codecs().items():
         write = functools.partial(_write_scalar, cls, codec.write)
         converter.register_unstructure_hook_func(functools.partial(lambda known, cls: cls is known, cls), write)
     # cattrs has a hook of its own for bytes, which goes before those above
-    converter.register_unstructure_hook(bytes, functools.partial(_write_scalar, bytes, _CODECS[bytes].write))
+    converter.register_unstructure_hook(bytes, functools.partial(_write_scalar, bytes, _codecs()[bytes].write))
     for path in (pathlib.PurePath, pathlib.Path):
         converter.register_unstructure_hook(path, functools.partial(_write_scalar, path, str))
     converter.register_unstructure_hook_factory(attrs.has, _unstructure_class_factory)
@@ -981,16 +992,21 @@ def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
         _is_union, lambda cls, converter: _structure_union_factory(cls, converter, strict)
     )
     converter.register_structure_hook_func(_is_enum, _structure_enum)
-    for cls in (*_SCALARS, pathlib.Path):
+    for cls in (*_scalars(), pathlib.Path):
         converter.register_structure_hook(cls, _structure_scalar)
     return converter
 
 
-_strict = _make_converter()
-"""Reads what users give: every key must be known."""
+@functools.cache
+def _strict() -> cattrs.Converter:
+    """Return the converter that reads what users give: every key must be known."""
+    return _make_converter()
 
-_lenient = _make_converter(_strict)
-"""Reads what the file holds, which an older version of the class may have written."""
+
+@functools.cache
+def _lenient() -> cattrs.Converter:
+    """Return the converter that reads what the file holds, which an older version of the class may have written."""
+    return _make_converter(_strict())
 
 
 def _problems(error: BaseException, path: str = "") -> Iterator[str]:
@@ -1017,7 +1033,7 @@ def _problems(error: BaseException, path: str = "") -> Iterator[str]:
 
 def _unstructure(value: Any) -> Any:
     try:
-        return _strict.unstructure(value)
+        return _strict().unstructure(value)
     except Exception as error:
         raise StateError([f"can't be written: {_error_text(error)}"]) from error
 
@@ -1112,7 +1128,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
     if isinstance(wanted, type) and wanted is not Any:
         return isinstance(value, (int, float) if wanted is float else wanted)
-    return isinstance(value, (*_SCALARS, list, dict, enum.Enum, types.NoneType)) or attrs.has(type(value))
+    return isinstance(value, (*_scalars(), list, dict, enum.Enum, types.NoneType)) or attrs.has(type(value))
 
 
 def _object_text(value: Any, cls: type) -> str:
@@ -1145,14 +1161,14 @@ def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
     if text == known:
         return text
     given = value if isinstance(value, dict) and _has_other_keys(value) else _decode(text)
-    state = _structure(_strict, given, cls)
+    state = _structure(_strict(), given, cls)
     return text if isinstance(value, cls) else _object_text(state, cls)
 
 
 def _load_state(cls: type | None, text: str) -> Any:
     """Read a stored state: keys that the class no longer has are ignored, new fields take their defaults."""
     value = _decode(text)
-    return value if cls is None else _structure(_lenient, value, cls)
+    return value if cls is None else _structure(_lenient(), value, cls)
 
 
 def _dump_value(value: object, name: str) -> str | None:
@@ -1164,7 +1180,7 @@ def _dump_value(value: object, name: str) -> str | None:
     except (TypeError, ValueError, RecursionError):
         pass
     try:
-        return _json(_strict.unstructure(value))
+        return _json(_strict().unstructure(value))
     except Exception as error:
         raise OutcomeError(f"{name} can't be written as JSON: {_brief(value)} ({_error_text(error)})") from error
 
@@ -1388,8 +1404,7 @@ class _Code(NamedTuple):
     is_async: bool
 
 
-@attrs.frozen
-class _Spec:
+class _Spec(NamedTuple):
     """What a class defines, read once when it is created."""
 
     cls: type[FSM]
@@ -2438,7 +2453,9 @@ class _Patience:
 
 
 def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
-    connection = apsw.Connection(path, flags=flags, statementcachesize=128)
+    # apsw puts a statement back after each use, of `executemany` after each row, where the one that is there the longest
+    # goes: with room for 128 a beat of a hundred rows threw out all the others, 4 us a job.
+    connection = apsw.Connection(path, flags=flags, statementcachesize=1024)
     connection.set_busy_handler(_Patience())
     # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
     # place of 2 for the candidates of a claim.
@@ -4114,8 +4131,7 @@ class _EventLoop:
 # ==================================================================================================
 
 
-@attrs.frozen
-class _Options:
+class _Options(NamedTuple):
     """The options of an engine, checked; durations in the unit that the name says."""
 
     name: str
@@ -5004,11 +5020,14 @@ class _Beat:
         parked_on = f"key:{key}"
         count = max(1, self.admission.slots(key))
         queues = self.store.line_queues(parked_on)
-        served = [queue for queue in queues if len(queues) > 1 and self.core.serves(queue, self)]
-        heads = heapq.merge(*(self.store.line_start(parked_on, queue, count) for queue in served))
-        first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
-        for queue in queues:
-            self.store.unpark(parked_on, queue, first[queue] if queue in served else count)
+        shares = dict.fromkeys(queues, count)
+        if len(queues) > 1:
+            served = [queue for queue in queues if self.core.serves(queue, self)]
+            heads = heapq.merge(*(self.store.line_start(parked_on, queue, count) for queue in served))
+            first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
+            shares.update((queue, first[queue]) for queue in served)
+        for queue, share in shares.items():
+            self.store.unpark(parked_on, queue, share)
 
     def _pass_on(self) -> None:
         """Offer what nobody has taken to those who come next in line, where this engine could run them now.
@@ -5231,12 +5250,9 @@ def _refuse_inherited(path: str) -> None:
 _schedulers: weakref.WeakSet[_Scheduler] = weakref.WeakSet()
 
 
-@attrs.define
 class _Agenda:
     """When the scheduler has to do what. Instants of the file are milliseconds, of this process monotonic seconds."""
 
-    seen_at: int
-    """When the clock was last read: a gap since then is a suspended machine or a clock that was set."""
     due_at: int | None = None
     """The next instant at which something in the file is due."""
     wakes_at: float = 0.0
@@ -5253,8 +5269,7 @@ class _Agenda:
     failures_in_a_row: int = 0
     retry_at: float = 0.0
     """When storage that failed is tried again."""
-    UNKNOWN: ClassVar[int] = -1
-    data_version: int = UNKNOWN
+    data_version: int | None = None
     registrations: int = 0
     """How many classes had been registered at the last look."""
     looked_at: float = -math.inf
@@ -5265,10 +5280,14 @@ class _Agenda:
     armed_at: float | None = None
     """Since when the log is watched."""
     looked_for_dead_at: float = -math.inf
-    missing_since: dict[str, float] = attrs.Factory(dict)
-    """Since when other workers' lock files are not there."""
-    taken: list[_LockFile] = attrs.Factory(list)
-    """Locks that the last look has taken from dead workers."""
+
+    def __init__(self, seen_at: int) -> None:
+        self.seen_at = seen_at
+        """When the clock was last read: a gap since then is a suspended machine or a clock that was set."""
+        self.missing_since: dict[str, float] = {}
+        """Since when other workers' lock files are not there."""
+        self.taken: list[_LockFile] = []
+        """Locks that the last look has taken from dead workers."""
 
 
 class _Timeouts:
@@ -5872,7 +5891,7 @@ class _Scheduler:
             self._agenda.due_at = self.desk.now()
         version = self.store.data_version()
         if version != self._agenda.data_version:
-            if self._agenda.data_version != self._agenda.UNKNOWN:
+            if self._agenda.data_version is not None:
                 self._agenda.changed_at = monotonic
             self._agenda.due_at = self.desk.now()
             self._peers = [worker for worker in self.store.workers() if worker.id != self.worker_id]
