@@ -6384,14 +6384,9 @@ def _fit(text: str, width: int, *, right: bool = False) -> str:
     return padding + text if right else text + padding
 
 
-def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """A width for each column, so that a line fits into `room`: the widest give way first."""
-    from apsw.unicode import text_width
-
-    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
-    return widths
+def _jsonable(value: object) -> object:
+    """What JSON has no form for: an instant, as ISO text, or a record, as an object."""
+    return value.isoformat() if isinstance(value, dt.datetime) else attrs.asdict(cast(Any, value), recurse=False)
 
 
 @attrs.frozen
@@ -6430,29 +6425,34 @@ class _Screen:
         self.stream.flush()
 
     def print(self, *lines: str) -> None:
-        """Write `lines`."""
         self.write(*(f"{line}\n" for line in lines))
 
     def print_json(self, value: object, indent: int | None = None) -> None:
-        """Write `value` for programs; instants as ISO text."""
-        self.print(json.dumps(value, indent=indent, default=dt.datetime.isoformat, ensure_ascii=not self.blocks))
+        self.print(json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks))
+
+    def answer(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
+        """Write `value` for a program, or the `lines` that tell it to people."""
+        self.print_json(value, indent=2) if as_json else self.print(*lines)
 
     def paint(self, text: str, style: str) -> str:
         """`text` in the colour of a status, bold or dim, if there are colours."""
         return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m" if self.colour else text
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-        """`rows` under `head`: numbers to the right, a status in its colour."""
+        """`rows` under `head`, the widest columns cut to fit: numbers to the right, a status in its colour."""
+        from apsw.unicode import text_width
+
         cells = [[_plain(cell) for cell in row] for row in rows]
-        widths = _widths([head, *cells], self.size[0])
-        right = [all(isinstance(cell, int) for cell in column) for column in zip(*rows, strict=True)]
+        widths = [max(map(text_width, column)) for column in zip(head, *cells, strict=True)]
+        while sum(widths) + 2 * (len(widths) - 1) > self.size[0] and max(widths) > 4:
+            widths[widths.index(max(widths))] -= 1
         yield self.paint("  ".join(map(_fit, head, widths)).rstrip(), "bold")
         for row, texts in zip(rows, cells, strict=True):
-            line = ""
-            for cell, text, width, to_right in zip(row, texts, widths, right, strict=True):
-                text = _fit(text, width, right=to_right)
-                line += (self.paint(text, cell) if isinstance(cell, Status) else text) + "  "
-            yield line.rstrip()
+            line = []
+            for cell, text, width in zip(row, texts, widths, strict=True):
+                text = _fit(text, width, right=isinstance(cell, int))
+                line.append(self.paint(text, cell) if isinstance(cell, Status) else text)
+            yield "  ".join(line).rstrip()
 
     def bar(self, tally: Mapping[str, int], width: int) -> str:
         """The statuses of `tally` as stretches of one bar; the smallest can still be seen."""
@@ -6468,6 +6468,10 @@ class _Screen:
         return "".join(levels[min(7, int(8 * max(0, value) / peak))] for value in values)
 
 
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
 def _span(seconds: float) -> str:
     """A length of time in its largest unit: `40 ms`, `3.2 s`, `12 min`, `5 h`, `9 d`."""
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
@@ -6476,19 +6480,15 @@ def _span(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms"
 
 
-def _distance(instant: dt.datetime, now: dt.datetime) -> str:
-    """How far `instant` is from `now`: `3 min ago`, `in 2 h`."""
-    seconds = (instant - now).total_seconds()
+def _distance(instant: dt.datetime) -> str:
+    """How far off `instant` is: `3 min ago`, `in 2 h`."""
+    seconds = (instant - _now()).total_seconds()
     return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} ago"
 
 
-def _moment(instant: dt.datetime, now: dt.datetime) -> str:
+def _moment(instant: dt.datetime) -> str:
     """`instant` on the reader's own clock, and how far off it is."""
-    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({_distance(instant, now)})"
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
+    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({_distance(instant)})"
 
 
 # ---- what verbs are made of
@@ -6804,41 +6804,34 @@ def _cli_insert(options: argparse.Namespace) -> None:
 # ---- list, counts, workers, show, wait, check: looking, with a file that is only read
 
 
-def _remark(it: Instance, now: dt.datetime) -> str:
+def _remark(it: Instance) -> str:
     """What one asks next about an instance: its error, what it waits for, what came of it."""
-    error = it.last_error or ""
     match it.status:
         case Status.DONE:
             return "" if it.result is None else json.dumps(it.result, ensure_ascii=False)
         case Status.AWAITING_SIGNAL:
-            end = f", {_distance(it.await_deadline, now)}" if it.await_deadline else ""
-            return " ".join(it.awaits) + end
+            return " ".join(it.awaits) + (f", {_distance(it.await_deadline)}" if it.await_deadline else "")
         case Status.RUNNABLE if it.parked_on:
             return f"parked on {it.parked_on}"
-        case Status.RUNNABLE if it.eligible_at > now:
-            return f"due {_distance(it.eligible_at, now)}  {error}"
-    return error
+        case Status.RUNNABLE if it.eligible_at > _now():
+            return f"due {_distance(it.eligible_at)}  {it.last_error or ''}"
+    return it.last_error or ""
 
 
-_LISTED = operator.attrgetter("id", "fsm", "step", "status", "queue", "correlation_key")
-
-
-def _instances(screen: _Screen, found: Iterable[Instance], now: dt.datetime) -> Iterator[str]:
-    rows = [(*_LISTED(it), _distance(it.updated_at, now), _remark(it, now)) for it in found]
+def _instances(screen: _Screen, found: Iterable[Instance]) -> Iterator[str]:
+    rows = [
+        (it.id, it.fsm, it.step, it.status, it.queue, it.correlation_key, _distance(it.updated_at), _remark(it))
+        for it in found
+    ]
     return screen.table(("id", "fsm", "step", "status", "queue", "key", "changed", "remark"), rows)
 
 
-def _workers(screen: _Screen, found: Iterable[Worker], now: dt.datetime) -> Iterator[str]:
+def _workers(screen: _Screen, found: Iterable[Worker]) -> Iterator[str]:
     rows = []
     for it in found:
         queues = " ".join(f"{queue}={width}" for queue, width in it.queues.items())
-        times = (_distance(it.started_at, now), _distance(it.heartbeat_at, now))
-        rows.append((it.name, it.host, it.pid, queues, *times, it.id))
+        rows.append((it.name, it.host, it.pid, queues, _distance(it.started_at), _distance(it.heartbeat_at), it.id))
     return screen.table(("worker", "host", "pid", "queues", "started", "heartbeat", "id"), rows)
-
-
-def _records(found: Iterable[Instance | Worker]) -> list[dict[str, Any]]:
-    return [attrs.asdict(record, recurse=False) for record in found]
 
 
 _LIST_FILTERS = (
@@ -6861,11 +6854,8 @@ def _cli_list(reader: _Reader, options: argparse.Namespace) -> None:
     durable list shop.db --status failed
     durable list shop.db --fsm jobs.Resize --json
     """
-    found = reader.find(_given(options, _LIST_FILTERS), options.limit)
-    screen = _Screen.of_stdout()
-    if options.json:
-        return screen.print_json(_records(found), indent=2)
-    return screen.print(*_instances(screen, found, _now()))
+    screen, found = _Screen.of_stdout(), reader.find(_given(options, _LIST_FILTERS), options.limit)
+    screen.answer(found, _instances(screen, found), as_json=options.json)
 
 
 @_verb(_JSON, opens=_look)
@@ -6875,10 +6865,8 @@ def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
     durable counts shop.db
     """
     screen, counts = _Screen.of_stdout(), reader.counts()
-    if options.json:
-        return screen.print_json(counts, indent=2)
     rows = [(queue, *(tally.get(status, 0) for status in _BLOCKS)) for queue, tally in counts.items()]
-    return screen.print(*screen.table(("queue", *_BLOCKS), rows))
+    screen.answer(counts, screen.table(("queue", *_BLOCKS), rows), as_json=options.json)
 
 
 @_verb(_JSON, opens=_look)
@@ -6888,9 +6876,7 @@ def _cli_workers(reader: _Reader, options: argparse.Namespace) -> None:
     durable workers shop.db
     """
     screen, found = _Screen.of_stdout(), reader.workers()
-    if options.json:
-        return screen.print_json(_records(found), indent=2)
-    return screen.print(*_workers(screen, found, _now()))
+    screen.answer(found, _workers(screen, found), as_json=options.json)
 
 
 _HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND concurrency_key = ? LIMIT 5"
@@ -6904,7 +6890,6 @@ class _Case:
     reader: _Reader
     file: pathlib.Path
     it: Instance
-    now: dt.datetime
 
     def verb(self, *words: object) -> str:
         """A command on the file, to be copied into a shell."""
@@ -6921,7 +6906,7 @@ class _Case:
             case Status.EXECUTING:
                 return self.who_runs_it()
             case Status.AWAITING_SIGNAL:
-                end = f"until {_moment(it.await_deadline, self.now)}" if it.await_deadline else "without a deadline"
+                end = f"until {_moment(it.await_deadline)}" if it.await_deadline else "without a deadline"
                 return f"the signal {' or '.join(it.awaits)}, {end}", self.verb("signal", it.id, it.awaits[0], "{}")
             case Status.AWAITING_CHILDREN:
                 return "the end of its children", self.verb("list", "--parent", it.id)
@@ -6935,13 +6920,13 @@ class _Case:
         if it.queue in self.reader.paused():
             return f"its queue {it.queue} to be resumed", self.verb("resume", it.queue)
         if it.parked_on == f"key:{it.concurrency_key}":
-            holders = [row[0] for row in self.reader._rows(_HOLDERS, (it.concurrency_key,))]
-            others = f"held by {' '.join(f'#{id_}' for id_ in holders)}" if holders else "free by now"
-            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", *holders[:1]) if holders else ""
+            holders = [id_ for (id_,) in self.reader._rows(_HOLDERS, (it.concurrency_key,))]
+            others = " ".join(["held by", *(f"#{id_}" for id_ in holders)]) if holders else "free by now"
+            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", holders[0]) if holders else ""
         if it.parked_on:
             return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
-        if it.eligible_at > self.now:
-            return f"its time, {_moment(it.eligible_at, self.now)}", ""
+        if it.eligible_at > _now():
+            return f"its time, {_moment(it.eligible_at)}", ""
         if not any(it.queue in worker.queues for worker in self.reader.workers()):
             return f"an engine that runs the queue {it.queue}", f"durable run MODULE --database {self.file}"
         return "a free place, or an engine that knows its class", self.verb("workers")
@@ -6949,8 +6934,8 @@ class _Case:
     def who_runs_it(self) -> tuple[str, str]:
         """The worker that has the instance, if it lives."""
         for worker in self.reader.workers():
-            if worker.id == self.it.worker and worker.lease_expires_at > self.now:
-                heard = _distance(worker.heartbeat_at, self.now)
+            if worker.id == self.it.worker and worker.lease_expires_at > _now():
+                heard = _distance(worker.heartbeat_at)
                 where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
                 if self.reader.is_cancelled(self.it.id):
                     return f"{where}; it has been asked to end", self.verb("workers")
@@ -6962,7 +6947,7 @@ class _Case:
         it, (reason, verb) = self.it, self.plight()
         of_how_many = f" of {it.max_attempts}" if it.max_attempts else ""
         yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
-        yield "since", _moment(it.updated_at, self.now)
+        yield "since", _moment(it.updated_at)
         yield "waits for", reason
         yield "try", verb
         yield "crashes", it.crashes
@@ -6971,43 +6956,28 @@ class _Case:
         yield "turns", it.concurrency_key
         yield "pays", it.rate_limit and f"{it.weight} of {it.rate_limit}"
         yield "child of", it.parent_id
-        yield "inserted", _moment(it.inserted_at, self.now)
+        yield "inserted", _moment(it.inserted_at)
         yield "state", json.dumps(it.state, ensure_ascii=False)
         yield "result", it.status is Status.DONE and json.dumps(it.result, ensure_ascii=False)
 
     def tell(self, screen: _Screen) -> Iterator[str]:
-        """All of it: the facts, the last error, the signals, the children."""
-        it = self.it
+        """All of it: the facts, the last error, the signals, and of the children ten, those that failed if any did."""
+        it, mine = self.it, {"parent_id": self.it.id}
         title = screen.paint(_plain(f"{it.fsm} #{it.id}"), "bold")
         yield f"{title}  version {it.version}  {screen.paint(it.status, it.status)}"
-        for label, fact in self.facts():
-            if fact:
-                yield f"  {screen.paint(_fit(label, 9), 'dim')}  {_plain(fact)}"
+        yield from (f"  {screen.paint(_fit(label, 9), 'dim')}  {_plain(fact)}" for label, fact in self.facts() if fact)
         if it.last_error:
             yield from ("", screen.paint("last error", "bold"))
             yield from (screen.paint(f"  {_plain(line)}", Status.FAILED) for line in it.last_error.splitlines())
             yield from (screen.paint(f"  {_plain(line)}", "dim") for line in (it.traceback or "").splitlines())
-        yield from self.tell_signals(screen)
-        yield from self.tell_children(screen)
-
-    def tell_signals(self, screen: _Screen) -> Iterator[str]:
-        """What its inbox holds."""
-        rows = [
-            (signal.id, signal.name, json.dumps(signal.payload), _distance(signal.sent_at, self.now))
-            for signal in self.reader.signals(self.it.id)
-        ]
-        if rows:
+        if signals := self.reader.signals(it.id):
+            rows = [(each.id, each.name, json.dumps(each.payload), _distance(each.sent_at)) for each in signals]
             yield from ("", *screen.table(("signal", "name", "payload", "sent"), rows))
-
-    def tell_children(self, screen: _Screen) -> Iterator[str]:
-        """How many there are of each status, and ten of them: those that failed, if any did."""
-        tally = self.reader._rows(_CHILD_COUNTS, (self.it.id,))
-        if tally:
+        if tally := self.reader._rows(_CHILD_COUNTS, (it.id,)):
             counts = ", ".join(screen.paint(f"{count} {status}", status) for status, count in tally)
             yield from ("", f"{screen.paint('children', 'bold')}  {counts}")
-            mine = {"parent_id": self.it.id}
             failed = self.reader.find(mine | {"status": Status.FAILED}, 10)
-            yield from _instances(screen, failed or self.reader.find(mine, 10), self.now)
+            yield from _instances(screen, failed or self.reader.find(mine, 10))
 
 
 @_verb(_TARGET, _JSON, opens=_look)
@@ -7020,9 +6990,7 @@ def _cli_show(reader: _Reader, options: argparse.Namespace) -> None:
     durable show shop.db order:42
     """
     screen, it = _Screen.of_stdout(), reader.get(options.target)
-    if options.json:
-        return screen.print_json(_records([it])[0], indent=2)
-    return screen.print(*_Case(reader, options.file, it, _now()).tell(screen))
+    screen.answer(it, _Case(reader, options.file, it).tell(screen), as_json=options.json)
 
 
 @_verb(
@@ -7054,10 +7022,7 @@ def _cli_check(reader: _Reader, options: argparse.Namespace) -> int:
     durable check shop.db
     """
     screen, problems = _Screen.of_stdout(), reader.check()
-    if options.json:
-        screen.print_json(problems, indent=2)
-    else:
-        screen.print(*map(_plain, problems or ["sound"]))
+    screen.answer(problems, map(_plain, problems or ["sound"]), as_json=options.json)
     return 1 if problems else 0
 
 
@@ -7236,13 +7201,13 @@ class _Glance:
 
     def failed(self) -> list[tuple[object, ...]]:
         """The latest failures, for a table."""
-        return [(i.id, i.fsm, i.step, _distance(i.updated_at, self.now), i.last_error) for i in self.failures]
+        return [(i.id, i.fsm, i.step, _distance(i.updated_at), i.last_error) for i in self.failures]
 
     def waiting(self) -> Iterator[tuple[object, ...]]:
         """How many wait for what, and until when the first of them does, for a table."""
         for kind, name, count, first in self.waits:
             names = " or ".join(json.loads(name)) if kind == "signal" else name
-            yield count, f"{kind}: {names}", _distance(_instant(first), self.now) if first else None
+            yield count, f"{kind}: {names}", _distance(_instant(first)) if first else None
 
 
 @attrs.frozen
@@ -7288,7 +7253,7 @@ class _Film:
         for table in (
             screen.table(("failed", "fsm", "step", "when", "why"), last.failed()),
             screen.table(("waiting", "for", "first"), list(last.waiting())),
-            _workers(screen, last.workers, last.now),
+            _workers(screen, last.workers),
         ):
             head, *rows = table
             frame += ["", head, *rows] if rows else []
