@@ -6524,25 +6524,19 @@ def _client(path: pathlib.Path, *, may_create: bool = False, **options: Any) -> 
         engine.stop()
 
 
-_Run = Callable[..., int | None]
 _Opener = Callable[[pathlib.Path], contextlib.AbstractContextManager[Any]]
-
-
-@attrs.frozen
-class _Argument:
-    """One argument of a verb, as argparse will be told of it."""
-
-    names: tuple[str, ...]
-    options: dict[str, Any]
+_Run = Callable[..., int | None]
+_Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
 
 
 @attrs.frozen
 class _Verb:
-    """A verb: what it does, what it opens its file with, its arguments."""
+    """A verb: what it does, what it opens its file with, commands to copy, and its arguments."""
 
     run: _Run
     opens: _Opener | None
-    arguments: tuple[_Argument, ...]
+    examples: list[str]
+    arguments: list[_Argument]
 
     def __call__(self, options: argparse.Namespace) -> int:
         if self.opens is None:
@@ -6555,21 +6549,30 @@ _VERBS: dict[str, _Verb] = {}
 
 
 def _argument(*names: str, **options: Any) -> _Argument:
-    return _Argument(names, options)
+    return names, options
 
 
 _FILE = _argument("file", type=pathlib.Path, metavar="FILE", help="the database")
 
 
-def _verb(*arguments: _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
-    """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status."""
+def _verb(*about: str | _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
+    """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status.
+
+    `about` are commands to copy, and the arguments; `opens` adds the file as the first of these.
+    """
+    examples = [it for it in about if isinstance(it, str)]
+    arguments = [_FILE] * bool(opens) + [it for it in about if not isinstance(it, str)]
 
     def register(run: _Run) -> _Run:
-        of_file = (_FILE,) if opens else ()
-        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, of_file + arguments)
+        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, examples, arguments)
         return run
 
     return register
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of `names` that the command line gives a value."""
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
 
 
 def _json_argument(text: str) -> Any:
@@ -6597,31 +6600,16 @@ def _instant_argument(text: str) -> dt.datetime:
         raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
 
 
-_TARGET_OPTIONS = {
-    "type": _target_argument,
-    "metavar": "TARGET",
-    "help": "an id (all digits) or a correlation key",
-}
-_TARGET = _argument("target", **_TARGET_OPTIONS)
-_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
-_CODE = _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script")
-_DATABASE = _argument(
-    "--database", type=pathlib.Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"
+_TARGET = functools.partial(
+    _argument, type=_target_argument, metavar="TARGET", help="an id (all digits) or a correlation key"
 )
+_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
 _JSON = _argument("--json", action="store_true", help="for programs")
-_LOG_LEVELS = ("debug", "info", "warning", "error")
-_LOG_LEVEL = _argument("--log-level", choices=_LOG_LEVELS, default="info", help="what to log (info)")
 _FILTERS = (
     _argument("--fsm", metavar="NAME", help="only of this class, by its name in the file"),
-    _argument("--queue", metavar="QUEUE", help="only in this queue"),
+    _argument("--queue", help="only in this queue"),
     _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
 )
-
-
-def _given(options: argparse.Namespace, arguments: Iterable[_Argument]) -> dict[str, Any]:
-    """Those of `arguments` that the command line has, under the names that the engine's methods give them."""
-    names = [argument.options.get("dest") or argument.names[0].strip("-") for argument in arguments]
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 # ---- run, drain, insert: with the user's code
@@ -6631,9 +6619,9 @@ def _load_script(path: pathlib.Path) -> types.ModuleType:
     """The script under its stem, so that its classes have the names that `python SCRIPT` gives them."""
     path = path.resolve(strict=True)
     known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path):
+    if known and getattr(known, "__file__", None) == str(path):
         return known
-    if known is not None or path.stem in sys.stdlib_module_names:
+    if known or path.stem in sys.stdlib_module_names:
         raise DurableError(f"another module is called {path.stem!r}; the script needs a name of its own")
     sys.path.insert(0, str(path.parent))
     module = sys.modules[path.stem] = types.ModuleType(path.stem)
@@ -6644,14 +6632,6 @@ def _load_script(path: pathlib.Path) -> types.ModuleType:
         del sys.modules[path.stem]
         raise
     return module
-
-
-def _load_module(name: str) -> types.ModuleType:
-    """The module, found from the current directory as `python -m` finds it."""
-    import importlib
-
-    sys.path.insert(0, os.getcwd())
-    return importlib.import_module(name)
 
 
 def _blame(error: BaseException) -> str:
@@ -6667,12 +6647,17 @@ def _blame(error: BaseException) -> str:
 
 def _load(target: str) -> tuple[types.ModuleType, Any]:
     """The module that `target` means, and what it calls the name behind the colon; None without one."""
+    import importlib
+
     name, _, attribute = target.rpartition(":")
     if not name or not attribute.replace(".", "_").isidentifier():  # no colon, or that of `C:\jobs.py`
         name, attribute = target, ""
     try:
-        is_script = name.endswith(".py") or pathlib.Path(name).is_file()
-        module = _load_script(pathlib.Path(name)) if is_script else _load_module(name)
+        if name.endswith(".py") or pathlib.Path(name).is_file():
+            module = _load_script(pathlib.Path(name))
+        else:
+            sys.path.insert(0, os.getcwd())  # as `python -m` does
+            module = importlib.import_module(name)
         return module, operator.attrgetter(attribute)(module) if attribute else None
     except DurableError:
         raise
@@ -6680,43 +6665,39 @@ def _load(target: str) -> tuple[types.ModuleType, Any]:
         raise DurableError(f"{target} cannot be loaded: {_blame(error)}") from error
 
 
+_CODE = (
+    _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script"),
+    _argument("--database", type=pathlib.Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"),
+)
+_LEVELS = ("debug", "info", "warning", "error")
+_LOG_LEVEL = _argument("--log-level", choices=_LEVELS, default="info", help="what to log (info)")
+
+
 def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engine:
-    """The engine that the command line means: TARGET's own, or a new one on --database."""
+    """The engine that the command line means: TARGET's own, or a new one on --database. Now it logs, too."""
     if queues and not options.database:
         raise _UsageError("the queues of TARGET's own engine are its own: --queue goes with --database")
     module, engine = _load(options.target)
     if options.database and engine is None:
         if not _registry:
             raise DurableError(f"{options.target} defines no machine and no job")
-        return Engine(options.database, queues=queues or {spec.queue: 10 for spec in _registry.values()})
-    engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
-    if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
-        raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
-    return engines[0]
-
-
-def _log_to_stderr(level: str) -> None:
-    """Log for a person at a terminal, unless the user's code has set up logging of its own."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%X")
-
-
-def _serve(engine: Engine) -> None:
-    """Run `engine` until a signal asks for a drain. A second one leaves at once, as a crash would."""
-    import signal
-
-    def leave(number: int, _frame: object) -> None:
-        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
-
-    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
-    signal.signal(signal.SIGTERM, leave)
-    if sys.platform == "win32":
-        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
-    engine.run()
+        engine = Engine(options.database, queues=queues or {spec.queue: 10 for spec in _registry.values()})
+    else:
+        engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
+        if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
+            raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
+        engine = engines[0]
+    # For a person at a terminal, unless the user's code has set up logging of its own.
+    form = "%(asctime)s %(levelname)-7s %(message)s"
+    logging.basicConfig(level=options.log_level.upper(), format=form, datefmt="%X")
+    return engine
 
 
 @_verb(
-    _CODE,
-    _DATABASE,
+    "durable run jobs.py",
+    "durable run shop.worker:engine",
+    "durable run jobs.py --database shop.db --queue default=10 checkout=5",
+    *_CODE,
     _argument(
         "--queue",
         type=_queue_argument,
@@ -6734,20 +6715,24 @@ def _cli_run(options: argparse.Namespace) -> None:
     TARGET's own engine, or a new one on --database with all classes of TARGET, in their own queues unless
     --queue says which, and how many steps of each at once. Several may run on one file. The first signal
     asks for a drain: what runs may end, nothing new begins. The second leaves at once.
-
-    durable run jobs.py
-    durable run shop.worker:engine
-    durable run jobs.py --database shop.db --queue default=10 checkout=5
     """
+    import signal
+
+    def leave(number: int, _frame: object) -> None:
+        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
+
     engine = _engine_for(options, dict(options.queue))
-    _log_to_stderr(options.log_level)
-    _serve(engine)
+    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
+    signal.signal(signal.SIGTERM, leave)
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
+    engine.run()
 
 
 @_verb(
-    _CODE,
-    _DATABASE,
-    _argument("--queue", metavar="QUEUE", help="only this queue"),
+    "durable drain jobs.py --database shop.db",
+    *_CODE,
+    _argument("--queue", help="only this queue"),
     _argument("--with-scheduled", action="store_true", help="also what is scheduled for later"),
     _LOG_LEVEL,
 )
@@ -6755,11 +6740,8 @@ def _cli_drain(options: argparse.Namespace) -> int:
     """Run what is due in this process, print the tally, end.
 
     Exit status 1 if an instance failed.
-
-    durable drain jobs.py --database shop.db
     """
     engine = _engine_for(options, {})
-    _log_to_stderr(options.log_level)
     try:
         tally = engine.drain(queue=options.queue, with_scheduled=options.with_scheduled, max_steps=sys.maxsize)
     finally:
@@ -6768,37 +6750,30 @@ def _cli_drain(options: argparse.Namespace) -> int:
     return 1 if tally["stop"] else 0
 
 
-_INSERT_OPTIONS = (
+@_verb(
+    """durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'""",
+    """durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60""",
+    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
+    _argument("--database", type=pathlib.Path, metavar="FILE", required=True, help="made if it is missing"),
     _argument("--state", "--args", type=_json_argument, metavar="JSON", help="its state, a job's arguments"),
     _argument("--key", dest="correlation_key", metavar="KEY", help="a business key, unique among the live"),
     _argument("--in", dest="schedule_in", type=float, metavar="SECONDS", help="not before"),
     _argument("--at", dest="schedule_at", type=_instant_argument, metavar="INSTANT", help="not before"),
-    _argument("--queue", metavar="QUEUE", help="another queue than its class's"),
+    _argument("--queue", help="another queue than its class's"),
     _argument("--priority", type=int, metavar="N", help="lower goes first (0)"),
-    _argument("--step", metavar="STEP", help="another first step"),
-    _argument("--concurrency-key", dest="concurrency_key", metavar="KEY", help="what it shares its turns with"),
-    _argument("--rate-limit", dest="rate_limit", metavar="NAME", help="the bucket that pays for it"),
+    _argument("--step", help="another first step"),
+    _argument("--concurrency-key", metavar="KEY", help="what it shares its turns with"),
+    _argument("--rate-limit", metavar="NAME", help="the bucket that pays for it"),
     _argument("--weight", type=int, metavar="N", help="how many tokens it costs (1)"),
-    _argument("--max-attempts", dest="max_attempts", type=int, metavar="N", help="of a job (20)"),
-)
-
-
-@_verb(
-    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
-    _argument("--database", type=pathlib.Path, metavar="FILE", required=True, help="made if it is missing"),
-    *_INSERT_OPTIONS,
+    _argument("--max-attempts", type=int, metavar="N", help="of a job (20)"),
 )
 def _cli_insert(options: argparse.Namespace) -> None:
-    """Insert an instance and print its id.
-
-    durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'
-    durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60
-    """
+    """Insert an instance and print its id."""
     if ":" not in options.target:
         raise _UsageError(f"not TARGET:CLASS: {options.target!r}")
     _, fsm = _load(options.target)
     with _client(options.database, may_create=True) as engine:
-        print(engine.insert(fsm, **_given(options, _INSERT_OPTIONS)))
+        print(engine.insert(fsm, **_given(options, attrs.fields_dict(Insert))))
 
 
 # ---- list, counts, workers, show, wait, check: looking, with a file that is only read
@@ -6834,47 +6809,34 @@ def _workers(screen: _Screen, found: Iterable[Worker]) -> Iterator[str]:
     return screen.table(("worker", "host", "pid", "queues", "started", "heartbeat", "id"), rows)
 
 
-_LIST_FILTERS = (
+@_verb(
+    "durable list shop.db --status failed",
+    "durable list shop.db --fsm jobs.Resize --json",
     *_FILTERS,
     _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
     _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
     _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
-)
-
-
-@_verb(
-    *_LIST_FILTERS,
     _argument("--limit", type=int, default=100, metavar="N", help="so many at most (100)"),
     _JSON,
     opens=_look,
 )
 def _cli_list(reader: _Reader, options: argparse.Namespace) -> None:
-    """List instances, newest first.
-
-    durable list shop.db --status failed
-    durable list shop.db --fsm jobs.Resize --json
-    """
-    screen, found = _Screen.of_stdout(), reader.find(_given(options, _LIST_FILTERS), options.limit)
+    """List instances, newest first."""
+    screen, found = _Screen.of_stdout(), reader.find(_given(options, _FIND_BY), options.limit)
     screen.answer(found, _instances(screen, found), as_json=options.json)
 
 
-@_verb(_JSON, opens=_look)
+@_verb("durable counts shop.db", _JSON, opens=_look)
 def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
-    """Count the instances of every queue by status.
-
-    durable counts shop.db
-    """
+    """Count the instances of every queue by status."""
     screen, counts = _Screen.of_stdout(), reader.counts()
     rows = [(queue, *(tally.get(status, 0) for status in _BLOCKS)) for queue, tally in counts.items()]
     screen.answer(counts, screen.table(("queue", *_BLOCKS), rows), as_json=options.json)
 
 
-@_verb(_JSON, opens=_look)
+@_verb("durable workers shop.db", _JSON, opens=_look)
 def _cli_workers(reader: _Reader, options: argparse.Namespace) -> None:
-    """List the engines that run on FILE.
-
-    durable workers shop.db
-    """
+    """List the engines that run on FILE."""
     screen, found = _Screen.of_stdout(), reader.workers()
     screen.answer(found, _workers(screen, found), as_json=options.json)
 
@@ -6980,30 +6942,26 @@ class _Case:
             yield from _instances(screen, failed or self.reader.find(mine, 10))
 
 
-@_verb(_TARGET, _JSON, opens=_look)
+@_verb("durable show shop.db 42", "durable show shop.db order:42", _TARGET("target"), _JSON, opens=_look)
 def _cli_show(reader: _Reader, options: argparse.Namespace) -> None:
     """Tell the story of one instance.
 
     Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
-
-    durable show shop.db 42
-    durable show shop.db order:42
     """
     screen, it = _Screen.of_stdout(), reader.get(options.target)
     screen.answer(it, _Case(reader, options.file, it).tell(screen), as_json=options.json)
 
 
 @_verb(
-    _TARGET,
-    _argument("--timeout", type=float, default=float("inf"), metavar="S", help="give up after S seconds"),
+    "durable wait shop.db order:42 --timeout 60",
+    _TARGET("target"),
+    _argument("--timeout", type=float, default=math.inf, metavar="S", help="give up after S seconds"),
     opens=_look,
 )
 def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
     """Wait until an instance is done and print its result as JSON.
 
     Exit status 1 if it failed, or has not ended after --timeout seconds.
-
-    durable wait shop.db order:42 --timeout 60
     """
     end, it = time.monotonic() + options.timeout, reader.get(options.target)
     while it.status not in _TERMINAL and time.monotonic() < end:
@@ -7015,12 +6973,9 @@ def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
     _Screen.of_stdout().print_json(it.result)
 
 
-@_verb(_JSON, opens=_look)
+@_verb("durable check shop.db", _JSON, opens=_look)
 def _cli_check(reader: _Reader, options: argparse.Namespace) -> int:
-    """Audit the file; exit status 1 if it has problems.
-
-    durable check shop.db
-    """
+    """Audit the file; exit status 1 if it has problems."""
     screen, problems = _Screen.of_stdout(), reader.check()
     screen.answer(problems, map(_plain, problems or ["sound"]), as_json=options.json)
     return 1 if problems else 0
@@ -7048,30 +7003,26 @@ def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -
 
 
 @_verb(
-    _TARGET,
+    """durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7""",
+    _TARGET("target"),
     _argument("name", metavar="NAME", help="the signal's name"),
     _argument("payload", type=_json_argument, nargs="?", metavar="JSON", help="its payload (null)"),
     _argument("--dedup-key", metavar="K", help="send it once, however often this is repeated"),
     opens=_client,
 )
 def _cli_signal(engine: Engine, options: argparse.Namespace) -> None:
-    """Send a signal to a live instance.
-
-    durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7
-    """
+    """Send a signal to a live instance."""
     engine.signal(options.target, options.name, options.payload, dedup_key=options.dedup_key)
 
 
 @_verb(
-    _argument("targets", nargs="+", **_TARGET_OPTIONS),
+    "durable cancel shop.db 42 order:43 --reason 'out of stock'",
+    _TARGET("targets", nargs="+"),
     _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
     opens=_client,
 )
 def _cli_cancel(engine: Engine, options: argparse.Namespace) -> int:
-    """Fail instances; what a running step does is dropped.
-
-    durable cancel shop.db 42 order:43 --reason 'out of stock'
-    """
+    """Fail instances; what a running step does is dropped."""
 
     def cancel(target: int | str) -> None:
         if not engine.cancel(target, options.reason):
@@ -7089,59 +7040,50 @@ def _all_failed(engine: Engine, filters: Mapping[str, Any]) -> list[int]:
 
 
 @_verb(
-    _argument("targets", nargs="*", **_TARGET_OPTIONS),
+    "durable retry shop.db 42",
+    "durable retry shop.db --all --fsm jobs.Resize",
+    _TARGET("targets", nargs="*"),
     _argument("--all", action="store_true", help="whatever failed and passes the filters"),
     *_FILTERS,
     opens=_client,
 )
 def _cli_retry(engine: Engine, options: argparse.Namespace) -> int:
-    """Run failed instances again from the step they failed in.
-
-    durable retry shop.db 42
-    durable retry shop.db --all --fsm jobs.Resize
-    """
+    """Run failed instances again from the step they failed in."""
     if bool(options.targets) == options.all:
         raise _UsageError("retry takes either TARGETs or --all")
-    return _on_each(options.targets or _all_failed(engine, _given(options, _FILTERS)), engine.retry)
+    return _on_each(options.targets or _all_failed(engine, _given(options, _FIND_BY)), engine.retry)
 
 
-@_verb(_QUEUE, opens=_client)
+@_verb("durable pause shop.db checkout", _QUEUE, opens=_client)
 def _cli_pause(engine: Engine, options: argparse.Namespace) -> None:
-    """Let no engine claim from a queue; what runs, ends.
-
-    durable pause shop.db checkout
-    """
+    """Let no engine claim from a queue; what runs, ends."""
     engine.pause(options.queue)
 
 
-@_verb(_QUEUE, opens=_client)
+@_verb("durable resume shop.db checkout", _QUEUE, opens=_client)
 def _cli_resume(engine: Engine, options: argparse.Namespace) -> None:
-    """Let a paused queue run again.
-
-    durable resume shop.db checkout
-    """
+    """Let a paused queue run again."""
     engine.resume(options.queue)
 
 
 @_verb(
+    "durable gc shop.db --retention 3600",
     _FILE,
     _argument("--retention", type=float, default=86_400.0, metavar="S", help="keep the last S seconds (a day)"),
 )
 def _cli_gc(options: argparse.Namespace) -> None:
-    """Delete what ended before the retention and print how many rows that were.
-
-    durable gc shop.db --retention 3600
-    """
+    """Delete what ended before the retention and print how many rows that were."""
     with _client(options.file, retention=options.retention) as engine:
         print(engine.gc())
 
 
-@_verb(_argument("copy", type=pathlib.Path, metavar="COPY", help="the copy; it must not exist"), opens=_client)
+@_verb(
+    "durable snapshot shop.db backup.db",
+    _argument("copy", type=pathlib.Path, metavar="COPY", help="the copy; it must not exist"),
+    opens=_client,
+)
 def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
-    """Copy the file while engines run on it; every queue of the copy is paused.
-
-    durable snapshot shop.db backup.db
-    """
+    """Copy the file while engines run on it; every queue of the copy is paused."""
     engine.snapshot(options.copy)
 
 
@@ -7282,6 +7224,8 @@ def _second_screen(screen: _Screen) -> Iterator[None]:
 
 
 @_verb(
+    "durable watch shop.db",
+    "durable watch shop.db --until-idle > progress.log",
     _argument("--until-idle", action="store_true", help="end when nothing is left that time alone would bring on"),
     _argument("--interval", type=float, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
     opens=_look,
@@ -7290,9 +7234,6 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
     """Watch the queues live; Ctrl-C ends it.
 
     In a pipe: a line for each change of the counts and each failure.
-
-    durable watch shop.db
-    durable watch shop.db --until-idle > progress.log
     """
     screen, film = _Screen.of_stdout(), _Film(options.file)
     with contextlib.suppress(KeyboardInterrupt), _second_screen(screen) if screen.live else contextlib.nullcontext():
@@ -7476,15 +7417,16 @@ class _Demo:
         yield f"{' ' * 11}files per second over the time, {max(pace) / slot:,.0f} at most"
 
 
-@_verb(_argument("directory", type=pathlib.Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"))
+@_verb(
+    "durable demo",
+    "durable demo ~/Pictures",
+    _argument("directory", type=pathlib.Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"),
+)
 def _cli_demo(options: argparse.Namespace) -> int:
     """See the engine at work on real files, and survive a kill.
 
     A machine starts a job for each file under DIRECTORY, which fingerprints it, and joins them. Half-way the
     worker process is killed; a new one goes on. At the end the sum is compared with that of a plain loop.
-
-    durable demo
-    durable demo ~/Pictures
     """
     import sysconfig
     import tempfile
@@ -7521,7 +7463,6 @@ def _version() -> str:
 def _parser() -> argparse.ArgumentParser:
     """The command line as `_VERBS` has it."""
     import argparse
-    import inspect
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
@@ -7533,12 +7474,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"durable {_version()}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, verb in _VERBS.items():
-        about = inspect.cleandoc(verb.run.__doc__ or "")
+        about = "\n".join([inspect.cleandoc(verb.run.__doc__ or ""), "", *verb.examples])
         line = about.partition("\n")[0]
         command = verbs.add_parser(name, help=line, description=about, formatter_class=raw, allow_abbrev=False)
         command.set_defaults(verb=verb)
-        for argument in verb.arguments:
-            command.add_argument(*argument.names, **argument.options)
+        for names, how in verb.arguments:
+            command.add_argument(*names, **how)
     return parser
 
 
