@@ -7092,12 +7092,13 @@ def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
 
 # Each part reads the partial index that it names in its condition.
 _WAITS = """
-SELECT 'parked', parked_on, count(*), NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
-UNION ALL SELECT 'signal', awaits, count(*), min(await_deadline) FROM durable_instances
+SELECT count(*), 'parked: ' || parked_on, NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
+UNION ALL SELECT count(*), 'signal: ' || (SELECT group_concat(value, ' or ') FROM json_each(awaits)),
+    min(await_deadline) FROM durable_instances
     WHERE (status = 'awaiting_signal' OR status = 'awaiting_children') AND awaits IS NOT NULL GROUP BY awaits
-UNION ALL SELECT 'time', queue, count(*), min(eligible_at) FROM durable_instances
+UNION ALL SELECT count(*), 'time: ' || queue, min(eligible_at) FROM durable_instances
     WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
-ORDER BY 3 DESC LIMIT 5
+ORDER BY 1 DESC LIMIT 5
 """
 _LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 3"
 _ARMED = "SELECT 1 FROM durable_instances WHERE await_deadline IS NOT NULL LIMIT 1"
@@ -7113,43 +7114,29 @@ class _Glance:
 
     now: dt.datetime
     counts: dict[str, dict[str, int]]
-    waits: list[tuple[Any, ...]]
+    waits: list[tuple[Any, ...]]  # how many wait, for what, and until when the first of them does
     failures: list[Instance]
     workers: list[Worker]
-    paused: set[str]
+    paused: list[str]
     is_armed: bool  # a deadline will fire
 
     @classmethod
     def take(cls, reader: _Reader, now: dt.datetime) -> _Glance:
         """Look at everything."""
-        return cls(
-            now,
-            reader.counts(),
-            reader._rows(_WAITS, (int(now.timestamp() * 1000),)),
-            [reader.get(row[0]) for row in reader._rows(_LATEST_FAILURES)],
-            reader.workers(),
-            set(reader.paused()),
-            bool(reader._rows(_ARMED)),
-        )
+        waits = reader._rows(_WAITS, (int(now.timestamp() * 1000),))
+        failures = [reader.get(id_) for (id_,) in reader._rows(_LATEST_FAILURES)]
+        is_armed = bool(reader._rows(_ARMED))
+        return cls(now, reader.counts(), waits, failures, reader.workers(), reader.paused(), is_armed)
 
-    def tally(self) -> collections.Counter[str]:
-        """All queues in one."""
-        return sum(map(collections.Counter, self.counts.values()), collections.Counter())
+    def tally(self, queue: str | None = None) -> collections.Counter[str]:
+        """The counts of one queue, or of all in one."""
+        queues = self.counts if queue is None else [queue]
+        return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
 
     def is_idle(self) -> bool:
         """Whether nothing is left that time alone would bring on."""
         tally = self.tally()
         return not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or self.is_armed)
-
-    def failed(self) -> list[tuple[object, ...]]:
-        """The latest failures, for a table."""
-        return [(i.id, i.fsm, i.step, _distance(i.updated_at), i.last_error) for i in self.failures]
-
-    def waiting(self) -> Iterator[tuple[object, ...]]:
-        """How many wait for what, and until when the first of them does, for a table."""
-        for kind, name, count, first in self.waits:
-            names = " or ".join(json.loads(name)) if kind == "signal" else name
-            yield count, f"{kind}: {names}", _distance(_instant(first)) if first else None
 
 
 @attrs.frozen
@@ -7159,47 +7146,45 @@ class _Film:
     file: pathlib.Path
     glances: collections.deque[_Glance] = attrs.field(factory=lambda: collections.deque(maxlen=24))
 
-    def rate(self, tally_of: Callable[[_Glance], Mapping[str, int]]) -> float:
+    def rate(self, queue: str | None = None) -> float:
         """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
         first, last = self.glances[0], self.glances[-1]
         seconds = (last.now - first.now).total_seconds() or 1
-        return max(0, _over(tally_of(last)) - _over(tally_of(first))) / seconds
+        return max(0, _over(last.tally(queue)) - _over(first.tally(queue))) / seconds
 
-    def title(self, screen: _Screen, columns: int) -> str:
+    def title(self, screen: _Screen) -> str:
         """The file, how fast all of it goes, and the time."""
-        last, ended = self.glances[-1], [_over(glance.tally()) for glance in self.glances]
+        ended = [_over(glance.tally()) for glance in self.glances]
         spark = screen.spark([after - before for before, after in itertools.pairwise(ended)])
-        right = f"{self.rate(_Glance.tally):,.1f}/s  {last.now.astimezone():%H:%M:%S}"
-        left = _fit(f"durable  {_plain(self.file)}", max(9, columns - len(spark + right) - 2))
+        right = f"{self.rate():,.1f}/s  {self.glances[-1].now.astimezone():%H:%M:%S}"
+        left = _fit(f"durable  {_plain(self.file)}", max(9, screen.size[0] - len(spark + right) - 2))
         return f"{screen.paint(left, 'bold')} {screen.paint(spark, Status.DONE)} {right}"
 
-    def queue(self, screen: _Screen, queue: str, columns: int) -> str:
-        """A queue's bar with its rate."""
-        last, tally = self.glances[-1], self.glances[-1].counts[queue]
-        rate, ready = self.rate(lambda glance: glance.counts.get(queue, {})), tally.get(Status.RUNNABLE, 0)
-        note = "paused" if queue in last.paused else f"{_span(ready / rate)} left" if rate and ready else ""
-        right = f"{_over(tally) / sum(tally.values()):4.0%} {rate:9,.1f}/s  {note}"
-        return f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, columns - 44))}  {right}"
+    def queue(self, screen: _Screen, queue: str) -> Iterator[str]:
+        """A queue's bar with its rate, and its counts."""
+        last, tally, rate = self.glances[-1], self.glances[-1].tally(queue), self.rate(queue)
+        left = f"{_span(tally[Status.RUNNABLE] / rate)} left" if rate and tally[Status.RUNNABLE] else ""
+        right = f"{_over(tally) / tally.total():4.0%} {rate:9,.1f}/s  {'paused' if queue in last.paused else left}"
+        yield f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, screen.size[0] - 44))}  {right}"
+        if 2 * len(last.counts) < screen.size[1] - 12:  # else the bars alone, to leave room for the rest
+            counts = [screen.paint(f"{tally[status]:,} {status}", status) for status in _BLOCKS if tally[status]]
+            yield " " * 14 + "  ".join(counts)
 
     def frame(self, screen: _Screen) -> list[str]:
         """All that a terminal of this size can show."""
-        last, (columns, lines) = self.glances[-1], screen.size
-        frame = [self.title(screen, columns), ""]
-        for queue, tally in last.counts.items():
-            frame.append(self.queue(screen, queue, columns))
-            if 2 * len(last.counts) < lines - 12:  # else the bars alone, to leave room for the rest
-                counts = (
-                    screen.paint(f"{tally[status]:,} {status}", status) for status in _BLOCKS if tally.get(status)
-                )
-                frame.append(" " * 14 + "  ".join(counts))
+        last, frame = self.glances[-1], [self.title(screen), ""]
+        for queue in last.counts:
+            frame += self.queue(screen, queue)
+        failed = [(it.id, it.fsm, it.step, _distance(it.updated_at), it.last_error) for it in last.failures]
+        waits = [(count, what, first and _distance(_instant(first))) for count, what, first in last.waits]
         for table in (
-            screen.table(("failed", "fsm", "step", "when", "why"), last.failed()),
-            screen.table(("waiting", "for", "first"), list(last.waiting())),
+            screen.table(("failed", "fsm", "step", "when", "why"), failed),
+            screen.table(("waiting", "for", "first"), waits),
             _workers(screen, last.workers),
         ):
             head, *rows = table
             frame += ["", head, *rows] if rows else []
-        return frame[: lines - 1]
+        return frame[: screen.size[1] - 1]
 
     def news(self) -> Iterator[str]:
         """What a pipe is told: the counts if they have changed, and the failures not told before."""
@@ -7207,20 +7192,10 @@ class _Film:
         clock, tally = f"{last.now.astimezone():%H:%M:%S}", last.tally()
         if before is None or before.counts != last.counts:
             counts = "  ".join(f"{tally[status]} {status}" for status in _BLOCKS if tally[status])
-            yield f"{clock}  {counts or 'empty'}  {self.rate(_Glance.tally):.1f}/s"
+            yield f"{clock}  {counts or 'empty'}  {self.rate():.1f}/s"
         for it in reversed(last.failures):
             if before is None or it not in before.failures:
                 yield _plain(f"{clock}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
-
-
-@contextlib.contextmanager
-def _second_screen(screen: _Screen) -> Iterator[None]:
-    """The terminal's other screen, without a cursor; the first comes back however this ends."""
-    screen.write("\x1b[?1049h\x1b[?25l")
-    try:
-        yield
-    finally:
-        screen.write("\x1b[?25h\x1b[?1049l")
 
 
 @_verb(
@@ -7236,7 +7211,10 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
     In a pipe: a line for each change of the counts and each failure.
     """
     screen, film = _Screen.of_stdout(), _Film(options.file)
-    with contextlib.suppress(KeyboardInterrupt), _second_screen(screen) if screen.live else contextlib.nullcontext():
+    with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
+        if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
+            screen.write("\x1b[?1049h\x1b[?25l")
+            at_end.callback(screen.write, "\x1b[?25h\x1b[?1049l")
         while True:
             begun = time.monotonic()
             film.glances.append(_Glance.take(reader, _now()))
