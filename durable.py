@@ -7234,24 +7234,24 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
 
 
 _DEMO_WIDTH, _DEMO_PREFETCH = 8, 24
-_DEMO_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import durable; durable._run_demo_worker(*sys.argv[2:])"
+_DEMO_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import durable; durable._run_demo_worker(sys.argv[2])"
 
 
-def _demo_files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _demo_files(directory: pathlib.Path) -> list[str]:
     """The files under `directory` that can be read and whose names can be written down."""
     found = []
     for parent, below, names in os.walk(directory):
         below[:] = sorted(name for name in below if name not in ("__pycache__", "site-packages"))
-        paths = (pathlib.Path(parent, name) for name in sorted(names))
-        found += [path for path in paths if str(path).isprintable() and path.is_file() and os.access(path, os.R_OK)]
+        paths = (os.path.join(parent, name) for name in sorted(names))
+        found += [path for path in paths if path.isprintable() and os.path.isfile(path) and os.access(path, os.R_OK)]
     return found
 
 
-def _fingerprint(path: pathlib.Path) -> dict[str, Any]:
+def _fingerprint(path: str) -> dict[str, Any]:
     """A file's length and sha256."""
     import hashlib
 
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
@@ -7265,44 +7265,42 @@ def _sum_up(prints: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"files": len(found), "bytes": sum(one["bytes"] for one in found), "sha256": sha256}
 
 
-def _demo_classes() -> tuple[type[FSM], Callable[[pathlib.Path, float], FSM]]:
-    """The demo's machine and job, made when they are wanted: they are in no application's registry."""
+def _define_demo() -> type[FSM]:
+    """The demo's machine and its job, made when they are wanted: they are in no application's registry."""
 
     class Fingerprint(FSM, name="durable.demo.Fingerprint", queue="files", max_attempts=3):
         """One file. Each run is written to a log outside the database too, where a second run shows."""
 
-        def __init__(self, log: pathlib.Path, pause: float) -> None:
-            self.log, self.pause = log, pause
-
         def perform(self, args: dict[str, Any], ctx: Context[Any]) -> dict[str, Any]:
-            with self.log.open("ab", buffering=0) as log:
+            with open(args["log"], "ab", buffering=0) as log:
                 log.write(b"%d\n" % ctx.id)
-            time.sleep(self.pause)
-            return _fingerprint(pathlib.Path(args["path"]))
+            time.sleep(args["pause"])
+            return _fingerprint(args["path"])
 
     class Survey(FSM, name="durable.demo.Survey", queue="surveys"):
         """All files: a job for each, and the sum of what they found."""
 
         @step
         def start(self, ctx: Context[Any]) -> ScheduleChildren:
-            children = [Insert(Fingerprint, state={"path": path}) for path in ctx.state["paths"]]
+            shared = {"log": ctx.state["log"], "pause": ctx.state["pause"]}
+            children = [Insert(Fingerprint, state={"path": path, **shared}) for path in ctx.state["paths"]]
             return ScheduleChildren(children, then="join", state={})
 
         @step
         def join(self, ctx: Context[Any]) -> Done:
             return Done(_sum_up(child.result for child in ctx.children if child.status is Status.DONE))
 
-    return Survey, Fingerprint
+    return Survey
 
 
-def _run_demo_worker(home: str, pause: str) -> None:
+def _run_demo_worker(database: str) -> None:
     """What the demo's worker processes run, until their standard input ends: when the demo does, however."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo itself
-    _, fingerprint = _demo_classes()
-    queues, fsms = {"surveys": 1, "files": _DEMO_WIDTH}, [fingerprint(pathlib.Path(home, "runs.log"), float(pause))]
-    with Engine(pathlib.Path(home, "demo.db"), name="demo", queues=queues, prefetch=_DEMO_PREFETCH, fsms=fsms):
+    _define_demo()
+    queues = {"surveys": 1, "files": _DEMO_WIDTH}
+    with Engine(database, name="demo", queues=queues, prefetch=_DEMO_PREFETCH):
         sys.stdin.read()
 
 
@@ -7312,14 +7310,19 @@ class _Demo:
 
     home: pathlib.Path
     directory: pathlib.Path
-    files: list[pathlib.Path]
+    files: list[str]
     screen: _Screen = attrs.field(factory=_Screen.of_stdout)
     begun: float = attrs.field(factory=time.perf_counter)
     samples: list[tuple[float, int]] = attrs.field(factory=list)  # seconds since then, and files done
 
     def play(self) -> int:
         """Everything, and the exit status."""
-        survey = self.insert()
+        few = len(self.files) < 500  # then each takes its time, so that there is something to kill
+        pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
+        state = {"paths": self.files, "log": str(self.home / "runs.log"), "pause": pause}
+        with _client(self.home / "demo.db", may_create=True) as engine:
+            survey = engine.insert(_define_demo(), state=state)
+        self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
         with _look(self.home / "demo.db") as reader:
             with self.worker() as doomed:
                 self.watch(reader, doomed, lambda done: done >= len(self.files) // 2)
@@ -7332,22 +7335,12 @@ class _Demo:
                 self.watch(reader, heir, lambda _: reader.get(survey).status in _TERMINAL)
             return self.compare(reader.get(survey), killed_at)
 
-    def insert(self) -> int:
-        """Insert the machine that fans out."""
-        survey, _ = _demo_classes()
-        with _client(self.home / "demo.db", may_create=True) as engine:
-            inserted = engine.insert(survey, state={"paths": [str(path) for path in self.files]})
-        self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
-        return inserted
-
     @contextlib.contextmanager
     def worker(self) -> Iterator[subprocess.Popen[bytes]]:
         """A process that runs the queues until it is told to end, or killed."""
         import subprocess
 
-        few = len(self.files) < 500  # then each takes its time, so that there is something to kill
-        pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
-        command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home), str(pause))
+        command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home / "demo.db"))
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             self.tell(f"process {process.pid} starts: {_DEMO_WIDTH} at a time, every commit synced to disk")
             yield process
@@ -7373,23 +7366,22 @@ class _Demo:
 
     def compare(self, survey: Instance, killed_at: float) -> int:
         """The machine's sum against that of a plain loop, and what the kill cost."""
-        runs = (self.home / "runs.log").read_bytes().split()
-        most = _DEMO_WIDTH + _DEMO_PREFETCH
+        runs, most = (self.home / "runs.log").read_bytes().split(), _DEMO_WIDTH + _DEMO_PREFETCH
         self.tell(f"joined; {len(runs) - len(set(runs))} files were fingerprinted twice (at most {most} can be)")
         plain = _sum_up(map(_fingerprint, self.files))
-        same = survey.result == plain
         self.tell(f"a plain loop: {plain['bytes']:,} bytes, sha256 {plain['sha256'][:16]}…")
-        verdict = "the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}"
-        self.tell(verdict)
+        same = survey.result == plain
+        self.tell("the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}")
         self.screen.print("", *self.chart(killed_at))
         return 0 if same else 1
 
-    def chart(self, killed_at: float, width: int = 60) -> Iterator[str]:
+    def chart(self, killed_at: float) -> Iterator[str]:
         """Files per second over the time, with the kill."""
-        slot = self.samples[-1][0] / width
-        done = [max(n for at, n in self.samples if at <= max(slot * i, self.samples[0][0])) for i in range(width + 1)]
+        (first, _), (last, _) = self.samples[0], self.samples[-1]
+        slot = last / 60
+        done = [max(n for at, n in self.samples if at <= max(slot * i, first)) for i in range(61)]
         pace = [after - before for before, after in itertools.pairwise(done)]
-        line, kill = self.screen.spark(pace), min(width - 1, int(killed_at / slot))
+        line, kill = self.screen.spark(pace), min(59, int(killed_at / slot))
         mark = self.screen.paint("✗" if self.screen.blocks else "X", Status.FAILED)
         yield f"{' ' * 11}{line[:kill]}{mark}{line[kill + 1 :]}"
         yield f"{' ' * 11}files per second over the time, {max(pace) / slot:,.0f} at most"
