@@ -6531,12 +6531,11 @@ _Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told
 
 @attrs.frozen
 class _Verb:
-    """A verb: what it does, what it opens its file with, commands to copy, and its arguments."""
+    """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
 
     run: _Run
     opens: _Opener | None
-    examples: list[str]
-    arguments: list[_Argument]
+    about: tuple[str | _Argument, ...]
 
     def __call__(self, options: argparse.Namespace) -> int:
         if self.opens is None:
@@ -6556,15 +6555,10 @@ _FILE = _argument("file", type=pathlib.Path, metavar="FILE", help="the database"
 
 
 def _verb(*about: str | _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
-    """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status.
-
-    `about` are commands to copy, and the arguments; `opens` adds the file as the first of these.
-    """
-    examples = [it for it in about if isinstance(it, str)]
-    arguments = [_FILE] * bool(opens) + [it for it in about if not isinstance(it, str)]
+    """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status."""
 
     def register(run: _Run) -> _Run:
-        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, examples, arguments)
+        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, (_FILE, *about) if opens else about)
         return run
 
     return register
@@ -7114,37 +7108,31 @@ class _Glance:
 
     now: dt.datetime
     counts: dict[str, dict[str, int]]
-    waits: list[tuple[Any, ...]]  # how many wait, for what, and until when the first of them does
     failures: list[Instance]
-    workers: list[Worker]
-    paused: list[str]
-    is_armed: bool  # a deadline will fire
-
-    @classmethod
-    def take(cls, reader: _Reader, now: dt.datetime) -> _Glance:
-        """Look at everything."""
-        waits = reader._rows(_WAITS, (int(now.timestamp() * 1000),))
-        failures = [reader.get(id_) for (id_,) in reader._rows(_LATEST_FAILURES)]
-        is_armed = bool(reader._rows(_ARMED))
-        return cls(now, reader.counts(), waits, failures, reader.workers(), reader.paused(), is_armed)
 
     def tally(self, queue: str | None = None) -> collections.Counter[str]:
         """The counts of one queue, or of all in one."""
         queues = self.counts if queue is None else [queue]
         return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
 
-    def is_idle(self) -> bool:
-        """Whether nothing is left that time alone would bring on."""
-        tally = self.tally()
-        return not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or self.is_armed)
-
 
 @attrs.frozen
 class _Film:
-    """The latest glances: what a rate needs."""
+    """The latest glances at a file: what a rate needs."""
 
+    reader: _Reader
     file: pathlib.Path
     glances: collections.deque[_Glance] = attrs.field(factory=lambda: collections.deque(maxlen=24))
+
+    def look(self) -> None:
+        """Take one more glance."""
+        failures = [self.reader.get(id_) for (id_,) in self.reader._rows(_LATEST_FAILURES)]
+        self.glances.append(_Glance(_now(), self.reader.counts(), failures))
+
+    def is_idle(self) -> bool:
+        """Whether nothing is left that time alone would bring on."""
+        tally = self.glances[-1].tally()
+        return not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or self.reader._rows(_ARMED))
 
     def rate(self, queue: str | None = None) -> float:
         """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
@@ -7160,31 +7148,33 @@ class _Film:
         left = _fit(f"durable  {_plain(self.file)}", max(9, screen.size[0] - len(spark + right) - 2))
         return f"{screen.paint(left, 'bold')} {screen.paint(spark, Status.DONE)} {right}"
 
-    def queue(self, screen: _Screen, queue: str) -> Iterator[str]:
-        """A queue's bar with its rate, and its counts."""
-        last, tally, rate = self.glances[-1], self.glances[-1].tally(queue), self.rate(queue)
+    def queue(self, screen: _Screen, queue: str) -> str:
+        """A queue's bar with its rate."""
+        tally, rate = self.glances[-1].tally(queue), self.rate(queue)
         left = f"{_span(tally[Status.RUNNABLE] / rate)} left" if rate and tally[Status.RUNNABLE] else ""
-        right = f"{_over(tally) / tally.total():4.0%} {rate:9,.1f}/s  {'paused' if queue in last.paused else left}"
-        yield f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, screen.size[0] - 44))}  {right}"
-        if 2 * len(last.counts) < screen.size[1] - 12:  # else the bars alone, to leave room for the rest
-            counts = [screen.paint(f"{tally[status]:,} {status}", status) for status in _BLOCKS if tally[status]]
-            yield " " * 14 + "  ".join(counts)
+        note = "paused" if queue in self.reader.paused() else left
+        right = f"{_over(tally) / tally.total():4.0%} {rate:9,.1f}/s  {note}"
+        return f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, screen.size[0] - 44))}  {right}"
 
     def frame(self, screen: _Screen) -> list[str]:
         """All that a terminal of this size can show."""
-        last, frame = self.glances[-1], [self.title(screen), ""]
-        for queue in last.counts:
-            frame += self.queue(screen, queue)
+        last, lines, frame = self.glances[-1], screen.size[1], [self.title(screen), ""]
+        for queue, tally in last.counts.items():
+            frame.append(self.queue(screen, queue))
+            if 2 * len(last.counts) < lines - 12:  # else the bars alone, to leave room for the rest
+                counts = [screen.paint(f"{tally[it]:,} {it}", it) for it in _BLOCKS if tally.get(it)]
+                frame.append(" " * 14 + "  ".join(counts))
         failed = [(it.id, it.fsm, it.step, _distance(it.updated_at), it.last_error) for it in last.failures]
-        waits = [(count, what, first and _distance(_instant(first))) for count, what, first in last.waits]
+        waits = self.reader._rows(_WAITS, (int(last.now.timestamp() * 1000),))
+        waiting = [(count, what, first and _distance(_instant(first))) for count, what, first in waits]
         for table in (
             screen.table(("failed", "fsm", "step", "when", "why"), failed),
-            screen.table(("waiting", "for", "first"), waits),
-            _workers(screen, last.workers),
+            screen.table(("waiting", "for", "first"), waiting),
+            _workers(screen, self.reader.workers()),
         ):
             head, *rows = table
             frame += ["", head, *rows] if rows else []
-        return frame[: screen.size[1] - 1]
+        return frame[: lines - 1]
 
     def news(self) -> Iterator[str]:
         """What a pipe is told: the counts if they have changed, and the failures not told before."""
@@ -7210,19 +7200,19 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
 
     In a pipe: a line for each change of the counts and each failure.
     """
-    screen, film = _Screen.of_stdout(), _Film(options.file)
+    screen, film = _Screen.of_stdout(), _Film(reader, options.file)
     with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
         if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
             screen.write("\x1b[?1049h\x1b[?25l")
             at_end.callback(screen.write, "\x1b[?25h\x1b[?1049l")
         while True:
             begun = time.monotonic()
-            film.glances.append(_Glance.take(reader, _now()))
+            film.look()
             if screen.live:  # over the frame before, line by line: nothing flickers
                 screen.write("\x1b[H", *(f"{line}\x1b[K\n" for line in film.frame(screen)), "\x1b[J")
             else:
                 screen.print(*film.news())
-            if options.until_idle and film.glances[-1].is_idle():
+            if options.until_idle and film.is_idle():
                 break
             # To count a large file takes time: a tenth of this process's, at most.
             time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
@@ -7420,19 +7410,10 @@ durable watch shop.db                     what goes on
 durable show shop.db order:42             one instance, and what helps it"""
 
 
-def _version() -> str:
-    """The version of the installed distribution; a copied module is of none."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("durable-fsm")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _parser() -> argparse.ArgumentParser:
     """The command line as `_VERBS` has it."""
     import argparse
+    import importlib.metadata
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
@@ -7441,14 +7422,22 @@ def _parser() -> argparse.ArgumentParser:
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="durable", description=_OVERVIEW, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"durable {_version()}")
+    installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
+    version = installed[0] if installed else "(not installed)"  # a copied module is of no distribution
+    parser.add_argument("--version", action="version", version=f"durable {version}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, verb in _VERBS.items():
-        about = "\n".join([inspect.cleandoc(verb.run.__doc__ or ""), "", *verb.examples])
-        line = about.partition("\n")[0]
-        command = verbs.add_parser(name, help=line, description=about, formatter_class=raw, allow_abbrev=False)
+        about = inspect.cleandoc(verb.run.__doc__ or "")
+        examples = "\n".join(it for it in verb.about if isinstance(it, str))
+        command = verbs.add_parser(
+            name,
+            help=about.partition("\n")[0],
+            description=f"{about}\n\n{examples}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
         command.set_defaults(verb=verb)
-        for names, how in verb.arguments:
+        for names, how in (it for it in verb.about if not isinstance(it, str)):
             command.add_argument(*names, **how)
     return parser
 
