@@ -6391,9 +6391,8 @@ def _jsonable(value: object) -> object:
 
 @attrs.frozen
 class _Screen:
-    """Where a verb writes, and what can be shown there."""
+    """What can be shown where a verb writes."""
 
-    stream: typing.TextIO
     live: bool  # a terminal that moves its cursor when told to
     colour: bool
     blocks: bool  # the encoding has block characters
@@ -6409,7 +6408,7 @@ class _Screen:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a letter that can't be shown is no reason to show nothing
         blocks = str(sys.stdout.encoding).lower().startswith("utf")
-        return cls(sys.stdout, live, live and not os.environ.get("NO_COLOR"), blocks)
+        return cls(live, live and not os.environ.get("NO_COLOR"), blocks)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -6419,20 +6418,12 @@ class _Screen:
         columns, lines = shutil.get_terminal_size()
         return (columns, lines) if self.live else (1_000_000, 1_000_000)
 
-    def write(self, *texts: str) -> None:
-        """Write `texts` and let them be seen."""
-        self.stream.write("".join(texts))
-        self.stream.flush()
-
-    def print(self, *lines: str) -> None:
-        self.write(*(f"{line}\n" for line in lines))
-
-    def print_json(self, value: object, indent: int | None = None) -> None:
-        self.print(json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks))
+    def json(self, value: object, indent: int | None = None) -> str:
+        return json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks)
 
     def answer(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
-        """Write `value` for a program, or the `lines` that tell it to people."""
-        self.print_json(value, indent=2) if as_json else self.print(*lines)
+        """Print `value` for a program, or the `lines` that tell it to people."""
+        print(self.json(value, indent=2) if as_json else "\n".join(lines), flush=True)
 
     def paint(self, text: str, style: str) -> str:
         """`text` in the colour of a status, bold or dim, if there are colours."""
@@ -6964,7 +6955,7 @@ def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
     if it.status is not Status.DONE:
         stands = f"failed: {it.last_error}" if it.status is Status.FAILED else f"is still {it.status}"
         raise DurableError(f"#{it.id} {stands}")
-    _Screen.of_stdout().print_json(it.result)
+    print(_Screen.of_stdout().json(it.result))
 
 
 @_verb("durable check shop.db", _JSON, opens=_look)
@@ -7203,21 +7194,21 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
     screen, film = _Screen.of_stdout(), _Film(reader, options.file)
     with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
         if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
-            screen.write("\x1b[?1049h\x1b[?25l")
-            at_end.callback(screen.write, "\x1b[?25h\x1b[?1049l")
+            print("\x1b[?1049h\x1b[?25l", end="")
+            at_end.callback(print, "\x1b[?25h\x1b[?1049l", end="", flush=True)
         while True:
             begun = time.monotonic()
             film.look()
             if screen.live:  # over the frame before, line by line: nothing flickers
-                screen.write("\x1b[H", *(f"{line}\x1b[K\n" for line in film.frame(screen)), "\x1b[J")
+                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in film.frame(screen)), end="\x1b[J", flush=True)
             else:
-                screen.print(*film.news())
+                print(end="".join(f"{line}\n" for line in film.news()), flush=True)
             if options.until_idle and film.is_idle():
                 break
             # To count a large file takes time: a tenth of this process's, at most.
             time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
     if screen.live:
-        screen.print(*film.frame(screen))
+        print("\n".join(film.frame(screen)))
 
 
 # ---- demo: real files, a real kill
@@ -7311,23 +7302,21 @@ class _Demo:
         pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
         state = {"paths": self.files, "log": str(self.home / "runs.log"), "pause": pause}
         with _client(self.home / "demo.db", may_create=True) as engine:
-            survey = engine.insert(_define_demo(), state=state)
+            id_ = engine.insert(_define_demo(), state=state)
         self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
         with _look(self.home / "demo.db") as reader:
             with self.worker() as doomed:
                 self.watch(reader, doomed, lambda done: done >= len(self.files) // 2)
                 doomed.kill()
-                doomed.wait()
-            done = _over(reader.counts()["files"])
+            done, killed_at = _over(reader.counts()["files"]), self.samples[-1][0]
             self.tell(f"process {doomed.pid} is killed after {done:,} files, with others in its hands")
-            killed_at = self.samples[-1][0]
             with self.worker() as heir:
-                self.watch(reader, heir, lambda _: reader.get(survey).status in _TERMINAL)
-            return self.compare(reader.get(survey), killed_at)
+                self.watch(reader, heir, lambda _: reader.get(id_).status in _TERMINAL)
+            return self.compare(reader.get(id_), killed_at)
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A process that runs the queues until it is told to end, or killed."""
+        """A process that runs the queues until it is told to end, or killed; in the end it is gone."""
         import subprocess
 
         command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home / "demo.db"))
@@ -7345,14 +7334,14 @@ class _Demo:
                 return
             if self.screen.live:
                 bar = self.screen.bar(tally or {Status.RUNNABLE: 1}, max(9, self.screen.size[0] - 36))
-                self.screen.write(f"\r{' ' * 11}{bar}  {done:,} of {len(self.files):,}\x1b[K")
+                print(f"\r{' ' * 11}{bar}  {done:,} of {len(self.files):,}\x1b[K", end="", flush=True)
             time.sleep(0.02)
         raise DurableError(f"the worker process ended early, with status {process.returncode}")
 
     def tell(self, text: str) -> None:
         """A line of the timeline, over the bar."""
         clear = "\r\x1b[K" if self.screen.live else ""
-        self.screen.print(f"{clear}{time.perf_counter() - self.begun:7.2f} s  {_plain(text)}")
+        print(f"{clear}{time.perf_counter() - self.begun:7.2f} s  {_plain(text)}", flush=True)
 
     def compare(self, survey: Instance, killed_at: float) -> int:
         """The machine's sum against that of a plain loop, and what the kill cost."""
@@ -7362,7 +7351,7 @@ class _Demo:
         self.tell(f"a plain loop: {plain['bytes']:,} bytes, sha256 {plain['sha256'][:16]}…")
         same = survey.result == plain
         self.tell("the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}")
-        self.screen.print("", *self.chart(killed_at))
+        print("", *self.chart(killed_at), sep="\n")
         return 0 if same else 1
 
     def chart(self, killed_at: float) -> Iterator[str]:
@@ -7416,12 +7405,14 @@ def _parser() -> argparse.ArgumentParser:
     import importlib.metadata
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
         def error(self, message: str) -> typing.NoReturn:
             """Leave it to `main` to say it, in one line."""
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="durable", description=_OVERVIEW, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(prog="durable", description=_OVERVIEW)
     installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
     version = installed[0] if installed else "(not installed)"  # a copied module is of no distribution
     parser.add_argument("--version", action="version", version=f"durable {version}")
@@ -7429,13 +7420,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in _VERBS.items():
         about = inspect.cleandoc(verb.run.__doc__ or "")
         examples = "\n".join(it for it in verb.about if isinstance(it, str))
-        command = verbs.add_parser(
-            name,
-            help=about.partition("\n")[0],
-            description=f"{about}\n\n{examples}",
-            formatter_class=raw,
-            allow_abbrev=False,
-        )
+        command = verbs.add_parser(name, help=about.partition("\n")[0], description=f"{about}\n\n{examples}")
         command.set_defaults(verb=verb)
         for names, how in (it for it in verb.about if not isinstance(it, str)):
             command.add_argument(*names, **how)
@@ -7447,8 +7432,9 @@ def _obey(argv: Sequence[str] | None) -> int:
         options = _parser().parse_args(argv)
     except SystemExit:  # --help and --version have said it all
         return 0
-    verb: _Verb = options.verb
-    return verb(options)
+    status: int = options.verb(options)
+    sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

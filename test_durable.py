@@ -12300,7 +12300,7 @@ def test_lengths_of_time_read_well(seconds: float, text: str) -> None:
 @given(st.dictionaries(st.sampled_from(Status), st.integers(0, 10**9)), st.integers(9, 200))
 def test_a_bar_has_its_width_and_shows_every_status(tally: dict[str, int], width: int) -> None:
     """However small its share, a status that is there is seen; the bar is as wide as asked for."""
-    screen = durable._Screen(io.StringIO(), live=False, colour=False, blocks=True)
+    screen = durable._Screen(live=False, colour=False, blocks=True)
     bar = screen.bar(tally, width)
     assert len(bar) == width
     assert {durable._BLOCKS[Status(status)][0] for status, count in tally.items() if count} <= set(bar)
