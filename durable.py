@@ -6838,11 +6838,11 @@ class _Case:
     file: pathlib.Path
     it: Instance
 
-    def verb(self, *words: object) -> str:
+    def verb(self, name: str, *words: object) -> str:
         """A command on the file, to be copied into a shell."""
         import shlex
 
-        return shlex.join(["durable", str(words[0]), str(self.file), *map(str, words[1:])])
+        return shlex.join(["durable", name, str(self.file), *map(str, words)])
 
     def plight(self) -> tuple[str, str]:
         """What the instance waits for; and the verb that helps, if one does."""
@@ -7120,11 +7120,6 @@ class _Film:
         failures = [self.reader.get(id_) for (id_,) in self.reader._rows(_LATEST_FAILURES)]
         self.glances.append(_Glance(_now(), self.reader.counts(), failures))
 
-    def is_idle(self) -> bool:
-        """Whether nothing is left that time alone would bring on."""
-        tally = self.glances[-1].tally()
-        return not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or self.reader._rows(_ARMED))
-
     def rate(self, queue: str | None = None) -> float:
         """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
         first, last = self.glances[0], self.glances[-1]
@@ -7203,8 +7198,9 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
                 print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in film.frame(screen)), end="\x1b[J", flush=True)
             else:
                 print(end="".join(f"{line}\n" for line in film.news()), flush=True)
-            if options.until_idle and film.is_idle():
-                break
+            tally = film.glances[-1].tally()
+            if options.until_idle and not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or reader._rows(_ARMED)):
+                break  # nothing is left that time alone would bring on
             # To count a large file takes time: a tenth of this process's, at most.
             time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
     if screen.live:
@@ -7241,9 +7237,9 @@ def _sum_up(prints: Iterable[dict[str, Any]]) -> dict[str, Any]:
     import hashlib
 
     found = list(prints)
-    digests = "".join(sorted(one["sha256"] for one in found))
-    sha256 = hashlib.sha256(digests.encode()).hexdigest()
-    return {"files": len(found), "bytes": sum(one["bytes"] for one in found), "sha256": sha256}
+    digests = "".join(sorted(one["sha256"] for one in found)).encode()
+    total = sum(one["bytes"] for one in found)
+    return {"files": len(found), "bytes": total, "sha256": hashlib.sha256(digests).hexdigest()}
 
 
 def _define_demo() -> type[FSM]:
@@ -7263,8 +7259,7 @@ def _define_demo() -> type[FSM]:
 
         @step
         def start(self, ctx: Context[Any]) -> ScheduleChildren:
-            shared = {"log": ctx.state["log"], "pause": ctx.state["pause"]}
-            children = [Insert(Fingerprint, state={"path": path, **shared}) for path in ctx.state["paths"]]
+            children = [Insert(Fingerprint, state={"path": path, **ctx.state["run"]}) for path in ctx.state["paths"]]
             return ScheduleChildren(children, then="join", state={})
 
         @step
@@ -7300,7 +7295,7 @@ class _Demo:
         """Everything, and the exit status."""
         few = len(self.files) < 500  # then each takes its time, so that there is something to kill
         pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
-        state = {"paths": self.files, "log": str(self.home / "runs.log"), "pause": pause}
+        state = {"paths": self.files, "run": {"log": str(self.home / "runs.log"), "pause": pause}}
         with _client(self.home / "demo.db", may_create=True) as engine:
             id_ = engine.insert(_define_demo(), state=state)
         self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
