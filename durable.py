@@ -6842,7 +6842,8 @@ class _Case:
         """A command on the file, to be copied into a shell."""
         import shlex
 
-        return shlex.join(["durable", name, str(self.file), *map(str, words)])
+        file = ["MODULE", "--database", self.file] if name == "run" else [self.file]
+        return shlex.join(map(str, ["durable", name, *file, *words]))
 
     def plight(self) -> tuple[str, str]:
         """What the instance waits for; and the verb that helps, if one does."""
@@ -6875,7 +6876,7 @@ class _Case:
         if it.eligible_at > _now():
             return f"its time, {_moment(it.eligible_at)}", ""
         if not any(it.queue in worker.queues for worker in self.reader.workers()):
-            return f"an engine that runs the queue {it.queue}", f"durable run MODULE --database {self.file}"
+            return f"an engine that runs the queue {it.queue}", self.verb("run")
         return "a free place, or an engine that knows its class", self.verb("workers")
 
     def who_runs_it(self) -> tuple[str, str]:
@@ -6887,7 +6888,7 @@ class _Case:
                 if self.reader.is_cancelled(self.it.id):
                     return f"{where}; it has been asked to end", self.verb("workers")
                 return where, self.verb("cancel", self.it.id)
-        return "an engine to take it from a worker that is gone", f"durable run MODULE --database {self.file}"
+        return "an engine to take it from a worker that is gone", self.verb("run")
 
     def facts(self) -> Iterator[tuple[str, object]]:
         """The story, a line each."""
@@ -7203,7 +7204,7 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
                 break  # nothing is left that time alone would bring on
             # To count a large file takes time: a tenth of this process's, at most.
             time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
-    if screen.live:
+    if screen.live and film.glances:
         print("\n".join(film.frame(screen)))
 
 
