@@ -6688,7 +6688,6 @@ def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engin
         type=_queue_argument,
         nargs="+",
         action="extend",
-        default=[],
         metavar="NAME=N",
         help="run N steps of queue NAME at once; others not at all",
     ),
@@ -6706,7 +6705,7 @@ def _cli_run(options: argparse.Namespace) -> None:
     def leave(number: int, _frame: object) -> None:
         os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
 
-    engine = _engine_for(options, dict(options.queue))
+    engine = _engine_for(options, dict(options.queue or ()))
     signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
     signal.signal(signal.SIGTERM, leave)
     if sys.platform == "win32":
@@ -7423,29 +7422,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _obey(argv: Sequence[str] | None) -> int:
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit:  # --help and --version have said it all
-        return 0
-    status: int = options.verb(options)
-    sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
-    return status
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `durable ARGV…` and return its exit status; `durable --help` has the verbs."""
     try:
-        return _obey(argv)
-    except _UsageError as error:
-        _complain(error)
-        return 2
+        try:
+            options = _parser().parse_args(argv)
+        except SystemExit:  # --help and --version have said it all
+            status = 0
+        else:
+            status = options.verb(options)
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
+        return status
     except BrokenPipeError:  # who read has seen enough; at exit Python would write the rest again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
+    except (_UsageError, DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
         _complain(error)
-        return 1
+        return 2 if isinstance(error, _UsageError) else 1
     except KeyboardInterrupt:
         return 130
 
