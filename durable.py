@@ -6435,7 +6435,8 @@ class _Screen:
 
         cells = [[_plain(cell) for cell in row] for row in rows]
         widths = [max(map(text_width, column)) for column in zip(head, *cells, strict=True)]
-        while sum(widths) + 2 * (len(widths) - 1) > self.size[0] and max(widths) > 4:
+        room = self.size[0] - 2 * (len(widths) - 1)
+        while sum(widths) > room and max(widths) > 4:
             widths[widths.index(max(widths))] -= 1
         yield self.paint("  ".join(map(_fit, head, widths)).rstrip(), "bold")
         for row, texts in zip(rows, cells, strict=True):
