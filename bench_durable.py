@@ -638,20 +638,19 @@ def waiting(bench: Bench) -> Iterator[Figure]:
 Backlog = Callable[[Engine, int], object]
 
 
+def urgent(engine: Engine, rows: int, **options: Any) -> None:
+    """Rows that go before all others, if they can."""
+    engine.insert_all(noops(rows, priority=-1, **options))
+
+
 def held(engine: Engine, rows: int) -> None:
     """Rows whose key somebody holds."""
     engine.insert(Hold, concurrency_key="account:1")
-    engine.insert_all(noops(rows, priority=-1, concurrency_key="account:1"))
+    urgent(engine, rows, concurrency_key="account:1")
 
 
-def throttled(engine: Engine, rows: int) -> None:
-    """Rows whose bucket is empty, once the first of them has had its one token."""
-    engine.insert_all(noops(rows, priority=-1, rate_limit="slow"))
-
-
-def dated(engine: Engine, rows: int) -> None:
-    """Rows that are more urgent, but not before tomorrow."""
-    engine.insert_all(noops(rows, priority=-1, schedule_in=86_400))
+throttled = partial(urgent, rate_limit="slow")  # their bucket is empty, once the first has had its one token
+dated = partial(urgent, schedule_in=86_400)
 
 
 def finished(engine: Engine, rows: int) -> None:
@@ -691,13 +690,7 @@ def limits(bench: Bench) -> Iterator[Figure]:
 
 
 def beside(
-    bench: Bench,
-    what: str,
-    unit: str,
-    sample: Callable[[Engine], float],
-    full: Engine,
-    empty: Engine,
-    at_least: float,
+    bench: Bench, what: str, unit: str, sample: Callable[[Engine], float], full: Engine, empty: Engine, at_least: float
 ) -> Figure:
     """The same on both files, in turns."""
     return bench.take_turns(what, unit, lambda: sample(full), lambda: sample(empty), at_least=at_least)
@@ -783,11 +776,7 @@ def two_workers(bench: Bench, what: str, work: Sequence[Insert], **bar: float) -
 
 def pace_of_workers(bench: Bench, work: Sequence[Insert], count: int) -> float:
     """Jobs a second of so many processes."""
-    with (
-        bench.file() as path,
-        Engine(path, queues={}, poll_interval=0.002) as engine,
-        workers(engine, path, count),
-    ):
+    with bench.file() as path, Engine(path, queues={}, poll_interval=0.002) as engine, workers(engine, path, count):
         return pace(engine, work, tail=10 * count)
 
 
@@ -847,15 +836,16 @@ def child_spin() -> None:
     print(seconds(lambda: spin(10_000_000)))
 
 
-CHILDREN: dict[str, Callable[..., None]] = {
-    "memory": child_memory,
-    "spin": child_spin,
-    "worker": child_worker,
-}
+CHILDREN: dict[str, Callable[..., None]] = {"memory": child_memory, "spin": child_spin, "worker": child_worker}
 
 # ---------------------------------------------------------------- peers
 
 Paces = tuple[float, float]  # rows inserted a second, one by one, and jobs worked off a second
+
+
+def one_by_one(put: Callable[[], object], work: Callable[[], object], jobs: int) -> Paces:
+    """Insert so many with `put`, then work them off, one each time."""
+    return jobs / seconds(lambda: repeat(put, jobs)), jobs / seconds(lambda: repeat(work, jobs))
 
 
 def durable_paces(module: Any, path: Path, jobs: int, synchronous: str) -> Paces:
@@ -882,17 +872,13 @@ def litequeue_paces(litequeue: Any, path: Path, jobs: int, synchronous: str) -> 
     queue = litequeue.LiteQueue(path)
     with contextlib.closing(queue.conn):
         queue.conn.execute(f"PRAGMA synchronous = {synchronous}")
-        insert_s = seconds(lambda: repeat(lambda: queue.put("{}"), jobs))
-        work_s = seconds(lambda: repeat(lambda: queue.done(queue.pop().message_id), jobs))
-    return jobs / insert_s, jobs / work_s
+        return one_by_one(lambda: queue.put("{}"), lambda: queue.done(queue.pop().message_id), jobs)
 
 
 def persistqueue_paces(persistqueue: Any, path: Path, jobs: int) -> Paces:
     """One thread that gets an item and acknowledges it."""
     with contextlib.closing(persistqueue.SQLiteAckQueue(str(path.parent))) as queue:
-        insert_s = seconds(lambda: repeat(lambda: queue.put(ARGS), jobs))
-        work_s = seconds(lambda: repeat(lambda: queue.ack(queue.get()), jobs))
-    return jobs / insert_s, jobs / work_s
+        return one_by_one(lambda: queue.put(ARGS), lambda: queue.ack(queue.get()), jobs)
 
 
 def dbos_paces(dbos: Any, path: Path, jobs: int) -> Paces:

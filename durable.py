@@ -6765,21 +6765,15 @@ def _fit(text: str, width: int, *, right: bool = False) -> str:
     return padding + text if right else text + padding
 
 
-def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """A width for each column, so that a line fits into `room`: the widest give way first."""
-    from apsw.unicode import text_width
-
-    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
-    return widths
+def _jsonable(value: object) -> object:
+    """What JSON has no form for: an instant, as ISO text, or a record, as an object."""
+    return value.isoformat() if isinstance(value, dt.datetime) else attrs.asdict(cast(Any, value), recurse=False)
 
 
 @attrs.frozen
 class _Screen:
-    """Where a verb writes, and what can be shown there."""
+    """What can be shown where a verb writes."""
 
-    stream: typing.TextIO
     live: bool  # a terminal that moves its cursor when told to
     colour: bool
     blocks: bool  # the encoding has block characters
@@ -6795,7 +6789,7 @@ class _Screen:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a letter that can't be shown is no reason to show nothing
         blocks = str(sys.stdout.encoding).lower().startswith("utf")
-        return cls(sys.stdout, live, live and not os.environ.get("NO_COLOR"), blocks)
+        return cls(live, live and not os.environ.get("NO_COLOR"), blocks)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -6805,35 +6799,33 @@ class _Screen:
         columns, lines = shutil.get_terminal_size()
         return (columns, lines) if self.live else (1_000_000, 1_000_000)
 
-    def write(self, *texts: str) -> None:
-        """Write `texts` and let them be seen."""
-        self.stream.write("".join(texts))
-        self.stream.flush()
+    def json(self, value: object, indent: int | None = None) -> str:
+        return json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks)
 
-    def print(self, *lines: str) -> None:
-        """Write `lines`."""
-        self.write(*(f"{line}\n" for line in lines))
-
-    def print_json(self, value: object, indent: int | None = None) -> None:
-        """Write `value` for programs; instants as ISO text."""
-        self.print(json.dumps(value, indent=indent, default=dt.datetime.isoformat, ensure_ascii=not self.blocks))
+    def answer(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
+        """Print `value` for a program, or the `lines` that tell it to people."""
+        print(self.json(value, indent=2) if as_json else "\n".join(lines), flush=True)
 
     def paint(self, text: str, style: str) -> str:
         """`text` in the colour of a status, bold or dim, if there are colours."""
         return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m" if self.colour else text
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-        """`rows` under `head`: numbers to the right, a status in its colour."""
+        """`rows` under `head`, the widest columns cut to fit: numbers to the right, a status in its colour."""
+        from apsw.unicode import text_width
+
         cells = [[_plain(cell) for cell in row] for row in rows]
-        widths = _widths([head, *cells], self.size[0])
-        right = [all(isinstance(cell, int) for cell in column) for column in zip(*rows, strict=True)]
+        widths = [max(map(text_width, column)) for column in zip(head, *cells, strict=True)]
+        room = self.size[0] - 2 * (len(widths) - 1)
+        while sum(widths) > room and max(widths) > 4:
+            widths[widths.index(max(widths))] -= 1
         yield self.paint("  ".join(map(_fit, head, widths)).rstrip(), "bold")
         for row, texts in zip(rows, cells, strict=True):
-            line = ""
-            for cell, text, width, to_right in zip(row, texts, widths, right, strict=True):
-                text = _fit(text, width, right=to_right)
-                line += (self.paint(text, cell) if isinstance(cell, Status) else text) + "  "
-            yield line.rstrip()
+            line = []
+            for cell, text, width in zip(row, texts, widths, strict=True):
+                text = _fit(text, width, right=isinstance(cell, int))
+                line.append(self.paint(text, cell) if isinstance(cell, Status) else text)
+            yield "  ".join(line).rstrip()
 
     def bar(self, tally: Mapping[str, int], width: int) -> str:
         """The statuses of `tally` as stretches of one bar; the smallest can still be seen."""
@@ -6849,6 +6841,10 @@ class _Screen:
         return "".join(levels[min(7, int(8 * max(0, value) / peak))] for value in values)
 
 
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
 def _span(seconds: float) -> str:
     """A length of time in its largest unit: `40 ms`, `3.2 s`, `12 min`, `5 h`, `9 d`."""
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
@@ -6857,19 +6853,15 @@ def _span(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms"
 
 
-def _distance(instant: dt.datetime, now: dt.datetime) -> str:
-    """How far `instant` is from `now`: `3 min ago`, `in 2 h`."""
-    seconds = (instant - now).total_seconds()
+def _distance(instant: dt.datetime) -> str:
+    """How far off `instant` is: `3 min ago`, `in 2 h`."""
+    seconds = (instant - _now()).total_seconds()
     return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} ago"
 
 
-def _moment(instant: dt.datetime, now: dt.datetime) -> str:
+def _moment(instant: dt.datetime) -> str:
     """`instant` on the reader's own clock, and how far off it is."""
-    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({_distance(instant, now)})"
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
+    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({_distance(instant)})"
 
 
 # ---- what verbs are made of
@@ -6905,25 +6897,18 @@ def _client(path: pathlib.Path, *, may_create: bool = False, **options: Any) -> 
         engine.stop()
 
 
-_Run = Callable[..., int | None]
 _Opener = Callable[[pathlib.Path], contextlib.AbstractContextManager[Any]]
-
-
-@attrs.frozen
-class _Argument:
-    """One argument of a verb, as argparse will be told of it."""
-
-    names: tuple[str, ...]
-    options: dict[str, Any]
+_Run = Callable[..., int | None]
+_Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
 
 
 @attrs.frozen
 class _Verb:
-    """A verb: what it does, what it opens its file with, its arguments."""
+    """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
 
     run: _Run
     opens: _Opener | None
-    arguments: tuple[_Argument, ...]
+    about: tuple[str | _Argument, ...]
 
     def __call__(self, options: argparse.Namespace) -> int:
         if self.opens is None:
@@ -6936,21 +6921,25 @@ _VERBS: dict[str, _Verb] = {}
 
 
 def _argument(*names: str, **options: Any) -> _Argument:
-    return _Argument(names, options)
+    return names, options
 
 
 _FILE = _argument("file", type=pathlib.Path, metavar="FILE", help="the database")
 
 
-def _verb(*arguments: _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
+def _verb(*about: str | _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
     """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status."""
 
     def register(run: _Run) -> _Run:
-        of_file = (_FILE,) if opens else ()
-        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, of_file + arguments)
+        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, (_FILE, *about) if opens else about)
         return run
 
     return register
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of `names` that the command line gives a value."""
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
 
 
 def _json_argument(text: str) -> Any:
@@ -6978,31 +6967,16 @@ def _instant_argument(text: str) -> dt.datetime:
         raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
 
 
-_TARGET_OPTIONS = {
-    "type": _target_argument,
-    "metavar": "TARGET",
-    "help": "an id (all digits) or a correlation key",
-}
-_TARGET = _argument("target", **_TARGET_OPTIONS)
-_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
-_CODE = _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script")
-_DATABASE = _argument(
-    "--database", type=pathlib.Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"
+_TARGET = functools.partial(
+    _argument, type=_target_argument, metavar="TARGET", help="an id (all digits) or a correlation key"
 )
+_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
 _JSON = _argument("--json", action="store_true", help="for programs")
-_LOG_LEVELS = ("debug", "info", "warning", "error")
-_LOG_LEVEL = _argument("--log-level", choices=_LOG_LEVELS, default="info", help="what to log (info)")
 _FILTERS = (
     _argument("--fsm", metavar="NAME", help="only of this class, by its name in the file"),
-    _argument("--queue", metavar="QUEUE", help="only in this queue"),
+    _argument("--queue", help="only in this queue"),
     _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
 )
-
-
-def _given(options: argparse.Namespace, arguments: Iterable[_Argument]) -> dict[str, Any]:
-    """Those of `arguments` that the command line has, under the names that the engine's methods give them."""
-    names = [argument.options.get("dest") or argument.names[0].strip("-") for argument in arguments]
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 # ---- run, drain, insert: with the user's code
@@ -7012,9 +6986,9 @@ def _load_script(path: pathlib.Path) -> types.ModuleType:
     """The script under its stem, so that its classes have the names that `python SCRIPT` gives them."""
     path = path.resolve(strict=True)
     known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path):
+    if known and getattr(known, "__file__", None) == str(path):
         return known
-    if known is not None or path.stem in sys.stdlib_module_names:
+    if known or path.stem in sys.stdlib_module_names:
         raise DurableError(f"another module is called {path.stem!r}; the script needs a name of its own")
     sys.path.insert(0, str(path.parent))
     module = sys.modules[path.stem] = types.ModuleType(path.stem)
@@ -7025,14 +6999,6 @@ def _load_script(path: pathlib.Path) -> types.ModuleType:
         del sys.modules[path.stem]
         raise
     return module
-
-
-def _load_module(name: str) -> types.ModuleType:
-    """The module, found from the current directory as `python -m` finds it."""
-    import importlib
-
-    sys.path.insert(0, os.getcwd())
-    return importlib.import_module(name)
 
 
 def _blame(error: BaseException) -> str:
@@ -7048,12 +7014,17 @@ def _blame(error: BaseException) -> str:
 
 def _load(target: str) -> tuple[types.ModuleType, Any]:
     """The module that `target` means, and what it calls the name behind the colon; None without one."""
+    import importlib
+
     name, _, attribute = target.rpartition(":")
     if not name or not attribute.replace(".", "_").isidentifier():  # no colon, or that of `C:\jobs.py`
         name, attribute = target, ""
     try:
-        is_script = name.endswith(".py") or pathlib.Path(name).is_file()
-        module = _load_script(pathlib.Path(name)) if is_script else _load_module(name)
+        if name.endswith(".py") or pathlib.Path(name).is_file():
+            module = _load_script(pathlib.Path(name))
+        else:
+            sys.path.insert(0, os.getcwd())  # as `python -m` does
+            module = importlib.import_module(name)
         return module, operator.attrgetter(attribute)(module) if attribute else None
     except DurableError:
         raise
@@ -7061,49 +7032,44 @@ def _load(target: str) -> tuple[types.ModuleType, Any]:
         raise DurableError(f"{target} cannot be loaded: {_blame(error)}") from error
 
 
+_CODE = (
+    _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script"),
+    _argument("--database", type=pathlib.Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"),
+)
+_LEVELS = ("debug", "info", "warning", "error")
+_LOG_LEVEL = _argument("--log-level", choices=_LEVELS, default="info", help="what to log (info)")
+
+
 def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engine:
-    """The engine that the command line means: TARGET's own, or a new one on --database."""
+    """The engine that the command line means: TARGET's own, or a new one on --database. Now it logs, too."""
     if queues and not options.database:
         raise _UsageError("the queues of TARGET's own engine are its own: --queue goes with --database")
     module, engine = _load(options.target)
     if options.database and engine is None:
         if not _registry:
             raise DurableError(f"{options.target} defines no machine and no job")
-        return Engine(options.database, queues=queues or {spec.queue: 10 for spec in _registry.values()})
-    engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
-    if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
-        raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
-    return engines[0]
-
-
-def _log_to_stderr(level: str) -> None:
-    """Log for a person at a terminal, unless the user's code has set up logging of its own."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%X")
-
-
-def _serve(engine: Engine) -> None:
-    """Run `engine` until a signal asks for a drain. A second one leaves at once, as a crash would."""
-    import signal
-
-    def leave(number: int, _frame: object) -> None:
-        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
-
-    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
-    signal.signal(signal.SIGTERM, leave)
-    if sys.platform == "win32":
-        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
-    engine.run()
+        engine = Engine(options.database, queues=queues or {spec.queue: 10 for spec in _registry.values()})
+    else:
+        engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
+        if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
+            raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
+        engine = engines[0]
+    # For a person at a terminal, unless the user's code has set up logging of its own.
+    form = "%(asctime)s %(levelname)-7s %(message)s"
+    logging.basicConfig(level=options.log_level.upper(), format=form, datefmt="%X")
+    return engine
 
 
 @_verb(
-    _CODE,
-    _DATABASE,
+    "durable run jobs.py",
+    "durable run shop.worker:engine",
+    "durable run jobs.py --database shop.db --queue default=10 checkout=5",
+    *_CODE,
     _argument(
         "--queue",
         type=_queue_argument,
         nargs="+",
         action="extend",
-        default=[],
         metavar="NAME=N",
         help="run N steps of queue NAME at once; others not at all",
     ),
@@ -7115,20 +7081,24 @@ def _cli_run(options: argparse.Namespace) -> None:
     TARGET's own engine, or a new one on --database with all classes of TARGET, in their own queues unless
     --queue says which, and how many steps of each at once. Several may run on one file. The first signal
     asks for a drain: what runs may end, nothing new begins. The second leaves at once.
-
-    durable run jobs.py
-    durable run shop.worker:engine
-    durable run jobs.py --database shop.db --queue default=10 checkout=5
     """
-    engine = _engine_for(options, dict(options.queue))
-    _log_to_stderr(options.log_level)
-    _serve(engine)
+    import signal
+
+    def leave(number: int, _frame: object) -> None:
+        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
+
+    engine = _engine_for(options, dict(options.queue or ()))
+    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
+    signal.signal(signal.SIGTERM, leave)
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
+    engine.run()
 
 
 @_verb(
-    _CODE,
-    _DATABASE,
-    _argument("--queue", metavar="QUEUE", help="only this queue"),
+    "durable drain jobs.py --database shop.db",
+    *_CODE,
+    _argument("--queue", help="only this queue"),
     _argument("--with-scheduled", action="store_true", help="also what is scheduled for later"),
     _LOG_LEVEL,
 )
@@ -7136,11 +7106,8 @@ def _cli_drain(options: argparse.Namespace) -> int:
     """Run what is due in this process, print the tally, end.
 
     Exit status 1 if an instance failed.
-
-    durable drain jobs.py --database shop.db
     """
     engine = _engine_for(options, {})
-    _log_to_stderr(options.log_level)
     try:
         tally = engine.drain(queue=options.queue, with_scheduled=options.with_scheduled, max_steps=sys.maxsize)
     finally:
@@ -7149,129 +7116,95 @@ def _cli_drain(options: argparse.Namespace) -> int:
     return 1 if tally["stop"] else 0
 
 
-_INSERT_OPTIONS = (
+@_verb(
+    """durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'""",
+    """durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60""",
+    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
+    _argument("--database", type=pathlib.Path, metavar="FILE", required=True, help="made if it is missing"),
     _argument("--state", "--args", type=_json_argument, metavar="JSON", help="its state, a job's arguments"),
     _argument("--key", dest="correlation_key", metavar="KEY", help="a business key, unique among the live"),
     _argument("--in", dest="schedule_in", type=float, metavar="SECONDS", help="not before"),
     _argument("--at", dest="schedule_at", type=_instant_argument, metavar="INSTANT", help="not before"),
-    _argument("--queue", metavar="QUEUE", help="another queue than its class's"),
+    _argument("--queue", help="another queue than its class's"),
     _argument("--priority", type=int, metavar="N", help="lower goes first (0)"),
-    _argument("--step", metavar="STEP", help="another first step"),
-    _argument("--concurrency-key", dest="concurrency_key", metavar="KEY", help="what it shares its turns with"),
-    _argument("--rate-limit", dest="rate_limit", metavar="NAME", help="the bucket that pays for it"),
+    _argument("--step", help="another first step"),
+    _argument("--concurrency-key", metavar="KEY", help="what it shares its turns with"),
+    _argument("--rate-limit", metavar="NAME", help="the bucket that pays for it"),
     _argument("--weight", type=int, metavar="N", help="how many tokens it costs (1)"),
-    _argument("--max-attempts", dest="max_attempts", type=int, metavar="N", help="of a job (20)"),
-)
-
-
-@_verb(
-    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
-    _argument("--database", type=pathlib.Path, metavar="FILE", required=True, help="made if it is missing"),
-    *_INSERT_OPTIONS,
+    _argument("--max-attempts", type=int, metavar="N", help="of a job (20)"),
 )
 def _cli_insert(options: argparse.Namespace) -> None:
-    """Insert an instance and print its id.
-
-    durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'
-    durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60
-    """
+    """Insert an instance and print its id."""
     if ":" not in options.target:
         raise _UsageError(f"not TARGET:CLASS: {options.target!r}")
     _, fsm = _load(options.target)
     with _client(options.database, may_create=True) as engine:
-        print(engine.insert(fsm, **_given(options, _INSERT_OPTIONS)))
+        print(engine.insert(fsm, **_given(options, attrs.fields_dict(Insert))))
 
 
 # ---- list, counts, workers, show, wait, check: looking, with a file that is only read
 
 
-def _remark(it: Instance, now: dt.datetime) -> str:
+def _remark(it: Instance) -> str:
     """What one asks next about an instance: its error, what it waits for, what came of it."""
-    error = it.last_error or ""
     match it.status:
         case Status.DONE:
             return "" if it.result is None else json.dumps(it.result, ensure_ascii=False)
         case Status.AWAITING_SIGNAL:
-            end = f", {_distance(it.await_deadline, now)}" if it.await_deadline else ""
-            return " ".join(it.awaits) + end
+            return " ".join(it.awaits) + (f", {_distance(it.await_deadline)}" if it.await_deadline else "")
         case Status.RUNNABLE if it.parked_on:
             return f"parked on {it.parked_on}"
-        case Status.RUNNABLE if it.eligible_at > now:
-            return f"due {_distance(it.eligible_at, now)}  {error}"
-    return error
+        case Status.RUNNABLE if it.eligible_at > _now():
+            return f"due {_distance(it.eligible_at)}  {it.last_error or ''}"
+    return it.last_error or ""
 
 
-_LISTED = operator.attrgetter("id", "fsm", "step", "status", "queue", "correlation_key")
-
-
-def _instances(screen: _Screen, found: Iterable[Instance], now: dt.datetime) -> Iterator[str]:
-    rows = [(*_LISTED(it), _distance(it.updated_at, now), _remark(it, now)) for it in found]
+def _instances(screen: _Screen, found: Iterable[Instance]) -> Iterator[str]:
+    rows = [
+        (it.id, it.fsm, it.step, it.status, it.queue, it.correlation_key, _distance(it.updated_at), _remark(it))
+        for it in found
+    ]
     return screen.table(("id", "fsm", "step", "status", "queue", "key", "changed", "remark"), rows)
 
 
-def _workers(screen: _Screen, found: Iterable[Worker], now: dt.datetime) -> Iterator[str]:
+def _workers(screen: _Screen, found: Iterable[Worker]) -> Iterator[str]:
     rows = []
     for it in found:
         queues = " ".join(f"{queue}={width}" for queue, width in it.queues.items())
-        times = (_distance(it.started_at, now), _distance(it.heartbeat_at, now))
-        rows.append((it.name, it.host, it.pid, queues, *times, it.id))
+        rows.append((it.name, it.host, it.pid, queues, _distance(it.started_at), _distance(it.heartbeat_at), it.id))
     return screen.table(("worker", "host", "pid", "queues", "started", "heartbeat", "id"), rows)
 
 
-def _records(found: Iterable[Instance | Worker]) -> list[dict[str, Any]]:
-    return [attrs.asdict(record, recurse=False) for record in found]
-
-
-_LIST_FILTERS = (
+@_verb(
+    "durable list shop.db --status failed",
+    "durable list shop.db --fsm jobs.Resize --json",
     *_FILTERS,
     _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
     _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
     _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
-)
-
-
-@_verb(
-    *_LIST_FILTERS,
     _argument("--limit", type=int, default=100, metavar="N", help="so many at most (100)"),
     _JSON,
     opens=_look,
 )
 def _cli_list(reader: _Reader, options: argparse.Namespace) -> None:
-    """List instances, newest first.
-
-    durable list shop.db --status failed
-    durable list shop.db --fsm jobs.Resize --json
-    """
-    found = reader.find(_given(options, _LIST_FILTERS), options.limit)
-    screen = _Screen.of_stdout()
-    if options.json:
-        return screen.print_json(_records(found), indent=2)
-    return screen.print(*_instances(screen, found, _now()))
+    """List instances, newest first."""
+    screen, found = _Screen.of_stdout(), reader.find(_given(options, _FIND_BY), options.limit)
+    screen.answer(found, _instances(screen, found), as_json=options.json)
 
 
-@_verb(_JSON, opens=_look)
+@_verb("durable counts shop.db", _JSON, opens=_look)
 def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
-    """Count the instances of every queue by status.
-
-    durable counts shop.db
-    """
+    """Count the instances of every queue by status."""
     screen, counts = _Screen.of_stdout(), reader.counts()
-    if options.json:
-        return screen.print_json(counts, indent=2)
     rows = [(queue, *(tally.get(status, 0) for status in _BLOCKS)) for queue, tally in counts.items()]
-    return screen.print(*screen.table(("queue", *_BLOCKS), rows))
+    screen.answer(counts, screen.table(("queue", *_BLOCKS), rows), as_json=options.json)
 
 
-@_verb(_JSON, opens=_look)
+@_verb("durable workers shop.db", _JSON, opens=_look)
 def _cli_workers(reader: _Reader, options: argparse.Namespace) -> None:
-    """List the engines that run on FILE.
-
-    durable workers shop.db
-    """
+    """List the engines that run on FILE."""
     screen, found = _Screen.of_stdout(), reader.workers()
-    if options.json:
-        return screen.print_json(_records(found), indent=2)
-    return screen.print(*_workers(screen, found, _now()))
+    screen.answer(found, _workers(screen, found), as_json=options.json)
 
 
 _HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND concurrency_key = ? LIMIT 5"
@@ -7285,13 +7218,13 @@ class _Case:
     reader: _Reader
     file: pathlib.Path
     it: Instance
-    now: dt.datetime
 
-    def verb(self, *words: object) -> str:
+    def verb(self, name: str, *words: object) -> str:
         """A command on the file, to be copied into a shell."""
         import shlex
 
-        return shlex.join(["durable", str(words[0]), str(self.file), *map(str, words[1:])])
+        file = ["MODULE", "--database", self.file] if name == "run" else [self.file]
+        return shlex.join(map(str, ["durable", name, *file, *words]))
 
     def plight(self) -> tuple[str, str]:
         """What the instance waits for; and the verb that helps, if one does."""
@@ -7302,7 +7235,7 @@ class _Case:
             case Status.EXECUTING:
                 return self.who_runs_it()
             case Status.AWAITING_SIGNAL:
-                end = f"until {_moment(it.await_deadline, self.now)}" if it.await_deadline else "without a deadline"
+                end = f"until {_moment(it.await_deadline)}" if it.await_deadline else "without a deadline"
                 return f"the signal {' or '.join(it.awaits)}, {end}", self.verb("signal", it.id, it.awaits[0], "{}")
             case Status.AWAITING_CHILDREN:
                 return "the end of its children", self.verb("list", "--parent", it.id)
@@ -7316,34 +7249,34 @@ class _Case:
         if it.queue in self.reader.paused():
             return f"its queue {it.queue} to be resumed", self.verb("resume", it.queue)
         if it.parked_on == f"key:{it.concurrency_key}":
-            holders = [row[0] for row in self.reader._rows(_HOLDERS, (it.concurrency_key,))]
-            others = f"held by {' '.join(f'#{id_}' for id_ in holders)}" if holders else "free by now"
-            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", *holders[:1]) if holders else ""
+            holders = [id_ for (id_,) in self.reader._rows(_HOLDERS, (it.concurrency_key,))]
+            others = " ".join(["held by", *(f"#{id_}" for id_ in holders)]) if holders else "free by now"
+            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", holders[0]) if holders else ""
         if it.parked_on:
             return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
-        if it.eligible_at > self.now:
-            return f"its time, {_moment(it.eligible_at, self.now)}", ""
+        if it.eligible_at > _now():
+            return f"its time, {_moment(it.eligible_at)}", ""
         if not any(it.queue in worker.queues for worker in self.reader.workers()):
-            return f"an engine that runs the queue {it.queue}", f"durable run MODULE --database {self.file}"
+            return f"an engine that runs the queue {it.queue}", self.verb("run")
         return "a free place, or an engine that knows its class", self.verb("workers")
 
     def who_runs_it(self) -> tuple[str, str]:
         """The worker that has the instance, if it lives."""
         for worker in self.reader.workers():
-            if worker.id == self.it.worker and worker.lease_expires_at > self.now:
-                heard = _distance(worker.heartbeat_at, self.now)
+            if worker.id == self.it.worker and worker.lease_expires_at > _now():
+                heard = _distance(worker.heartbeat_at)
                 where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
                 if self.reader.is_cancelled(self.it.id):
                     return f"{where}; it has been asked to end", self.verb("workers")
                 return where, self.verb("cancel", self.it.id)
-        return "an engine to take it from a worker that is gone", f"durable run MODULE --database {self.file}"
+        return "an engine to take it from a worker that is gone", self.verb("run")
 
     def facts(self) -> Iterator[tuple[str, object]]:
         """The story, a line each."""
         it, (reason, verb) = self.it, self.plight()
         of_how_many = f" of {it.max_attempts}" if it.max_attempts else ""
         yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
-        yield "since", _moment(it.updated_at, self.now)
+        yield "since", _moment(it.updated_at)
         yield "waits for", reason
         yield "try", verb
         yield "crashes", it.crashes
@@ -7352,71 +7285,50 @@ class _Case:
         yield "turns", it.concurrency_key
         yield "pays", it.rate_limit and f"{it.weight} of {it.rate_limit}"
         yield "child of", it.parent_id
-        yield "inserted", _moment(it.inserted_at, self.now)
+        yield "inserted", _moment(it.inserted_at)
         yield "state", json.dumps(it.state, ensure_ascii=False)
         yield "result", it.status is Status.DONE and json.dumps(it.result, ensure_ascii=False)
 
     def tell(self, screen: _Screen) -> Iterator[str]:
-        """All of it: the facts, the last error, the signals, the children."""
-        it = self.it
+        """All of it: the facts, the last error, the signals, and of the children ten, those that failed if any did."""
+        it, mine = self.it, {"parent_id": self.it.id}
         title = screen.paint(_plain(f"{it.fsm} #{it.id}"), "bold")
         yield f"{title}  version {it.version}  {screen.paint(it.status, it.status)}"
-        for label, fact in self.facts():
-            if fact:
-                yield f"  {screen.paint(_fit(label, 9), 'dim')}  {_plain(fact)}"
+        yield from (f"  {screen.paint(_fit(label, 9), 'dim')}  {_plain(fact)}" for label, fact in self.facts() if fact)
         if it.last_error:
             yield from ("", screen.paint("last error", "bold"))
             yield from (screen.paint(f"  {_plain(line)}", Status.FAILED) for line in it.last_error.splitlines())
             yield from (screen.paint(f"  {_plain(line)}", "dim") for line in (it.traceback or "").splitlines())
-        yield from self.tell_signals(screen)
-        yield from self.tell_children(screen)
-
-    def tell_signals(self, screen: _Screen) -> Iterator[str]:
-        """What its inbox holds."""
-        rows = [
-            (signal.id, signal.name, json.dumps(signal.payload), _distance(signal.sent_at, self.now))
-            for signal in self.reader.signals(self.it.id)
-        ]
-        if rows:
+        if signals := self.reader.signals(it.id):
+            rows = [(each.id, each.name, json.dumps(each.payload), _distance(each.sent_at)) for each in signals]
             yield from ("", *screen.table(("signal", "name", "payload", "sent"), rows))
-
-    def tell_children(self, screen: _Screen) -> Iterator[str]:
-        """How many there are of each status, and ten of them: those that failed, if any did."""
-        tally = self.reader._rows(_CHILD_COUNTS, (self.it.id,))
-        if tally:
+        if tally := self.reader._rows(_CHILD_COUNTS, (it.id,)):
             counts = ", ".join(screen.paint(f"{count} {status}", status) for status, count in tally)
             yield from ("", f"{screen.paint('children', 'bold')}  {counts}")
-            mine = {"parent_id": self.it.id}
             failed = self.reader.find(mine | {"status": Status.FAILED}, 10)
-            yield from _instances(screen, failed or self.reader.find(mine, 10), self.now)
+            yield from _instances(screen, failed or self.reader.find(mine, 10))
 
 
-@_verb(_TARGET, _JSON, opens=_look)
+@_verb("durable show shop.db 42", "durable show shop.db order:42", _TARGET("target"), _JSON, opens=_look)
 def _cli_show(reader: _Reader, options: argparse.Namespace) -> None:
     """Tell the story of one instance.
 
     Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
-
-    durable show shop.db 42
-    durable show shop.db order:42
     """
     screen, it = _Screen.of_stdout(), reader.get(options.target)
-    if options.json:
-        return screen.print_json(_records([it])[0], indent=2)
-    return screen.print(*_Case(reader, options.file, it, _now()).tell(screen))
+    screen.answer(it, _Case(reader, options.file, it).tell(screen), as_json=options.json)
 
 
 @_verb(
-    _TARGET,
-    _argument("--timeout", type=float, default=float("inf"), metavar="S", help="give up after S seconds"),
+    "durable wait shop.db order:42 --timeout 60",
+    _TARGET("target"),
+    _argument("--timeout", type=float, default=math.inf, metavar="S", help="give up after S seconds"),
     opens=_look,
 )
 def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
     """Wait until an instance is done and print its result as JSON.
 
     Exit status 1 if it failed, or has not ended after --timeout seconds.
-
-    durable wait shop.db order:42 --timeout 60
     """
     end, it = time.monotonic() + options.timeout, reader.get(options.target)
     while it.status not in _TERMINAL and time.monotonic() < end:
@@ -7425,20 +7337,14 @@ def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
     if it.status is not Status.DONE:
         stands = f"failed: {it.last_error}" if it.status is Status.FAILED else f"is still {it.status}"
         raise DurableError(f"#{it.id} {stands}")
-    _Screen.of_stdout().print_json(it.result)
+    print(_Screen.of_stdout().json(it.result))
 
 
-@_verb(_JSON, opens=_look)
+@_verb("durable check shop.db", _JSON, opens=_look)
 def _cli_check(reader: _Reader, options: argparse.Namespace) -> int:
-    """Audit the file; exit status 1 if it has problems.
-
-    durable check shop.db
-    """
+    """Audit the file; exit status 1 if it has problems."""
     screen, problems = _Screen.of_stdout(), reader.check()
-    if options.json:
-        screen.print_json(problems, indent=2)
-    else:
-        screen.print(*map(_plain, problems or ["sound"]))
+    screen.answer(problems, map(_plain, problems or ["sound"]), as_json=options.json)
     return 1 if problems else 0
 
 
@@ -7464,30 +7370,26 @@ def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -
 
 
 @_verb(
-    _TARGET,
+    """durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7""",
+    _TARGET("target"),
     _argument("name", metavar="NAME", help="the signal's name"),
     _argument("payload", type=_json_argument, nargs="?", metavar="JSON", help="its payload (null)"),
     _argument("--dedup-key", metavar="K", help="send it once, however often this is repeated"),
     opens=_client,
 )
 def _cli_signal(engine: Engine, options: argparse.Namespace) -> None:
-    """Send a signal to a live instance.
-
-    durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7
-    """
+    """Send a signal to a live instance."""
     engine.signal(options.target, options.name, options.payload, dedup_key=options.dedup_key)
 
 
 @_verb(
-    _argument("targets", nargs="+", **_TARGET_OPTIONS),
+    "durable cancel shop.db 42 order:43 --reason 'out of stock'",
+    _TARGET("targets", nargs="+"),
     _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
     opens=_client,
 )
 def _cli_cancel(engine: Engine, options: argparse.Namespace) -> int:
-    """Fail instances; what a running step does is dropped.
-
-    durable cancel shop.db 42 order:43 --reason 'out of stock'
-    """
+    """Fail instances; what a running step does is dropped."""
 
     def cancel(target: int | str) -> None:
         if not engine.cancel(target, options.reason):
@@ -7505,59 +7407,50 @@ def _all_failed(engine: Engine, filters: Mapping[str, Any]) -> list[int]:
 
 
 @_verb(
-    _argument("targets", nargs="*", **_TARGET_OPTIONS),
+    "durable retry shop.db 42",
+    "durable retry shop.db --all --fsm jobs.Resize",
+    _TARGET("targets", nargs="*"),
     _argument("--all", action="store_true", help="whatever failed and passes the filters"),
     *_FILTERS,
     opens=_client,
 )
 def _cli_retry(engine: Engine, options: argparse.Namespace) -> int:
-    """Run failed instances again from the step they failed in.
-
-    durable retry shop.db 42
-    durable retry shop.db --all --fsm jobs.Resize
-    """
+    """Run failed instances again from the step they failed in."""
     if bool(options.targets) == options.all:
         raise _UsageError("retry takes either TARGETs or --all")
-    return _on_each(options.targets or _all_failed(engine, _given(options, _FILTERS)), engine.retry)
+    return _on_each(options.targets or _all_failed(engine, _given(options, _FIND_BY)), engine.retry)
 
 
-@_verb(_QUEUE, opens=_client)
+@_verb("durable pause shop.db checkout", _QUEUE, opens=_client)
 def _cli_pause(engine: Engine, options: argparse.Namespace) -> None:
-    """Let no engine claim from a queue; what runs, ends.
-
-    durable pause shop.db checkout
-    """
+    """Let no engine claim from a queue; what runs, ends."""
     engine.pause(options.queue)
 
 
-@_verb(_QUEUE, opens=_client)
+@_verb("durable resume shop.db checkout", _QUEUE, opens=_client)
 def _cli_resume(engine: Engine, options: argparse.Namespace) -> None:
-    """Let a paused queue run again.
-
-    durable resume shop.db checkout
-    """
+    """Let a paused queue run again."""
     engine.resume(options.queue)
 
 
 @_verb(
+    "durable gc shop.db --retention 3600",
     _FILE,
     _argument("--retention", type=float, default=86_400.0, metavar="S", help="keep the last S seconds (a day)"),
 )
 def _cli_gc(options: argparse.Namespace) -> None:
-    """Delete what ended before the retention and print how many rows that were.
-
-    durable gc shop.db --retention 3600
-    """
+    """Delete what ended before the retention and print how many rows that were."""
     with _client(options.file, retention=options.retention) as engine:
         print(engine.gc())
 
 
-@_verb(_argument("copy", type=pathlib.Path, metavar="COPY", help="the copy; it must not exist"), opens=_client)
+@_verb(
+    "durable snapshot shop.db backup.db",
+    _argument("copy", type=pathlib.Path, metavar="COPY", help="the copy; it must not exist"),
+    opens=_client,
+)
 def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
-    """Copy the file while engines run on it; every queue of the copy is paused.
-
-    durable snapshot shop.db backup.db
-    """
+    """Copy the file while engines run on it; every queue of the copy is paused."""
     engine.snapshot(options.copy)
 
 
@@ -7566,12 +7459,13 @@ def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
 
 # Each part reads the partial index that it names in its condition.
 _WAITS = """
-SELECT 'parked', parked_on, count(*), NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
-UNION ALL SELECT 'signal', awaits, count(*), min(await_deadline) FROM durable_instances
+SELECT count(*), 'parked: ' || parked_on, NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
+UNION ALL SELECT count(*), 'signal: ' || (SELECT group_concat(value, ' or ') FROM json_each(awaits)),
+    min(await_deadline) FROM durable_instances
     WHERE (status = 'awaiting_signal' OR status = 'awaiting_children') AND awaits IS NOT NULL GROUP BY awaits
-UNION ALL SELECT 'time', queue, count(*), min(eligible_at) FROM durable_instances
+UNION ALL SELECT count(*), 'time: ' || queue, min(eligible_at) FROM durable_instances
     WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
-ORDER BY 3 DESC LIMIT 5
+ORDER BY 1 DESC LIMIT 5
 """
 _LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 3"
 _ARMED = "SELECT 1 FROM durable_instances WHERE await_deadline IS NOT NULL LIMIT 1"
@@ -7587,89 +7481,64 @@ class _Glance:
 
     now: dt.datetime
     counts: dict[str, dict[str, int]]
-    waits: list[tuple[Any, ...]]
     failures: list[Instance]
-    workers: list[Worker]
-    paused: set[str]
-    is_armed: bool  # a deadline will fire
 
-    @classmethod
-    def take(cls, reader: _Reader, now: dt.datetime) -> _Glance:
-        """Look at everything."""
-        return cls(
-            now,
-            reader.counts(),
-            reader._rows(_WAITS, (int(now.timestamp() * 1000),)),
-            [reader.get(row[0]) for row in reader._rows(_LATEST_FAILURES)],
-            reader.workers(),
-            set(reader.paused()),
-            bool(reader._rows(_ARMED)),
-        )
-
-    def tally(self) -> collections.Counter[str]:
-        """All queues in one."""
-        return sum(map(collections.Counter, self.counts.values()), collections.Counter())
-
-    def is_idle(self) -> bool:
-        """Whether nothing is left that time alone would bring on."""
-        tally = self.tally()
-        return not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or self.is_armed)
-
-    def failed(self) -> list[tuple[object, ...]]:
-        """The latest failures, for a table."""
-        return [(i.id, i.fsm, i.step, _distance(i.updated_at, self.now), i.last_error) for i in self.failures]
-
-    def waiting(self) -> Iterator[tuple[object, ...]]:
-        """How many wait for what, and until when the first of them does, for a table."""
-        for kind, name, count, first in self.waits:
-            names = " or ".join(json.loads(name)) if kind == "signal" else name
-            yield count, f"{kind}: {names}", _distance(_instant(first), self.now) if first else None
+    def tally(self, queue: str | None = None) -> collections.Counter[str]:
+        """The counts of one queue, or of all in one."""
+        queues = self.counts if queue is None else [queue]
+        return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
 
 
 @attrs.frozen
 class _Film:
-    """The latest glances: what a rate needs."""
+    """The latest glances at a file: what a rate needs."""
 
+    reader: _Reader
     file: pathlib.Path
     glances: collections.deque[_Glance] = attrs.field(factory=lambda: collections.deque(maxlen=24))
 
-    def rate(self, tally_of: Callable[[_Glance], Mapping[str, int]]) -> float:
+    def look(self) -> None:
+        """Take one more glance."""
+        failures = [self.reader.get(id_) for (id_,) in self.reader._rows(_LATEST_FAILURES)]
+        self.glances.append(_Glance(_now(), self.reader.counts(), failures))
+
+    def rate(self, queue: str | None = None) -> float:
         """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
         first, last = self.glances[0], self.glances[-1]
         seconds = (last.now - first.now).total_seconds() or 1
-        return max(0, _over(tally_of(last)) - _over(tally_of(first))) / seconds
+        return max(0, _over(last.tally(queue)) - _over(first.tally(queue))) / seconds
 
-    def title(self, screen: _Screen, columns: int) -> str:
+    def title(self, screen: _Screen) -> str:
         """The file, how fast all of it goes, and the time."""
-        last, ended = self.glances[-1], [_over(glance.tally()) for glance in self.glances]
+        ended = [_over(glance.tally()) for glance in self.glances]
         spark = screen.spark([after - before for before, after in itertools.pairwise(ended)])
-        right = f"{self.rate(_Glance.tally):,.1f}/s  {last.now.astimezone():%H:%M:%S}"
-        left = _fit(f"durable  {_plain(self.file)}", max(9, columns - len(spark + right) - 2))
+        right = f"{self.rate():,.1f}/s  {self.glances[-1].now.astimezone():%H:%M:%S}"
+        left = _fit(f"durable  {_plain(self.file)}", max(9, screen.size[0] - len(spark + right) - 2))
         return f"{screen.paint(left, 'bold')} {screen.paint(spark, Status.DONE)} {right}"
 
-    def queue(self, screen: _Screen, queue: str, columns: int) -> str:
+    def queue(self, screen: _Screen, queue: str) -> str:
         """A queue's bar with its rate."""
-        last, tally = self.glances[-1], self.glances[-1].counts[queue]
-        rate, ready = self.rate(lambda glance: glance.counts.get(queue, {})), tally.get(Status.RUNNABLE, 0)
-        note = "paused" if queue in last.paused else f"{_span(ready / rate)} left" if rate and ready else ""
-        right = f"{_over(tally) / sum(tally.values()):4.0%} {rate:9,.1f}/s  {note}"
-        return f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, columns - 44))}  {right}"
+        tally, rate = self.glances[-1].tally(queue), self.rate(queue)
+        left = f"{_span(tally[Status.RUNNABLE] / rate)} left" if rate and tally[Status.RUNNABLE] else ""
+        note = "paused" if queue in self.reader.paused() else left
+        right = f"{_over(tally) / tally.total():4.0%} {rate:9,.1f}/s  {note}"
+        return f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, screen.size[0] - 44))}  {right}"
 
     def frame(self, screen: _Screen) -> list[str]:
         """All that a terminal of this size can show."""
-        last, (columns, lines) = self.glances[-1], screen.size
-        frame = [self.title(screen, columns), ""]
+        last, lines, frame = self.glances[-1], screen.size[1], [self.title(screen), ""]
         for queue, tally in last.counts.items():
-            frame.append(self.queue(screen, queue, columns))
+            frame.append(self.queue(screen, queue))
             if 2 * len(last.counts) < lines - 12:  # else the bars alone, to leave room for the rest
-                counts = (
-                    screen.paint(f"{tally[status]:,} {status}", status) for status in _BLOCKS if tally.get(status)
-                )
+                counts = [screen.paint(f"{tally[it]:,} {it}", it) for it in _BLOCKS if tally.get(it)]
                 frame.append(" " * 14 + "  ".join(counts))
+        failed = [(it.id, it.fsm, it.step, _distance(it.updated_at), it.last_error) for it in last.failures]
+        waits = self.reader._rows(_WAITS, (int(last.now.timestamp() * 1000),))
+        waiting = [(count, what, first and _distance(_instant(first))) for count, what, first in waits]
         for table in (
-            screen.table(("failed", "fsm", "step", "when", "why"), last.failed()),
-            screen.table(("waiting", "for", "first"), list(last.waiting())),
-            _workers(screen, last.workers, last.now),
+            screen.table(("failed", "fsm", "step", "when", "why"), failed),
+            screen.table(("waiting", "for", "first"), waiting),
+            _workers(screen, self.reader.workers()),
         ):
             head, *rows = table
             frame += ["", head, *rows] if rows else []
@@ -7681,23 +7550,15 @@ class _Film:
         clock, tally = f"{last.now.astimezone():%H:%M:%S}", last.tally()
         if before is None or before.counts != last.counts:
             counts = "  ".join(f"{tally[status]} {status}" for status in _BLOCKS if tally[status])
-            yield f"{clock}  {counts or 'empty'}  {self.rate(_Glance.tally):.1f}/s"
+            yield f"{clock}  {counts or 'empty'}  {self.rate():.1f}/s"
         for it in reversed(last.failures):
             if before is None or it not in before.failures:
                 yield _plain(f"{clock}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
 
 
-@contextlib.contextmanager
-def _second_screen(screen: _Screen) -> Iterator[None]:
-    """The terminal's other screen, without a cursor; the first comes back however this ends."""
-    screen.write("\x1b[?1049h\x1b[?25l")
-    try:
-        yield
-    finally:
-        screen.write("\x1b[?25h\x1b[?1049l")
-
-
 @_verb(
+    "durable watch shop.db",
+    "durable watch shop.db --until-idle > progress.log",
     _argument("--until-idle", action="store_true", help="end when nothing is left that time alone would bring on"),
     _argument("--interval", type=float, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
     opens=_look,
@@ -7706,49 +7567,50 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
     """Watch the queues live; Ctrl-C ends it.
 
     In a pipe: a line for each change of the counts and each failure.
-
-    durable watch shop.db
-    durable watch shop.db --until-idle > progress.log
     """
-    screen, film = _Screen.of_stdout(), _Film(options.file)
-    with contextlib.suppress(KeyboardInterrupt), _second_screen(screen) if screen.live else contextlib.nullcontext():
+    screen, film = _Screen.of_stdout(), _Film(reader, options.file)
+    with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
+        if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
+            print("\x1b[?1049h\x1b[?25l", end="")
+            at_end.callback(print, "\x1b[?25h\x1b[?1049l", end="", flush=True)
         while True:
             begun = time.monotonic()
-            film.glances.append(_Glance.take(reader, _now()))
+            film.look()
             if screen.live:  # over the frame before, line by line: nothing flickers
-                screen.write("\x1b[H", *(f"{line}\x1b[K\n" for line in film.frame(screen)), "\x1b[J")
+                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in film.frame(screen)), end="\x1b[J", flush=True)
             else:
-                screen.print(*film.news())
-            if options.until_idle and film.glances[-1].is_idle():
-                break
+                print(end="".join(f"{line}\n" for line in film.news()), flush=True)
+            tally = film.glances[-1].tally()
+            if options.until_idle and not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or reader._rows(_ARMED)):
+                break  # nothing is left that time alone would bring on
             # To count a large file takes time: a tenth of this process's, at most.
             time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
-    if screen.live:
-        screen.print(*film.frame(screen))
+    if screen.live and film.glances:
+        print("\n".join(film.frame(screen)))
 
 
 # ---- demo: real files, a real kill
 
 
 _DEMO_WIDTH, _DEMO_PREFETCH = 8, 24
-_DEMO_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import durable; durable._run_demo_worker(*sys.argv[2:])"
+_DEMO_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import durable; durable._run_demo_worker(sys.argv[2])"
 
 
-def _demo_files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _demo_files(directory: pathlib.Path) -> list[str]:
     """The files under `directory` that can be read and whose names can be written down."""
     found = []
     for parent, below, names in os.walk(directory):
         below[:] = sorted(name for name in below if name not in ("__pycache__", "site-packages"))
-        paths = (pathlib.Path(parent, name) for name in sorted(names))
-        found += [path for path in paths if str(path).isprintable() and path.is_file() and os.access(path, os.R_OK)]
+        paths = (os.path.join(parent, name) for name in sorted(names))
+        found += [path for path in paths if path.isprintable() and os.path.isfile(path) and os.access(path, os.R_OK)]
     return found
 
 
-def _fingerprint(path: pathlib.Path) -> dict[str, Any]:
+def _fingerprint(path: str) -> dict[str, Any]:
     """A file's length and sha256."""
     import hashlib
 
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
@@ -7757,49 +7619,46 @@ def _sum_up(prints: Iterable[dict[str, Any]]) -> dict[str, Any]:
     import hashlib
 
     found = list(prints)
-    digests = "".join(sorted(one["sha256"] for one in found))
-    sha256 = hashlib.sha256(digests.encode()).hexdigest()
-    return {"files": len(found), "bytes": sum(one["bytes"] for one in found), "sha256": sha256}
+    digests = "".join(sorted(one["sha256"] for one in found)).encode()
+    total = sum(one["bytes"] for one in found)
+    return {"files": len(found), "bytes": total, "sha256": hashlib.sha256(digests).hexdigest()}
 
 
-def _demo_classes() -> tuple[type[FSM], Callable[[pathlib.Path, float], FSM]]:
-    """The demo's machine and job, made when they are wanted: they are in no application's registry."""
+def _define_demo() -> type[FSM]:
+    """The demo's machine and its job, made when they are wanted: they are in no application's registry."""
 
     class Fingerprint(FSM, name="durable.demo.Fingerprint", queue="files", max_attempts=3):
         """One file. Each run is written to a log outside the database too, where a second run shows."""
 
-        def __init__(self, log: pathlib.Path, pause: float) -> None:
-            self.log, self.pause = log, pause
-
         def perform(self, args: dict[str, Any], ctx: Context[Any]) -> dict[str, Any]:
-            with self.log.open("ab", buffering=0) as log:
+            with open(args["log"], "ab", buffering=0) as log:
                 log.write(b"%d\n" % ctx.id)
-            time.sleep(self.pause)
-            return _fingerprint(pathlib.Path(args["path"]))
+            time.sleep(args["pause"])
+            return _fingerprint(args["path"])
 
     class Survey(FSM, name="durable.demo.Survey", queue="surveys"):
         """All files: a job for each, and the sum of what they found."""
 
         @step
         def start(self, ctx: Context[Any]) -> ScheduleChildren:
-            children = [Insert(Fingerprint, state={"path": path}) for path in ctx.state["paths"]]
+            children = [Insert(Fingerprint, state={"path": path, **ctx.state["run"]}) for path in ctx.state["paths"]]
             return ScheduleChildren(children, then="join", state={})
 
         @step
         def join(self, ctx: Context[Any]) -> Done:
             return Done(_sum_up(child.result for child in ctx.children if child.status is Status.DONE))
 
-    return Survey, Fingerprint
+    return Survey
 
 
-def _run_demo_worker(home: str, pause: str) -> None:
+def _run_demo_worker(database: str) -> None:
     """What the demo's worker processes run, until their standard input ends: when the demo does, however."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo itself
-    _, fingerprint = _demo_classes()
-    queues, fsms = {"surveys": 1, "files": _DEMO_WIDTH}, [fingerprint(pathlib.Path(home, "runs.log"), float(pause))]
-    with Engine(pathlib.Path(home, "demo.db"), name="demo", queues=queues, prefetch=_DEMO_PREFETCH, fsms=fsms):
+    _define_demo()
+    queues = {"surveys": 1, "files": _DEMO_WIDTH}
+    with Engine(database, name="demo", queues=queues, prefetch=_DEMO_PREFETCH):
         sys.stdin.read()
 
 
@@ -7809,42 +7668,35 @@ class _Demo:
 
     home: pathlib.Path
     directory: pathlib.Path
-    files: list[pathlib.Path]
+    files: list[str]
     screen: _Screen = attrs.field(factory=_Screen.of_stdout)
     begun: float = attrs.field(factory=time.perf_counter)
     samples: list[tuple[float, int]] = attrs.field(factory=list)  # seconds since then, and files done
 
     def play(self) -> int:
         """Everything, and the exit status."""
-        survey = self.insert()
+        few = len(self.files) < 500  # then each takes its time, so that there is something to kill
+        pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
+        state = {"paths": self.files, "run": {"log": str(self.home / "runs.log"), "pause": pause}}
+        with _client(self.home / "demo.db", may_create=True) as engine:
+            id_ = engine.insert(_define_demo(), state=state)
+        self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
         with _look(self.home / "demo.db") as reader:
             with self.worker() as doomed:
                 self.watch(reader, doomed, lambda done: done >= len(self.files) // 2)
                 doomed.kill()
-                doomed.wait()
-            done = _over(reader.counts()["files"])
+            done, killed_at = _over(reader.counts()["files"]), self.samples[-1][0]
             self.tell(f"process {doomed.pid} is killed after {done:,} files, with others in its hands")
-            killed_at = self.samples[-1][0]
             with self.worker() as heir:
-                self.watch(reader, heir, lambda _: reader.get(survey).status in _TERMINAL)
-            return self.compare(reader.get(survey), killed_at)
-
-    def insert(self) -> int:
-        """Insert the machine that fans out."""
-        survey, _ = _demo_classes()
-        with _client(self.home / "demo.db", may_create=True) as engine:
-            inserted = engine.insert(survey, state={"paths": [str(path) for path in self.files]})
-        self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
-        return inserted
+                self.watch(reader, heir, lambda _: reader.get(id_).status in _TERMINAL)
+            return self.compare(reader.get(id_), killed_at)
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A process that runs the queues until it is told to end, or killed."""
+        """A process that runs the queues until it is told to end, or killed; in the end it is gone."""
         import subprocess
 
-        few = len(self.files) < 500  # then each takes its time, so that there is something to kill
-        pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
-        command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home), str(pause))
+        command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home / "demo.db"))
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             self.tell(f"process {process.pid} starts: {_DEMO_WIDTH} at a time, every commit synced to disk")
             yield process
@@ -7859,48 +7711,48 @@ class _Demo:
                 return
             if self.screen.live:
                 bar = self.screen.bar(tally or {Status.RUNNABLE: 1}, max(9, self.screen.size[0] - 36))
-                self.screen.write(f"\r{' ' * 11}{bar}  {done:,} of {len(self.files):,}\x1b[K")
+                print(f"\r{' ' * 11}{bar}  {done:,} of {len(self.files):,}\x1b[K", end="", flush=True)
             time.sleep(0.02)
         raise DurableError(f"the worker process ended early, with status {process.returncode}")
 
     def tell(self, text: str) -> None:
         """A line of the timeline, over the bar."""
         clear = "\r\x1b[K" if self.screen.live else ""
-        self.screen.print(f"{clear}{time.perf_counter() - self.begun:7.2f} s  {_plain(text)}")
+        print(f"{clear}{time.perf_counter() - self.begun:7.2f} s  {_plain(text)}", flush=True)
 
     def compare(self, survey: Instance, killed_at: float) -> int:
         """The machine's sum against that of a plain loop, and what the kill cost."""
-        runs = (self.home / "runs.log").read_bytes().split()
-        most = _DEMO_WIDTH + _DEMO_PREFETCH
+        runs, most = (self.home / "runs.log").read_bytes().split(), _DEMO_WIDTH + _DEMO_PREFETCH
         self.tell(f"joined; {len(runs) - len(set(runs))} files were fingerprinted twice (at most {most} can be)")
         plain = _sum_up(map(_fingerprint, self.files))
-        same = survey.result == plain
         self.tell(f"a plain loop: {plain['bytes']:,} bytes, sha256 {plain['sha256'][:16]}…")
-        verdict = "the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}"
-        self.tell(verdict)
-        self.screen.print("", *self.chart(killed_at))
+        same = survey.result == plain
+        self.tell("the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}")
+        print("", *self.chart(killed_at), sep="\n")
         return 0 if same else 1
 
-    def chart(self, killed_at: float, width: int = 60) -> Iterator[str]:
+    def chart(self, killed_at: float) -> Iterator[str]:
         """Files per second over the time, with the kill."""
-        slot = self.samples[-1][0] / width
-        done = [max(n for at, n in self.samples if at <= max(slot * i, self.samples[0][0])) for i in range(width + 1)]
+        (first, _), (last, _) = self.samples[0], self.samples[-1]
+        slot = last / 60
+        done = [max(n for at, n in self.samples if at <= max(slot * i, first)) for i in range(61)]
         pace = [after - before for before, after in itertools.pairwise(done)]
-        line, kill = self.screen.spark(pace), min(width - 1, int(killed_at / slot))
+        line, kill = self.screen.spark(pace), min(59, int(killed_at / slot))
         mark = self.screen.paint("✗" if self.screen.blocks else "X", Status.FAILED)
         yield f"{' ' * 11}{line[:kill]}{mark}{line[kill + 1 :]}"
         yield f"{' ' * 11}files per second over the time, {max(pace) / slot:,.0f} at most"
 
 
-@_verb(_argument("directory", type=pathlib.Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"))
+@_verb(
+    "durable demo",
+    "durable demo ~/Pictures",
+    _argument("directory", type=pathlib.Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"),
+)
 def _cli_demo(options: argparse.Namespace) -> int:
     """See the engine at work on real files, and survive a kill.
 
     A machine starts a job for each file under DIRECTORY, which fingerprints it, and joins them. Half-way the
     worker process is killed; a new one goes on. At the end the sum is compared with that of a plain loop.
-
-    durable demo
-    durable demo ~/Pictures
     """
     import sysconfig
     import tempfile
@@ -7924,62 +7776,51 @@ durable watch shop.db                     what goes on
 durable show shop.db order:42             one instance, and what helps it"""
 
 
-def _version() -> str:
-    """The version of the installed distribution; a copied module is of none."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("durable-fsm")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _parser() -> argparse.ArgumentParser:
     """The command line as `_VERBS` has it."""
     import argparse
-    import inspect
+    import importlib.metadata
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
         def error(self, message: str) -> typing.NoReturn:
             """Leave it to `main` to say it, in one line."""
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="durable", description=_OVERVIEW, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"durable {_version()}")
+    parser = Parser(prog="durable", description=_OVERVIEW)
+    installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
+    version = installed[0] if installed else "(not installed)"  # a copied module is of no distribution
+    parser.add_argument("--version", action="version", version=f"durable {version}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, verb in _VERBS.items():
         about = inspect.cleandoc(verb.run.__doc__ or "")
-        line = about.partition("\n")[0]
-        command = verbs.add_parser(name, help=line, description=about, formatter_class=raw, allow_abbrev=False)
+        examples = "\n".join(it for it in verb.about if isinstance(it, str))
+        command = verbs.add_parser(name, help=about.partition("\n")[0], description=f"{about}\n\n{examples}")
         command.set_defaults(verb=verb)
-        for argument in verb.arguments:
-            command.add_argument(*argument.names, **argument.options)
+        for names, how in (it for it in verb.about if not isinstance(it, str)):
+            command.add_argument(*names, **how)
     return parser
-
-
-def _obey(argv: Sequence[str] | None) -> int:
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit:  # --help and --version have said it all
-        return 0
-    verb: _Verb = options.verb
-    return verb(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `durable ARGV…` and return its exit status; `durable --help` has the verbs."""
     try:
-        return _obey(argv)
-    except _UsageError as error:
-        _complain(error)
-        return 2
+        try:
+            options = _parser().parse_args(argv)
+        except SystemExit:  # --help and --version have said it all
+            status = 0
+        else:
+            status = options.verb(options)
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
+        return status
     except BrokenPipeError:  # who read has seen enough; at exit Python would write the rest again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
+    except (_UsageError, DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
         _complain(error)
-        return 1
+        return 2 if isinstance(error, _UsageError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -12188,6 +12188,14 @@ def test_show_tells_why_a_runnable_instance_does_not_run(command: Command, shop:
     assert f"durable resume {shop} orders" in command("show", shop, "order:3").out
 
 
+def test_show_quotes_the_file_in_the_commands_it_suggests(command: Command, tmp_path: Path) -> None:
+    """A path with a space in it is quoted, so that the command can be copied into a shell."""
+    path = tmp_path / "my shop.db"
+    with client(path) as engine:
+        engine.insert(CliOrder)
+    assert f"durable run MODULE --database '{path}'" in command("show", path, "1").out
+
+
 def test_show_counts_children_and_lists_the_failed_first(command: Command, tmp_path: Path) -> None:
     """A parent: how many children stand how, those that failed by name."""
     path = tmp_path / "family.db"
@@ -12471,7 +12479,7 @@ def test_lengths_of_time_read_well(seconds: float, text: str) -> None:
 @given(st.dictionaries(st.sampled_from(Status), st.integers(0, 10**9)), st.integers(9, 200))
 def test_a_bar_has_its_width_and_shows_every_status(tally: dict[str, int], width: int) -> None:
     """However small its share, a status that is there is seen; the bar is as wide as asked for."""
-    screen = durable._Screen(io.StringIO(), live=False, colour=False, blocks=True)
+    screen = durable._Screen(live=False, colour=False, blocks=True)
     bar = screen.bar(tally, width)
     assert len(bar) == width
     assert {durable._BLOCKS[Status(status)][0] for status, count in tally.items() if count} <= set(bar)
@@ -12546,6 +12554,16 @@ def test_watch_on_a_terminal_gives_the_screen_back(shop: Path, monkeypatch: pyte
     assert first.startswith("\x1b[?1049h\x1b[?25l\x1b[H")
     assert "orders" in last
     assert "cli.Broken" in last
+
+
+def test_watch_may_be_interrupted_before_it_has_seen_anything(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during the first look, which takes its time on a large file: the screen is given back, and no more."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(durable._Reader, "counts", interrupted)
+    assert shown("watch", shop) == "\x1b[?1049h\x1b[?25l\x1b[?25h\x1b[?1049l"
 
 
 # --- processes
