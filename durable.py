@@ -2453,8 +2453,8 @@ class _Patience:
 
 
 def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
-    # apsw puts a statement back after each use, of `executemany` after each row, where the one that is there the longest
-    # goes: with room for 128 a beat of a hundred rows threw out all the others, 4 us a job.
+    # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
+    # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job.
     connection = apsw.Connection(path, flags=flags, statementcachesize=1024)
     connection.set_busy_handler(_Patience())
     # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
@@ -6770,8 +6770,7 @@ def _jsonable(value: object) -> object:
     return value.isoformat() if isinstance(value, dt.datetime) else attrs.asdict(cast(Any, value), recurse=False)
 
 
-@attrs.frozen
-class _Screen:
+class _Screen(NamedTuple):
     """What can be shown where a verb writes."""
 
     live: bool  # a terminal that moves its cursor when told to
@@ -6902,8 +6901,7 @@ _Run = Callable[..., int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
 
 
-@attrs.frozen
-class _Verb:
+class _Verb(NamedTuple):
     """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
 
     run: _Run
@@ -7211,8 +7209,7 @@ _HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND conc
 _CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
 
 
-@attrs.frozen
-class _Case:
+class _Case(NamedTuple):
     """One instance, for `show`: where it stands, why, and the verb that helps."""
 
     reader: _Reader
@@ -7475,8 +7472,7 @@ def _over(tally: Mapping[str, int]) -> int:
     return tally.get(Status.DONE, 0) + tally.get(Status.FAILED, 0)
 
 
-@attrs.frozen
-class _Glance:
+class _Glance(NamedTuple):
     """What `watch` saw at one moment."""
 
     now: dt.datetime
@@ -7489,13 +7485,12 @@ class _Glance:
         return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
 
 
-@attrs.frozen
-class _Film:
+class _Film(NamedTuple):
     """The latest glances at a file: what a rate needs."""
 
     reader: _Reader
     file: pathlib.Path
-    glances: collections.deque[_Glance] = attrs.field(factory=lambda: collections.deque(maxlen=24))
+    glances: collections.deque[_Glance]
 
     def look(self) -> None:
         """Take one more glance."""
@@ -7568,7 +7563,7 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
 
     In a pipe: a line for each change of the counts and each failure.
     """
-    screen, film = _Screen.of_stdout(), _Film(reader, options.file)
+    screen, film = _Screen.of_stdout(), _Film(reader, options.file, collections.deque(maxlen=24))
     with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
         if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
             print("\x1b[?1049h\x1b[?25l", end="")
@@ -7662,16 +7657,16 @@ def _run_demo_worker(database: str) -> None:
         sys.stdin.read()
 
 
-@attrs.define
 class _Demo:
     """The demo's course: its files, the worker processes it starts and kills, what it tells."""
 
-    home: pathlib.Path
-    directory: pathlib.Path
-    files: list[str]
-    screen: _Screen = attrs.field(factory=_Screen.of_stdout)
-    begun: float = attrs.field(factory=time.perf_counter)
-    samples: list[tuple[float, int]] = attrs.field(factory=list)  # seconds since then, and files done
+    def __init__(self, home: pathlib.Path, directory: pathlib.Path, files: list[str]) -> None:
+        self.home = home
+        self.directory = directory
+        self.files = files
+        self.screen = _Screen.of_stdout()
+        self.begun = time.perf_counter()
+        self.samples: list[tuple[float, int]] = []  # seconds since then, and files done
 
     def play(self) -> int:
         """Everything, and the exit status."""
