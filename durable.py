@@ -2199,8 +2199,8 @@ RETURNING id, fsm, step
 _FOR_UPDATE = f"SELECT {_ROW}, i.status, i.parked_on FROM durable_instances i WHERE id = ?"
 _END = """
 UPDATE durable_instances SET
-    status = 'failed', last_error = ?, traceback = NULL, parked_on = NULL, awaits = NULL, await_deadline = NULL,
-    joining = 0, updated_at = ?
+    status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL, awaits = NULL,
+    await_deadline = NULL, joining = 0, updated_at = ?
 WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
 """
 _REQUEST_CANCEL = """
@@ -4252,6 +4252,10 @@ class _Beat:
         self._parents: set[int] = set()
         self._has_signals: bool | None = None
         self._offered: set[str] = core.passed_on
+        self.passed_on: set[str] = set()
+        """Lines of which somebody was let out, to be looked at again in the next beat."""
+        self.reported: set[tuple[str, int]] = set()
+        """Classes that were reported as unknown."""
         self._rate_refused: set[tuple[str, str, str]] = set()
 
     def run(
@@ -4723,7 +4727,7 @@ class _Beat:
         for key, queue, rate in self._rate_refused:
             if self.store.unpark_other(f"key:{key}", queue, rate):
                 passed_on.add(f"key:{key}")
-        self.core.passed_on = passed_on
+        self.passed_on = passed_on
         self.is_unfinished |= bool(passed_on)
 
     def _offer_again(self, line: str) -> bool:
@@ -4924,10 +4928,13 @@ class _Agenda:
     """The next instant at which something in the file is due."""
     wakes_at: float = 0.0
     """Until when the thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
-    heartbeat_at: int = 0
+    heartbeat_at: float = math.inf
+    """When the lease is to be renewed; never, unless the engine is started."""
     renewed_at: int = 0
     judge_from: int = 0
     """From when on other workers' leases are judged."""
+    regroup: Callable[[_Beat], object] | None = None
+    """How the lines of limits are to be formed anew; None once that is committed."""
     gc_at: int = 0
     sweep_from: tuple[int, int] | None = None
     """Where a sweep that is under way goes on."""
@@ -5179,8 +5186,8 @@ class _Scheduler:
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
         spec = _registry.get((row.fsm, row.version))
         is_coming = spec is not None and spec.cls in self._behaviours.wanted
-        if not is_coming and (row.fsm, row.version) not in self._reported:
-            self._reported.add((row.fsm, row.version))
+        if not is_coming and (row.fsm, row.version) not in self._reported | beat.reported:
+            beat.reported.add((row.fsm, row.version))
             _log.warning("nothing here can run %s version %d: its instances wait", row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
 
@@ -5217,7 +5224,17 @@ class _Scheduler:
     def _take_requests(self) -> list[_Request]:
         count = min(len(self._requests), self.REQUESTS_AT_ONCE)
         requests = [self._requests.popleft() for _ in range(count)]
-        return [request for request in requests if request.is_wanted()]
+        own = (_Request(action) for action in self._duties())
+        return [*(request for request in requests if request.is_wanted()), *own]
+
+    def _duties(self) -> list[Callable[[_Beat], Any]]:
+        """What a beat has to do before it claims, whoever runs it; it is due until a commit has done it."""
+        duties: list[Callable[[_Beat], Any]] = []
+        if self.desk.now() >= self._agenda.heartbeat_at:
+            duties.append(self._renew)
+        if self._agenda.regroup is not None:
+            duties.append(self._regroup)
+        return duties
 
     def _transact(self, commits: list[_Commit], requests: list[_Request], wants: Callable[[_Beat], None]) -> _Beat:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
@@ -5276,6 +5293,8 @@ class _Scheduler:
     def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
+        self.passed_on = beat.passed_on
+        self._reported |= beat.reported
         self._let_go(beat.left)
         self._dispatch(beat)
         for request in requests:
@@ -5396,7 +5415,9 @@ class _Scheduler:
 
     def _start(self) -> None:
         self.context = contextvars.copy_context()
+        now = self.desk.now()
         self._register(self.options.lease_ms)
+        self._note_renewed(now)
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
         self.hub.start()
         context = self.context.copy()
@@ -5411,15 +5432,13 @@ class _Scheduler:
     def _register(self, lease_ms: int) -> None:
         """Make this engine known in the file, reclaim what dead ones held, and look at the lines anew."""
         self._lock_file = _LockFile.create(_LockFile.path_of(self.path, self.worker_id))
-        now = self.desk.now()
-        self._agenda.heartbeat_at = now + self.options.heartbeat_ms
-        self._agenda.renewed_at, self._agenda.judge_from = now, 0
+        self._agenda.judge_from = 0
         try:
             self.perform(lambda beat: beat.store.register(self._worker_row(beat.now, lease_ms)))
             self._look_for_dead()
             while self._tally is not None and self._look_for_dead():
                 time.sleep(0.05)  # a started engine looks again later, one that drains has to know now
-            self._requests.append(_Request(_Beat.sweep_lines))  # for the first beat that claims
+            self._agenda.regroup = _Beat.sweep_lines
             _LockFile.remove_stale(self.path, [worker.id for worker in self.reader.workers()])
         except BaseException:
             self._lock_file.remove()
@@ -5458,7 +5477,7 @@ class _Scheduler:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
         if self._requests:
             return True
-        return bool(self._finished or self._is_due()) and time.monotonic() >= self._agenda.retry_at
+        return bool(self._finished or self._is_due() or self._duties()) and time.monotonic() >= self._agenda.retry_at
 
     def _is_due(self) -> bool:
         return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
@@ -5471,7 +5490,7 @@ class _Scheduler:
         instants = [self._agenda.looked_at + self._look_interval(monotonic)]
         due_at = min(filter(None, (self._agenda.due_at, self._agenda.heartbeat_at, self._agenda.gc_at)))
         instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
-        if self._finished:
+        if self._finished or self._duties():
             instants.append(self._agenda.retry_at)
         instants.append(self._timeouts.next_at)
         if any(pool.is_left_waiting for pool in self._pools.values()):
@@ -5492,9 +5511,6 @@ class _Scheduler:
             self._look_at_others(monotonic)
         now = self.desk.now()
         self._notice_gap(now)
-        if now >= self._agenda.heartbeat_at:
-            self._agenda.heartbeat_at = now + self.options.heartbeat_ms
-            self._requests.append(_Request(self._renew))
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
             self._agenda.sweep_from = (0, 0)
@@ -5554,16 +5570,16 @@ class _Scheduler:
         if gap < -1000:
             self._agenda.heartbeat_at = self._agenda.gc_at = now
             self._agenda.due_at = now
-            self._requests.append(_Request(lambda beat: beat.store.unpark_all()))
+            self._agenda.regroup = lambda beat: beat.store.unpark_all()
         self._agenda.seen_at = now
 
     def _renew(self, beat: _Beat) -> None:
         now, lease_ms = beat.now, self.options.lease_ms
+        beat.after.append(functools.partial(self._note_renewed, now))
         if self.is_stopping:  # it may have signed off
             return
         if now - self._agenda.renewed_at >= lease_ms - self.options.heartbeat_ms:
             self._agenda.judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
-        self._agenda.renewed_at = now
         if not self.store.renew(self.worker_id, now, now + lease_ms):
             _log.warning("engine %s was taken for dead; what it had claimed runs elsewhere", self.options.name)
             self.store.register(self._worker_row(now, lease_ms))
@@ -5571,6 +5587,15 @@ class _Scheduler:
             for worker in self.store.workers():
                 if worker.id != self.worker_id and _instant(now) >= worker.lease_expires_at:
                     self._reap(beat, worker, "its lease ran out")
+
+    def _note_renewed(self, now: int) -> None:
+        self._agenda.renewed_at = now
+        self._agenda.heartbeat_at = now + self.options.heartbeat_ms
+
+    def _regroup(self, beat: _Beat) -> None:
+        if self._agenda.regroup is not None:
+            self._agenda.regroup(beat)
+        beat.after.append(functools.partial(setattr, self._agenda, "regroup", None))
 
     def _look_for_dead(self) -> bool:
         """Reap workers whose lock the kernel has dropped; return whether some are still to be judged.
