@@ -2293,8 +2293,8 @@ RETURNING id, fsm, step
 _FOR_UPDATE = f"SELECT {_ROW}, i.status, i.parked_on FROM durable_instances i WHERE id = ?"
 _END = """
 UPDATE durable_instances SET
-    status = 'failed', last_error = ?, traceback = NULL, parked_on = NULL, awaits = NULL, await_deadline = NULL,
-    joining = 0, updated_at = ?
+    status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL,
+    awaits = NULL, await_deadline = NULL, joining = 0, updated_at = ?
 WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
 """
 _REQUEST_CANCEL = """
@@ -3902,10 +3902,10 @@ class _Pool:
             claim.is_finished = True
             self._running -= 1
             self._port.finish(commit)
+            self._count_step(commit.duration)
             is_last = not self._ready
             is_minded = self._arriving > 0 or self._is_quick
             self._arriving += is_last
-            self._count_step(commit.duration)
         if is_last:
             self._port.beat()
             self._arrive()
@@ -3940,9 +3940,9 @@ class _Pool:
         return self._quick_steps >= self.QUICK_STEPS
 
     @property
-    def is_left_waiting(self) -> bool:
-        """Whether rows wait for a thread that is busy with another, while there could be one more."""
-        return bool(self._ready) and 0 < self._running < self.width and not self._arriving
+    def is_to_be_watched(self) -> bool:
+        """Whether rows, or outcomes, may come to wait behind a step that blocks after quick ones."""
+        return self._is_quick and self._running + len(self._ready) > 1
 
     def watch(self) -> None:
         """See whether a thread that was to take one row after the other has come to a step that blocks."""
@@ -4148,7 +4148,7 @@ class _Options(NamedTuple):
 
 
 class _Hub:
-    """Calls subscribers and the callbacks of futures, one after the other; what they raise is logged.
+    """Calls subscribers, callbacks of futures and handlers of the log, one after the other; what they raise is logged.
 
     It has a thread of its own, so that one which waits or takes long holds up no work.
     """
@@ -4238,7 +4238,9 @@ class _Hub:
         while True:
             self._call_all()
             with self._lock:
-                if not self._calls and not self._is_running:
+                if self._calls:
+                    continue
+                if not self._is_running:
                     self._thread = None
                     return
             self._bell.wait()
@@ -4539,6 +4541,10 @@ class _Beat:
         self._parents: set[int] = set()
         self._has_signals: bool | None = None
         self._offered: set[str] = core.passed_on
+        self.passed_on: set[str] = set()
+        """Lines of which somebody was let out, to be looked at again in the next beat."""
+        self.reported: set[tuple[str, int]] = set()
+        """Classes that were reported as unknown."""
         self._rate_refused: set[tuple[str, str, str]] = set()
         self._paused: dict[str, bool] = {}
         self._known: dict[tuple[str, int], tuple[_Spec, object]] = {}
@@ -5042,7 +5048,7 @@ class _Beat:
         for key, queue, rate in self._rate_refused:
             if self.store.unpark_other(f"key:{key}", queue, rate):
                 passed_on.add(f"key:{key}")
-        self.core.passed_on = passed_on
+        self.passed_on = passed_on
         self.is_unfinished |= bool(passed_on)
 
     def _offer_again(self, line: str) -> bool:
@@ -5180,9 +5186,12 @@ class _Behaviours:
             return None
         behaviour = self._objects.get(spec.cls)
         if behaviour is None:
-            if spec.cls not in self._unusable | self._coming:
-                self.wanted.add(spec.cls)
-            return None
+            is_settled = spec.cls in self._unusable or spec.cls in self._coming
+            behaviour = self._objects.get(spec.cls)  # again: one that is no longer coming is here
+            if behaviour is None:
+                if not is_settled:
+                    self.wanted.add(spec.cls)
+                return None
         return spec, behaviour
 
     def take_wanted(self) -> set[type[FSM]]:
@@ -5198,7 +5207,11 @@ class _Behaviours:
             self._unusable.add(cls)
             _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
         finally:
-            self._coming.discard(cls)
+            self.leave(cls)
+
+    def leave(self, cls: type[FSM]) -> None:
+        """It is no longer coming: it is here, or can't be had."""
+        self._coming.discard(cls)
 
     def is_coming(self, spec: _Spec | None) -> bool:
         return spec is not None and spec.cls in self.wanted | self._coming
@@ -5257,10 +5270,13 @@ class _Agenda:
     """The next instant at which something in the file is due."""
     wakes_at: float = 0.0
     """Until when the thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
-    heartbeat_at: int = 0
+    heartbeat_at: float = math.inf
+    """When the lease is to be renewed; never, unless the engine is started."""
     renewed_at: int = 0
     judge_from: int = 0
     """From when on other workers' leases are judged."""
+    regroup: Callable[[_Beat], object] | None = None
+    """How the lines of limits are to be formed anew; None once that is committed."""
     gc_at: int = 0
     sweep_from: tuple[int, int] | None = None
     """Where a sweep that is under way goes on."""
@@ -5382,7 +5398,6 @@ class _Scheduler:
         self._runner: asyncio.Runner | None = None
         self._agenda = _Agenda(seen_at=self.desk.now())
         self._peers: list[Worker] = []
-        self._announcements: collections.deque[Callable[[], object]] = collections.deque()
         self.passed_on: set[str] = set()
         _schedulers.add(self)
 
@@ -5407,7 +5422,10 @@ class _Scheduler:
             self._bell.ring()
         elif not self._is_flushing:
             self._is_flushing = True
-            threading.Thread(target=self._flush, name="durable-flush", daemon=True).start()
+            try:
+                threading.Thread(target=self._flush, name="durable-flush", daemon=True).start()
+            except RuntimeError:  # the system has no more
+                self._flush()
         return future
 
     def _flush(self) -> None:
@@ -5460,7 +5478,7 @@ class _Scheduler:
                 self._beat()
         finally:
             self._beat_lock.release()
-        self._announce()
+        self.hub.flush()
         if time.monotonic() + self._sleep_s() < self._agenda.wakes_at - self.SLACK_S:
             self._bell.ring()
 
@@ -5468,7 +5486,7 @@ class _Scheduler:
         with self._beat_lock:
             if self._requests and not self.is_closed:
                 self._beat()
-        self._announce()
+        self.hub.flush()
 
     # What pools and beats ask for
 
@@ -5504,10 +5522,19 @@ class _Scheduler:
             self._bell.ring()
 
     def execute_async(self, claim: _Claim, pool: _Pool) -> None:
-        with self._request_lock:
-            if self._event_loop is None:
-                self._event_loop = _EventLoop(self)
-        self._event_loop.submit(claim, pool)
+        self._loop().submit(claim, pool)
+
+    def _loop(self) -> _EventLoop:
+        """Return the event loop; a system that has no more threads is asked again until it has."""
+        while True:
+            with self._request_lock:
+                try:
+                    if self._event_loop is None:
+                        self._event_loop = _EventLoop(self)
+                    return self._event_loop
+                except RuntimeError as error:
+                    _log.error("the event loop's thread could not be started: %s", error)
+            time.sleep(0.5)
 
     def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
         return self._behaviours.find(name, version)
@@ -5517,8 +5544,9 @@ class _Scheduler:
 
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
         spec = _registry.get((row.fsm, row.version))
-        if not self._behaviours.is_coming(spec) and (row.fsm, row.version) not in self._reported:
-            self._reported.add((row.fsm, row.version))
+        is_new = (row.fsm, row.version) not in self._reported | beat.reported
+        if is_new and not self._behaviours.is_coming(spec):
+            beat.reported.add((row.fsm, row.version))
             _log.warning("nothing here can run %s version %d: its instances wait", row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
 
@@ -5556,7 +5584,17 @@ class _Scheduler:
     def _take_requests(self) -> list[_Request]:
         count = min(len(self._requests), self.REQUESTS_AT_ONCE)
         requests = [self._requests.popleft() for _ in range(count)]
-        return [request for request in requests if request.is_wanted()]
+        own = (_Request(action) for action in self._duties())
+        return [*(request for request in requests if request.is_wanted()), *own]
+
+    def _duties(self) -> list[Callable[[_Beat], Any]]:
+        """What a beat has to do before it claims, whoever runs it; it is due until a commit has done it."""
+        duties: list[Callable[[_Beat], Any]] = []
+        if self.desk.now() >= self._agenda.heartbeat_at:
+            duties.append(self._renew)
+        if self._agenda.regroup is not None:
+            duties.append(self._regroup)
+        return duties
 
     def _transact(self, commits: list[_Commit], requests: list[_Request], wants: Callable[[_Beat], None]) -> _Beat:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
@@ -5616,6 +5654,8 @@ class _Scheduler:
     def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
+        self.passed_on = beat.passed_on
+        self._reported |= beat.reported
         self._let_go(beat.left)
         self._dispatch(beat)
         for request in requests:
@@ -5627,9 +5667,9 @@ class _Scheduler:
         if self.waiters:
             self.waiters.notify(beat.settled)
         for row, change in beat.failures:
-            self._announcements.append(functools.partial(_log_failure, row, change))
+            self.hub.post(functools.partial(_log_failure, row, change))
         for cls in self._behaviours.take_wanted():
-            self._announcements.append(functools.partial(self._make_behaviour, cls))
+            self._make_behaviour(cls)
         self.hub.publish(beat.events)
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
@@ -5638,16 +5678,6 @@ class _Scheduler:
                 self._in_flight[claim.row.queue] -= 1
         if self.is_stopping and not self._held:
             self._drained.ring()
-
-    def _announce(self) -> None:
-        """Run what beats have left of the users' code: log handlers, constructors, callbacks. Not under the lock."""
-        while self._announcements:
-            try:
-                announcement = self._announcements.popleft()
-            except IndexError:
-                break
-            announcement()
-        self.hub.flush()
 
     def _make_behaviour(self, cls: type[FSM]) -> None:
         """Make the object of a class that was met for the first time: in a thread, since it may take long or wait."""
@@ -5658,10 +5688,15 @@ class _Scheduler:
                 self._agenda.due_at = self.desk.now()
             self._bell.ring()
 
-        if self._tally is not None:  # the drain has nothing else to do
-            make()
-        else:
+        if not self.is_started:  # whoever drains has nothing else to do
+            self.hub.post(make)
+            return
+        try:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
+        except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
+            _log.error("no thread could be started to make %s: %s", cls, error)
+            self._behaviours.leave(cls)
+            self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
     def _dispatch(self, beat: _Beat) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
@@ -5736,6 +5771,7 @@ class _Scheduler:
 
     def _start(self) -> None:
         self.context = contextvars.copy_context()
+        now = self.desk.now()
         self._watch = _LogWatch.open(f"{self.path}-wal", self._hear_of_write)
         try:
             self._register(self.options.lease_ms)
@@ -5744,6 +5780,7 @@ class _Scheduler:
             raise
         if self._watch is not None and not self._watch.start():
             self._unwatch()
+        self._note_renewed(now)
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
         self.hub.start()
         context = self.context.copy()
@@ -5763,15 +5800,13 @@ class _Scheduler:
     def _register(self, lease_ms: int) -> None:
         """Make this engine known in the file, reclaim what dead ones held, and look at the lines anew."""
         self._lock_file = _LockFile.create(_LockFile.path_of(self.path, self.worker_id))
-        now = self.desk.now()
-        self._agenda.heartbeat_at = now + self.options.heartbeat_ms
-        self._agenda.renewed_at, self._agenda.judge_from = now, 0
+        self._agenda.judge_from = 0
         try:
             self.perform(lambda beat: beat.store.register(self._worker_row(beat.now, lease_ms)))
             self._look_for_dead()
             while self._tally is not None and self._look_for_dead():
                 time.sleep(0.05)  # a started engine looks again later, one that drains has to know now
-            self._requests.append(_Request(_Beat.sweep_lines))  # for the first beat that claims
+            self._agenda.regroup = _Beat.sweep_lines
             _LockFile.remove_stale(self.path, [worker.id for worker in self.reader.workers()])
         except BaseException:
             self._lock_file.remove()
@@ -5803,14 +5838,14 @@ class _Scheduler:
             self._do_chores()
             if self._has_work():
                 self._beat()
-        self._announce()
+        self.hub.flush()
         return self._sleep_s()
 
     def _has_work(self) -> bool:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
         if self._requests:
             return True
-        return bool(self._finished or self._is_due()) and time.monotonic() >= self._agenda.retry_at
+        return bool(self._finished or self._is_due() or self._duties()) and time.monotonic() >= self._agenda.retry_at
 
     def _is_due(self) -> bool:
         return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
@@ -5823,10 +5858,10 @@ class _Scheduler:
         instants = [self._agenda.looked_at + self._look_interval(monotonic)]
         due_at = min(filter(None, (self._agenda.due_at, self._agenda.heartbeat_at, self._agenda.gc_at)))
         instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
-        if self._finished:
+        if self._finished or self._duties():
             instants.append(self._agenda.retry_at)
         instants.append(self._timeouts.next_at)
-        if any(pool.is_left_waiting for pool in self._pools.values()):
+        if any(pool.is_to_be_watched for pool in self._pools.values()):
             instants.append(monotonic + self.WATCH_S)
         return max(0.0, min(instants) - monotonic)
 
@@ -5844,9 +5879,6 @@ class _Scheduler:
             self._look_at_others(monotonic)
         now = self.desk.now()
         self._notice_gap(now)
-        if now >= self._agenda.heartbeat_at:
-            self._agenda.heartbeat_at = now + self.options.heartbeat_ms
-            self._requests.append(_Request(self._renew))
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
             self._agenda.sweep_from = (0, 0)
@@ -5929,16 +5961,16 @@ class _Scheduler:
         if gap < -1000:
             self._agenda.heartbeat_at = self._agenda.gc_at = now
             self._agenda.due_at = now
-            self._requests.append(_Request(lambda beat: beat.store.unpark_all()))
+            self._agenda.regroup = lambda beat: beat.store.unpark_all()
         self._agenda.seen_at = now
 
     def _renew(self, beat: _Beat) -> None:
         now, lease_ms = beat.now, self.options.lease_ms
+        beat.after.append(functools.partial(self._note_renewed, now))
         if self.is_stopping:  # it may have signed off
             return
         if now - self._agenda.renewed_at >= lease_ms - self.options.heartbeat_ms:
             self._agenda.judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
-        self._agenda.renewed_at = now
         if not self.store.renew(self.worker_id, now, now + lease_ms):
             _log.warning("engine %s was taken for dead; what it had claimed runs elsewhere", self.options.name)
             self.store.register(self._worker_row(now, lease_ms))
@@ -5946,6 +5978,15 @@ class _Scheduler:
             for worker in self.store.workers():
                 if worker.id != self.worker_id and _instant(now) >= worker.lease_expires_at:
                     self._reap(beat, worker, "its lease ran out")
+
+    def _note_renewed(self, now: int) -> None:
+        self._agenda.renewed_at = now
+        self._agenda.heartbeat_at = now + self.options.heartbeat_ms
+
+    def _regroup(self, beat: _Beat) -> None:
+        if self._agenda.regroup is not None:
+            self._agenda.regroup(beat)
+        beat.after.append(functools.partial(setattr, self._agenda, "regroup", None))
 
     def _look_for_dead(self) -> bool:
         """Reap workers whose lock the kernel has dropped; return whether some are still to be judged.
@@ -6080,7 +6121,7 @@ class _Scheduler:
                 request = self._requests.popleft()
                 request.error = EngineClosedError(f"the engine on {self.path} was stopped")
                 request.settle()
-        self._announce()
+        self.hub.flush()
         self.hub.stop()  # after the requests: one of them may be a subscriber's
         with self._beat_lock:
             self.reader.close()
@@ -6127,7 +6168,7 @@ class _Scheduler:
         while True:
             with self._beat_lock:
                 self._beat(want)
-            self._announce()
+            self.hub.flush()
             if self._agenda.failure is not None:
                 raise self._agenda.failure
             if not self._local:
@@ -6154,7 +6195,7 @@ class _Scheduler:
             self._finished.append(_crash(claim, error))
             with self._beat_lock:
                 self._beat(lambda beat: None)
-            self._announce()
+            self.hub.flush()
             raise
 
     def _run_sync_locally(self, claim: _Claim) -> _Commit:

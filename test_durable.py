@@ -6962,6 +6962,101 @@ def test_start_on_a_full_disk_raises_and_can_be_tried_again(disk: Disk, make_eng
     assert engine.check() == []
 
 
+def test_disk_that_was_full_for_longer_than_a_lease_makes_nobody_dead(
+    disk: Disk, make_engine: MakeEngine, desk: Desk, clock: Clock
+) -> None:
+    """Who could not renew gives the others time to, before it judges them."""
+    engines = [make_engine(fsms=[Visitor(desk)], clock=clock, queues={queue: 1}) for queue in "ab"]
+    failures = [Heard(engine, "store.error") for engine in engines]
+    ids = [engine.insert(Visitor, queue=queue) for engine, queue in zip(engines, "ab", strict=True)]
+    for engine, who in zip(engines, ids, strict=True):
+        engine.start()
+        desk.expect(who)
+    disk.fail(*FULL)
+    for _ in range(5):
+        clock.now += 20  # a longer gap would be taken for a suspended machine
+        for heard in failures:
+            heard.wait(len(heard.events) + 1)
+    disk.heal()
+    eventually(lambda: all(worker.lease_expires_at == clock.instant(60) for worker in engines[0].workers()))
+    for who in ids:
+        desk.send_off(who)
+        assert engines[0].wait(who, PATIENCE).status == "done"
+    assert sorted(desk.arrivals) == sorted(ids)
+    assert engines[0].check() == []
+
+
+def test_lease_is_renewed_as_soon_as_the_disk_is_back(disk: Disk, make_engine: MakeEngine, clock: Clock) -> None:
+    """A renewal that storage refused is tried again like an outcome, not at the next heartbeat."""
+    engine = make_engine(clock=clock, lease_ttl=60, heartbeat_interval=50)
+    heard = Heard(engine, "store.error")
+    engine.start()
+    disk.fail(*FULL)
+    clock.now += 51
+    heard.wait()
+    disk.heal()
+    eventually(lambda: engine.workers()[0].lease_expires_at == clock.instant(60))
+
+
+def test_engine_that_was_taken_for_dead_signs_on_again_before_it_claims(
+    make_engine: MakeEngine, desk: Desk, clock: Clock
+) -> None:
+    """Whichever thread runs the beat: nobody would take a claim from a worker that is not in the file."""
+    engine, other = (make_engine(fsms=[Visitor(desk)], clock=clock, queues={queue: 1}) for queue in "ab")
+    other.start()
+    core = engine._core
+    core._register(60_000)
+    core._note_renewed(core.desk.now())
+    for _ in range(10):
+        clock.now += 20  # a longer gap would be taken for a suspended machine
+        eventually(lambda: any(worker.heartbeat_at == clock.instant() for worker in other.workers()))
+    eventually(lambda: len(other.workers()) == 1)
+    who = engine.insert(Visitor, queue="a")
+    core.perform(lambda beat: beat.claim("a", 1))
+    assert engine.get(who).worker == core.worker_id
+    assert engine.check() == []
+
+
+def test_clock_that_is_set_back_while_the_disk_is_full_holds_nobody_up(
+    disk: Disk, make_engine: MakeEngine, clock: Clock
+) -> None:
+    """Who waits for a bucket is looked at again as soon as the disk is back."""
+    engine = make_engine(clock=clock, rate_limits={"r": durable.RateLimit(1, per=60)})
+    engine.start()
+    engine.result(engine.insert(Visitor, step="end", rate_limit="r"), PATIENCE)
+    waiting = engine.insert(Visitor, step="end", rate_limit="r", schedule_at=clock.instant(-200_000))
+    parked(engine, waiting, "rate:r")
+    heard = Heard(engine, "store.error")
+    disk.fail(*FULL)
+    clock.now -= 86_400
+    heard.wait()
+    disk.heal()
+    eventually(lambda: engine.workers()[0].heartbeat_at == clock.instant())
+    clock.now += 61
+    engine.result(waiting, PATIENCE)
+    assert engine.check() == []
+
+
+def test_class_that_is_met_on_a_full_disk_is_reported_when_it_is_back(
+    disk: Disk, make_engine: MakeEngine, desk: Desk, clock: Clock
+) -> None:
+    """`fsm.unknown` tells of what a commit has kept, and so it comes once."""
+    engine = make_engine(fsms=[Visitor(desk)], clock=clock)
+    heard, unknown = Heard(engine, "store.error"), Heard(engine, "fsm.unknown")
+    engine.start()
+    stranger, who = (engine.insert(Visitor, step="end", schedule_in=5) for _ in range(2))
+    query_fault(engine, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
+    disk.fail(*FULL)
+    clock.now += 5
+    heard.wait(2)
+    assert not unknown.events
+    disk.heal()
+    engine.result(who, PATIENCE)
+    assert len(unknown.wait()) == 1
+    engine.result(engine.insert(Visitor, step="end"), PATIENCE)
+    assert len(unknown.events) == 1
+
+
 class Counted(durable.FSM):
     """Three steps that are counted, inside the file and outside."""
 
@@ -10272,7 +10367,8 @@ class Hand:
         self.core = self.engine._core
         self.knows_strangers = bool(fsms)
         self.is_worker = is_worker
-        self.is_full = False
+        self.failures: collections.deque[type[apsw.Error]] = collections.deque()
+        """What the next transactions fail with."""
         self.held: dict[tuple[int, int], Twin] = {}
         """By id and claim: the instance as the model had it when it was claimed."""
         self.claims: dict[tuple[int, int], durable._Claim] = {}
@@ -10282,8 +10378,11 @@ class Hand:
         self.seen_at = self.core._agenda.seen_at
         self.judge_from = 0
         self.renewed_at = self.seen_at
-        self.heartbeat_at = self.seen_at + HEARTBEAT_MS
+        self.heartbeat_at = self.seen_at + HEARTBEAT_MS if is_worker else NEVER
         self.engine.subscribe(lambda event: self.went_on.add(event.metadata["id"]), "inline.continue")
+        store = self.core.store
+        store.begin = functools.partial(self.fail_or, store.begin, apsw.BusyError)  # type: ignore[method-assign]
+        store.commit = functools.partial(self.fail_or, store.commit, apsw.FullError)  # type: ignore[method-assign]
 
     @property
     def id(self) -> str:
@@ -10292,21 +10391,22 @@ class Hand:
     def knows(self, twin: Twin) -> bool:
         return self.knows_strangers or twin.fsm != "model.stranger"
 
-    def fill_disk(self) -> None:
-        """Let the next commit fail."""
-        store, commit = self.core.store, self.core.store.commit
+    def fail_or(self, do: Callable[[], None], error: type[apsw.Error]) -> None:
+        """Begin or commit a transaction, unless it is that which is to fail now."""
+        if self.failures and self.failures[0] is error:
+            raise self.failures.popleft()("the disk is out of order")
+        do()
 
-        def fail() -> None:
-            store.commit = commit  # type: ignore[method-assign]
-            raise apsw.FullError("FullError: the disk is full")
-
-        store.commit = fail  # type: ignore[method-assign]
-        self.is_full = True
+    def has_failed(self, call: Callable[[], Any]) -> bool:
+        """Do something; whether a transaction of it has failed."""
+        left = len(self.failures)
+        call()
+        return len(self.failures) < left
 
     def beat(self, want: Callable[[durable._Beat], object] = lambda beat: None) -> None:
         with self.core._beat_lock:
             self.core._beat(lambda beat: cast(None, want(beat)))
-        self.core._announce()
+        self.core.hub.flush()
 
     def has_more_to_do(self) -> bool:
         """Whether a started engine would beat again at once."""
@@ -10322,8 +10422,8 @@ class Hand:
 
     def leave(self) -> None:
         """Stop as a started engine does: give back what is in hand, and sign off."""
-        self.core._try_to_give_back(list(self.claims.values()))
-        self.core._try(lambda beat: beat.store.unregister(self.id))
+        self.core._agenda.heartbeat_at = NEVER
+        self.core._sign_off()
         self.close()
 
     def close(self) -> None:
@@ -10458,6 +10558,7 @@ class Theatre(RuleBasedStateMachine):
     def enter(self, number: int) -> Hand:
         hand = Hand(self.path, self.clock, is_worker=True, fsms=[Stranger("tool")] if number else [])
         hand.core._register(LEASE_MS)
+        hand.core._note_renewed(self.model.now)
         hand.beat()
         return hand
 
@@ -10469,17 +10570,19 @@ class Theatre(RuleBasedStateMachine):
     # Moves of both
 
     def perform(self, hand: Hand, real: Callable[[], Any], model: Callable[[], Any] = lambda: None) -> Any:
-        """Do something in one beat of an engine and of the model; their answers must be the same."""
+        """Do something in one beat of an engine and of the model; their answers must be the same.
+
+        If the beat fails, nothing of it is kept, outcomes stay where they are, and a caller is told.
+        """
         hand.went_on.clear()
-        if hand.is_full:
-            hand.is_full = False
-            with contextlib.suppress(durable.DurableError):
-                real()
-            assert not hand.claims.keys() - hand.held.keys()
-            return None
+        left = len(hand.failures)
         actual = self.answer_of(real)
+        if len(hand.failures) < left:
+            assert real == hand.beat or is_storage_failure(actual), actual
+            assert not hand.core._local
+            return None
         self.model.went_on = hand.went_on.__contains__
-        answer, refused = self.model.beat(hand.pending, model)
+        answer, refused = self.model.beat(hand.pending, functools.partial(self.serve, hand, model))
         if isinstance(answer, RefusedError):
             assert type(actual) is answer.kind, (actual, answer)
             assert answer.detail is None or cast(durable.DuplicateError, actual).id == answer.detail
@@ -10488,6 +10591,14 @@ class Theatre(RuleBasedStateMachine):
         self.absorb(hand)
         self.settle_refused(hand, refused)
         return None if isinstance(answer, RefusedError) else answer
+
+    def serve(self, hand: Hand, request: Callable[[], Any]) -> Any:
+        """Do what a caller wants, and renew the engine's lease if that is due."""
+        try:
+            return request()
+        finally:
+            if self.model.now >= hand.heartbeat_at:
+                self.renew(hand)
 
     @staticmethod
     def answer_of(call: Callable[[], Any]) -> Any:
@@ -10510,12 +10621,7 @@ class Theatre(RuleBasedStateMachine):
 
     def settle_refused(self, hand: Hand, refused: list[Verdict]) -> None:
         """A statement failed at the commit: it is `handle`'s turn, unless it was that of `handle`."""
-        for verdict in refused:
-            error = Says("no such table")
-            if verdict.is_last_word:
-                hand.pending.append(Verdict(verdict.twin, self.model.now, Stop("error"), error=error))
-            else:
-                hand.pending.append(self.model.handle(verdict.twin, verdict.cue, error))
+        hand.pending += map(self.answer_to_refusal, refused)
         while hand.core._local:
             claim = hand.core._local.popleft()
             hand.core.finish(durable._execute(claim))
@@ -10523,26 +10629,26 @@ class Theatre(RuleBasedStateMachine):
         if refused:
             self.perform(hand, hand.beat)
 
-    def chores(self, hand: Hand) -> Callable[[], None]:
-        """What an engine does by the clock before a beat; returns what the model does in that beat."""
+    def answer_to_refusal(self, verdict: Verdict) -> Verdict:
+        error = Says("no such table")
+        if verdict.is_last_word:
+            return Verdict(verdict.twin, self.model.now, Stop("error"), error=error)
+        return self.model.handle(verdict.twin, verdict.cue, error)
+
+    def tick(self, hand: Hand) -> None:
+        """An engine looks at the clock, and beats."""
         now = self.model.now
         gap, hand.seen_at = now - hand.seen_at, now
         if gap > SUSPENSION_MS:
             hand.judge_from, hand.heartbeat_at = now + LEASE_MS, now
         if gap < -1000:
             hand.heartbeat_at = now
-        is_due = now >= hand.heartbeat_at
         hand.core._notice_gap(now)
-        hand.core._agenda.gc_at = NEVER
-        if now >= hand.core._agenda.heartbeat_at:
-            hand.core._agenda.heartbeat_at = now + HEARTBEAT_MS
-            hand.core._requests.append(durable._Request(hand.core._renew))
-        if is_due:
-            hand.heartbeat_at = now + HEARTBEAT_MS
-        return functools.partial(self.renew, hand) if is_due else lambda: None
+        self.perform(hand, hand.beat)
 
     def renew(self, hand: Hand) -> None:
         now = self.model.now
+        hand.heartbeat_at = now + HEARTBEAT_MS
         if now - hand.renewed_at >= LEASE_MS - HEARTBEAT_MS:
             hand.judge_from = now + LEASE_MS
         hand.renewed_at = now
@@ -10560,9 +10666,6 @@ class Theatre(RuleBasedStateMachine):
     def reap_dead(self) -> None:
         for worker in list(self.dead):
             self.reap(worker)
-
-    def tick(self, hand: Hand) -> None:
-        self.perform(hand, hand.beat, self.chores(hand))
 
     # Callers
 
@@ -10677,10 +10780,9 @@ class Theatre(RuleBasedStateMachine):
             self.claim_from(self.hands[number], queue, 9)
 
     def claim_from(self, hand: Hand, queue: str, count: int) -> None:
-        if hand.is_full:
-            self.perform(hand, lambda: hand.beat(lambda beat: beat.claim(queue, count)))
+        while hand.failures:
+            hand.beat(functools.partial(self.claim_in, queue=queue, count=count))
             assert not hand.core._local
-            return
         self.tick(hand)
         self.perform(hand, hand.beat)
         taken: list[int] = []
@@ -10782,24 +10884,22 @@ class Theatre(RuleBasedStateMachine):
 
     def give_back_one(self, hand: Hand, key: tuple[int, int]) -> None:
         claim, twin = hand.claims[key], hand.held[key]
-        is_full = hand.is_full
-        self.perform(
-            hand,
-            lambda: hand.core.perform(lambda beat: beat.give_back([claim])),
-            lambda: self.model.give_back(twin),
-        )
-        if not is_full:
+
+        def give_back() -> None:
+            self.model.give_back(twin)
             del hand.claims[key], hand.held[key]
+
+        self.perform(hand, lambda: hand.core.perform(lambda beat: beat.give_back([claim])), give_back)
 
     @rule(number=any_hand)
     def beat(self, number: int) -> None:
         hand = self.hand(number)
         self.perform(hand, hand.beat)
 
-    def fill_disk(self, number: int) -> None:
-        """Let a worker's next commit fail. Only rehearsed plays do: the model does not follow it anywhere else."""
-        if not self.hands[number].is_full:
-            self.hands[number].fill_disk()
+    @rule(number=any_hand, failures=st.lists(st.sampled_from([apsw.FullError, apsw.BusyError]), min_size=1, max_size=3))
+    def fill_disk(self, number: int, failures: list[type[apsw.Error]]) -> None:
+        """The disk is full for an engine's next commits, or the write lock taken."""
+        self.hand(number).failures.extend(failures)
 
     @rule(number=workers)
     def kill(self, number: int) -> None:
@@ -10815,12 +10915,9 @@ class Theatre(RuleBasedStateMachine):
         hand, other = self.hands[number], self.hands[1 - number]
         self.dead.append(hand.id)
         hand.die()
-        other.core._look_for_dead()
-        if other.is_full:
-            self.perform(other, other.beat)
-            self.perform(other, other.beat)
+        while hand.id in self.dead:
             other.core._look_for_dead()
-        self.perform(other, other.beat, self.reap_dead)
+            self.perform(other, other.beat, self.reap_dead)
         self.replace(number)
 
     def replace(self, number: int) -> None:
@@ -10834,16 +10931,20 @@ class Theatre(RuleBasedStateMachine):
     def leave(self, number: int) -> None:
         """A worker stops in good order, and another takes its place."""
         hand = self.hands[number]
-        if hand.is_full:
-            self.perform(hand, hand.beat)
         self.perform(hand, hand.beat)
-        held = list(hand.held.values())
-        hand.leave()
-        for twin in held:
-            self.model.give_back(twin)
-        self.model.beat([])
-        self.leases.pop(hand.id, None)
+        hand.went_on.clear()
+        if hand.has_failed(hand.leave):
+            self.dead.append(hand.id)
+        else:
+            self.model.went_on = hand.went_on.__contains__
+            self.model.beat(hand.pending, functools.partial(self.sign_off, hand))
         self.replace(number)
+
+    def sign_off(self, hand: Hand) -> None:
+        for row in self.model.rows.values():
+            if row.worker == hand.id:
+                self.model.give_back(row)
+        self.leases.pop(hand.id, None)
 
     @rule()
     def reopen(self) -> None:
@@ -10876,6 +10977,9 @@ class Theatre(RuleBasedStateMachine):
     def drain(self, given: list[Cue], with_scheduled: bool) -> None:
         """The client runs everything that is runnable."""
         hand = self.client
+        if hand.failures:
+            self.fail_to_drain(hand)
+            return
         STAGE.cues.extend(given)
         STAGE.seen.clear()
         went_on: set[int] = set()
@@ -10883,38 +10987,53 @@ class Theatre(RuleBasedStateMachine):
         tally = hand.engine.drain(with_scheduled=with_scheduled)
         unsubscribe()
         STAGE.cues.clear()
-        seen, cues = list(STAGE.seen), collections.deque(given)
+        seen, left = list(STAGE.seen), collections.deque(given)
         self.model.beat([])
         self.reap_dead()
         played = 0
-        twin = self.next_of_drain(seen, played, with_scheduled=with_scheduled)
-        while twin is not None:
-            assert played < len(seen), f"instance {twin.id} was not run"
-            self.model.went_on = lambda _, done=played + 1: done in went_on  # type: ignore[misc]
-            assert self.sight_of(twin) == seen[played]
-            verdict = self.model.run(copy.deepcopy(twin), cues.popleft() if cues else Cue())
-            played += 1
-            _, refused = self.model.beat([verdict])
-            for one in refused:
-                error = Says("no such table")
-                last = Verdict(one.twin, self.model.now, Stop("error"), error=error)
-                verdict = last if one.is_last_word else self.model.handle(one.twin, one.cue, error)
-                _, again = self.model.beat([verdict])
-                for two in again:
-                    self.model.beat([Verdict(two.twin, self.model.now, Stop("error"), error=error)])
-            if not (twin.status == Status.EXECUTING and twin.worker == hand.id):
-                twin = self.next_of_drain(seen, played, with_scheduled=with_scheduled)
+        verdicts: list[Verdict] = []
+        in_hand: collections.deque[Twin] = collections.deque()
+        is_over = False
+        while not is_over:
+            self.model.went_on = lambda _, steps=played: steps in went_on  # type: ignore[misc]
+            run = [verdict.twin for verdict in verdicts]
+            _, refused = self.model.beat(verdicts)
+            in_hand += [self.model.rows[twin.id] for twin in run if self.has_gone_on(twin)]
+            if not in_hand:
+                in_hand += self.next_of_drain(seen, played, with_scheduled=with_scheduled)
+            verdicts = [self.answer_to_refusal(verdict) for verdict in refused]
+            if in_hand and all(verdict.is_last_word for verdict in refused):
+                assert played < len(seen), f"instance {in_hand[0].id} was not run"
+                assert self.sight_of(in_hand[0]) == seen[played]
+                played += 1
+                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), left.popleft() if left else Cue()))
+            is_over = not verdicts
         assert played == len(seen) == tally["steps"]
         assert STAGE.handlings == self.model.handlings
 
-    def next_of_drain(self, seen: list[tuple[Any, ...]], played: int, *, with_scheduled: bool) -> Twin | None:
-        """The next instance that a drain runs: the first of the first queue."""
+    def has_gone_on(self, twin: Twin) -> bool:
+        """Whether the client runs the next step of an instance on the claim that it held."""
+        row = self.model.rows[twin.id]
+        return row.status == Status.EXECUTING and row.worker == self.client.id and row.claim != twin.claim
+
+    def fail_to_drain(self, hand: Hand) -> None:
+        """An engine that can't sign on tries to sign off."""
+        left = len(hand.failures)
+        with pytest.raises(durable.DurableError) as caught:
+            hand.engine.drain()
+        assert is_storage_failure(caught.value)
+        if len(hand.failures) == left - 1:
+            self.model.beat([])
+
+    def next_of_drain(self, seen: list[tuple[Any, ...]], played: int, *, with_scheduled: bool) -> list[Twin]:
+        """The next instance that a drain claims: the first of the first queue."""
         horizon = NEVER if with_scheduled else self.model.now
         was_claimed = lambda identity: played < len(seen) and seen[played][0] == identity  # noqa: E731
         for queue in sorted(QUEUES):
-            for twin in self.model.claims(self.client.id, queue, 1, self.client.knows, was_claimed, horizon):
-                return twin
-        return None
+            claimed = self.model.claims(self.client.id, queue, 1, self.client.knows, was_claimed, horizon)
+            if claimed:
+                return claimed
+        return []
 
     # What must hold after every move
 
@@ -11267,7 +11386,7 @@ def full_disks_and_bad_statements(at: Any) -> None:
     """Nothing is kept of what failed, and nothing is lost that did not."""
     at.insert(Puppet)
     at.claim_all(0)
-    at.fill_disk(0)
+    at.fill_disk(0, [apsw.FullError, apsw.BusyError])
     at.run_held(0, Next("middle"))
     at.beat(0)
     at.acts(Cue(Next("start"), effects=(Row("x"), BAD_STATEMENT), on_error=Retry(0)))
