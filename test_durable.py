@@ -3313,6 +3313,138 @@ def test_a_constructor_that_takes_long_holds_up_only_its_own_class(make_engine: 
     assert engine.result(slow, timeout=BEFORE_A_HEARTBEAT) == "made"
 
 
+def test_a_class_that_is_just_being_made_is_not_made_again() -> None:
+    """`self` is one shared object per engine, also where a beat asks for it in the moment in which it is ready."""
+
+    class Shared(FSM):
+        def perform(self, args: Any) -> None: ...
+
+    behaviours = durable._Behaviours(())
+    name, version = durable._resolve(Shared).name, 1
+    assert behaviours.find(name, version) is None
+    (coming,) = behaviours.take_wanted()
+
+    class ReadyInBetween(dict[type, object]):
+        def get(self, cls: type, default: object = None) -> object:  # type: ignore[override]
+            found = super().get(cls, default)
+            if found is None and coming in behaviours._coming:
+                behaviours.make(coming)
+            return found
+
+    behaviours._objects = ReadyInBetween()
+    behaviours.find(name, version)
+    assert behaviours.take_wanted() == set()
+    assert behaviours.find(name, version) is not None
+
+
+def test_a_call_posted_while_the_thread_of_callbacks_is_about_to_end_is_made() -> None:
+    """Whoever posts it sees that thread and leaves the call to it."""
+    hub = durable._Hub()
+    is_looking, let_go, called = threading.Event(), threading.Event(), threading.Event()
+
+    class Gate:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if threading.current_thread().name == "durable-events" and not is_looking.is_set():
+                is_looking.set()
+                assert let_go.wait(PATIENCE)
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    hub._lock = Gate()  # type: ignore[assignment]
+    hub.post_apart(lambda: None)
+    assert is_looking.wait(PATIENCE)
+    hub.post(called.set)
+    hub.flush()
+    let_go.set()
+    assert called.wait(PATIENCE)
+    hub.stop()
+
+
+def test_a_log_handler_that_takes_long_holds_up_no_work(make_engine: MakeEngine) -> None:
+    """Log handlers are the user's code: they run beside the beats and the steps."""
+    let_go, began = threading.Event(), threading.Event()
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.ERROR:
+                began.set()
+                let_go.wait(PATIENCE)
+
+    handler = Slow()
+    logging.getLogger("durable").addHandler(handler)
+    try:
+        engine = make_engine(queues={"default": 1})
+        engine.start()
+        engine.insert(Fails, max_attempts=1)
+        assert began.wait(PATIENCE)
+        assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+    finally:
+        let_go.set()
+        logging.getLogger("durable").removeHandler(handler)
+
+
+def test_work_goes_on_when_the_system_has_threads_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a thread to be had nothing is lost: inserts are durable, and what needs one waits for it."""
+
+    class Anew(FSM):
+        async def perform(self, args: Any) -> str:
+            return "ran"
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine, client = make_engine(), make_engine(queues={})
+    engine.start()
+    assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE) == {"n": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ident = engine.insert(Anew)
+        future = client.insert_nowait(Anew)
+        assert engine.get(future.result(PATIENCE)).status == Status.RUNNABLE
+        assert engine.wait(ident, timeout=0.2).status == Status.RUNNABLE
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
+    assert client.insert_nowait(Anew).result(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("width", "prefetch", "blocks"),
+    [(2, 0, (False, True)), (2, 0, (True, False)), (4, 0, (True, False, False)), (1, 1, (False, True))],
+)
+def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
+    make_engine: MakeEngine, width: int, prefetch: int, blocks: tuple[bool, ...]
+) -> None:
+    """Quick steps are run by one thread; a step that is none is noticed, and what it kept waiting goes on."""
+    let_go = threading.Event()
+
+    class Moody(FSM):
+        def perform(self, args: Any) -> None:
+            if args["blocks"]:
+                let_go.wait(PATIENCE)
+
+    engine = make_engine(queues={"default": width}, prefetch=prefetch, poll_interval=NEVER_POLL)
+    engine._core.DEAD_LOOK_S = 3600.0  # type: ignore[misc]
+    engine.start()
+    for _ in range(3):
+        for _ in range(20):
+            engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
+        assert engine._core._pools["default"]._is_quick
+        ids = engine.insert_all([Insert(Moody, args={"blocks": one}) for one in blocks])
+        for ident, is_blocked in zip(ids, blocks, strict=True):
+            if not is_blocked:
+                engine.result(cast(int, ident), timeout=BEFORE_A_HEARTBEAT)
+        let_go.set()
+        for ident in ids:
+            engine.result(cast(int, ident), timeout=BEFORE_A_HEARTBEAT)
+        let_go.clear()
+
+
 def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(make_engine: MakeEngine) -> None:
     """Its rows wait for a process that knows it: from then on this one does."""
     engine = make_engine(poll_interval=0.05, heartbeat_interval=3000, lease_ttl=6000)
