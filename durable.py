@@ -2851,17 +2851,18 @@ class _Store:
     def undo(self) -> None:
         self.db.execute("ROLLBACK TO durable; RELEASE durable")
 
-    def checkpoint(self) -> None:
-        """Copy the write-ahead log into the database once it is large; if that fails, it is only copied later."""
+    def checkpoint(self) -> apsw.Error | None:
+        """Copy the write-ahead log into the database once it is large; an error means only that it is copied later."""
         if self._log_pages < self.LOG_PAGES:
-            return
+            return None
         self._log_pages = 0
         try:
             self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:
             pass  # another process is at it
         except apsw.Error as error:
-            _log.warning("%s: its write-ahead log could not be copied yet: %s", self.path, _error_text(error))
+            return error
+        return None
 
     def _note_log(self, _: apsw.Connection, name: str, pages: int) -> int:
         if name == "main":
@@ -4530,6 +4531,7 @@ class _Beat:
         self.after: list[Callable[[], None]] = []
         self.settled: list[tuple[int, str]] = []
         self.events: list[Event] = []
+        self.logs: list[Callable[[], None]] = []
         self.next_at: int | None = None
         """The next instant at which a timer of the file is due."""
         self.is_unfinished = False
@@ -4570,6 +4572,10 @@ class _Beat:
     def tell(self, name: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
         if self.core.hub.wants(name):
             self.events.append(Event(name, measurements, metadata))
+
+    def log(self, level: int, message: str, *arguments: object, extra: dict[str, Any] | None = None) -> None:
+        """Have something logged once the beat is committed; what handlers of the log do is not for its time."""
+        self.logs.append(functools.partial(_log.log, level, message, *arguments, extra=extra))
 
     # Outcomes
 
@@ -4765,7 +4771,8 @@ class _Beat:
                 self.store.run(effect)
             case _Follower():
                 if self.store.insert(effect.row) is None:
-                    _log.info(
+                    self.log(
+                        logging.INFO,
                         "instance %d: its insert of %s is dropped, the correlation key %r is taken",
                         row.id,
                         effect.row.fsm,
@@ -4778,7 +4785,8 @@ class _Beat:
                 try:
                     self.signal(effect)
                 except NoTargetError as error:
-                    _log.info("instance %d: its signal is dropped: %s", row.id, error, extra=_log_details(row))
+                    details = _log_details(row)
+                    self.log(logging.INFO, "instance %d: its signal is dropped: %s", row.id, error, extra=details)
 
     # Requests
 
@@ -5547,7 +5555,8 @@ class _Scheduler:
         is_new = (row.fsm, row.version) not in self._reported | beat.reported
         if is_new and not self._behaviours.is_coming(spec):
             beat.reported.add((row.fsm, row.version))
-            _log.warning("nothing here can run %s version %d: its instances wait", row.fsm, row.version)
+            message = "nothing here can run %s version %d: its instances wait"
+            beat.log(logging.WARNING, message, row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
 
     def take_unstarted(self, row: _Row) -> _Claim | None:
@@ -5574,7 +5583,9 @@ class _Scheduler:
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
         self._publish(beat, requests)
-        self.store.checkpoint()
+        refusal = self.store.checkpoint()
+        if refusal is not None:
+            self._log_soon("its write-ahead log could not be copied yet", refusal)
         if beat.interrupt is not None:
             raise beat.interrupt
 
@@ -5621,7 +5632,7 @@ class _Scheduler:
                 elif is_careful or not isinstance(error, Exception) or isinstance(error, _STORE_FAILURES):
                     raise
                 else:
-                    _log.exception("a beat failed; it is tried again piece by piece")
+                    self._log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
                     is_careful = True
                 continue
             beat.refused.extend(refused)
@@ -5637,6 +5648,11 @@ class _Scheduler:
             for claim in beat.withdrawn:
                 self._pools[claim.row.queue].submit([claim], first=True)
 
+    def _log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
+        """Log an error, but not under the lock: what handlers of the log do is not for a beat's time."""
+        text = _error_text(error)
+        self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
+
     def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
         """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
         translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
@@ -5644,7 +5660,7 @@ class _Scheduler:
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
-        _log.error("%s: a commit failed and nothing of it was kept: %s", self.path, _error_text(error))
+        self._log_soon("a commit failed and nothing of it was kept", error)
         if self.hub.wants("store.error"):
             self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
         for request in requests:
@@ -5670,6 +5686,8 @@ class _Scheduler:
             self.hub.post(functools.partial(_log_failure, row, change))
         for cls in self._behaviours.take_wanted():
             self._make_behaviour(cls)
+        for log in beat.logs:
+            self.hub.post(log)
         self.hub.publish(beat.events)
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
@@ -5694,7 +5712,7 @@ class _Scheduler:
         try:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
         except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
-            _log.error("no thread could be started to make %s: %s", cls, error)
+            self._log_soon(f"no thread could be started to make {cls}", error)
             self._behaviours.leave(cls)
             self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
@@ -5915,7 +5933,7 @@ class _Scheduler:
         try:
             self._see_others(monotonic)
         except (apsw.Error, DurableError) as error:
-            _log.error("%s: looking for other processes' work failed: %s", self.path, _error_text(error))
+            self._log_soon("looking for other processes' work failed", error)
 
     def _see_others(self, monotonic: float) -> None:
         if self._agenda.registrations != _registry.changes:
@@ -5972,7 +5990,8 @@ class _Scheduler:
         if now - self._agenda.renewed_at >= lease_ms - self.options.heartbeat_ms:
             self._agenda.judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
         if not self.store.renew(self.worker_id, now, now + lease_ms):
-            _log.warning("engine %s was taken for dead; what it had claimed runs elsewhere", self.options.name)
+            message = "engine %s was taken for dead; what it had claimed runs elsewhere"
+            beat.log(logging.WARNING, message, self.options.name)
             self.store.register(self._worker_row(now, lease_ms))
         if now >= self._agenda.judge_from:
             for worker in self.store.workers():
@@ -6019,7 +6038,8 @@ class _Scheduler:
     def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
         cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
         count = beat.reap(worker.id, cause)
-        _log.info("reclaimed %d instances of worker %s, pid %d: %s", count, worker.name, worker.pid, how)
+        message = "reclaimed %d instances of worker %s, pid %d: %s"
+        beat.log(logging.INFO, message, count, worker.name, worker.pid, how)
         beat.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
 
     def _sweep(self, beat: _Beat) -> None:

@@ -3325,7 +3325,7 @@ def test_a_class_that_is_just_being_made_is_not_made_again() -> None:
     (coming,) = behaviours.take_wanted()
 
     class ReadyInBetween(dict[type, object]):
-        def get(self, cls: type, default: object = None) -> object:  # type: ignore[override]
+        def get(self, cls: type, default: object = None) -> object:
             found = super().get(cls, default)
             if found is None and coming in behaviours._coming:
                 behaviours.make(coming)
@@ -3388,6 +3388,37 @@ def test_a_log_handler_that_takes_long_holds_up_no_work(make_engine: MakeEngine)
         logging.getLogger("durable").removeHandler(handler)
 
 
+@pytest.mark.parametrize("started", [False, True], ids=["drained", "started"])
+def test_a_log_handler_may_use_the_engine(make_engine: MakeEngine, started: bool) -> None:
+    """What a beat has to say is logged when it is over: a handler that inserts does not wait for itself."""
+    inserted: list[int] = []
+
+    class Repeats(FSM):
+        def perform(self, args: Any, ctx: Context[Any]) -> None:
+            ctx.signal("nobody", "hello")
+
+    class Inserts(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "dropped" in record.getMessage():
+                inserted.append(engine.insert(Echo, schedule_in=3600))
+
+    engine, handler, logger = make_engine(), Inserts(), logging.getLogger("durable")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        ident = engine.insert(Repeats)
+        if started:
+            engine.start()
+            assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) is None
+        else:
+            engine.drain(with_scheduled=False)
+        eventually(lambda: inserted)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def test_work_goes_on_when_the_system_has_threads_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3429,7 +3460,7 @@ def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
                 let_go.wait(PATIENCE)
 
     engine = make_engine(queues={"default": width}, prefetch=prefetch, poll_interval=NEVER_POLL)
-    engine._core.DEAD_LOOK_S = 3600.0  # type: ignore[misc]
+    engine._core.DEAD_LOOK_S = 3600.0
     engine.start()
     for _ in range(3):
         for _ in range(20):
