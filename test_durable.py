@@ -3391,6 +3391,7 @@ def test_a_log_handler_that_takes_long_holds_up_no_work(make_engine: MakeEngine)
 @pytest.mark.parametrize("started", [False, True], ids=["drained", "started"])
 def test_a_log_handler_may_use_the_engine(make_engine: MakeEngine, started: bool) -> None:
     """What a beat has to say is logged when it is over: a handler that inserts does not wait for itself."""
+    engine, logger = make_engine(), logging.getLogger("durable")
     inserted: list[int] = []
 
     class Repeats(FSM):
@@ -3402,7 +3403,7 @@ def test_a_log_handler_may_use_the_engine(make_engine: MakeEngine, started: bool
             if "dropped" in record.getMessage():
                 inserted.append(engine.insert(Echo, schedule_in=3600))
 
-    engine, handler, logger = make_engine(), Inserts(), logging.getLogger("durable")
+    handler = Inserts()
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)
