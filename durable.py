@@ -6503,7 +6503,11 @@ class Engine:
         return cast("list[int | None]", self._core.perform(lambda beat: beat.insert_all(rows)))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
-        """Insert an instance without waiting; the future has its id once it is durable. Many share a commit."""
+        """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
+
+        What `insert` would raise at the file, the future has as its exception; what is wrong with the options is
+        raised here. The future's callbacks are called one after the other in a thread of the engine's.
+        """
         self._core.check_open()
         return self._core.insert_later(self._core.desk.new_row(Insert(fsm, **options)))
 
