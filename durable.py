@@ -3675,8 +3675,8 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception 
             state = _state_after(claim, ctx, outcome)
         case ScheduleChildren():
             spec.code(outcome.then)
-            state = _state_after(claim, ctx, outcome)
             children = tuple(claim.desk.new_row(child)._replace(parent_id=row.id) for child in outcome.children)
+            state = _state_after(claim, ctx, outcome)
     change = _transition(row, _Ruling(outcome, state, result, last_error, trace), claim.desk.now())
     shown = tuple(signal.id for signal in ctx.awaited) if ctx.inbox else ()
     return _Commit(claim, _kind(outcome), change, effects, shown, children, is_inline, _elapsed(claim))

@@ -10353,8 +10353,9 @@ class ModelModel:
         horizon: float,
     ) -> list[Twin]:
         """Claim what the contract says; only where it leaves a bucket's level open, what the engine claimed."""
-        found = [row for row in self.rows.values() if row.status == Status.RUNNABLE and row.queue == queue]
-        found = [row for row in found if row.eligible_at <= horizon and knows(row) and queue not in self.paused]
+        runnable = [row for row in self.rows.values() if row.status == Status.RUNNABLE and row.queue == queue]
+        found = [row for row in runnable if row.eligible_at <= horizon and knows(row) and queue not in self.paused]
+        strangers = [row for row in runnable if not knows(row)]
         taken: list[Twin] = []
         dry: set[str] = set()
         for row in sorted(found, key=lambda row: row.order):
@@ -10362,7 +10363,10 @@ class ModelModel:
                 break
             if row.concurrency_key is not None and self.slots(row.concurrency_key) <= 0:
                 continue
-            if row.rate_limit is not None and (row.rate_limit in dry or not self.affords(row, was_claimed)):
+            # One of an unknown class may be in the bucket's line, where a worker that knows it has put it, or not yet.
+            is_behind = any(one.rate_limit == row.rate_limit and one.order < row.order for one in strangers)
+            is_open = is_behind and not was_claimed(row.id)
+            if row.rate_limit is not None and (row.rate_limit in dry or is_open or not self.affords(row, was_claimed)):
                 dry.add(row.rate_limit)
                 continue
             self.take(row, worker)
