@@ -2935,18 +2935,15 @@ class _Store:
 
     def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Write outcomes, each under its claim; False if one of these claims holds no more, or was cancelled."""
-        before = self.db.total_changes()
-        self.db.executemany(
-            _SETTLE, [(*one.change, now, one.claim.row.id, one.claim.row.claim, None) for one in commits]
+        return self._change_each(
+            _SETTLE, ((*one.change, now, one.claim.row.id, one.claim.row.claim, None) for one in commits)
         )
-        return bool(self.db.total_changes() - before == len(commits))
 
     def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
-        before = self.db.total_changes()
-        self.db.executemany(
+        return self._change_each(
             _ADVANCE,
-            [
+            (
                 (
                     change.step,
                     change.state,
@@ -2959,9 +2956,23 @@ class _Store:
                     claim.row.claim,
                 )
                 for claim, _, change, *_ in commits
-            ],
+            ),
         )
-        return bool(self.db.total_changes() - before == len(commits))
+
+    def _change_each(self, sql: str, rows: Iterable[Sequence[Any]]) -> bool:
+        """Run a statement for each of the rows; False if it has changed nothing for one.
+
+        Counted one by one, since the connection's total holds what the application's triggers change, too.
+        """
+        changes: list[int] = []
+
+        def bindings() -> Iterator[Sequence[Any]]:
+            for row in rows:
+                yield row
+                changes.append(self.db.changes())
+
+        self.db.executemany(sql, bindings())
+        return all(changes)
 
     def cancel_reason(self, row: _Row) -> str | None:
         """Why the row was cancelled, if it is still held by that claim."""

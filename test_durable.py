@@ -8880,6 +8880,55 @@ def test_a_running_engine_sees_the_insert_without_being_told(
         assert steps.take().metadata["id"] == target
 
 
+class Walks(durable.FSM, inline=True):
+    """Goes through its steps inline; the last one waits until the gate opens."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        return durable.Next("end")
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        if ctx.state.get("waits"):
+            self.gate.hold()
+        return durable.Done("through")
+
+
+AUDIT = """
+CREATE TABLE audit (instance INTEGER, status TEXT);
+CREATE TRIGGER note AFTER UPDATE OF status ON durable_instances WHEN new.status = 'done' BEGIN
+    INSERT INTO audit VALUES (new.id, new.status);
+END;
+CREATE TRIGGER go AFTER UPDATE OF step ON durable_instances WHEN new.step <> old.step BEGIN
+    INSERT INTO audit VALUES (new.id, new.step);
+END;
+"""
+
+
+def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome(
+    make_engine: MakeEngine, gate: Gate
+) -> None:
+    """What it changes is counted neither for an outcome that was not written nor against one that was."""
+    engine = make_engine(fsms=[Walks(gate)], queues={"default": 2})
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute(AUDIT)
+    engine.start()
+    assert engine.result(engine.insert(Walks), timeout=BEFORE_A_HEARTBEAT) == "through"
+    cancelled, done = (engine.insert(Walks, state={"waits": True}) for _ in range(2))
+    eventually(lambda: {engine.get(one).step for one in (cancelled, done)} == {"end"})
+    engine.cancel(cancelled)
+    with engine._core._beat_lock:  # so that both outcomes are written together
+        gate.leave.set()
+        eventually(lambda: len(engine._core._finished) == 2)
+    assert engine.wait(cancelled, timeout=BEFORE_A_HEARTBEAT).status == Status.FAILED
+    assert engine.result(done, timeout=BEFORE_A_HEARTBEAT) == "through"
+    assert query_fault(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
+    assert engine.check() == []
+
+
 # ---- one SQLite per process ----------------------------------------------------------------------------
 
 LOSS = {
