@@ -5402,6 +5402,7 @@ class _Scheduler:
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
         self._local: collections.deque[_Claim] = collections.deque()
+        self._unmade: list[type[FSM]] = []
         self._bell = _Bell()
         self._thread: threading.Thread | None = None
         self._lock_file: _LockFile | None = None
@@ -5717,8 +5718,8 @@ class _Scheduler:
                 self._agenda.due_at = self.desk.now()
             self._bell.ring()
 
-        if not self.is_started:  # whoever drains has nothing else to do
-            self.hub.post(make)
+        if not self.is_started:  # whoever drains makes it himself: else he may be through before it is there
+            self._unmade.append(cls)
             return
         try:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
@@ -6202,8 +6203,9 @@ class _Scheduler:
             self.hub.flush()
             if self._agenda.failure is not None:
                 raise self._agenda.failure
+            has_more = self._make_unmade()
             if not self._local:
-                if self._finished or self._is_due():
+                if has_more or self._finished or self._is_due():
                     continue
                 return
             claim = self._local[0]
@@ -6216,6 +6218,13 @@ class _Scheduler:
                 raise EngineClosedError(f"the engine on {self.path} was stopped while it was drained")
             steps += claim.error is None
             self._run_locally(self._local.popleft())
+
+    def _make_unmade(self) -> bool:
+        """Make the objects of the classes that the last beat has met for the first time; False if there are none."""
+        has_more = bool(self._unmade)
+        while self._unmade:
+            self._behaviours.make(self._unmade.pop())
+        return has_more
 
     def _run_locally(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""

@@ -3864,6 +3864,20 @@ def test_a_started_engine_is_not_drained(make_engine: MakeEngine) -> None:
         engine.drain()
 
 
+def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, gate: Gate) -> None:
+    """Objects are made by whoever drains, not by the thread of the callbacks, which may be busy."""
+
+    class Unmet(FSM):
+        def perform(self, args: Any) -> str:
+            return "ran"
+
+    ident = engine.insert(Unmet)
+    engine._core.hub.post_apart(gate.hold)  # what a future does with its callback
+    assert gate.entered.wait(PATIENCE)
+    assert engine.drain()["done"] == 1
+    assert engine.result(ident) == "ran"
+
+
 # Operations
 
 
