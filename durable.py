@@ -3914,9 +3914,11 @@ class _Pool:
             claim.is_finished = True
             self._running -= 1
             self._port.finish(commit)
+            was_quick = self._is_quick
             self._count_step(commit.duration)
             is_last = not self._ready
-            is_minded = self._arriving > 0 or self._is_quick
+            # The scheduler watches a pool that it has seen quick: one that turns so has to be shown to it.
+            is_minded = self._arriving > 0 or (was_quick and self._is_quick)
             self._arriving += is_last
         if is_last:
             self._port.beat()

@@ -3477,6 +3477,30 @@ def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
         let_go.clear()
 
 
+def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_engine: MakeEngine) -> None:
+    """Until then its steps are reported one by one, from then on they are watched: none falls in between."""
+    let_go = threading.Event()
+
+    class Moody(FSM):
+        def perform(self, args: Any) -> None:
+            if args["blocks"]:
+                let_go.wait(PATIENCE)
+
+    engine = make_engine(queues={"default": 1}, prefetch=1, poll_interval=NEVER_POLL)
+    engine._core.DEAD_LOOK_S = 3600.0  # type: ignore[misc]
+    engine.start()
+    engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
+    pool = engine._core._pools["default"]
+    pool.QUICK_S = 1.0  # type: ignore[misc]  # also where the machine is busy
+    pool._quick_steps = pool.QUICK_STEPS - 1
+    quick, blocked = engine.insert_all([Insert(Moody, args={"blocks": one}) for one in (False, True)])
+    try:
+        engine.result(cast(int, quick), timeout=BEFORE_A_HEARTBEAT)
+    finally:
+        let_go.set()
+    engine.result(cast(int, blocked), timeout=BEFORE_A_HEARTBEAT)
+
+
 def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(make_engine: MakeEngine) -> None:
     """Its rows wait for a process that knows it: from then on this one does."""
     engine = make_engine(poll_interval=0.05, heartbeat_interval=3000, lease_ttl=6000)
