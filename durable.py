@@ -3995,7 +3995,7 @@ class _Pool:
         try:
             threading.Thread(target=context.run, args=(self._work,), name="durable-worker", daemon=True).start()
         except RuntimeError as error:  # the system has no more; the scheduler rouses the pool again now and then
-            _log.error("no worker thread could be started: %s", error)
+            self._port.log_soon("no worker thread could be started", error)
             with self._lock:
                 self._threads -= 1
                 self._arriving -= 1
@@ -4059,6 +4059,7 @@ class _Port(typing.Protocol):
     def finish(self, commit: _Commit) -> None: ...
     def beat(self) -> None: ...
     def ring(self) -> None: ...
+    def log_soon(self, what: str, error: BaseException) -> None: ...
     def drop(self, claim: _Claim) -> None: ...
     def watch(self, claim: _Claim, pool: _Pool) -> None: ...
     def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
@@ -4078,7 +4079,11 @@ class _EventLoop:
         self._is_closing = False
         context = port.context.copy()
         self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-asyncio", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._loop.close()
+            raise
 
     def submit(self, claim: _Claim, pool: _Pool) -> None:
         self._incoming.append((claim, pool))
@@ -4174,7 +4179,7 @@ class _Hub:
         self._bell = _Bell()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._is_running = False
+        self._is_running = self._is_short = False
 
     def subscribe(self, callback: Callable[[Event], object], names: tuple[str, ...]) -> Callable[[], None]:
         unknown = set(names) - _EVENT_NAMES
@@ -4240,9 +4245,11 @@ class _Hub:
                 try:
                     thread.start()
                 except RuntimeError as error:  # the system has no more; the next call tries again
-                    _log.error("no thread could be started for callbacks: %s", error)
+                    if not self._is_short:  # said once: a handler of the log may make the next call
+                        self._is_short = True
+                        self._calls.append(functools.partial(_log.error, "no thread for callbacks: %s", error))
                     return
-                self._thread = thread
+                self._thread, self._is_short = thread, False
         self._bell.ring()
 
     def _update(self) -> None:
@@ -5547,15 +5554,15 @@ class _Scheduler:
         self._loop().submit(claim, pool)
 
     def _loop(self) -> _EventLoop:
-        """Return the event loop; a system that has no more threads is asked again until it has."""
+        """Return the event loop; a system that has no more threads or files is asked again until it has."""
         while True:
-            with self._request_lock:
-                try:
+            try:
+                with self._request_lock:
                     if self._event_loop is None:
                         self._event_loop = _EventLoop(self)
                     return self._event_loop
-                except RuntimeError as error:
-                    _log.error("the event loop's thread could not be started: %s", error)
+            except (RuntimeError, OSError) as error:
+                self.log_soon("the event loop could not be started", error)
             time.sleep(0.5)
 
     def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
@@ -5599,7 +5606,7 @@ class _Scheduler:
         self._publish(beat, requests)
         refusal = self.store.checkpoint()
         if refusal is not None:
-            self._log_soon("its write-ahead log could not be copied yet", refusal)
+            self.log_soon("its write-ahead log could not be copied yet", refusal)
         if beat.interrupt is not None:
             raise beat.interrupt
 
@@ -5646,7 +5653,7 @@ class _Scheduler:
                 elif is_careful or not isinstance(error, Exception) or isinstance(error, _STORE_FAILURES):
                     raise
                 else:
-                    self._log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
+                    self.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
                     is_careful = True
                 continue
             beat.refused.extend(refused)
@@ -5662,7 +5669,7 @@ class _Scheduler:
             for claim in beat.withdrawn:
                 self._pools[claim.row.queue].submit([claim], first=True)
 
-    def _log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
+    def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
         """Log an error, but not under the lock: what handlers of the log do is not for a beat's time."""
         text = _error_text(error)
         self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
@@ -5674,7 +5681,7 @@ class _Scheduler:
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
-        self._log_soon("a commit failed and nothing of it was kept", error)
+        self.log_soon("a commit failed and nothing of it was kept", error)
         if self.hub.wants("store.error"):
             self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
         for request in requests:
@@ -5726,7 +5733,7 @@ class _Scheduler:
         try:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
         except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
-            self._log_soon(f"no thread could be started to make {cls}", error)
+            self.log_soon(f"no thread could be started to make {cls}", error)
             self._behaviours.leave(cls)
             self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
@@ -5947,7 +5954,7 @@ class _Scheduler:
         try:
             self._see_others(monotonic)
         except (apsw.Error, DurableError) as error:
-            self._log_soon("looking for other processes' work failed", error)
+            self.log_soon("looking for other processes' work failed", error)
 
     def _see_others(self, monotonic: float) -> None:
         if self._agenda.registrations != _registry.changes:

@@ -30,6 +30,7 @@ import datetime as dt
 import doctest
 import email
 import enum
+import errno
 import functools
 import importlib.util
 import inspect
@@ -3443,6 +3444,68 @@ def test_work_goes_on_when_the_system_has_threads_again(
         assert engine.wait(ident, timeout=0.2).status == Status.RUNNABLE
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
     assert client.insert_nowait(Anew).result(PATIENCE)
+
+
+@pytest.mark.parametrize("missing", ["worker", "loop", "hub"])
+def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """What there is to say about it is said where no lock is held."""
+
+    class Either(FSM):
+        async def step(self, name: str, ctx: Ctx) -> Outcome:
+            return Done("ran")
+
+    class Uses(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.ERROR:
+                used.append(engine.insert(Waits, queue="elsewhere"))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    used: list[int] = []
+    handler = Uses()
+    engine = make_engine(queues={} if missing == "hub" else {"default": 1}, fsms=[Either()])
+    if missing != "hub":
+        engine.start()
+    if missing == "loop":
+        engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE)
+    logging.getLogger("durable").addHandler(handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            if missing == "hub":
+                engine._core.hub.post_apart(lambda: None)
+            ident = engine.insert(Either)
+            eventually(lambda: used)
+        if missing != "hub":
+            assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
+    finally:
+        logging.getLogger("durable").removeHandler(handler)
+
+
+def test_an_async_step_waits_for_the_files_of_its_event_loop(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no more files may be opened, the worker asks again: it is neither lost nor is its row."""
+
+    class Late(FSM):
+        async def perform(self, args: Any) -> str:
+            return "ran"
+
+    def refuse() -> asyncio.AbstractEventLoop:
+        refused.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    refused = threading.Event()
+    engine = make_engine(queues={"default": 1}, fsms=[Late()])
+    engine.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", refuse)
+        ident = engine.insert(Late)
+        assert refused.wait(PATIENCE)
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
 
 
 @pytest.mark.parametrize(
