@@ -6762,7 +6762,11 @@ class Engine:
         core = getattr(self, "_core", None)
         if core is not None and not core.is_closed:
             warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
-            self.stop(0)
+            # A thread of its own may be collecting it under a lock, or while it starts, which "Dummy-" stands for.
+            if threading.current_thread().name.startswith(("durable-", "Dummy-")):
+                threading.Thread(target=self.stop, args=(0,), name="durable-stop", daemon=True).start()
+            else:
+                self.stop(0)
 
 
 def _cursor_of(connection: Any) -> Any:

@@ -58,6 +58,7 @@ import time
 import tokenize
 import types
 import uuid
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6951,6 +6952,31 @@ def test_forgotten_engine_warns(database: Path) -> None:
     engines = {durable.Engine(database)}
     with pytest.warns(ResourceWarning, match="durable"):
         engines.pop()
+
+
+def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs in whichever thread it likes, also in one of the engine's that holds a lock."""
+    core = durable._Scheduler
+    forgotten = [durable.Engine(database)]
+    forgotten[0].start()
+    running = forgotten[0]._core
+    transact = core._transact
+
+    def collect(scheduler: Any, *arguments: Any) -> Any:
+        if scheduler is running and threading.current_thread() is running._thread:
+            forgotten.clear()
+        return transact(scheduler, *arguments)
+
+    monkeypatch.setattr(core, "_transact", collect)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        running._agenda.due_at = 1
+        running.ring()
+        eventually(lambda: running.is_closed)
+    assert any("was not stopped" in str(one.message) for one in warned)
+    eventually(lambda: [thread for thread in threading.enumerate() if thread.name == "durable-stop"] == [])
 
 
 def test_engine_left_running_at_exit_warns(tmp_path: Path) -> None:
