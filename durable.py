@@ -6081,9 +6081,9 @@ class _Scheduler:
         if self._thread is None:
             self._stop_unstarted(drain_s)
             return
-        if self.is_stopping:
-            return
         with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
+            if self.is_stopping:
+                return
             self.is_stopping = True
         self._bell.ring()
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]

@@ -2874,6 +2874,23 @@ def test_stopping_twice_is_nothing(engine: Engine) -> None:
     engine.stop()
 
 
+def test_of_two_stops_at_once_one_stops_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other does nothing, also where both came while a beat was under way."""
+    engine.start()
+    core = engine._core
+    signed_off: list[str] = []
+    sign_off = core._sign_off
+    monkeypatch.setattr(core, "_sign_off", lambda: (signed_off.append(core.worker_id), sign_off()))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        with core._beat_lock:
+            stops = [threads.submit(engine.stop) for _ in range(2)]
+            concurrent.futures.wait(stops, timeout=0.1)
+            assert not core.is_stopping
+        for one in stops:
+            one.result(PATIENCE)
+    assert len(signed_off) == 1
+
+
 VERBS: dict[str, Callable[[Engine], object]] = {
     "start": lambda engine: engine.start(),
     "insert": lambda engine: engine.insert(Echo),
