@@ -2935,18 +2935,15 @@ class _Store:
 
     def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Write outcomes, each under its claim; False if one of these claims holds no more, or was cancelled."""
-        before = self.db.total_changes()
-        self.db.executemany(
-            _SETTLE, [(*one.change, now, one.claim.row.id, one.claim.row.claim, None) for one in commits]
+        return self._change_each(
+            _SETTLE, ((*one.change, now, one.claim.row.id, one.claim.row.claim, None) for one in commits)
         )
-        return bool(self.db.total_changes() - before == len(commits))
 
     def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
-        before = self.db.total_changes()
-        self.db.executemany(
+        return self._change_each(
             _ADVANCE,
-            [
+            (
                 (
                     change.step,
                     change.state,
@@ -2959,9 +2956,23 @@ class _Store:
                     claim.row.claim,
                 )
                 for claim, _, change, *_ in commits
-            ],
+            ),
         )
-        return bool(self.db.total_changes() - before == len(commits))
+
+    def _change_each(self, sql: str, rows: Iterable[Sequence[Any]]) -> bool:
+        """Run a statement for each of the rows; False if it has changed nothing for one.
+
+        Counted one by one, since the connection's total holds what the application's triggers change, too.
+        """
+        changes: list[int] = []
+
+        def bindings() -> Iterator[Sequence[Any]]:
+            for row in rows:
+                yield row
+                changes.append(self.db.changes())
+
+        self.db.executemany(sql, bindings())
+        return all(changes)
 
     def cancel_reason(self, row: _Row) -> str | None:
         """Why the row was cancelled, if it is still held by that claim."""
@@ -3903,9 +3914,11 @@ class _Pool:
             claim.is_finished = True
             self._running -= 1
             self._port.finish(commit)
+            was_quick = self._is_quick
             self._count_step(commit.duration)
             is_last = not self._ready
-            is_minded = self._arriving > 0 or self._is_quick
+            # The scheduler watches a pool that it has seen quick: one that turns so has to be shown to it.
+            is_minded = self._arriving > 0 or (was_quick and self._is_quick)
             self._arriving += is_last
         if is_last:
             self._port.beat()
@@ -3982,7 +3995,7 @@ class _Pool:
         try:
             threading.Thread(target=context.run, args=(self._work,), name="durable-worker", daemon=True).start()
         except RuntimeError as error:  # the system has no more; the scheduler rouses the pool again now and then
-            _log.error("no worker thread could be started: %s", error)
+            self._port.log_soon("no worker thread could be started", error)
             with self._lock:
                 self._threads -= 1
                 self._arriving -= 1
@@ -4046,6 +4059,7 @@ class _Port(typing.Protocol):
     def finish(self, commit: _Commit) -> None: ...
     def beat(self) -> None: ...
     def ring(self) -> None: ...
+    def log_soon(self, what: str, error: BaseException) -> None: ...
     def drop(self, claim: _Claim) -> None: ...
     def watch(self, claim: _Claim, pool: _Pool) -> None: ...
     def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
@@ -4065,7 +4079,11 @@ class _EventLoop:
         self._is_closing = False
         context = port.context.copy()
         self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-asyncio", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._loop.close()
+            raise
 
     def submit(self, claim: _Claim, pool: _Pool) -> None:
         self._incoming.append((claim, pool))
@@ -4161,7 +4179,7 @@ class _Hub:
         self._bell = _Bell()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._is_running = False
+        self._is_running = self._is_short = False
 
     def subscribe(self, callback: Callable[[Event], object], names: tuple[str, ...]) -> Callable[[], None]:
         unknown = set(names) - _EVENT_NAMES
@@ -4227,9 +4245,11 @@ class _Hub:
                 try:
                     thread.start()
                 except RuntimeError as error:  # the system has no more; the next call tries again
-                    _log.error("no thread could be started for callbacks: %s", error)
+                    if not self._is_short:  # said once: a handler of the log may make the next call
+                        self._is_short = True
+                        self._calls.append(functools.partial(_log.error, "no thread for callbacks: %s", error))
                     return
-                self._thread = thread
+                self._thread, self._is_short = thread, False
         self._bell.ring()
 
     def _update(self) -> None:
@@ -5391,6 +5411,7 @@ class _Scheduler:
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
         self._local: collections.deque[_Claim] = collections.deque()
+        self._unmade: list[type[FSM]] = []
         self._bell = _Bell()
         self._thread: threading.Thread | None = None
         self._lock_file: _LockFile | None = None
@@ -5533,15 +5554,15 @@ class _Scheduler:
         self._loop().submit(claim, pool)
 
     def _loop(self) -> _EventLoop:
-        """Return the event loop; a system that has no more threads is asked again until it has."""
+        """Return the event loop; a system that has no more threads or files is asked again until it has."""
         while True:
-            with self._request_lock:
-                try:
+            try:
+                with self._request_lock:
                     if self._event_loop is None:
                         self._event_loop = _EventLoop(self)
                     return self._event_loop
-                except RuntimeError as error:
-                    _log.error("the event loop's thread could not be started: %s", error)
+            except (RuntimeError, OSError) as error:
+                self.log_soon("the event loop could not be started", error)
             time.sleep(0.5)
 
     def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
@@ -5585,7 +5606,7 @@ class _Scheduler:
         self._publish(beat, requests)
         refusal = self.store.checkpoint()
         if refusal is not None:
-            self._log_soon("its write-ahead log could not be copied yet", refusal)
+            self.log_soon("its write-ahead log could not be copied yet", refusal)
         if beat.interrupt is not None:
             raise beat.interrupt
 
@@ -5632,7 +5653,7 @@ class _Scheduler:
                 elif is_careful or not isinstance(error, Exception) or isinstance(error, _STORE_FAILURES):
                     raise
                 else:
-                    self._log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
+                    self.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
                     is_careful = True
                 continue
             beat.refused.extend(refused)
@@ -5648,7 +5669,7 @@ class _Scheduler:
             for claim in beat.withdrawn:
                 self._pools[claim.row.queue].submit([claim], first=True)
 
-    def _log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
+    def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
         """Log an error, but not under the lock: what handlers of the log do is not for a beat's time."""
         text = _error_text(error)
         self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
@@ -5660,7 +5681,7 @@ class _Scheduler:
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
-        self._log_soon("a commit failed and nothing of it was kept", error)
+        self.log_soon("a commit failed and nothing of it was kept", error)
         if self.hub.wants("store.error"):
             self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
         for request in requests:
@@ -5706,13 +5727,13 @@ class _Scheduler:
                 self._agenda.due_at = self.desk.now()
             self._bell.ring()
 
-        if not self.is_started:  # whoever drains has nothing else to do
-            self.hub.post(make)
+        if not self.is_started:  # whoever drains makes it himself: else he may be through before it is there
+            self._unmade.append(cls)
             return
         try:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
         except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
-            self._log_soon(f"no thread could be started to make {cls}", error)
+            self.log_soon(f"no thread could be started to make {cls}", error)
             self._behaviours.leave(cls)
             self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
@@ -5933,7 +5954,7 @@ class _Scheduler:
         try:
             self._see_others(monotonic)
         except (apsw.Error, DurableError) as error:
-            self._log_soon("looking for other processes' work failed", error)
+            self.log_soon("looking for other processes' work failed", error)
 
     def _see_others(self, monotonic: float) -> None:
         if self._agenda.registrations != _registry.changes:
@@ -6060,9 +6081,9 @@ class _Scheduler:
         if self._thread is None:
             self._stop_unstarted(drain_s)
             return
-        if self.is_stopping:
-            return
         with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
+            if self.is_stopping:
+                return
             self.is_stopping = True
         self._bell.ring()
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
@@ -6191,8 +6212,9 @@ class _Scheduler:
             self.hub.flush()
             if self._agenda.failure is not None:
                 raise self._agenda.failure
+            has_more = self._make_unmade()
             if not self._local:
-                if self._finished or self._is_due():
+                if has_more or self._finished or self._is_due():
                     continue
                 return
             claim = self._local[0]
@@ -6205,6 +6227,13 @@ class _Scheduler:
                 raise EngineClosedError(f"the engine on {self.path} was stopped while it was drained")
             steps += claim.error is None
             self._run_locally(self._local.popleft())
+
+    def _make_unmade(self) -> bool:
+        """Make the objects of the classes that the last beat has met for the first time; False if there are none."""
+        has_more = bool(self._unmade)
+        while self._unmade:
+            self._behaviours.make(self._unmade.pop())
+        return has_more
 
     def _run_locally(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
@@ -6733,7 +6762,11 @@ class Engine:
         core = getattr(self, "_core", None)
         if core is not None and not core.is_closed:
             warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
-            self.stop(0)
+            # A thread of its own may be collecting it under a lock, or while it starts, which "Dummy-" stands for.
+            if threading.current_thread().name.startswith(("durable-", "Dummy-")):
+                threading.Thread(target=self.stop, args=(0,), name="durable-stop", daemon=True).start()
+            else:
+                self.stop(0)
 
 
 def _cursor_of(connection: Any) -> Any:

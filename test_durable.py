@@ -30,6 +30,7 @@ import datetime as dt
 import doctest
 import email
 import enum
+import errno
 import functools
 import importlib.util
 import inspect
@@ -57,6 +58,7 @@ import time
 import tokenize
 import types
 import uuid
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -2872,6 +2874,23 @@ def test_stopping_twice_is_nothing(engine: Engine) -> None:
     engine.stop()
 
 
+def test_of_two_stops_at_once_one_stops_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other does nothing, also where both came while a beat was under way."""
+    engine.start()
+    core = engine._core
+    signed_off: list[str] = []
+    sign_off = core._sign_off
+    monkeypatch.setattr(core, "_sign_off", lambda: (signed_off.append(core.worker_id), sign_off()))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        with core._beat_lock:
+            stops = [threads.submit(engine.stop) for _ in range(2)]
+            concurrent.futures.wait(stops, timeout=0.1)
+            assert not core.is_stopping
+        for one in stops:
+            one.result(PATIENCE)
+    assert len(signed_off) == 1
+
+
 VERBS: dict[str, Callable[[Engine], object]] = {
     "start": lambda engine: engine.start(),
     "insert": lambda engine: engine.insert(Echo),
@@ -3445,6 +3464,68 @@ def test_work_goes_on_when_the_system_has_threads_again(
     assert client.insert_nowait(Anew).result(PATIENCE)
 
 
+@pytest.mark.parametrize("missing", ["worker", "loop", "hub"])
+def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """What there is to say about it is said where no lock is held."""
+
+    class Either(FSM):
+        async def step(self, name: str, ctx: Ctx) -> Outcome:
+            return Done("ran")
+
+    class Uses(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.ERROR:
+                used.append(engine.insert(Waits, queue="elsewhere"))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    used: list[int] = []
+    handler = Uses()
+    engine = make_engine(queues={} if missing == "hub" else {"default": 1}, fsms=[Either()])
+    if missing != "hub":
+        engine.start()
+    if missing == "loop":
+        engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE)
+    logging.getLogger("durable").addHandler(handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            if missing == "hub":
+                engine._core.hub.post_apart(lambda: None)
+            ident = engine.insert(Either)
+            eventually(lambda: used)
+        if missing != "hub":
+            assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
+    finally:
+        logging.getLogger("durable").removeHandler(handler)
+
+
+def test_an_async_step_waits_for_the_files_of_its_event_loop(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no more files may be opened, the worker asks again: it is neither lost nor is its row."""
+
+    class Late(FSM):
+        async def perform(self, args: Any) -> str:
+            return "ran"
+
+    def refuse() -> asyncio.AbstractEventLoop:
+        refused.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    refused = threading.Event()
+    engine = make_engine(queues={"default": 1}, fsms=[Late()])
+    engine.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", refuse)
+        ident = engine.insert(Late)
+        assert refused.wait(PATIENCE)
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
+
+
 @pytest.mark.parametrize(
     ("width", "prefetch", "blocks"),
     [(2, 0, (False, True)), (2, 0, (True, False)), (4, 0, (True, False, False)), (1, 1, (False, True))],
@@ -3475,6 +3556,30 @@ def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
         for ident in ids:
             engine.result(cast(int, ident), timeout=BEFORE_A_HEARTBEAT)
         let_go.clear()
+
+
+def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_engine: MakeEngine) -> None:
+    """Until then its steps are reported one by one, from then on they are watched: none falls in between."""
+    let_go = threading.Event()
+
+    class Moody(FSM):
+        def perform(self, args: Any) -> None:
+            if args["blocks"]:
+                let_go.wait(PATIENCE)
+
+    engine = make_engine(queues={"default": 1}, prefetch=1, poll_interval=NEVER_POLL)
+    engine._core.DEAD_LOOK_S = 3600.0  # type: ignore[misc]
+    engine.start()
+    engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
+    pool = engine._core._pools["default"]
+    pool.QUICK_S = 1.0  # type: ignore[misc]  # also where the machine is busy
+    pool._quick_steps = pool.QUICK_STEPS - 1
+    quick, blocked = engine.insert_all([Insert(Moody, args={"blocks": one}) for one in (False, True)])
+    try:
+        engine.result(cast(int, quick), timeout=BEFORE_A_HEARTBEAT)
+    finally:
+        let_go.set()
+    engine.result(cast(int, blocked), timeout=BEFORE_A_HEARTBEAT)
 
 
 def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(make_engine: MakeEngine) -> None:
@@ -3862,6 +3967,20 @@ def test_a_started_engine_is_not_drained(make_engine: MakeEngine) -> None:
     """Draining a started engine is a `DurableError`."""
     with make_engine() as engine, pytest.raises(DurableError):
         engine.drain()
+
+
+def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, gate: Gate) -> None:
+    """Objects are made by whoever drains, not by the thread of the callbacks, which may be busy."""
+
+    class Unmet(FSM):
+        def perform(self, args: Any) -> str:
+            return "ran"
+
+    ident = engine.insert(Unmet)
+    engine._core.hub.post_apart(gate.hold)  # what a future does with its callback
+    assert gate.entered.wait(PATIENCE)
+    assert engine.drain()["done"] == 1
+    assert engine.result(ident) == "ran"
 
 
 # Operations
@@ -6852,6 +6971,31 @@ def test_forgotten_engine_warns(database: Path) -> None:
         engines.pop()
 
 
+def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs in whichever thread it likes, also in one of the engine's that holds a lock."""
+    core = durable._Scheduler
+    forgotten = [durable.Engine(database)]
+    forgotten[0].start()
+    running = forgotten[0]._core
+    transact = core._transact
+
+    def collect(scheduler: Any, *arguments: Any) -> Any:
+        if scheduler is running and threading.current_thread() is running._thread:
+            forgotten.clear()
+        return transact(scheduler, *arguments)
+
+    monkeypatch.setattr(core, "_transact", collect)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        running._agenda.due_at = 1
+        running.ring()
+        eventually(lambda: running.is_closed)
+    assert any("was not stopped" in str(one.message) for one in warned)
+    eventually(lambda: [thread for thread in threading.enumerate() if thread.name == "durable-stop"] == [])
+
+
 def test_engine_left_running_at_exit_warns(tmp_path: Path) -> None:
     """A running engine that nobody stops warns at the end of the program, which ends all the same."""
     source = "import sys, durable\nengine = durable.Engine(sys.argv[1])\nengine.start()\n"
@@ -8878,6 +9022,55 @@ def test_a_running_engine_sees_the_insert_without_being_told(
         else:
             target = int(run_script(tmp_path, SQLITE3 + SQLITE3_KEEPS["a commit"] + "connection.close()", database))
         assert steps.take().metadata["id"] == target
+
+
+class Walks(durable.FSM, inline=True):
+    """Goes through its steps inline; the last one waits until the gate opens."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    @durable.step
+    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+        return durable.Next("end")
+
+    @durable.step
+    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        if ctx.state.get("waits"):
+            self.gate.hold()
+        return durable.Done("through")
+
+
+AUDIT = """
+CREATE TABLE audit (instance INTEGER, status TEXT);
+CREATE TRIGGER note AFTER UPDATE OF status ON durable_instances WHEN new.status = 'done' BEGIN
+    INSERT INTO audit VALUES (new.id, new.status);
+END;
+CREATE TRIGGER go AFTER UPDATE OF step ON durable_instances WHEN new.step <> old.step BEGIN
+    INSERT INTO audit VALUES (new.id, new.step);
+END;
+"""
+
+
+def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome(
+    make_engine: MakeEngine, gate: Gate
+) -> None:
+    """What it changes is counted neither for an outcome that was not written nor against one that was."""
+    engine = make_engine(fsms=[Walks(gate)], queues={"default": 2})
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute(AUDIT)
+    engine.start()
+    assert engine.result(engine.insert(Walks), timeout=BEFORE_A_HEARTBEAT) == "through"
+    cancelled, done = (engine.insert(Walks, state={"waits": True}) for _ in range(2))
+    eventually(lambda: {engine.get(one).step for one in (cancelled, done)} == {"end"})
+    engine.cancel(cancelled)
+    with engine._core._beat_lock:  # so that both outcomes are written together
+        gate.leave.set()
+        eventually(lambda: len(engine._core._finished) == 2)
+    assert engine.wait(cancelled, timeout=BEFORE_A_HEARTBEAT).status == Status.FAILED
+    assert engine.result(done, timeout=BEFORE_A_HEARTBEAT) == "through"
+    assert query_fault(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
+    assert engine.check() == []
 
 
 # ---- one SQLite per process ----------------------------------------------------------------------------
