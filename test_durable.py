@@ -2880,7 +2880,12 @@ def test_of_two_stops_at_once_one_stops_the_engine(engine: Engine, monkeypatch: 
     core = engine._core
     signed_off: list[str] = []
     sign_off = core._sign_off
-    monkeypatch.setattr(core, "_sign_off", lambda: (signed_off.append(core.worker_id), sign_off()))
+
+    def sign_off_once_more() -> None:
+        signed_off.append(core.worker_id)
+        sign_off()
+
+    monkeypatch.setattr(core, "_sign_off", sign_off_once_more)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         with core._beat_lock:
             stops = [threads.submit(engine.stop) for _ in range(2)]
@@ -3568,11 +3573,11 @@ def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_en
                 let_go.wait(PATIENCE)
 
     engine = make_engine(queues={"default": 1}, prefetch=1, poll_interval=NEVER_POLL)
-    engine._core.DEAD_LOOK_S = 3600.0  # type: ignore[misc]
+    engine._core.DEAD_LOOK_S = 3600.0
     engine.start()
     engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
     pool = engine._core._pools["default"]
-    pool.QUICK_S = 1.0  # type: ignore[misc]  # also where the machine is busy
+    pool.QUICK_S = 1.0  # also where the machine is busy
     pool._quick_steps = pool.QUICK_STEPS - 1
     quick, blocked = engine.insert_all([Insert(Moody, args={"blocks": one}) for one in (False, True)])
     try:
