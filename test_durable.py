@@ -3658,6 +3658,22 @@ def test_cancel_fails_what_is_not_running(make_engine: MakeEngine, status: str) 
     assert engine.check() == []
 
 
+@durable.job(name="exits", max_attempts=2)
+def exits() -> None:
+    """Crashes."""
+    raise SystemExit
+
+
+def test_cancel_of_a_crashed_instance_forgets_its_crashes(engine: Engine) -> None:
+    """As at every other end but that of poison, whether it waits for a worker or a worker has claimed it."""
+    ident = engine.insert(exits)
+    with pytest.raises(SystemExit):
+        engine.drain()
+    assert engine.get(ident).crashes == 1
+    assert engine.cancel(ident)
+    assert engine.get(ident).crashes == 0
+
+
 def test_cancel_of_what_has_ended_is_false(engine: Engine) -> None:
     """`False` if it had ended: done, failed, or cancelled before."""
     ids = [engine.insert(Echo), engine.insert(Fails), engine.insert(Waits)]
