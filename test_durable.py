@@ -7127,6 +7127,33 @@ def test_drain_on_a_full_disk_raises_and_runs_nothing_twice(disk: Disk, make_eng
     assert engine.check() == []
 
 
+def test_drain_that_failed_leaves_nothing_in_hand(disk: Disk, make_engine: MakeEngine) -> None:
+    """What its last commit would go on with inline is run by the next `drain`, and once."""
+    runs: list[str] = []
+
+    class Hops(durable.FSM, name="hops-on-a-full-disk", inline=True):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Next:
+            runs.append("start")
+            disk.fail(*FULL)
+            return durable.Next("end")
+
+        @durable.step
+        def end(self, ctx: durable.Context[Any]) -> durable.Done:
+            runs.append("end")
+            return durable.Done()
+
+    engine = make_engine()
+    engine.subscribe(disk.heal, "store.error")
+    who = engine.insert(Hops)
+    with pytest.raises(durable.DurableError):
+        engine.drain()
+    assert (engine.get(who).status, engine.get(who).step) == ("runnable", "end")
+    engine.drain()
+    assert (engine.get(who).status, runs) == ("done", ["start", "end"])
+    assert engine.check() == []
+
+
 def test_start_on_a_full_disk_raises_and_can_be_tried_again(disk: Disk, make_engine: MakeEngine) -> None:
     """An engine that can't sign on is not started."""
     engine = make_engine()
