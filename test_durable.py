@@ -10399,15 +10399,19 @@ class ModelModel:
         runnable = [row for row in self.rows.values() if row.status == Status.RUNNABLE and row.queue == queue]
         found = [row for row in runnable if row.eligible_at <= horizon and knows(row) and queue not in self.paused]
         strangers = [row for row in runnable if not knows(row)]
+        keyed: list[Twin] = []
         taken: list[Twin] = []
         dry: set[str] = set()
         for row in sorted(found, key=lambda row: row.order):
             if len(taken) == count:
                 break
             if row.concurrency_key is not None and self.slots(row.concurrency_key) <= 0:
+                keyed.append(row)
                 continue
-            # One of an unknown class may be in the bucket's line, where a worker that knows it has put it, or not yet.
-            is_behind = any(one.rate_limit == row.rate_limit and one.order < row.order for one in strangers)
+            # One of an unknown class may be in the bucket's line, where a worker that knows it has put it, or not yet;
+            # so may one whose key was free then.
+            lined_up = [*strangers, *(one for one in keyed if not self.affords(one, was_claimed))]
+            is_behind = any(one.rate_limit == row.rate_limit and one.order < row.order for one in lined_up)
             is_open = is_behind and not was_claimed(row.id)
             if row.rate_limit is not None and (row.rate_limit in dry or is_open or not self.affords(row, was_claimed)):
                 dry.add(row.rate_limit)
@@ -10417,7 +10421,9 @@ class ModelModel:
         return taken
 
     def affords(self, row: Twin, was_claimed: Callable[[int], bool]) -> bool:
-        low, high = self.levels(cast(str, row.rate_limit))
+        if row.rate_limit is None:
+            return True
+        low, high = self.levels(row.rate_limit)
         price = row.weight * PER_MS
         return low >= price or (high >= price and was_claimed(row.id))
 
