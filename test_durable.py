@@ -10584,8 +10584,8 @@ class Hand:
         self.core = self.engine._core
         self.knows_strangers = bool(fsms)
         self.is_worker = is_worker
-        self.failures: collections.deque[type[apsw.Error]] = collections.deque()
-        """What the next transactions fail with."""
+        self.failures: collections.deque[type[apsw.Error] | None] = collections.deque()
+        """What the next transactions fail with; None for one that does not."""
         self.held: dict[tuple[int, int], Twin] = {}
         """By id and claim: the instance as the model had it when it was claimed."""
         self.claims: dict[tuple[int, int], durable._Claim] = {}
@@ -10611,8 +10611,11 @@ class Hand:
     def fail_or(self, do: Callable[[], None], error: type[apsw.Error]) -> None:
         """Begin or commit a transaction, unless it is that which is to fail now."""
         if self.failures and self.failures[0] is error:
-            raise self.failures.popleft()("the disk is out of order")
+            self.failures.popleft()
+            raise error("the disk is out of order")
         do()
+        if self.failures and error is apsw.FullError:
+            assert self.failures.popleft() is None
 
     def has_failed(self, call: Callable[[], Any]) -> bool:
         """Do something; whether a transaction of it has failed."""
@@ -11190,29 +11193,69 @@ class Theatre(RuleBasedStateMachine):
         for hand in self.hands:
             self.tick(hand)
 
-    @rule(given=st.lists(cues(may_crash=False), max_size=8), with_scheduled=st.booleans())
-    def drain(self, given: list[Cue], with_scheduled: bool) -> None:
-        """The client runs everything that is runnable."""
+    @rule(
+        given=st.lists(cues(may_crash=False), max_size=8),
+        with_scheduled=st.booleans(),
+        commits=st.sampled_from([*[None] * 6, 1, 2, 3, 4, 6, 8]),
+    )
+    def drain(self, given: list[Cue], with_scheduled: bool, commits: int | None = None) -> None:
+        """The client runs everything that is runnable, until it is done or the disk is full after so many commits."""
         hand = self.client
         if hand.failures:
             self.fail_to_drain(hand)
             return
+        if commits is not None:
+            hand.failures.extend([*[None] * commits, apsw.FullError])
+            given = [attrs.evolve(cue, effects=(), on_error_effects=()) for cue in given]
+        tally, seen, went_on = self.drain_engine(given, with_scheduled=with_scheduled)
+        has_failed = isinstance(tally, durable.DurableError)
+        is_signed_off = has_failed or commits is None or apsw.FullError in hand.failures
+        hand.failures.clear()
+        self.dead = [one for one in self.dead if one != hand.id]
+        self.model.beat([])
+        if not (has_failed and commits == 1):  # else not even the dead were reaped
+            self.reap_dead()
+        self.follow_drain(given, seen, went_on, with_scheduled=with_scheduled, has_failed=has_failed)
+        assert has_failed or tally["steps"] == len(seen)
+        assert STAGE.handlings == self.model.handlings
+        if is_signed_off:
+            self.leases.pop(hand.id, None)
+        else:
+            self.leases[hand.id] = NEVER
+            self.dead.append(hand.id)
+
+    def drain_engine(self, given: list[Cue], *, with_scheduled: bool) -> tuple[Any, list[tuple[Any, ...]], set[int]]:
+        """Let the client drain; what that came to, what its steps saw, and after how many steps it went on inline."""
         STAGE.cues.extend(given)
         STAGE.seen.clear()
         went_on: set[int] = set()
-        unsubscribe = hand.engine.subscribe(lambda _: went_on.add(len(STAGE.seen)), "inline.continue")
-        tally = hand.engine.drain(with_scheduled=with_scheduled)
+        engine = self.client.engine
+        unsubscribe = engine.subscribe(lambda _: went_on.add(len(STAGE.seen)), "inline.continue")
+        tally = self.answer_of(lambda: engine.drain(with_scheduled=with_scheduled))
         unsubscribe()
         STAGE.cues.clear()
-        seen, left = list(STAGE.seen), collections.deque(given)
-        self.model.beat([])
-        self.reap_dead()
+        assert is_storage_failure(tally) or not isinstance(tally, Exception), tally
+        return tally, list(STAGE.seen), went_on
+
+    def follow_drain(
+        self,
+        given: list[Cue],
+        seen: list[tuple[Any, ...]],
+        went_on: set[int],
+        *,
+        with_scheduled: bool,
+        has_failed: bool,
+    ) -> None:
+        """Run in the model what the engine has run; if it failed, its last beat only signed off."""
         played = 0
         verdicts: list[Verdict] = []
         in_hand: collections.deque[Twin] = collections.deque()
         is_over = False
         while not is_over:
             self.model.went_on = lambda _, steps=played: steps in went_on  # type: ignore[misc]
+            if has_failed and played == len(seen):
+                self.model.beat(verdicts, functools.partial(self.sign_off, self.client))
+                break
             run = [verdict.twin for verdict in verdicts]
             _, refused = self.model.beat(verdicts)
             in_hand += [self.model.rows[twin.id] for twin in run if self.has_gone_on(twin)]
@@ -11222,11 +11265,11 @@ class Theatre(RuleBasedStateMachine):
             if in_hand and all(verdict.is_last_word for verdict in refused):
                 assert played < len(seen), f"instance {in_hand[0].id} was not run"
                 assert self.sight_of(in_hand[0]) == seen[played]
+                cue = given[played] if played < len(given) else Cue()
                 played += 1
-                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), left.popleft() if left else Cue()))
+                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), cue))
             is_over = not verdicts
-        assert played == len(seen) == tally["steps"]
-        assert STAGE.handlings == self.model.handlings
+        assert played == len(seen)
 
     def has_gone_on(self, twin: Twin) -> bool:
         """Whether the client runs the next step of an instance on the claim that it held."""
@@ -11240,7 +11283,7 @@ class Theatre(RuleBasedStateMachine):
             hand.engine.drain()
         assert is_storage_failure(caught.value)
         if len(hand.failures) == left - 1:
-            self.model.beat([])
+            self.model.beat([], functools.partial(self.sign_off, hand))
 
     def next_of_drain(self, seen: list[tuple[Any, ...]], played: int, *, with_scheduled: bool) -> list[Twin]:
         """The next instance that a drain claims: the first of the first queue."""
@@ -11660,6 +11703,9 @@ def a_drain(at: Any) -> None:
     children = [Insert(Labourer), Insert(Puppet, concurrency_key="k"), Insert(Puppet, concurrency_key="k")]
     at.drain([Cue(ScheduleChildren(children, "middle")), Cue(ValueError("boom")), Cue(Await("a", "middle"))], True)
     at.drain([Cue(Retry(15))], False)
+    at.insert(NewPuppet)
+    at.drain([Cue(Next("middle"))], False, 2)
+    at.drain([Cue(Next("late"))], False)
 
 
 def rehearse(play: Callable[[Any], None]) -> None:
