@@ -10251,7 +10251,7 @@ class ModelModel:
         if BAD_STATEMENT in verdict.effects:
             return False
         if verdict.outcome is CRASHED:
-            self.crash(row, cast(str, verdict.error))
+            self.crash(row, cast(str, verdict.error), verdict.at)
             return True
         self.move(row, verdict)
         for effect in verdict.effects:
@@ -10332,7 +10332,7 @@ class ModelModel:
         row.worker = row.cancel_reason = row.deadline = None
         row.awaits, row.is_joining, row.inbox, row.crashes = (), False, [], 0
 
-    def crash(self, row: Twin, cause: str) -> None:
+    def crash(self, row: Twin, cause: str, at: int) -> None:
         if row.cancel_reason is not None:
             self.end(row, Status.FAILED, error=row.cancel_reason)
             return
@@ -10340,7 +10340,7 @@ class ModelModel:
         if crashes >= row.max_crashes or (row.max_attempts is not None and attempt >= row.max_attempts):
             self.end(row, Status.FAILED, error=Says("given up after"))
         else:
-            self.release(row, self.now)
+            self.release(row, at)
             row.last_error = Says(cause)
         row.attempt, row.crashes = attempt, crashes
 
@@ -10349,7 +10349,7 @@ class ModelModel:
     def reap(self, worker: str) -> None:
         for row in self.rows.values():
             if row.worker == worker:
-                self.crash(row, "crash: ")
+                self.crash(row, "crash: ", self.now)
 
     def give_back(self, twin: Twin) -> None:
         row = self.rows.get(twin.id)
@@ -11649,6 +11649,10 @@ def full_disks_and_bad_statements(at: Any) -> None:
     at.fill_disk(0, [apsw.FullError, apsw.BusyError])
     at.run_held(0, Next("middle"))
     at.beat(0)
+    at.claim_all(0)
+    at.fill_disk(0, [apsw.FullError])
+    at.run_held(0, SystemExit())
+    at.pass_time(1000)
     at.acts(Cue(Next("start"), effects=(Row("x"), BAD_STATEMENT), on_error=Retry(0)))
     at.acts(Cue(ScheduleChildren([Insert(Puppet)], "start"), effects=(Row("y"), BAD_STATEMENT)))
     at.insert(Puppet)
