@@ -6276,11 +6276,13 @@ class _Scheduler:
 
     def _end_drain(self) -> None:
         """Commit or give back what is in hand, and sign off."""
-        self._local.clear()
         if self._runner is not None:
             self._runner.close()
             self._runner = None
         self._sign_off()
+        with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back as well
+            self._let_go(self._local)
+            self._local.clear()
 
 
 def _abandon_all() -> None:

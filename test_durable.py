@@ -3768,6 +3768,22 @@ def test_cancel_fails_what_is_not_running(make_engine: MakeEngine, status: str) 
     assert engine.check() == []
 
 
+@durable.job(name="exits", max_attempts=2)
+def exits() -> None:
+    """Crashes."""
+    raise SystemExit
+
+
+def test_cancel_of_a_crashed_instance_forgets_its_crashes(engine: Engine) -> None:
+    """As at every other end but that of poison, whether it waits for a worker or a worker has claimed it."""
+    ident = engine.insert(exits)
+    with pytest.raises(SystemExit):
+        engine.drain()
+    assert engine.get(ident).crashes == 1
+    assert engine.cancel(ident)
+    assert engine.get(ident).crashes == 0
+
+
 def test_cancel_of_what_has_ended_is_false(engine: Engine) -> None:
     """`False` if it had ended: done, failed, or cancelled before."""
     ids = [engine.insert(Echo), engine.insert(Fails), engine.insert(Waits)]
@@ -7260,6 +7276,33 @@ def test_drain_on_a_full_disk_raises_and_runs_nothing_twice(disk: Disk, make_eng
     assert engine.check() == []
 
 
+def test_drain_that_failed_leaves_nothing_in_hand(disk: Disk, make_engine: MakeEngine) -> None:
+    """What its last commit would go on with inline is run by the next `drain`, and once."""
+    runs: list[str] = []
+
+    class Hops(durable.FSM, name="hops-on-a-full-disk", inline=True):
+        @durable.step
+        def start(self, ctx: durable.Context[Any]) -> durable.Next:
+            runs.append("start")
+            disk.fail(*FULL)
+            return durable.Next("end")
+
+        @durable.step
+        def end(self, ctx: durable.Context[Any]) -> durable.Done:
+            runs.append("end")
+            return durable.Done()
+
+    engine = make_engine()
+    engine.subscribe(disk.heal, "store.error")
+    who = engine.insert(Hops)
+    with pytest.raises(durable.DurableError):
+        engine.drain()
+    assert (engine.get(who).status, engine.get(who).step) == ("runnable", "end")
+    engine.drain()
+    assert (engine.get(who).status, runs) == ("done", ["start", "end"])
+    assert engine.check() == []
+
+
 def test_start_on_a_full_disk_raises_and_can_be_tried_again(disk: Disk, make_engine: MakeEngine) -> None:
     """An engine that can't sign on is not started."""
     engine = make_engine()
@@ -10406,7 +10449,7 @@ class ModelModel:
         if BAD_STATEMENT in verdict.effects:
             return False
         if verdict.outcome is CRASHED:
-            self.crash(row, cast(str, verdict.error))
+            self.crash(row, cast(str, verdict.error), verdict.at)
             return True
         self.move(row, verdict)
         for effect in verdict.effects:
@@ -10487,7 +10530,7 @@ class ModelModel:
         row.worker = row.cancel_reason = row.deadline = None
         row.awaits, row.is_joining, row.inbox, row.crashes = (), False, [], 0
 
-    def crash(self, row: Twin, cause: str) -> None:
+    def crash(self, row: Twin, cause: str, at: int) -> None:
         if row.cancel_reason is not None:
             self.end(row, Status.FAILED, error=row.cancel_reason)
             return
@@ -10495,7 +10538,7 @@ class ModelModel:
         if crashes >= row.max_crashes or (row.max_attempts is not None and attempt >= row.max_attempts):
             self.end(row, Status.FAILED, error=Says("given up after"))
         else:
-            self.release(row, self.now)
+            self.release(row, at)
             row.last_error = Says(cause)
         row.attempt, row.crashes = attempt, crashes
 
@@ -10504,7 +10547,7 @@ class ModelModel:
     def reap(self, worker: str) -> None:
         for row in self.rows.values():
             if row.worker == worker:
-                self.crash(row, "crash: ")
+                self.crash(row, "crash: ", self.now)
 
     def give_back(self, twin: Twin) -> None:
         row = self.rows.get(twin.id)
@@ -10554,15 +10597,19 @@ class ModelModel:
         runnable = [row for row in self.rows.values() if row.status == Status.RUNNABLE and row.queue == queue]
         found = [row for row in runnable if row.eligible_at <= horizon and knows(row) and queue not in self.paused]
         strangers = [row for row in runnable if not knows(row)]
+        keyed: list[Twin] = []
         taken: list[Twin] = []
         dry: set[str] = set()
         for row in sorted(found, key=lambda row: row.order):
             if len(taken) == count:
                 break
             if row.concurrency_key is not None and self.slots(row.concurrency_key) <= 0:
+                keyed.append(row)
                 continue
-            # One of an unknown class may be in the bucket's line, where a worker that knows it has put it, or not yet.
-            is_behind = any(one.rate_limit == row.rate_limit and one.order < row.order for one in strangers)
+            # One of an unknown class may be in the bucket's line, where a worker that knows it has put it, or not yet;
+            # so may one whose key was free then.
+            lined_up = [*strangers, *(one for one in keyed if not self.affords(one, was_claimed))]
+            is_behind = any(one.rate_limit == row.rate_limit and one.order < row.order for one in lined_up)
             is_open = is_behind and not was_claimed(row.id)
             if row.rate_limit is not None and (row.rate_limit in dry or is_open or not self.affords(row, was_claimed)):
                 dry.add(row.rate_limit)
@@ -10572,7 +10619,9 @@ class ModelModel:
         return taken
 
     def affords(self, row: Twin, was_claimed: Callable[[int], bool]) -> bool:
-        low, high = self.levels(cast(str, row.rate_limit))
+        if row.rate_limit is None:
+            return True
+        low, high = self.levels(row.rate_limit)
         price = row.weight * PER_MS
         return low >= price or (high >= price and was_claimed(row.id))
 
@@ -10733,8 +10782,8 @@ class Hand:
         self.core = self.engine._core
         self.knows_strangers = bool(fsms)
         self.is_worker = is_worker
-        self.failures: collections.deque[type[apsw.Error]] = collections.deque()
-        """What the next transactions fail with."""
+        self.failures: collections.deque[type[apsw.Error] | None] = collections.deque()
+        """What the next transactions fail with; None for one that does not."""
         self.held: dict[tuple[int, int], Twin] = {}
         """By id and claim: the instance as the model had it when it was claimed."""
         self.claims: dict[tuple[int, int], durable._Claim] = {}
@@ -10760,8 +10809,11 @@ class Hand:
     def fail_or(self, do: Callable[[], None], error: type[apsw.Error]) -> None:
         """Begin or commit a transaction, unless it is that which is to fail now."""
         if self.failures and self.failures[0] is error:
-            raise self.failures.popleft()("the disk is out of order")
+            self.failures.popleft()
+            raise error("the disk is out of order")
         do()
+        if self.failures and error is apsw.FullError:
+            assert self.failures.popleft() is None
 
     def has_failed(self, call: Callable[[], Any]) -> bool:
         """Do something; whether a transaction of it has failed."""
@@ -11339,29 +11391,69 @@ class Theatre(RuleBasedStateMachine):
         for hand in self.hands:
             self.tick(hand)
 
-    @rule(given=st.lists(cues(may_crash=False), max_size=8), with_scheduled=st.booleans())
-    def drain(self, given: list[Cue], with_scheduled: bool) -> None:
-        """The client runs everything that is runnable."""
+    @rule(
+        given=st.lists(cues(may_crash=False), max_size=8),
+        with_scheduled=st.booleans(),
+        commits=st.sampled_from([*[None] * 6, 1, 2, 3, 4, 6, 8]),
+    )
+    def drain(self, given: list[Cue], with_scheduled: bool, commits: int | None = None) -> None:
+        """The client runs everything that is runnable, until it is done or the disk is full after so many commits."""
         hand = self.client
         if hand.failures:
             self.fail_to_drain(hand)
             return
+        if commits is not None:
+            hand.failures.extend([*[None] * commits, apsw.FullError])
+            given = [attrs.evolve(cue, effects=(), on_error_effects=()) for cue in given]
+        tally, seen, went_on = self.drain_engine(given, with_scheduled=with_scheduled)
+        has_failed = isinstance(tally, durable.DurableError)
+        is_signed_off = has_failed or commits is None or apsw.FullError in hand.failures
+        hand.failures.clear()
+        self.dead = [one for one in self.dead if one != hand.id]
+        self.model.beat([])
+        if not (has_failed and commits == 1):  # else not even the dead were reaped
+            self.reap_dead()
+        self.follow_drain(given, seen, went_on, with_scheduled=with_scheduled, has_failed=has_failed)
+        assert has_failed or tally["steps"] == len(seen)
+        assert STAGE.handlings == self.model.handlings
+        if is_signed_off:
+            self.leases.pop(hand.id, None)
+        else:
+            self.leases[hand.id] = NEVER
+            self.dead.append(hand.id)
+
+    def drain_engine(self, given: list[Cue], *, with_scheduled: bool) -> tuple[Any, list[tuple[Any, ...]], set[int]]:
+        """Let the client drain; what that came to, what its steps saw, and after how many steps it went on inline."""
         STAGE.cues.extend(given)
         STAGE.seen.clear()
         went_on: set[int] = set()
-        unsubscribe = hand.engine.subscribe(lambda _: went_on.add(len(STAGE.seen)), "inline.continue")
-        tally = hand.engine.drain(with_scheduled=with_scheduled)
+        engine = self.client.engine
+        unsubscribe = engine.subscribe(lambda _: went_on.add(len(STAGE.seen)), "inline.continue")
+        tally = self.answer_of(lambda: engine.drain(with_scheduled=with_scheduled))
         unsubscribe()
         STAGE.cues.clear()
-        seen, left = list(STAGE.seen), collections.deque(given)
-        self.model.beat([])
-        self.reap_dead()
+        assert is_storage_failure(tally) or not isinstance(tally, Exception), tally
+        return tally, list(STAGE.seen), went_on
+
+    def follow_drain(
+        self,
+        given: list[Cue],
+        seen: list[tuple[Any, ...]],
+        went_on: set[int],
+        *,
+        with_scheduled: bool,
+        has_failed: bool,
+    ) -> None:
+        """Run in the model what the engine has run; if it failed, its last beat only signed off."""
         played = 0
         verdicts: list[Verdict] = []
         in_hand: collections.deque[Twin] = collections.deque()
         is_over = False
         while not is_over:
             self.model.went_on = lambda _, steps=played: steps in went_on  # type: ignore[misc]
+            if has_failed and played == len(seen):
+                self.model.beat(verdicts, functools.partial(self.sign_off, self.client))
+                break
             run = [verdict.twin for verdict in verdicts]
             _, refused = self.model.beat(verdicts)
             in_hand += [self.model.rows[twin.id] for twin in run if self.has_gone_on(twin)]
@@ -11371,11 +11463,11 @@ class Theatre(RuleBasedStateMachine):
             if in_hand and all(verdict.is_last_word for verdict in refused):
                 assert played < len(seen), f"instance {in_hand[0].id} was not run"
                 assert self.sight_of(in_hand[0]) == seen[played]
+                cue = given[played] if played < len(given) else Cue()
                 played += 1
-                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), left.popleft() if left else Cue()))
+                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), cue))
             is_over = not verdicts
-        assert played == len(seen) == tally["steps"]
-        assert STAGE.handlings == self.model.handlings
+        assert played == len(seen)
 
     def has_gone_on(self, twin: Twin) -> bool:
         """Whether the client runs the next step of an instance on the claim that it held."""
@@ -11389,7 +11481,7 @@ class Theatre(RuleBasedStateMachine):
             hand.engine.drain()
         assert is_storage_failure(caught.value)
         if len(hand.failures) == left - 1:
-            self.model.beat([])
+            self.model.beat([], functools.partial(self.sign_off, hand))
 
     def next_of_drain(self, seen: list[tuple[Any, ...]], played: int, *, with_scheduled: bool) -> list[Twin]:
         """The next instance that a drain claims: the first of the first queue."""
@@ -11755,6 +11847,10 @@ def full_disks_and_bad_statements(at: Any) -> None:
     at.fill_disk(0, [apsw.FullError, apsw.BusyError])
     at.run_held(0, Next("middle"))
     at.beat(0)
+    at.claim_all(0)
+    at.fill_disk(0, [apsw.FullError])
+    at.run_held(0, SystemExit())
+    at.pass_time(1000)
     at.acts(Cue(Next("start"), effects=(Row("x"), BAD_STATEMENT), on_error=Retry(0)))
     at.acts(Cue(ScheduleChildren([Insert(Puppet)], "start"), effects=(Row("y"), BAD_STATEMENT)))
     at.insert(Puppet)
@@ -11809,6 +11905,9 @@ def a_drain(at: Any) -> None:
     children = [Insert(Labourer), Insert(Puppet, concurrency_key="k"), Insert(Puppet, concurrency_key="k")]
     at.drain([Cue(ScheduleChildren(children, "middle")), Cue(ValueError("boom")), Cue(Await("a", "middle"))], True)
     at.drain([Cue(Retry(15))], False)
+    at.insert(NewPuppet)
+    at.drain([Cue(Next("middle"))], False, 2)
+    at.drain([Cue(Next("late"))], False)
 
 
 def rehearse(play: Callable[[Any], None]) -> None:
