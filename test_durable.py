@@ -3444,6 +3444,15 @@ def test_a_log_handler_may_use_the_engine(make_engine: MakeEngine, started: bool
         logger.setLevel(level)
 
 
+def take_threads_away(patch: pytest.MonkeyPatch) -> None:
+    """Let the system have no more threads."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    patch.setattr(threading.Thread, "start", refuse)
+
+
 def test_work_goes_on_when_the_system_has_threads_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3453,14 +3462,11 @@ def test_work_goes_on_when_the_system_has_threads_again(
         async def perform(self, args: Any) -> str:
             return "ran"
 
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     engine, client = make_engine(), make_engine(queues={})
     engine.start()
     assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE) == {"n": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        take_threads_away(patch)
         ident = engine.insert(Anew)
         future = client.insert_nowait(Anew)
         assert engine.get(future.result(PATIENCE)).status == Status.RUNNABLE
@@ -3484,9 +3490,6 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
             if record.levelno == logging.ERROR:
                 used.append(engine.insert(Waits, queue="elsewhere"))
 
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     used: list[int] = []
     handler = Uses()
     engine = make_engine(queues={} if missing == "hub" else {"default": 1}, fsms=[Either()])
@@ -3497,7 +3500,7 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
     logging.getLogger("durable").addHandler(handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            take_threads_away(patch)
             if missing == "hub":
                 engine._core.hub.post_apart(lambda: None)
             ident = engine.insert(Either)
@@ -7744,7 +7747,7 @@ def test_processes_that_create_a_file_together_find_it_sound(make_engine: MakeEn
 
 
 @posix
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_hundreds_of_kills_lose_nothing(make_engine: MakeEngine, labour: Labour, workers: int) -> None:
     """The same, a hundred times for each number of processes."""
@@ -8069,7 +8072,7 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
     client, module = make_engine(queues={}), labour.module
     options: dict[str, Any] = {"synchronous": "normal", "prefetch": 2, "full_disk": True}
     steady, victim = labour.spawn(**options), labour.spawn(**options)
-    ends = time.monotonic() + float(os.environ.get("DURABLE_SOAK_SECONDS", "120"))
+    ends = time.monotonic() + float(os.environ.get("DURABLE_SOAK_SECONDS", "600"))
     begun, kills, wanted = None, 0, 0
     for turn in itertools.count():
         kinds = [*map(durable.Insert, (module.Chain, module.Fickle, module.Family))]
@@ -11611,7 +11614,7 @@ def test_the_engine_does_what_the_model_says() -> None:
     run_state_machine_as_test(Theatre, settings=QUICK)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("_silent")
 def test_the_engine_does_what_the_model_says_for_long() -> None:
     """The same over tens of thousands of moves."""
@@ -12282,7 +12285,7 @@ def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rehearse_all()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("_silent")
 @pytest.mark.parametrize("name", ["parents are not woken", "deadlines never fire", "buckets are not charged"])
 def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
