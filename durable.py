@@ -27,8 +27,8 @@ the step again: at least once. Effects inside the file (`Context.execute`) happe
 
 Read from top to bottom; nothing refers to what stands below it:
 
-    Errors, Values, Limits, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Execution, Scheduler,
-    Engine, Command line
+    Errors, Values, Limits, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Files, Execution, Threads,
+    Beat, Scheduler, Engine, Command line
 """
 
 from __future__ import annotations
@@ -3159,6 +3159,10 @@ class _Store:
         return self.db.execute(sql, bindings).fetchone()
 
 
+# ==================================================================================================
+# Files
+# ==================================================================================================
+
 # One SQLite per process: apsw and the standard sqlite3 module each carry a copy that does not see the other's locks.
 
 _open_files: collections.Counter[tuple[int, int]] = collections.Counter()
@@ -3794,6 +3798,11 @@ def _crash(claim: _Claim, error: BaseException) -> _Commit:
     return _Commit(claim, _CRASH, _crashed(claim.row, cause, claim.desk.now()), duration=_elapsed(claim))
 
 
+# ==================================================================================================
+# Threads
+# ==================================================================================================
+
+
 class _Bell:
     """Wakes one sleeping thread; rung while nobody sleeps, it cuts the next sleep short.
 
@@ -4133,25 +4142,46 @@ class _EventLoop:
             self._port.drop(claim)
 
 
-# ==================================================================================================
-# Scheduler
-# ==================================================================================================
+class _Waiters:
+    """Threads that wait for instances to get somewhere; they are woken by the commit that brings them there."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bells: dict[int, list[tuple[frozenset[Status], _Bell]]] = {}
 
-class _Options(NamedTuple):
-    """The options of an engine, checked; durations in the unit that the name says."""
+    def __bool__(self) -> bool:
+        return bool(self._bells)
 
-    name: str
-    queues: dict[str, int]
-    rate_limits: dict[str, RateLimit]
-    concurrency_limits: dict[str, int]
-    prefetch: int
-    lease_ms: int
-    heartbeat_ms: int
-    poll_s: float
-    drain_s: float
-    retention_ms: int
-    gc_ms: int
+    @contextlib.contextmanager
+    def waiting(self, instance: int, until: frozenset[Status]) -> Iterator[_Bell]:
+        bell = _Bell()
+        entry = until, bell
+        with self._lock:
+            self._bells.setdefault(instance, []).append(entry)
+        try:
+            yield bell
+        finally:
+            with self._lock:
+                entries = self._bells[instance]
+                entries.remove(entry)
+                if not entries:
+                    del self._bells[instance]
+
+    def ids(self) -> list[int]:
+        with self._lock:
+            return list(self._bells)
+
+    def notify(self, statuses: Iterable[tuple[int, str]]) -> None:
+        for instance, status in statuses:
+            for until, bell in tuple(self._bells.get(instance, ())):  # who wakes leaves the list
+                if status in until:
+                    bell.ring()
+
+    def wake_all(self) -> None:
+        with self._lock:
+            for entries in self._bells.values():
+                for _, bell in entries:
+                    bell.ring()
 
 
 class _Hub:
@@ -4294,6 +4324,11 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
     return Future
 
 
+# ==================================================================================================
+# Beat
+# ==================================================================================================
+
+
 class _Request:
     """Something that a caller wants done in the next beat, and the answer to it."""
 
@@ -4330,48 +4365,6 @@ class _Request:
 
     def wait(self) -> None:
         cast(_Bell, self._bell).wait()
-
-
-class _Waiters:
-    """Threads that wait for instances to get somewhere; they are woken by the commit that brings them there."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._bells: dict[int, list[tuple[frozenset[Status], _Bell]]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._bells)
-
-    @contextlib.contextmanager
-    def waiting(self, instance: int, until: frozenset[Status]) -> Iterator[_Bell]:
-        bell = _Bell()
-        entry = until, bell
-        with self._lock:
-            self._bells.setdefault(instance, []).append(entry)
-        try:
-            yield bell
-        finally:
-            with self._lock:
-                entries = self._bells[instance]
-                entries.remove(entry)
-                if not entries:
-                    del self._bells[instance]
-
-    def ids(self) -> list[int]:
-        with self._lock:
-            return list(self._bells)
-
-    def notify(self, statuses: Iterable[tuple[int, str]]) -> None:
-        for instance, status in statuses:
-            for until, bell in tuple(self._bells.get(instance, ())):  # who wakes leaves the list
-                if status in until:
-                    bell.ring()
-
-    def wake_all(self) -> None:
-        with self._lock:
-            for entries in self._bells.values():
-                for _, bell in entries:
-                    bell.ring()
 
 
 class _StaleError(Exception):
@@ -5177,6 +5170,27 @@ def _log_failure(row: _Row, change: _Change) -> None:
         change.last_error,
         extra=_log_details(row),
     )
+
+
+# ==================================================================================================
+# Scheduler
+# ==================================================================================================
+
+
+class _Options(NamedTuple):
+    """The options of an engine, checked; durations in the unit that the name says."""
+
+    name: str
+    queues: dict[str, int]
+    rate_limits: dict[str, RateLimit]
+    concurrency_limits: dict[str, int]
+    prefetch: int
+    lease_ms: int
+    heartbeat_ms: int
+    poll_s: float
+    drain_s: float
+    retention_ms: int
+    gc_ms: int
 
 
 class _Behaviours:
