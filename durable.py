@@ -5300,11 +5300,6 @@ class _Agenda:
     """The next instant at which something in the file is due."""
     wakes_at: float = 0.0
     """Until when the thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
-    heartbeat_at: float = math.inf
-    """When the lease is to be renewed; never, unless the engine is started."""
-    renewed_at: int = 0
-    judge_from: int = 0
-    """From when on other workers' leases are judged."""
     regroup: Callable[[_Beat], object] | None = None
     """How the lines of limits are to be formed anew; None once that is committed."""
     gc_at: int = 0
@@ -5315,25 +5310,12 @@ class _Agenda:
     failures_in_a_row: int = 0
     retry_at: float = 0.0
     """When storage that failed is tried again."""
-    data_version: int | None = None
     registrations: int = 0
     """How many classes had been registered at the last look."""
-    looked_at: float = -math.inf
-    changed_at: float = -math.inf
-    """When another process was last seen to have committed."""
-    beat_at: float = -math.inf
-    """When this engine last ended a beat."""
-    armed_at: float | None = None
-    """Since when the log is watched."""
-    looked_for_dead_at: float = -math.inf
 
     def __init__(self, seen_at: int) -> None:
         self.seen_at = seen_at
         """When the clock was last read: a gap since then is a suspended machine or a clock that was set."""
-        self.missing_since: dict[str, float] = {}
-        """Since when other workers' lock files are not there."""
-        self.taken: list[_LockFile] = []
-        """Locks that the last look has taken from dead workers."""
 
 
 class _Timeouts:
@@ -5367,6 +5349,329 @@ class _Timeouts:
         return expired
 
 
+class _Peers:
+    """This engine among the others on its file: its registration and lease, their commits, leases and deaths."""
+
+    LOOK_S = 0.005
+    """How often to look for other processes' commits while they are active."""
+    ACTIVE_S = 1.0
+    """How long after its last commit another process counts as active."""
+    DEAD_LOOK_S = 0.5
+    """How often to look for workers that died."""
+    GONE_S = 1.2
+    """After how long without a lock file a worker is taken for dead: longer than between two looks of its own."""
+
+    def __init__(self, core: _Scheduler) -> None:
+        self.heartbeat_at: float = math.inf
+        """When the lease is to be renewed; never, unless the engine is started."""
+        self._core = core
+        self._options = core.options
+        self._lock_file: _LockFile | None = None
+        self._watch: _LogWatch | None = None
+        self._armed_at: float | None = None
+        """Since when the log is watched."""
+        self._others: list[Worker] = []
+        self._data_version: int | None = None
+        self._looked_at = self._looked_for_dead_at = -math.inf
+        self._changed_at = -math.inf
+        """When another process was last seen to have committed."""
+        self._renewed_at = 0
+        self._judge_from = 0
+        """From when on other workers' leases are judged."""
+        self._missing_since: dict[str, float] = {}
+        """Since when other workers' lock files are not there."""
+        self._taken: list[_LockFile] = []
+        """Locks that the last look has taken from dead workers."""
+
+    # Coming and going
+
+    def join_and_watch(self) -> None:
+        """Join with a lease that is renewed, and have the log watched if that is heard of."""
+        now = self._core.desk.now()
+        self._watch = _LogWatch.open(f"{self._core.path}-wal", self._hear_of_write)
+        try:
+            self.join(self._options.lease_ms)
+        except BaseException:
+            self.unwatch()
+            raise
+        if self._watch is not None and not self._watch.start():
+            self.unwatch()
+        self._note_renewed(now)
+
+    def join(self, lease_ms: int, *, is_patient: bool = True) -> None:
+        """Make this engine known in the file, reclaim what dead ones held, and have the lines looked at anew.
+
+        One that is not patient waits until it is known of each other worker whether it is dead.
+        """
+        core = self._core
+        self._lock_file = _LockFile.create(_LockFile.path_of(core.path, core.worker_id))
+        self._judge_from = 0
+        try:
+            core.perform(lambda beat: beat.store.register(self._row(beat.now, lease_ms)))
+            while self.look_for_dead() and not is_patient:
+                time.sleep(0.05)
+            core.regroup_lines()
+            _LockFile.remove_stale(core.path, [worker.id for worker in core.reader.workers()])
+        except BaseException:
+            self._lock_file.remove()
+            self._lock_file = None
+            raise
+
+    def leave(self, *, is_signed_off: bool) -> None:
+        """Let the lock go; its file only if nothing is left in the database: unlocked, it tells of a dead worker."""
+        lock, self._lock_file = self._lock_file, None
+        if lock is not None and is_signed_off:
+            lock.remove()
+        elif lock is not None:
+            lock.close()
+
+    def unwatch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+    def _row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
+        import socket  # 3 ms that a mere import does not need
+
+        name, queues = self._options.name, _encode(self._options.queues)
+        return self._core.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
+
+    # The lease
+
+    def renew(self, beat: _Beat) -> None:
+        """Renew the lease, and judge those of the others."""
+        now, lease_ms, worker_id = beat.now, self._options.lease_ms, self._core.worker_id
+        beat.after.append(functools.partial(self._note_renewed, now))
+        if self._core.is_stopping:  # it may have signed off
+            return
+        if now - self._renewed_at >= lease_ms - self._options.heartbeat_ms:
+            self._judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
+        if not beat.store.renew(worker_id, now, now + lease_ms):
+            message = "engine %s was taken for dead; what it had claimed runs elsewhere"
+            beat.log(logging.WARNING, message, self._options.name)
+            beat.store.register(self._row(now, lease_ms))
+        if now >= self._judge_from:
+            for worker in beat.store.workers():
+                if worker.id != worker_id and _instant(now) >= worker.lease_expires_at:
+                    self._reap(beat, worker, "its lease ran out")
+
+    def renew_before_judging(self, now: int) -> None:
+        """Give everybody time to renew, after a gap in which nobody could."""
+        self._judge_from = now + self._options.lease_ms
+        self.heartbeat_at = now
+
+    def _note_renewed(self, now: int) -> None:
+        self._renewed_at = now
+        self.heartbeat_at = now + self._options.heartbeat_ms
+
+    # Looking at the others
+
+    def next_look_at(self, monotonic: float) -> float:
+        """When to look again, by the monotonic clock."""
+        return self._looked_at + self._look_interval_s(monotonic)
+
+    def _look_interval_s(self, monotonic: float) -> float:
+        """How often to look: often while another process is active, seldom while the log is watched.
+
+        A write is heard of before its commit can be seen. So the first second of a watch is one of looking, too.
+        """
+        if monotonic - self._changed_at < self.ACTIVE_S:
+            return min(self.LOOK_S, self._options.poll_s)
+        armed_at = self._armed_at
+        if armed_at is not None and monotonic - armed_at > self.ACTIVE_S:
+            return self.DEAD_LOOK_S
+        return min(self._options.poll_s, self.DEAD_LOOK_S)
+
+    def look(self, monotonic: float) -> None:
+        """See whether another process has committed, or died."""
+        self._looked_at = monotonic
+        try:
+            self._see_commits(monotonic)
+            self._watch_log(monotonic)
+            self._see_deaths(monotonic)
+        except (apsw.Error, DurableError) as error:
+            self._core.log_soon("looking for other processes' work failed", error)
+
+    def _see_commits(self, monotonic: float) -> None:
+        store = self._core.store
+        version = store.data_version()
+        if version == self._data_version:
+            return
+        if self._data_version is not None:
+            self._changed_at = monotonic
+        self._others = [worker for worker in store.workers() if worker.id != self._core.worker_id]
+        self._core.notice_others()
+        self._data_version = version  # last: if one of these fails, the next look finds the change again
+
+    def _watch_log(self, monotonic: float) -> None:
+        """Have the log watched once neither this engine nor another has written to it for a while."""
+        is_quiet = monotonic - max(self._core.beat_at, self._changed_at) > self.ACTIVE_S
+        if self._watch is not None and is_quiet and self._armed_at is None and self._watch.arm():
+            self._armed_at = monotonic
+
+    def _hear_of_write(self) -> None:
+        """Look again: often, unless it was this engine itself that wrote."""
+        monotonic = time.monotonic()
+        self._armed_at = None
+        if not self._core.is_in_beat and monotonic - self._core.beat_at > self.LOOK_S:
+            self._changed_at = monotonic
+        self._core.ring()
+
+    def _see_deaths(self, monotonic: float) -> None:
+        if monotonic - self._looked_for_dead_at < self.DEAD_LOOK_S:
+            return
+        self._looked_for_dead_at = monotonic
+        if self._lock_file is not None:
+            self._lock_file.restore()
+        if self._others:
+            self.look_for_dead()
+
+    def look_for_dead(self) -> bool:
+        """Have workers reaped whose lock the kernel has dropped; return whether some are still to be judged.
+
+        A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
+        """
+        while self._taken:  # by the last look; if storage refused that reaping, its error still holds the locks
+            self._taken.pop().close()
+        is_unsure = False
+        for worker in self._core.reader.workers():
+            if worker.id != self._core.worker_id:
+                is_unsure |= self._judge(worker)
+        return is_unsure
+
+    def _judge(self, worker: Worker) -> bool:
+        """Have a worker reaped that is dead; return whether that can't be said yet."""
+        path = _LockFile.path_of(self._core.path, worker.id)
+        lock = _LockFile.take_from_dead(path)
+        if lock is None:
+            if os.path.exists(path):
+                self._missing_since.pop(worker.id, None)
+                return False
+            if time.monotonic() - self._missing_since.setdefault(worker.id, time.monotonic()) < self.GONE_S:
+                return True
+        else:
+            self._taken.append(lock)
+        self._core.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
+        return False
+
+    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
+        self._reap(beat, worker, "its process died")
+        if lock is not None:
+            beat.after.append(lock.remove)
+
+    def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
+        cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
+        count = beat.reap(worker.id, cause)
+        message = "reclaimed %d instances of worker %s, pid %d: %s"
+        beat.log(logging.INFO, message, count, worker.name, worker.pid, how)
+        beat.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
+
+
+class _Drain:
+    """Runs what is runnable in the calling thread, in place of pools: claims a row, runs it, commits with the next."""
+
+    LEASE_MS = 10 * 365 * 86_400_000
+    """It can't renew while a step runs; its lock file tells whether it lives."""
+
+    def __init__(self, core: _Scheduler, queue: str | None, *, with_scheduled: bool) -> None:
+        self.tally: collections.Counter[str] = collections.Counter()
+        self.unmade: list[type[FSM]] = []
+        """Classes that the last beat has met for the first time."""
+        self._core = core
+        self._queue = queue
+        self._with_scheduled = with_scheduled
+        self._ready: collections.deque[_Claim] = collections.deque()
+        self._runner: asyncio.Runner | None = None
+        self._is_over = False
+
+    def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
+        (self._ready.extendleft if first else self._ready.extend)(claims)
+
+    def serves(self, queue: str) -> bool:
+        return self._queue in (None, queue) and not self._is_over
+
+    def run(self, max_steps: int) -> None:
+        """Run one row after the other until none is left that is due."""
+        core = self._core
+        while True:
+            core.beat_once(self._want)
+            if core.failure is not None:
+                raise core.failure
+            has_more = self._make_objects()
+            if self._ready:
+                self._check(self._ready[0], max_steps)
+                self._run(self._ready.popleft())
+            elif not (has_more or core.has_finished or core.is_due()):
+                return
+
+    def withdraw(self) -> list[_Claim]:
+        """Take back what has not been run."""
+        left, self._ready = list(self._ready), collections.deque()
+        return left
+
+    def close(self) -> None:
+        self._is_over = True
+        if self._runner is not None:
+            self._runner.close()
+
+    def _want(self, beat: _Beat) -> None:
+        if not beat.claims and not self._ready:
+            queues = beat.runnable_queues() if self._queue is None else (self._queue,)
+            horizon = _END_OF_TIME if self._with_scheduled else beat.now
+            any(beat.claim(queue, 1, horizon=horizon) for queue in queues)
+
+    def _make_objects(self) -> bool:
+        """Make the objects of the classes that the last beat has met; False if there are none."""
+        has_more = bool(self.unmade)
+        while self.unmade:
+            self._core.behaviours.make(self.unmade.pop())
+        return has_more
+
+    def _check(self, claim: _Claim, max_steps: int) -> None:
+        """Refuse to go on with too many steps, or for an engine that was stopped."""
+        if self.tally["steps"] >= max_steps and claim.error is None:
+            raise DurableError(
+                f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
+                f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
+            )
+        if self._core.is_stopping:
+            raise EngineClosedError(f"the engine on {self._core.path} was stopped while it was drained")
+
+    def _run(self, claim: _Claim) -> None:
+        """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
+        self.tally["steps"] += claim.error is None
+        try:
+            self._core.finish(self._run_async(claim) if claim.is_async else self._run_plain(claim))
+        except BaseException as error:
+            self._core.finish(_crash(claim, error))
+            self._core.beat_once(lambda beat: None)
+            raise
+
+    def _run_plain(self, claim: _Claim) -> _Commit:
+        """Run a plain step. Nothing can interrupt it here, so that its timeout is noticed when it returns."""
+        commit = _execute(claim)
+        timeout_s = claim.spec.timeout_s
+        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
+            return _recover(claim, _timeout_error(claim))
+        return commit
+
+    def _run_async(self, claim: _Claim) -> _Commit:
+        import asyncio
+
+        async def run() -> _Commit | Exception:
+            try:
+                return await asyncio.wait_for(_execute_async(claim), claim.spec.timeout_s)
+            except TimeoutError:
+                return _timeout_error(claim)
+
+        runner = self._runner = self._runner or asyncio.Runner()
+        if asyncio._get_running_loop() is None:
+            result = runner.run(run())
+        else:  # a loop can't run within another: the step gets a thread
+            result = _call_in_thread(lambda: runner.run(run()))
+        return result if isinstance(result, _Commit) else _recover(claim, result)
+
+
 class _Scheduler:
     """Runs beats: in a thread of its own when started, else in the calling thread. There is one code path.
 
@@ -5374,22 +5679,12 @@ class _Scheduler:
     (what callers want) and `_finished` (what steps have come to).
     """
 
-    LOOK_S = 0.005
-    """How often to look for other processes' commits while they are active."""
-    ACTIVE_S = 1.0
-    """How long after its last commit another process counts as active."""
     WATCH_S = 0.005
     """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
-    DEAD_LOOK_S = 0.5
-    """How often to look for workers that died."""
-    GONE_S = 1.2
-    """After how long without a lock file a worker is taken for dead: longer than between two looks of its own."""
     REQUESTS_AT_ONCE = 5000
     SWEPT_AT_ONCE = 500
-    NEVER_MS = 10 * 365 * 86_400_000
-    """Lease of an engine that drains: it can't renew while a step runs; its lock file tells whether it lives."""
 
     def __init__(self, path: str, options: _Options, behaviours: _Behaviours, synchronous: str, clock: Any) -> None:
         self.options = options
@@ -5402,7 +5697,9 @@ class _Scheduler:
         self.worker_id = os.urandom(8).hex()
         self.context = contextvars.copy_context()
         self.is_stopping = self.is_closed = self.is_forked = False
-        self._behaviours = behaviours
+        self.behaviours = behaviours
+        self.beat_at = -math.inf
+        """When the last beat ended, by the monotonic clock."""
         self._pid = os.getpid()
         self._beat_lock = threading.Lock()
         self._request_lock = threading.Lock()
@@ -5412,23 +5709,17 @@ class _Scheduler:
         self._in_flight: collections.Counter[str] = collections.Counter()
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
-        self._local: collections.deque[_Claim] = collections.deque()
-        self._unmade: list[type[FSM]] = []
+        self._drain: _Drain | None = None
         self._bell = _Bell()
         self._thread: threading.Thread | None = None
-        self._lock_file: _LockFile | None = None
-        self._watch: _LogWatch | None = None
         self._reported: set[tuple[str, int]] = set()
         self._timeouts = _Timeouts()
         self._is_flushing = False
         self._life_lock = threading.Lock()
         self._life_owner: int | None = None
         self._drained = _Bell()
-        self._tally: collections.Counter[str] | None = None
-        self._drained_queue: str | None = None
-        self._runner: asyncio.Runner | None = None
         self._agenda = _Agenda(seen_at=self.desk.now())
-        self._peers: list[Worker] = []
+        self.peers = _Peers(self)
         self.passed_on: set[str] = set()
         _schedulers.add(self)
 
@@ -5466,6 +5757,10 @@ class _Scheduler:
         self._is_flushing = False
         if self._requests:  # added between the last look and the line above
             self._beat_for_callers()
+
+    def post(self, action: Callable[[_Beat], Any]) -> None:
+        """Have something done in the next beat, which nobody waits for."""
+        self._requests.append(_Request(action))
 
     def check_open(self) -> None:
         if self.is_forked:
@@ -5519,6 +5814,12 @@ class _Scheduler:
                 self._beat()
         self.hub.flush()
 
+    def beat_once(self, wants: Callable[[_Beat], None]) -> None:
+        """Run one beat, which claims what `wants` does; `failure` says whether storage refused it."""
+        with self._beat_lock:
+            self._beat(wants)
+        self.hub.flush()
+
     # What pools and beats ask for
 
     @property
@@ -5528,6 +5829,19 @@ class _Scheduler:
 
     def finish(self, commit: _Commit) -> None:
         self._finished.append(commit)
+
+    @property
+    def failure(self) -> Exception | None:
+        """What storage said last, until it works again."""
+        return self._agenda.failure
+
+    @property
+    def is_in_beat(self) -> bool:
+        return self._beat_lock.locked()
+
+    def is_due(self) -> bool:
+        """Whether something in the file is due."""
+        return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
 
     def ring(self) -> None:
         """Have the scheduler's thread look for work."""
@@ -5568,22 +5882,22 @@ class _Scheduler:
             time.sleep(0.5)
 
     def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
-        return self._behaviours.find(name, version)
+        return self.behaviours.find(name, version)
 
     def known_classes(self) -> str:
-        return self._behaviours.known()
+        return self.behaviours.known()
 
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
         spec = _registry.get((row.fsm, row.version))
         is_new = (row.fsm, row.version) not in self._reported | beat.reported
-        if is_new and not self._behaviours.is_coming(spec):
+        if is_new and not self.behaviours.is_coming(spec):
             beat.reported.add((row.fsm, row.version))
             message = "nothing here can run %s version %d: its instances wait"
             beat.log(logging.WARNING, message, row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
 
     def take_unstarted(self, row: _Row) -> _Claim | None:
-        """Take a claimed row back from its queue's pool, or from the drain's hand, if it has not started."""
+        """Take a claimed row back from its queue's pool, if it has not started."""
         pool = self._pools.get(row.queue)
         return pool.discard(row.id) if pool is not None else None
 
@@ -5602,7 +5916,7 @@ class _Scheduler:
                 raise
             self._report_failure(error, requests)
             return
-        self._agenda.beat_at = time.monotonic()
+        self.beat_at = time.monotonic()
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
         self._publish(beat, requests)
@@ -5624,8 +5938,8 @@ class _Scheduler:
     def _duties(self) -> list[Callable[[_Beat], Any]]:
         """What a beat has to do before it claims, whoever runs it; it is due until a commit has done it."""
         duties: list[Callable[[_Beat], Any]] = []
-        if self.desk.now() >= self._agenda.heartbeat_at:
-            duties.append(self._renew)
+        if self.desk.now() >= self.peers.heartbeat_at:
+            duties.append(self.peers.renew)
         if self._agenda.regroup is not None:
             duties.append(self._regroup)
         return duties
@@ -5701,13 +6015,13 @@ class _Scheduler:
             request.settle()
         for act in beat.after:
             act()
-        if self._tally is not None:
-            self._tally.update(beat.kinds)
+        if self._drain is not None:
+            self._drain.tally.update(beat.kinds)
         if self.waiters:
             self.waiters.notify(beat.settled)
         for row, change in beat.failures:
             self.hub.post(functools.partial(_log_failure, row, change))
-        for cls in self._behaviours.take_wanted():
+        for cls in self.behaviours.take_wanted():
             self._make_behaviour(cls)
         for log in beat.logs:
             self.hub.post(log)
@@ -5722,12 +6036,12 @@ class _Scheduler:
 
     def _make_behaviour(self, cls: type[FSM]) -> None:
         """Make the object of a class that was met for the first time: in a thread, since it may take long or wait."""
-        if not self.is_started:  # whoever drains makes it himself: else he may be through before it is there
-            self._unmade.append(cls)
+        if self._drain is not None:  # whoever drains makes it himself: else he may be through before it is there
+            self._drain.unmade.append(cls)
             return
 
         def make() -> None:
-            self._behaviours.make(cls)
+            self.behaviours.make(cls)
             with self._beat_lock:  # a beat that has not seen it must not say after this when the next is due
                 self._agenda.due_at = self.desk.now()
             self._bell.ring()
@@ -5736,7 +6050,7 @@ class _Scheduler:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
         except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
             self.log_soon(f"no thread could be started to make {cls}", error)
-            self._behaviours.leave(cls)
+            self.behaviours.leave(cls)
             self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
     def _dispatch(self, beat: _Beat) -> None:
@@ -5747,22 +6061,20 @@ class _Scheduler:
             by_queue.setdefault(claim.row.queue, []).append(claim)
         for queue, claims in by_queue.items():
             self._in_flight[queue] += len(claims)
-            if self._pools:
-                self._pools[queue].submit(claims)
-            else:
-                self._local.extend(claims)
+            self._runner_of(queue).submit(claims)
         for commit, error in beat.refused:
             self._refuse(commit, error)
+
+    def _runner_of(self, queue: str) -> _Pool | _Drain:
+        return self._drain or self._pools[queue]
 
     def _refuse(self, commit: _Commit, error: Exception) -> None:
         claim = commit.claim
         if claim.error is not None or commit.kind == _CRASH:
             self.finish(_stop(claim, error))
             self._bell.ring()
-        elif self._pools:
-            self._pools[claim.row.queue].submit([claim.failed_with(error)], first=True)
         else:
-            self._local.appendleft(claim.failed_with(error))
+            self._runner_of(claim.row.queue).submit([claim.failed_with(error)], first=True)
 
     def _want(self, beat: _Beat) -> None:
         """Claim what the pools have room for."""
@@ -5785,8 +6097,8 @@ class _Scheduler:
         """Whether this engine is about to claim from a queue."""
         if self.store.is_paused(queue):
             return False
-        if self._tally is not None:
-            return self._drained_queue in (None, queue)
+        if self._drain is not None:
+            return self._drain.serves(queue)
         return queue in self._pools and not self.is_stopping and self._slots(queue, beat) > 0
 
     # The thread
@@ -5812,16 +6124,7 @@ class _Scheduler:
 
     def _start(self) -> None:
         self.context = contextvars.copy_context()
-        now = self.desk.now()
-        self._watch = _LogWatch.open(f"{self.path}-wal", self._hear_of_write)
-        try:
-            self._register(self.options.lease_ms)
-        except BaseException:
-            self._unwatch()
-            raise
-        if self._watch is not None and not self._watch.start():
-            self._unwatch()
-        self._note_renewed(now)
+        self.peers.join_and_watch()
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
         self.hub.start()
         context = self.context.copy()
@@ -5829,36 +6132,9 @@ class _Scheduler:
         self._thread.start()
         _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
 
-    def _unwatch(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-
     @property
     def is_started(self) -> bool:
         return self._thread is not None
-
-    def _register(self, lease_ms: int) -> None:
-        """Make this engine known in the file, reclaim what dead ones held, and look at the lines anew."""
-        self._lock_file = _LockFile.create(_LockFile.path_of(self.path, self.worker_id))
-        self._agenda.judge_from = 0
-        try:
-            self.perform(lambda beat: beat.store.register(self._worker_row(beat.now, lease_ms)))
-            self._look_for_dead()
-            while self._tally is not None and self._look_for_dead():
-                time.sleep(0.05)  # a started engine looks again later, one that drains has to know now
-            self._agenda.regroup = _Beat.sweep_lines
-            _LockFile.remove_stale(self.path, [worker.id for worker in self.reader.workers()])
-        except BaseException:
-            self._lock_file.remove()
-            self._lock_file = None
-            raise
-
-    def _worker_row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
-        import socket  # 3 ms that a mere import does not need
-
-        name, queues = self.options.name, _encode(self.options.queues)
-        return self.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
 
     def _serve(self) -> None:
         while not self.is_closed:
@@ -5886,18 +6162,15 @@ class _Scheduler:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
         if self._requests:
             return True
-        return bool(self._finished or self._is_due() or self._duties()) and time.monotonic() >= self._agenda.retry_at
-
-    def _is_due(self) -> bool:
-        return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
+        return bool(self._finished or self.is_due() or self._duties()) and time.monotonic() >= self._agenda.retry_at
 
     def _sleep_s(self) -> float:
         """Time to the next instant that matters: a timer, a step's timeout, a look at other processes or at pools."""
         if self._has_work():
             return 0
         monotonic, now = time.monotonic(), self.desk.now()
-        instants = [self._agenda.looked_at + self._look_interval(monotonic)]
-        due_at = min(filter(None, (self._agenda.due_at, self._agenda.heartbeat_at, self._agenda.gc_at)))
+        instants = [self.peers.next_look_at(monotonic)]
+        due_at = min(filter(None, (self._agenda.due_at, self.peers.heartbeat_at, self._agenda.gc_at)))
         instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
         if self._finished or self._agenda.regroup is not None:
             instants.append(self._agenda.retry_at)
@@ -5915,69 +6188,24 @@ class _Scheduler:
             self._expire_steps(monotonic)
         for pool in self._pools.values():
             pool.watch()
-        if monotonic - self._agenda.looked_at >= self._look_interval(monotonic):
-            self._agenda.looked_at = monotonic
-            self._look_at_others(monotonic)
+        if self._agenda.registrations != _registry.changes:
+            self._agenda.registrations = _registry.changes
+            self._agenda.due_at = self.desk.now()
+        if monotonic >= self.peers.next_look_at(monotonic):
+            self.peers.look(monotonic)
         now = self.desk.now()
         self._notice_gap(now)
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
             self._agenda.sweep_from = (0, 0)
         if self._agenda.sweep_from is not None and time.monotonic() >= self._agenda.retry_at:
-            self._requests.append(_Request(self._sweep))
+            self.post(self._sweep)
 
-    def _look_interval(self, monotonic: float) -> float:
-        """How often to look at other processes, in seconds: often while one is active, seldom while the log is watched.
-
-        A write is heard of before its commit can be seen. So the first second of a watch is one of looking, too.
-        """
-        if monotonic - self._agenda.changed_at < self.ACTIVE_S:
-            return min(self.LOOK_S, self.options.poll_s)
-        if self._agenda.armed_at is not None and monotonic - self._agenda.armed_at > self.ACTIVE_S:
-            return self.DEAD_LOOK_S
-        return min(self.options.poll_s, self.DEAD_LOOK_S)
-
-    def _watch_log(self, monotonic: float) -> None:
-        """Have the log watched once neither this engine nor another has written to it for a while."""
-        is_quiet = monotonic - max(self._agenda.beat_at, self._agenda.changed_at) > self.ACTIVE_S
-        if self._watch is not None and is_quiet and self._agenda.armed_at is None and self._watch.arm():
-            self._agenda.armed_at = monotonic
-
-    def _hear_of_write(self) -> None:
-        """Look again: often, unless it was this engine itself that wrote."""
-        monotonic = time.monotonic()
-        self._agenda.armed_at = None
-        if not self._beat_lock.locked() and monotonic - self._agenda.beat_at > self.LOOK_S:
-            self._agenda.changed_at = monotonic
-        self._bell.ring()
-
-    def _look_at_others(self, monotonic: float) -> None:
-        """See whether another process has committed, or died, or a class was defined here."""
-        try:
-            self._see_others(monotonic)
-        except (apsw.Error, DurableError) as error:
-            self.log_soon("looking for other processes' work failed", error)
-
-    def _see_others(self, monotonic: float) -> None:
-        if self._agenda.registrations != _registry.changes:
-            self._agenda.registrations = _registry.changes
-            self._agenda.due_at = self.desk.now()
-        version = self.store.data_version()
-        if version != self._agenda.data_version:
-            if self._agenda.data_version is not None:
-                self._agenda.changed_at = monotonic
-            self._agenda.due_at = self.desk.now()
-            self._peers = [worker for worker in self.store.workers() if worker.id != self.worker_id]
-            self._notify_waiters()
-            self._withdraw_cancelled()
-            self._agenda.data_version = version  # last: if one of these fails, the next look finds the change again
-        self._watch_log(monotonic)
-        if monotonic - self._agenda.looked_for_dead_at >= self.DEAD_LOOK_S:
-            self._agenda.looked_for_dead_at = monotonic
-            if self._lock_file is not None:
-                self._lock_file.restore()
-            if self._peers:
-                self._look_for_dead()
+    def notice_others(self) -> None:
+        """Look for what other processes have committed."""
+        self._agenda.due_at = self.desk.now()
+        self._notify_waiters()
+        self._withdraw_cancelled()
 
     def _notify_waiters(self) -> None:
         if self.waiters:
@@ -5991,79 +6219,26 @@ class _Scheduler:
             for row in pool.unstarted():
                 reason = self.store.cancel_reason(row)
                 if reason is not None:
-                    self._requests.append(_Request(functools.partial(_Beat.cancel_unstarted, row=row, reason=reason)))
+                    self.post(functools.partial(_Beat.cancel_unstarted, row=row, reason=reason))
 
     def _notice_gap(self, now: int) -> None:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
         gap = now - self._agenda.seen_at
         if gap > (self.options.lease_ms - self.options.heartbeat_ms) / 2:  # shorter, it has cost nobody the lease
-            self._agenda.judge_from = now + self.options.lease_ms
-            self._agenda.heartbeat_at = now
+            self.peers.renew_before_judging(now)
         if gap < -1000:
-            self._agenda.heartbeat_at = self._agenda.gc_at = now
-            self._agenda.due_at = now
+            self.peers.heartbeat_at = self._agenda.gc_at = self._agenda.due_at = now
             self._agenda.regroup = lambda beat: beat.store.unpark_all()
         self._agenda.seen_at = now
 
-    def _renew(self, beat: _Beat) -> None:
-        now, lease_ms = beat.now, self.options.lease_ms
-        beat.after.append(functools.partial(self._note_renewed, now))
-        if self.is_stopping:  # it may have signed off
-            return
-        if now - self._agenda.renewed_at >= lease_ms - self.options.heartbeat_ms:
-            self._agenda.judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
-        if not self.store.renew(self.worker_id, now, now + lease_ms):
-            message = "engine %s was taken for dead; what it had claimed runs elsewhere"
-            beat.log(logging.WARNING, message, self.options.name)
-            self.store.register(self._worker_row(now, lease_ms))
-        if now >= self._agenda.judge_from:
-            for worker in self.store.workers():
-                if worker.id != self.worker_id and _instant(now) >= worker.lease_expires_at:
-                    self._reap(beat, worker, "its lease ran out")
-
-    def _note_renewed(self, now: int) -> None:
-        self._agenda.renewed_at = now
-        self._agenda.heartbeat_at = now + self.options.heartbeat_ms
+    def regroup_lines(self) -> None:
+        """Have all lines of limits looked at: limits may have changed since they were formed."""
+        self._agenda.regroup = _Beat.sweep_lines
 
     def _regroup(self, beat: _Beat) -> None:
         if self._agenda.regroup is not None:
             self._agenda.regroup(beat)
         beat.after.append(functools.partial(setattr, self._agenda, "regroup", None))
-
-    def _look_for_dead(self) -> bool:
-        """Reap workers whose lock the kernel has dropped; return whether some are still to be judged.
-
-        A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
-        """
-        while self._agenda.taken:  # by the last look; if storage refused that reaping, its error still holds the locks
-            self._agenda.taken.pop().close()
-        is_unsure = False
-        for worker in self.reader.workers():
-            path = _LockFile.path_of(self.path, worker.id)
-            lock = _LockFile.take_from_dead(path) if worker.id != self.worker_id else None
-            if lock is None and (worker.id == self.worker_id or os.path.exists(path)):
-                self._agenda.missing_since.pop(worker.id, None)
-            elif (
-                lock is None
-                and time.monotonic() - self._agenda.missing_since.setdefault(worker.id, time.monotonic()) < self.GONE_S
-            ):
-                is_unsure = True
-            else:
-                self._agenda.taken.extend(filter(None, (lock,)))
-                self._requests.append(_Request(functools.partial(self._reap_dead, worker=worker, lock=lock)))
-        return is_unsure
-
-    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
-        self._reap(beat, worker, "its process died")
-        if lock is not None:
-            beat.after.append(lock.remove)
-
-    def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
-        cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
-        count = beat.reap(worker.id, cause)
-        message = "reclaimed %d instances of worker %s, pid %d: %s"
-        beat.log(logging.INFO, message, count, worker.name, worker.pid, how)
-        beat.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
 
     def _sweep(self, beat: _Beat) -> None:
         _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or (0, 0), self.SWEPT_AT_ONCE)
@@ -6130,15 +6305,9 @@ class _Scheduler:
             self._try(lambda beat: beat.give_back(claims))
 
     def _sign_off(self) -> None:
-        """Give everything back. The lock file goes only then: left behind unlocked, it tells of a dead worker."""
+        """Give everything back, and leave."""
         claims = list(self._held.values())
-        is_done = self._try(lambda beat: beat.sign_off(claims, self.worker_id))
-        if self._lock_file is not None:
-            if is_done:
-                self._lock_file.remove()
-            else:
-                self._lock_file.close()
-            self._lock_file = None
+        self.peers.leave(is_signed_off=self._try(lambda beat: beat.sign_off(claims, self.worker_id)))
 
     def _try(self, action: Callable[[_Beat], Any]) -> bool:
         """Do one of the last things; if storage fails, the next start finds what is left to do."""
@@ -6157,7 +6326,7 @@ class _Scheduler:
         self._bell.ring()
         if self._is_beating():
             cast(threading.Thread, self._thread).join()
-        self._unwatch()
+        self.peers.unwatch()
         self.waiters.wake_all()
         with self._beat_lock:
             while self._requests:
@@ -6169,9 +6338,7 @@ class _Scheduler:
         with self._beat_lock:
             self.reader.close()
             self.store.close()
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
+        self.peers.leave(is_signed_off=False)
 
     close = _close
 
@@ -6181,110 +6348,26 @@ class _Scheduler:
         _inherited_files.add(_file_id(self.path))
         self.reader.abandon()
         _keep_for_ever([self.store.db])
-        if self._lock_file is not None:
-            self._lock_file.close()
+        self.peers.leave(is_signed_off=False)
 
     # Draining
 
     def drain(self, queue: str | None, with_scheduled: bool, max_steps: int) -> collections.Counter[str]:
-        """Run what is runnable in this thread: claim one row, run it, and commit it with the next claim."""
-        tally: collections.Counter[str] = collections.Counter()
+        """Run what is runnable in this thread."""
         with self._alone():
-            self._tally, self._drained_queue = tally, queue
+            self._drain = drain = _Drain(self, queue, with_scheduled=with_scheduled)
             try:
-                self._register(self.NEVER_MS)
-                self._drain_until_idle(queue, with_scheduled, max_steps)
+                self.peers.join(drain.LEASE_MS, is_patient=False)
+                drain.run(max_steps)
             finally:
-                self._tally = None
-                self._end_drain()
+                drain.close()
+                self._sign_off()
+                with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back, too
+                    self._let_go(drain.withdraw())
+                self._drain = None
                 if self.is_stopping:
                     self._close()
-        return tally
-
-    def _drain_until_idle(self, queue: str | None, with_scheduled: bool, max_steps: int) -> None:
-        def want(beat: _Beat) -> None:
-            queues = () if beat.claims or self._local else (queue,) if queue is not None else beat.runnable_queues()
-            horizon = _END_OF_TIME if with_scheduled else beat.now
-            any(beat.claim(one, 1, horizon=horizon) for one in queues)
-
-        steps = 0
-        while True:
-            with self._beat_lock:
-                self._beat(want)
-            self.hub.flush()
-            if self._agenda.failure is not None:
-                raise self._agenda.failure
-            has_more = self._make_unmade()
-            if not self._local:
-                if has_more or self._finished or self._is_due():
-                    continue
-                return
-            claim = self._local[0]
-            if steps >= max_steps and claim.error is None:
-                raise DurableError(
-                    f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
-                    f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
-                )
-            if self.is_stopping:
-                raise EngineClosedError(f"the engine on {self.path} was stopped while it was drained")
-            steps += claim.error is None
-            self._run_locally(self._local.popleft())
-
-    def _make_unmade(self) -> bool:
-        """Make the objects of the classes that the last beat has met for the first time; False if there are none."""
-        has_more = bool(self._unmade)
-        while self._unmade:
-            self._behaviours.make(self._unmade.pop())
-        return has_more
-
-    def _run_locally(self, claim: _Claim) -> None:
-        """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
-        cast(collections.Counter[str], self._tally)["steps"] += claim.error is None
-        try:
-            self._finished.append(self._run_async_locally(claim) if claim.is_async else self._run_sync_locally(claim))
-        except BaseException as error:
-            self._finished.append(_crash(claim, error))
-            with self._beat_lock:
-                self._beat(lambda beat: None)
-            self.hub.flush()
-            raise
-
-    def _run_sync_locally(self, claim: _Claim) -> _Commit:
-        """Run a plain step. Nothing can interrupt it here, so that its timeout is noticed when it returns."""
-        commit = _execute(claim)
-        timeout_s = claim.spec.timeout_s
-        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
-            return _recover(claim, _timeout_error(claim))
-        return commit
-
-    def _run_async_locally(self, claim: _Claim) -> _Commit:
-        import asyncio
-
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        runner = self._runner
-
-        async def run() -> _Commit | Exception:
-            try:
-                return await asyncio.wait_for(_execute_async(claim), claim.spec.timeout_s)
-            except TimeoutError:
-                return _timeout_error(claim)
-
-        if asyncio._get_running_loop() is None:
-            result = runner.run(run())
-        else:  # a loop can't run within another: the step gets a thread
-            result = _call_in_thread(lambda: runner.run(run()))
-        return result if isinstance(result, _Commit) else _recover(claim, result)
-
-    def _end_drain(self) -> None:
-        """Commit or give back what is in hand, and sign off."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
-        self._sign_off()
-        with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back as well
-            self._let_go(self._local)
-            self._local.clear()
+        return drain.tally
 
 
 def _abandon_all() -> None:

@@ -423,7 +423,7 @@ def statements_of_beats(engine: Engine, beats: int) -> list[collections.Counter[
 class NoPool(durable._Pool):
     """Takes rows and starts nothing: the test runs them."""
 
-    def _rouse(self) -> None:
+    def rouse(self) -> None:
         pass
 
 
@@ -436,7 +436,7 @@ def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(
     engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9)
     engine.insert_all([Insert(fsm) for _ in range(4 * width)])
     core = engine._core
-    core._register(10**12)
+    core.peers.join(10**12)
     core._pools = {"default": NoPool(width, core)}
     _, steady, _ = statements_of_beats(engine, 3)
     core._pools = {}
@@ -3550,7 +3550,7 @@ def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
                 let_go.wait(PATIENCE)
 
     engine = make_engine(queues={"default": width}, prefetch=prefetch, poll_interval=NEVER_POLL)
-    engine._core.DEAD_LOOK_S = 3600.0
+    engine._core.peers.DEAD_LOOK_S = 3600.0
     engine.start()
     for _ in range(3):
         for _ in range(20):
@@ -3576,7 +3576,7 @@ def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_en
                 let_go.wait(PATIENCE)
 
     engine = make_engine(queues={"default": 1}, prefetch=1, poll_interval=NEVER_POLL)
-    engine._core.DEAD_LOOK_S = 3600.0
+    engine._core.peers.DEAD_LOOK_S = 3600.0
     engine.start()
     engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
     pool = engine._core._pools["default"]
@@ -4430,10 +4430,10 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
     """Nothing to do costs next to nothing: it looks seldom, since the system tells it of what others write."""
     engine = make_engine(poll_interval=0.01)
     engine.start()
-    core = engine._core
+    peers = engine._core.peers
 
     def rests() -> bool:
-        return core._look_interval(time.monotonic()) == core.DEAD_LOOK_S
+        return peers._look_interval_s(time.monotonic()) == peers.DEAD_LOOK_S
 
     for n in range(2):
         eventually(rests)
@@ -4455,7 +4455,7 @@ def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: p
     monkeypatch.setattr(durable._LogWatch, "__init__", refuse)
     engine = make_engine(poll_interval=0.01)
     engine.start()
-    assert engine._core._watch is None
+    assert engine._core.peers._watch is None
     with contextlib.closing(engine.connect()) as connection:
         connection.execute("BEGIN IMMEDIATE")
         ident = durable.insert_into(connection, Echo, args={"n": 1})
@@ -7364,8 +7364,9 @@ def test_engine_that_was_taken_for_dead_signs_on_again_before_it_claims(
     engine, other = (make_engine(fsms=[Visitor(desk)], clock=clock, queues={queue: 1}) for queue in "ab")
     other.start()
     core = engine._core
-    core._register(60_000)
-    core._note_renewed(core.desk.now())
+    core._drain = cast(Any, Lap())
+    core.peers.join(60_000)
+    core.peers._note_renewed(core.desk.now())
     for _ in range(10):
         clock.now += 20  # a longer gap would be taken for a suspended machine
         eventually(lambda: any(worker.heartbeat_at == clock.instant() for worker in other.workers()))
@@ -10766,6 +10767,21 @@ def blank_file() -> bytes:
         return path.read_bytes()
 
 
+class Lap:
+    """Takes what an engine claims, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.claims: collections.deque[durable._Claim] = collections.deque()
+        self.unmade: list[type[durable.FSM]] = []
+        self.tally: collections.Counter[str] = collections.Counter()
+
+    def submit(self, claims: Iterable[durable._Claim], *, first: bool = False) -> None:
+        (self.claims.extendleft if first else self.claims.extend)(claims)
+
+    def serves(self, queue: str) -> bool:
+        return False
+
+
 class Hand:
     """An engine whose every move is the test's: it claims, runs and commits when it is told to, without threads."""
 
@@ -10783,6 +10799,8 @@ class Hand:
             clock=clock,
         )
         self.core = self.engine._core
+        self.lap = Lap()
+        self.core._drain = cast(Any, self.lap)
         self.knows_strangers = bool(fsms)
         self.is_worker = is_worker
         self.failures: collections.deque[type[apsw.Error] | None] = collections.deque()
@@ -10836,14 +10854,13 @@ class Hand:
 
     def die(self) -> None:
         """Go as a killed process goes: the kernel drops its lock, and nothing is said to anybody."""
-        cast(Any, self.core._lock_file).close()
-        self.core._lock_file = None
+        self.core.peers.leave(is_signed_off=False)
         self.core._finished.clear()
         self.close()
 
     def leave(self) -> None:
         """Stop as a started engine does: give back what is in hand, and sign off."""
-        self.core._agenda.heartbeat_at = NEVER
+        self.core.peers.heartbeat_at = NEVER
         self.core._sign_off()
         self.close()
 
@@ -10978,8 +10995,8 @@ class Theatre(RuleBasedStateMachine):
 
     def enter(self, number: int) -> Hand:
         hand = Hand(self.path, self.clock, is_worker=True, fsms=[Stranger("tool")] if number else [])
-        hand.core._register(LEASE_MS)
-        hand.core._note_renewed(self.model.now)
+        hand.core.peers.join(LEASE_MS)
+        hand.core.peers._note_renewed(self.model.now)
         hand.beat()
         return hand
 
@@ -11000,7 +11017,7 @@ class Theatre(RuleBasedStateMachine):
         actual = self.answer_of(real)
         if len(hand.failures) < left:
             assert real == hand.beat or is_storage_failure(actual), actual
-            assert not hand.core._local
+            assert not hand.lap.claims
             return None
         self.model.went_on = hand.went_on.__contains__
         answer, refused = self.model.beat(hand.pending, functools.partial(self.serve, hand, model))
@@ -11031,8 +11048,8 @@ class Theatre(RuleBasedStateMachine):
     def absorb(self, hand: Hand) -> list[int]:
         """Take the rows that an engine has claimed, or goes on with, into its hand."""
         taken = []
-        for claim in [one for one in hand.core._local if one.error is None]:
-            hand.core._local.remove(claim)
+        for claim in [one for one in hand.lap.claims if one.error is None]:
+            hand.lap.claims.remove(claim)
             row = self.model.rows[claim.row.id]
             assert (row.status, row.worker, row.claim) == (Status.EXECUTING, hand.id, claim.row.claim)
             hand.claims[row.id, row.claim] = claim
@@ -11043,8 +11060,8 @@ class Theatre(RuleBasedStateMachine):
     def settle_refused(self, hand: Hand, refused: list[Verdict]) -> None:
         """A statement failed at the commit: it is `handle`'s turn, unless it was that of `handle`."""
         hand.pending += map(self.answer_to_refusal, refused)
-        while hand.core._local:
-            claim = hand.core._local.popleft()
+        while hand.lap.claims:
+            claim = hand.lap.claims.popleft()
             hand.core.finish(durable._execute(claim))
         assert STAGE.handlings == self.model.handlings
         if refused:
@@ -11203,14 +11220,14 @@ class Theatre(RuleBasedStateMachine):
     def claim_from(self, hand: Hand, queue: str, count: int) -> None:
         while hand.failures:
             hand.beat(functools.partial(self.claim_in, queue=queue, count=count))
-            assert not hand.core._local
+            assert not hand.lap.claims
         self.tick(hand)
         self.perform(hand, hand.beat)
         taken: list[int] = []
         for _ in range(20):
             rest = count - len(taken)
             hand.beat(functools.partial(self.claim_in, queue=queue, count=rest))
-            taken += [claim.row.id for claim in hand.core._local][len(taken) :]
+            taken += [claim.row.id for claim in hand.lap.claims][len(taken) :]
             if len(taken) >= count or not hand.has_more_to_do():
                 break
         else:
@@ -11337,7 +11354,7 @@ class Theatre(RuleBasedStateMachine):
         self.dead.append(hand.id)
         hand.die()
         while hand.id in self.dead:
-            other.core._look_for_dead()
+            other.core.peers.look_for_dead()
             self.perform(other, other.beat, self.reap_dead)
         self.replace(number)
 
@@ -12237,7 +12254,7 @@ def leases_never_run_out(patch: pytest.MonkeyPatch) -> None:
     """Leases never run out."""
     bend(
         patch,
-        durable._Scheduler,
+        durable._Peers,
         "_reap",
         lambda reap: lambda self, beat, worker, how: nothing() if "lease" in how else reap(self, beat, worker, how),
     )
