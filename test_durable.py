@@ -333,7 +333,7 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _SETTLE _ADVANCE _GIVE_BACK _CANCEL_REASON
+_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _FINISH _SETTLE _ADVANCE _GIVE_BACK _CANCEL_REASON
 _OCCUPANT _CARRIER _EXECUTING _PARK _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE _UNPARK _BUCKET
 _READY_BUCKETS _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT
 _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
@@ -415,7 +415,7 @@ def statements_of_beats(engine: Engine, beats: int) -> list[collections.Counter[
         with core._beat_lock:
             core._beat()
         for claim in list(core._held.values()):
-            core._finished.append(durable._execute(claim))
+            core._finished.append(contextvars.copy_context().run(durable._execute, claim))
     core.store.db.exec_trace = None
     return counts
 
@@ -11062,7 +11062,7 @@ class Theatre(RuleBasedStateMachine):
         hand.pending += map(self.answer_to_refusal, refused)
         while hand.lap.claims:
             claim = hand.lap.claims.popleft()
-            hand.core.finish(durable._execute(claim))
+            hand.core.finish(contextvars.copy_context().run(durable._execute, claim))
         assert STAGE.handlings == self.model.handlings
         if refused:
             self.perform(hand, hand.beat)
@@ -11283,7 +11283,7 @@ class Theatre(RuleBasedStateMachine):
         STAGE.cues.append(cue)
         STAGE.seen.clear()
         try:
-            commit = durable._execute(claim)
+            commit = contextvars.copy_context().run(durable._execute, claim)
         except SystemExit as error:
             commit = durable._crash(claim, error)
         hand.core.finish(commit)
@@ -11988,6 +11988,18 @@ def column_kept(name: str) -> Callable[[Any], Any]:
 def an_outcome_is_written_under_any_claim(patch: pytest.MonkeyPatch) -> None:
     """An outcome is written under any claim."""
     reword(patch, "_SETTLE", "AND claim = ?", "AND ? IS NOT NULL")
+
+
+@fault
+def an_end_is_written_under_any_claim(patch: pytest.MonkeyPatch) -> None:
+    """An end is written under any claim."""
+    reword(patch, "_FINISH", "AND claim = ?", "AND ? IS NOT NULL")
+
+
+@fault
+def an_end_is_written_though_the_instance_was_cancelled(patch: pytest.MonkeyPatch) -> None:
+    """An end is written though the instance was cancelled."""
+    reword(patch, "_FINISH", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL")
 
 
 @fault
