@@ -11808,6 +11808,10 @@ def stale_outcomes(at: Any) -> None:
             at.give_back_held(stale)
         at.tick(at._theatre.hands[stale])
         at.run_held(1 - stale, Next("middle"))
+    at.claim_all(0)
+    at.fall_silent(1)
+    at.claim_all(1)
+    at.run_held(0, Done(1))
 
 
 @rehearsed
@@ -11820,6 +11824,10 @@ def cancelling(at: Any) -> None:
     at.claim_all(0)
     at.cancel(2, 0)
     at.run_held(0, Next("middle"))
+    at.retry(2, 1)
+    at.claim_all(0)
+    at.cancel(2, 0)
+    at.run_held(0, Done(1))
     at.retry(2, 1)
     at.claim_all(0)
     at.cancel(2, 0)
