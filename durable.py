@@ -1247,13 +1247,12 @@ def _message(target: int | str, name: str, payload: Any, dedup_key: str | None) 
 class Context(Generic[_State]):
     """What a step sees of its instance, and its verbs that add to the step's commit. Read-only."""
 
-    __slots__ = ("_children", "_claim", "_effects", "_inbox", "_state")
+    __slots__ = ("_children", "_claim", "_effects", "_state")
 
-    def __init__(self, claim: _Claim, state: _State, *, for_handle: bool = False) -> None:
+    def __init__(self, claim: _Claim, state: _State) -> None:
         self._claim = claim
         self._state = state
-        self._inbox = () if for_handle else claim.inbox
-        self._children: tuple[Instance, ...] | None = () if for_handle else None
+        self._children: tuple[Instance, ...] | None = None
         self._effects: list[_Effect] | None = []
 
     @classmethod
@@ -1309,19 +1308,19 @@ class Context(Generic[_State]):
     @property
     def inbox(self) -> tuple[Signal, ...]:
         """All signals that the instance has, oldest first."""
-        return self._inbox
+        return self._claim.inbox
 
     @property
     def awaited(self) -> tuple[Signal, ...]:
         """The inbox's signals of the names that the last `Await` named."""
         names = self._claim.row.awaited_names
-        return tuple(signal for signal in self._inbox if signal.name in names) if names else ()
+        return tuple(signal for signal in self._claim.inbox if signal.name in names) if names else ()
 
     @property
     def children(self) -> tuple[Instance, ...]:
         """All children that are still in the file, read when first asked for."""
         if self._children is None:
-            self._children = self._claim.desk.children(self.id)
+            self._children = self._claim.desk.children(self.id) if self._claim.error is None else ()
         return self._children
 
     @property
@@ -1829,16 +1828,14 @@ class _Change(NamedTuple):
     joining: int
 
 
-def _ended(
-    row: _Row,
-    status: Status,
-    *,
-    result: str | None = None,
-    last_error: str | None = None,
-    traceback: str | None = None,
-) -> _Finish:
-    """End the row; its step and attempt stay as they were, its crashes are forgotten."""
-    return _Finish(status, result, last_error, traceback, row.attempt, 0)
+def _done(row: _Row, result: str | None) -> _Finish:
+    """End the row well; its attempt stays as it was, its crashes are forgotten."""
+    return _Finish(Status.DONE, result, None, None, row.attempt, 0)
+
+
+def _failed(row: _Row, last_error: str, traceback: str | None = None) -> _Finish:
+    """End the row as failed, likewise."""
+    return _Finish(Status.FAILED, None, last_error, traceback, row.attempt, 0)
 
 
 def _later(now: int, delay: _Duration) -> int:
@@ -1951,21 +1948,17 @@ def _advanced(row: _Row, change: _Change) -> _Row:
     )
 
 
-def _cancelled(row: _Row, reason: str) -> _Finish:
-    return _ended(row, Status.FAILED, last_error=reason)
-
-
 def _crashed(row: _Row, cause: str, now: int) -> _Change | _Finish:
     """Say what becomes of a row whose step crashed: it runs again, unless it has crashed or been tried too often."""
     if row.cancel_reason is not None:
-        return _cancelled(row, row.cancel_reason)
+        return _failed(row, row.cancel_reason)
     attempt, crashes = row.attempt + 1, row.crashes + 1
     poisoned = crashes >= row.max_crashes
     exhausted = row.max_attempts is not None and attempt >= row.max_attempts
     if poisoned or exhausted:
         limit = f"{crashes} crashes in a row" if poisoned else f"attempt {attempt} of {row.max_attempts}"
         cause = f"{cause}; given up after {limit}"
-        return _cancelled(row, cause)._replace(attempt=attempt, crashes=crashes)
+        return _failed(row, cause)._replace(attempt=attempt, crashes=crashes)
     return _unchanged(row, now)._replace(attempt=attempt, crashes=crashes, last_error=cause, traceback=None)
 
 
@@ -3522,7 +3515,7 @@ class _Claim:
         self.desk = desk
         self.inbox = inbox
         self.error = error
-        """What the step failed with; then it is `handle`'s turn."""
+        """What the step failed with; then it is `handle`'s turn, which is shown no signals and no children."""
         self.started_at = 0.0
         self.is_finished = False
         self.is_disowned = False
@@ -3536,7 +3529,7 @@ class _Claim:
         return code is not None and code.is_async
 
     def failed_with(self, error: Exception) -> _Claim:
-        failed = _Claim(self.row, self.spec, self.behaviour, self.desk, self.inbox, error)
+        failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
         failed.started_at = self.started_at
         return failed
 
@@ -3544,11 +3537,14 @@ class _Claim:
         return Context(self, _load_state(self.spec.state, self.row.state))
 
     def open_for_handle(self) -> Context[Any]:
-        """Open a Context with an empty inbox, and the plain dict where the state no longer loads."""
+        """Open a Context with the plain dict where the state no longer loads."""
         try:
-            return Context(self, _load_state(self.spec.state, self.row.state), for_handle=True)
+            return self.open()
         except StateError:
-            return Context(self, _decode(self.row.state), for_handle=True)
+            return Context(self, _decode(self.row.state))
+
+
+_queue_of = operator.attrgetter("row.queue")
 
 
 class _Commit(NamedTuple):
@@ -3627,7 +3623,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception 
     is_inline = False
     match outcome:
         case Done():
-            change = _ended(row, Status.DONE, result=_dump_value(outcome.result, "result"))
+            change = _done(row, _dump_value(outcome.result, "result"))
         case Next():
             _check_next(claim, outcome)
             change = _move(claim, ctx, outcome)
@@ -3645,8 +3641,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception 
             children = tuple(claim.desk.new_row(child)._replace(parent_id=row.id) for child in outcome.children)
             change = _move(claim, ctx, outcome)
         case Stop():
-            last_error, trace = _describe_stop(outcome, error)
-            change = _ended(row, Status.FAILED, last_error=last_error, traceback=trace)
+            change = _failed(row, *_describe_stop(outcome, error))
     shown = tuple(signal.id for signal in ctx.awaited) if ctx.inbox else ()
     return _Commit(claim, _kind(outcome), change, effects, shown, children, is_inline, _elapsed(claim))
 
@@ -3685,7 +3680,7 @@ def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
 
 def _stop(claim: _Claim, error: BaseException) -> _Commit:
     """End an instance as failed for an error that nobody is left to ask about."""
-    change = _ended(claim.row, Status.FAILED, last_error=_error_text(error), traceback=_traceback_text(error))
+    change = _failed(claim.row, _error_text(error), _traceback_text(error))
     return _Commit(claim, _KINDS[Stop], change, duration=_elapsed(claim))
 
 
@@ -4734,7 +4729,7 @@ class _Beat:
         row = commit.claim.row
         reason = self.store.cancel_reason(row)
         if reason is not None:
-            change = _cancelled(row, reason)
+            change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._left(commit._replace(kind="stop"), change)
             return
@@ -4852,7 +4847,7 @@ class _Beat:
             if claim is None:
                 return self.store.request_cancel(instance, reason)
             self.withdrawn.append(claim)
-            change = _cancelled(row, row.cancel_reason or reason)
+            change = _failed(row, row.cancel_reason or reason)
             self.store.settle(row, change, self.now, row.cancel_reason)
             self._left(_Commit(claim, "stop", change), change)
             return True
@@ -4860,7 +4855,7 @@ class _Beat:
         self._departed(row, Status.FAILED)
         if row.rate_limit is not None and status == Status.RUNNABLE and parked_on is None:
             self._poked_buckets.add(row.rate_limit)
-        self.failures.append((row, _cancelled(row, reason)))
+        self.failures.append((row, _failed(row, reason)))
         return True
 
     def revive(self, instance: int) -> None:
@@ -4925,7 +4920,7 @@ class _Beat:
         if self.store.give_back(row, self.now):
             self._departed(row, Status.RUNNABLE)
         elif (reason := self.store.cancel_reason(row)) is not None:
-            change = _cancelled(row, reason)
+            change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._departed(row, change.status)
 
@@ -4934,7 +4929,7 @@ class _Beat:
         claim = self.core.take_unstarted(row)
         if claim is not None:
             self.withdrawn.append(claim)
-            change = _cancelled(row, reason)
+            change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._left(_Commit(claim, "stop", change), change)
 
@@ -6065,8 +6060,8 @@ class _Scheduler:
 
     def _slots(self, queue: str, beat: _Beat) -> int:
         """How many more rows of a queue may be claimed, with those counted that this beat has seen come and go."""
-        leaving = sum(claim.row.queue == queue for claim in beat.left)
-        coming = sum(claim.row.queue == queue for claim in beat.claims)
+        leaving = operator.countOf(map(_queue_of, beat.left), queue)
+        coming = operator.countOf(map(_queue_of, beat.claims), queue)
         return self._pools[queue].width + self.options.prefetch - self._in_flight[queue] + leaving - coming
 
     def serves(self, queue: str, beat: _Beat) -> bool:

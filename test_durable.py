@@ -12260,7 +12260,16 @@ def outcomes_are_lost_with_a_failed_commit(patch: pytest.MonkeyPatch) -> None:
 @fault
 def handle_is_shown_the_inbox(patch: pytest.MonkeyPatch) -> None:
     """Handle is shown the inbox."""
-    patch.setattr(durable._Claim, "open_for_handle", durable._Claim.open)
+
+    def make(original: Any) -> Any:
+        def failed_with(self: Any, error: Exception) -> Any:
+            failed = original(self, error)
+            failed.inbox = self.inbox
+            return failed
+
+        return failed_with
+
+    bend(patch, durable._Claim, "failed_with", make)
 
 
 @fault
