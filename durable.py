@@ -621,6 +621,17 @@ class _InsertOptions(TypedDict, total=False):
     max_attempts: int | None
 
 
+def _make_insert(fsm: Any, options: _InsertOptions) -> Insert:
+    try:
+        return Insert(fsm, **options)
+    except TypeError:
+        unknown = options.keys() - _InsertOptions.__annotations__.keys()
+        if unknown:
+            allowed = ", ".join(_InsertOptions.__annotations__)
+            raise TypeError(f"unknown option {min(unknown)!r}; allowed are {allowed}") from None
+        raise
+
+
 # ==================================================================================================
 # Outcomes
 # ==================================================================================================
@@ -819,16 +830,22 @@ def _is_enum(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, enum.Enum)
 
 
-def _structure_enum(value: Any, cls: Any) -> Any:
-    for member in cls:
-        if member.value == value and type(member.value) is type(value):
-            return member
+def _is_literal(cls: Any) -> bool:
+    return typing.get_origin(cls) is typing.Literal
+
+
+def _structure_choice(value: Any, cls: Any) -> Any:
+    """Read a member of an enumeration or a Literal; 1 is neither True nor 1.0."""
+    for one in typing.get_args(cls) if _is_literal(cls) else cls:
+        plain = one.value if isinstance(one, enum.Enum) else one
+        if plain == value and type(plain) is type(value):
+            return one
     raise _invalid(_type_name(cls), value)
 
 
 def _structure_scalar(value: Any, cls: Any) -> Any:
     if _is_enum(cls):
-        return _structure_enum(value, cls)
+        return _structure_choice(value, cls)
     known = next(base for base in cls.__mro__ if base in _scalars())
     codec = _scalars()[known]
     if not isinstance(value, codec.forms) or (isinstance(value, bool) and known is not bool):
@@ -995,7 +1012,8 @@ def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
     converter.register_structure_hook_factory(
         _is_union, lambda cls, converter: _structure_union_factory(cls, converter, strict)
     )
-    converter.register_structure_hook_func(_is_enum, _structure_enum)
+    converter.register_structure_hook_func(lambda cls: _is_enum(cls) or _is_literal(cls), _structure_choice)
+    converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)  # as Any
     for cls in (*_scalars(), pathlib.Path):
         converter.register_structure_hook(cls, _structure_scalar)
     return converter
@@ -1069,26 +1087,20 @@ def _plain_problems(value: object, path: str = "") -> Iterator[str]:
 def _state_text(value: object) -> str:
     try:
         return _json(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StateError([_error_text(error)]) from error
+    except RecursionError as error:
+        raise StateError(["nested too deep, or in itself"]) from error
+    except (TypeError, ValueError) as error:
+        raise StateError(list(_plain_problems(value)) or [_error_text(error)]) from error
 
 
 def _dump_plain(value: object) -> str:
     """Write a plain dict; what JSON gives back as it was, nearly all, needs no look into it."""
     if not isinstance(value, dict):
         raise StateError([f"not a dict, {_brief(value)}"])
-    try:
-        text = _json(value)
-        if _decode(text) == value:
-            return text
-        problems = list(_plain_problems(value))
-    except RecursionError:
-        problems = ["nested too deep, or in itself"]
-    except (TypeError, ValueError):
-        problems = list(_plain_problems(value))
-    if problems:
+    text = _state_text(value)
+    if _decode(text) != value and (problems := list(_plain_problems(value))):
         raise StateError(problems)
-    return _state_text(value)
+    return text
 
 
 def _dict_text(value: dict[Any, Any]) -> str:
@@ -1097,8 +1109,8 @@ def _dict_text(value: dict[Any, Any]) -> str:
         return _json(value)
     except TypeError:
         return _state_text(_unstructure(value))
-    except (ValueError, RecursionError) as error:
-        raise StateError([_error_text(error)]) from error
+    except (ValueError, RecursionError):
+        return _state_text(value)
 
 
 def _misfits(value: Any, kind: Any, path: str = "") -> Iterator[str]:
@@ -1325,8 +1337,8 @@ class Context(Generic[_State]):
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody has asked to cancel the instance by now."""
-        return self._claim.desk.is_cancelled(self.id)
+        """Whether somebody has asked to cancel the instance by now, or the step is over its `timeout`."""
+        return self._claim.is_disowned or self._claim.desk.is_cancelled(self.id)
 
     def execute(self, sql: str, bindings: Sequence[Any] | Mapping[str, Any] = ()) -> None:
         """Add a statement to the step's commit: it happens exactly once, or not at all.
@@ -1342,7 +1354,7 @@ class Context(Generic[_State]):
 
     def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> None:
         """Add an instance to the step's commit, with the options of `Insert`; a duplicate is dropped and logged."""
-        self._add(_Follower(self._claim.desk.new_row(Insert(fsm, **options))))
+        self._add(_Follower(self._claim.desk.new_row(_make_insert(fsm, options))))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Add a signal to the step's commit; one without a live target is dropped and logged."""
@@ -1636,9 +1648,16 @@ def _resolve(fsm: object) -> _Spec:
     cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
     if not isinstance(cls, type) or not issubclass(cls, FSM):
         raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
-    if cls._spec is None:
+    spec = cls._spec
+    if spec is None:
         raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
-    return cls._spec
+    known = _registry.get((spec.name, spec.version))
+    if known is not spec and "<" in cls.__qualname__:
+        raise TypeError(
+            f"{cls.__qualname__} was defined anew since, so that its rows would run other code than its own: what a"
+            " function or a lambda defines more than once needs a name of its own each time (name=...)"
+        )
+    return spec if known is None else known
 
 
 class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
@@ -1653,6 +1672,8 @@ class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
 def _parameter_names(function: types.FunctionType) -> list[str]:
     """List a function's parameters; those that no dict could name are refused."""
     parameters = inspect.signature(function).parameters.values()
+    if "self" in inspect.signature(function).parameters:
+        raise TypeError(f"{function.__qualname__}: a job is a function, not a method: it can't have a parameter `self`")
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(
@@ -1948,7 +1969,7 @@ def _advanced(row: _Row, change: _Change) -> _Row:
     )
 
 
-def _crashed(row: _Row, cause: str, now: int) -> _Change | _Finish:
+def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _Change | _Finish:
     """Say what becomes of a row whose step crashed: it runs again, unless it has crashed or been tried too often."""
     if row.cancel_reason is not None:
         return _failed(row, row.cancel_reason)
@@ -1958,8 +1979,8 @@ def _crashed(row: _Row, cause: str, now: int) -> _Change | _Finish:
     if poisoned or exhausted:
         limit = f"{crashes} crashes in a row" if poisoned else f"attempt {attempt} of {row.max_attempts}"
         cause = f"{cause}; given up after {limit}"
-        return _failed(row, cause)._replace(attempt=attempt, crashes=crashes)
-    return _unchanged(row, now)._replace(attempt=attempt, crashes=crashes, last_error=cause, traceback=None)
+        return _failed(row, cause, traceback)._replace(attempt=attempt, crashes=crashes)
+    return _unchanged(row, now)._replace(attempt=attempt, crashes=crashes, last_error=cause, traceback=traceback)
 
 
 # ==================================================================================================
@@ -3275,6 +3296,14 @@ class _LockFile:
                 lock.remove()
 
     @classmethod
+    def is_dropped(cls, path: str) -> bool:
+        """Whether the worker whose file it is has died, as far as the file tells."""
+        lock = cls.take_from_dead(path)
+        if lock is not None:
+            lock.close()
+        return lock is not None
+
+    @classmethod
     def take_from_dead(cls, path: str) -> _LockFile | None:
         """Take the lock of a worker that has died; None if it lives, or if there is no such file to tell by."""
         try:
@@ -3325,6 +3354,11 @@ class _LockFile:
 
     def __del__(self) -> None:
         self.close()  # a reaping that storage refused drops the lock for the next try
+
+
+def _living_workers(reader: _Reader) -> list[Worker]:
+    """List the workers on a file, but for those that have died and wait for an engine to notice."""
+    return [one for one in reader.workers() if not _LockFile.is_dropped(_LockFile.path_of(reader.path, one.id))]
 
 
 class _LogWatch:
@@ -3454,6 +3488,22 @@ def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None
         now,
         now,
     )
+
+
+def _new_rows(inserts: object, new_row: Callable[[Insert], _NewRow]) -> list[_NewRow]:
+    """Make the rows of many instances; an error has a note which of them it is about."""
+    if not isinstance(inserts, Iterable):
+        raise ValueError(f"inserts must be several Insert(...)s, not {_brief(inserts)}")
+    rows = []
+    for index, one in enumerate(inserts):
+        if not isinstance(one, Insert):
+            raise ValueError(f"inserts must be Insert(...)s, not {_brief(one)}")
+        try:
+            rows.append(new_row(one))
+        except Exception as error:
+            error.add_note(f"in inserts[{index}], {_brief(one)}")
+            raise
+    return rows
 
 
 class _Desk:
@@ -3587,6 +3637,19 @@ def _log_details(row: _Row) -> dict[str, Any]:
     return {"id": row.id, "fsm": row.fsm, "step": row.step, "attempt": row.attempt}
 
 
+def _log_attempt(row: _Row, what: str, error: BaseException) -> None:
+    _log.warning(
+        "instance %d (%s) failed in step %r, attempt %d: %s",
+        row.id,
+        row.fsm,
+        row.step,
+        row.attempt,
+        what,
+        exc_info=error,
+        extra=_log_details(row),
+    )
+
+
 def _describe_stop(outcome: Stop, error: Exception | None) -> tuple[str, str | None]:
     reason = outcome.reason
     source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
@@ -3687,18 +3750,8 @@ def _stop(claim: _Claim, error: BaseException) -> _Commit:
 def _recover(claim: _Claim, error: Exception) -> _Commit:
     """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
     claim = claim.failed_with(error)  # so that a commit that is refused does not come back to `handle`
-    row = claim.row
     if not isinstance(error, Cancel):
-        _log.warning(
-            "instance %d (%s) failed in step %r, attempt %d: %s",
-            row.id,
-            row.fsm,
-            row.step,
-            row.attempt,
-            _error_text(_reason_of(error)),
-            exc_info=error,
-            extra=_log_details(row),
-        )
+        _log_attempt(claim.row, _error_text(_reason_of(error)), error)
     try:
         ctx = claim.open_for_handle()
         if claim.spec.is_job and isinstance(error, Fail | Cancel):
@@ -3759,7 +3812,9 @@ async def _execute_async(claim: _Claim) -> _Commit | Exception:
 def _crash(claim: _Claim, error: BaseException) -> _Commit:
     """Record that a step crashed: SystemExit and the like are not for `handle`."""
     cause = f"crash: {_error_text(error)} out of step {claim.row.step!r}"
-    return _Commit(claim, _CRASH, _crashed(claim.row, cause, claim.desk.now()), duration=_elapsed(claim))
+    _log_attempt(claim.row, cause, error)
+    change = _crashed(claim.row, cause, claim.desk.now(), _traceback_text(error))
+    return _Commit(claim, _CRASH, change, duration=_elapsed(claim))
 
 
 # ==================================================================================================
@@ -5168,6 +5223,8 @@ class _Behaviours:
 
     def __init__(self, given: Iterable[object]) -> None:
         self._objects: dict[type, object] = {}
+        if not isinstance(given, Iterable):
+            raise ValueError(f"fsms must hold FSM classes or objects of them, not be {given!r}")
         for one in given:
             cls = one if isinstance(one, type) else getattr(one, "fsm", type(one))
             if not isinstance(cls, type) or not issubclass(cls, FSM):
@@ -5243,6 +5300,13 @@ def _call_in_thread(call: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def _run_outside_loop(call: Callable[[], Any]) -> Any:
+    """Call something that runs an event loop: here, or in a thread where one runs, since none can run in another."""
+    import asyncio
+
+    return call() if asyncio._get_running_loop() is None else _call_in_thread(call)
 
 
 _inherited_files: set[tuple[int, int] | None] = set()
@@ -5350,8 +5414,8 @@ class _Peers:
         """From when on other workers' leases are judged."""
         self._missing_since: dict[str, float] = {}
         """Since when other workers' lock files are not there."""
-        self._taken: list[_LockFile] = []
-        """Locks that the last look has taken from dead workers."""
+        self._reapings: dict[str, tuple[_Request, _LockFile | None]] = {}
+        """What was asked for at the last looks, by worker, and the locks taken from them."""
 
     # Coming and going
 
@@ -5501,11 +5565,14 @@ class _Peers:
 
         A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
         """
-        while self._taken:  # by the last look; if storage refused that reaping, its error still holds the locks
-            self._taken.pop().close()
+        for worker_id, (reaping, lock) in list(self._reapings.items()):
+            if reaping.is_settled:  # done, or refused by storage: then its worker is looked at again
+                del self._reapings[worker_id]
+                if lock is not None:
+                    lock.close()
         is_unsure = False
         for worker in self._core.reader.workers():
-            if worker.id != self._core.worker_id:
+            if worker.id != self._core.worker_id and worker.id not in self._reapings:
                 is_unsure |= self._judge(worker)
         return is_unsure
 
@@ -5519,9 +5586,8 @@ class _Peers:
                 return False
             if time.monotonic() - self._missing_since.setdefault(worker.id, time.monotonic()) < self.GONE_S:
                 return True
-        else:
-            self._taken.append(lock)
-        self._core.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
+        reaping = self._core.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
+        self._reapings[worker.id] = reaping, lock
         return False
 
     def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
@@ -5582,7 +5648,7 @@ class _Drain:
     def close(self) -> None:
         self._is_over = True
         if self._runner is not None:
-            self._runner.close()
+            _run_outside_loop(self._runner.close)
 
     def _want(self, beat: _Beat) -> None:
         if not beat.claims and not self._ready:
@@ -5636,10 +5702,7 @@ class _Drain:
                 return _timeout_error(claim)
 
         runner = self._runner = self._runner or asyncio.Runner()
-        if asyncio._get_running_loop() is None:
-            result = runner.run(run())
-        else:  # a loop can't run within another: the step gets a thread
-            result = _call_in_thread(lambda: runner.run(run()))
+        result = _run_outside_loop(lambda: runner.run(run()))
         return result if isinstance(result, _Commit) else contextvars.copy_context().run(_recover, claim, result)
 
 
@@ -5729,9 +5792,11 @@ class _Scheduler:
         if self._requests:  # added between the last look and the line above
             self._beat_for_callers()
 
-    def post(self, action: Callable[[_Beat], Any]) -> None:
+    def post(self, action: Callable[[_Beat], Any]) -> _Request:
         """Have something done in the next beat, which nobody waits for."""
-        self._requests.append(_Request(action))
+        request = _Request(action)
+        self._requests.append(request)
+        return request
 
     def check_open(self) -> None:
         if self.is_forked:
@@ -6331,14 +6396,19 @@ class _Scheduler:
                 self.peers.join(drain.LEASE_MS, is_patient=False)
                 drain.run(max_steps)
             finally:
-                drain.close()
-                self._sign_off()
-                with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back, too
-                    self._let_go(drain.withdraw())
-                self._drain = None
-                if self.is_stopping:
-                    self._close()
+                self._end_drain(drain)
         return drain.tally
+
+    def _end_drain(self, drain: _Drain) -> None:
+        try:
+            drain.close()
+        finally:
+            self._sign_off()
+            with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back as well
+                self._let_go(drain.withdraw())
+            self._drain = None
+            if self.is_stopping:
+                self._close()
 
 
 def _abandon_all() -> None:
@@ -6455,9 +6525,17 @@ def _read_options(given: _EngineOptions) -> _Options:
         )
     if given["synchronous"] not in _SYNCHRONOUS:
         raise ValueError(f"synchronous must be one of {', '.join(_SYNCHRONOUS)}, not {given['synchronous']!r}")
-    if not callable(given["clock"]):
-        raise ValueError(f"clock must be callable and return seconds since the epoch, not {given['clock']!r}")
+    _check_clock(given["clock"])
     return options
+
+
+def _check_clock(clock: object) -> None:
+    try:
+        now = cast(Callable[[], object], clock)()
+    except TypeError:
+        now = None
+    if not isinstance(now, int | float) or not math.isfinite(now):
+        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r}")
 
 
 def _id_or_none(value: object, name: str) -> int | None:
@@ -6465,12 +6543,6 @@ def _id_or_none(value: object, name: str) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value and max(-_MAX_INTEGER, min(value, _MAX_INTEGER))
     raise ValueError(f"{name} must be an id, not {value!r}")
-
-
-def _as_insert(value: object) -> Insert:
-    if not isinstance(value, Insert):
-        raise ValueError(f"inserts must be Insert(...)s, not {_brief(value)}")
-    return value
 
 
 def _status(value: object) -> Status:
@@ -6578,7 +6650,7 @@ class Engine:
         then nothing was written.
         """
         self._core.check_open()
-        row = self._core.desk.new_row(Insert(fsm, **options))
+        row = self._core.desk.new_row(_make_insert(fsm, options))
         if row.correlation_key is None:
             return self._core.insert((row,))[0]
         return cast(int, self._core.perform(lambda beat: beat.insert(row)))
@@ -6586,7 +6658,7 @@ class Engine:
     def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
         """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
         self._core.check_open()
-        rows = [self._core.desk.new_row(_as_insert(one)) for one in inserts]
+        rows = _new_rows(inserts, self._core.desk.new_row)
         return cast("list[int | None]", self._core.perform(lambda beat: beat.insert_all(rows)))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
@@ -6596,7 +6668,7 @@ class Engine:
         raised here. The future's callbacks are called one after the other in a thread of the engine's.
         """
         self._core.check_open()
-        return self._core.insert_later(self._core.desk.new_row(Insert(fsm, **options)))
+        return self._core.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
@@ -6632,9 +6704,9 @@ class Engine:
         filters = {
             "status": None if status is None else _status(status),
             "fsm": fsm if fsm is None or isinstance(fsm, str) else _resolve(fsm).name,
-            "queue": queue,
+            "queue": None if queue is None else _text(queue, "queue"),
             "parent_id": _id_or_none(parent_id, "parent_id"),
-            "correlation_key": correlation_key,
+            "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
             "before": _id_or_none(before, "before"),
         }
         return self._core.reader.find(filters, _at_least_1(limit, "limit"))
@@ -6665,7 +6737,9 @@ class Engine:
             return _load_value(ending.result)
         if ending.status == Status.FAILED:
             raise FailedError(ending.id, ending.last_error)
-        raise TimeoutError(f"instance {ending.id} has not ended within {timeout!r} s, it is {ending.status}")
+        raise TimeoutError(
+            f"instance {ending.id} has not ended within {timeout!r} s, it is {self._standing(ending.id)}"
+        )
 
     def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
         """Call back with every `Event` of those names, or all; return a function that unsubscribes.
@@ -6740,9 +6814,9 @@ class Engine:
         return total
 
     def workers(self) -> list[Worker]:
-        """Return the engines that run on this file."""
+        """Return the engines that run on this file; one whose process has died is none of them."""
         self._core.check_open()
-        return self._core.reader.workers()
+        return _living_workers(self._core.reader)
 
     def check(self) -> list[str]:
         """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound."""
@@ -6793,6 +6867,13 @@ class Engine:
                 # The engine's own thread rings for commits, also for those of other processes; without it, look.
                 bell.wait(left_s if core.is_started else min(left_s, core.options.poll_s))
                 core.check_open()
+
+    def _standing(self, instance: int) -> str:
+        """Say where an instance stands, and whether nobody is there to run it."""
+        found = self._core.reader.get(instance)
+        if found.status != Status.RUNNABLE or any(found.queue in one.queues for one in self.workers()):
+            return found.status
+        return f"{found.status}, and no running engine serves its queue {found.queue!r}"
 
     def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
         policies = [_policy(name, limit) for name, limit in limits.items()]
@@ -6877,7 +6958,7 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
         found = first(_LIMIT, name)
         return _Policy(*found) if found else None
 
-    row = _new_row(Insert(fsm, **options), int(time.time() * 1000), policy_of)
+    row = _new_row(_make_insert(fsm, options), int(time.time() * 1000), policy_of)
     cursor.execute(_INSERT_UNIQUE, row)
     inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
     if not inserted:
@@ -7208,6 +7289,10 @@ def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engin
         if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
             raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
         engine = engines[0]
+        if engine._core.is_closed:
+            raise DurableError(
+                f"the engine of {options.target} was stopped when that was loaded: make it, but do not run it"
+            )
     # For a person at a terminal, unless the user's code has set up logging of its own.
     form = "%(asctime)s %(levelname)-7s %(message)s"
     logging.basicConfig(level=options.log_level.upper(), format=form, datefmt="%X")
@@ -7357,7 +7442,7 @@ def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
 @_verb("durable workers shop.db", _JSON, opens=_look)
 def _cli_workers(reader: _Reader, options: argparse.Namespace) -> None:
     """List the engines that run on FILE."""
-    screen, found = _Screen.of_stdout(), reader.workers()
+    screen, found = _Screen.of_stdout(), _living_workers(reader)
     screen.answer(found, _workers(screen, found), as_json=options.json)
 
 
@@ -7409,13 +7494,13 @@ class _Case(NamedTuple):
             return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
         if it.eligible_at > _now():
             return f"its time, {_moment(it.eligible_at)}", ""
-        if not any(it.queue in worker.queues for worker in self.reader.workers()):
+        if not any(it.queue in worker.queues for worker in _living_workers(self.reader)):
             return f"an engine that runs the queue {it.queue}", self.verb("run")
         return "a free place, or an engine that knows its class", self.verb("workers")
 
     def who_runs_it(self) -> tuple[str, str]:
         """The worker that has the instance, if it lives."""
-        for worker in self.reader.workers():
+        for worker in _living_workers(self.reader):
             if worker.id == self.it.worker and worker.lease_expires_at > _now():
                 heard = _distance(worker.heartbeat_at)
                 where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
@@ -7653,6 +7738,13 @@ class _Film(NamedTuple):
         failures = [self.reader.get(id_) for (id_,) in self.reader._rows(_LATEST_FAILURES)]
         self.glances.append(_Glance(_now(), self.reader.counts(), failures))
 
+    def is_idle(self) -> bool:
+        """Whether nothing is left that time alone would bring on."""
+        counts, paused = self.glances[-1].counts, self.reader.paused()
+        is_running = any(tally.get(Status.EXECUTING) for tally in counts.values())
+        is_waiting = any(tally.get(Status.RUNNABLE) for queue, tally in counts.items() if queue not in paused)
+        return not (is_running or is_waiting or self.reader._rows(_ARMED))
+
     def rate(self, queue: str | None = None) -> float:
         """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
         first, last = self.glances[0], self.glances[-1]
@@ -7689,7 +7781,7 @@ class _Film(NamedTuple):
         for table in (
             screen.table(("failed", "fsm", "step", "when", "why"), failed),
             screen.table(("waiting", "for", "first"), waiting),
-            _workers(screen, self.reader.workers()),
+            _workers(screen, _living_workers(self.reader)),
         ):
             head, *rows = table
             frame += ["", head, *rows] if rows else []
@@ -7731,9 +7823,8 @@ def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
                 print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in film.frame(screen)), end="\x1b[J", flush=True)
             else:
                 print(end="".join(f"{line}\n" for line in film.news()), flush=True)
-            tally = film.glances[-1].tally()
-            if options.until_idle and not (tally[Status.RUNNABLE] or tally[Status.EXECUTING] or reader._rows(_ARMED)):
-                break  # nothing is left that time alone would bring on
+            if options.until_idle and film.is_idle():
+                break
             # To count a large file takes time: a tenth of this process's, at most.
             time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
     if screen.live and film.glances:
