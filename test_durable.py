@@ -11436,25 +11436,27 @@ def test_a_rehearsed_play_goes_as_the_model_says(name: str) -> None:
 # ---------------------------------------------------------------------------------------------- Planted faults
 
 Planting = Callable[[pytest.MonkeyPatch], None]
-FAULTS_MODEL: dict[str, Planting] = {}
 
 
-def fault(planting: Planting) -> Planting:
-    """Enter a fault in the table, under its name."""
-    FAULTS_MODEL[planting.__name__.replace("_", " ")] = planting
-    return planting
+def reworded(statement: str, old: str, new: str) -> Planting:
+    """One of the module's statements with other words."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        text = getattr(durable, statement)
+        assert old in text
+        patch.setattr(durable, statement, text.replace(old, new))
+
+    return plant
 
 
-def reword(patch: pytest.MonkeyPatch, statement: str, old: str, new: str) -> None:
-    """Change one of the module's statements."""
-    text = getattr(durable, statement)
-    assert old in text
-    patch.setattr(durable, statement, text.replace(old, new))
+def replaced(owner: object, name: str, new: object) -> Planting:
+    """Something else in place of a function."""
+    return lambda patch: patch.setattr(owner, name, new)
 
 
-def bend(patch: pytest.MonkeyPatch, owner: object, name: str, make: Callable[[Any], Any]) -> None:
-    """Put something else in place of a function, made with the one that was there."""
-    patch.setattr(owner, name, make(getattr(owner, name)))
+def bent(owner: object, name: str, make: Callable[[Any], Any]) -> Planting:
+    """Something else in place of a function, made with the one that was there."""
+    return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
 
 
 def nothing(*_: Any, **__: Any) -> bool:
@@ -11471,315 +11473,113 @@ def column_kept(name: str) -> Callable[[Any], Any]:
     return make
 
 
-@fault
-def an_outcome_is_written_under_any_claim(patch: pytest.MonkeyPatch) -> None:
-    """An outcome is written under any claim."""
-    reword(patch, "_SETTLE", "AND claim = ?", "AND ? IS NOT NULL")
+def released_key_kept(original: Any) -> Any:
+    """Make of a transition one that does not let go of a key."""
+
+    def transition(row: Any, ruling: Any, now: int) -> Any:
+        change = original(row, ruling, now)
+        is_released = change.concurrency_key is None
+        return change._replace(concurrency_key=row.concurrency_key) if is_released else change
+
+    return transition
 
 
-@fault
-def an_outcome_is_written_though_the_instance_was_cancelled(patch: pytest.MonkeyPatch) -> None:
-    """An outcome is written though the instance was cancelled."""
-    reword(patch, "_SETTLE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL")
+def retry_once_more(self: Any, reason: Any, ctx: Any) -> Any:
+    """The retry rule of jobs, off by one."""
+    row = ctx._claim.row
+    return Retry(self.backoff(row.attempt)) if row.attempt < row.max_attempts else Stop(reason)
 
 
-@fault
-def claims_are_given_back_by_whoever_held_them_once(patch: pytest.MonkeyPatch) -> None:
-    """Claims are given back by whoever held them once."""
-    reword(patch, "_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL")
+def forgetting_outcomes(original: Any) -> Any:
+    """Make of the report of a failed commit one that drops its outcomes."""
+
+    def report(self: Any, *args: Any) -> None:
+        original(self, *args)
+        self._finished.clear()
+
+    return report
 
 
-@fault
-def awaited_signals_are_not_consumed(patch: pytest.MonkeyPatch) -> None:
-    """Awaited signals are not consumed."""
-    patch.setattr(durable._Store, "consume", nothing)
-
-
-@fault
-def a_consumed_signal_leaves_no_dedup_key(patch: pytest.MonkeyPatch) -> None:
-    """A consumed signal leaves no dedup key."""
-    reword(patch, "_CONSUME", "AND dedup_key IS NULL", "")
-
-
-@fault
-def dedup_keys_are_ignored(patch: pytest.MonkeyPatch) -> None:
-    """Dedup keys are ignored."""
-    bend(
-        patch,
+PLANTED_FAULTS: dict[str, Planting] = {
+    "an outcome is written under any claim": reworded("_SETTLE", "AND claim = ?", "AND ? IS NOT NULL"),
+    "an outcome is written though the instance was cancelled": reworded(
+        "_SETTLE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
+    ),
+    "claims are given back by whoever held them once": reworded("_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL"),
+    "awaited signals are not consumed": replaced(durable._Store, "consume", nothing),
+    "a consumed signal leaves no dedup key": reworded("_CONSUME", "AND dedup_key IS NULL", ""),
+    "dedup keys are ignored": bent(
         durable._Store,
         "deliver",
         lambda deliver: lambda self, target, message, now: deliver(self, target, message._replace(dedup_key=None), now),
-    )
-
-
-@fault
-def a_signal_wakes_nobody(patch: pytest.MonkeyPatch) -> None:
-    """A signal wakes nobody."""
-    patch.setattr(durable._Store, "wake", nothing)
-
-
-@fault
-def a_signal_of_any_name_wakes(patch: pytest.MonkeyPatch) -> None:
-    """A signal of any name wakes."""
-    reword(patch, "_WAKE", "WHERE value = ?3", "WHERE ?3 IS NOT NULL")
-
-
-@fault
-def signals_that_came_before_the_park_are_overlooked(patch: pytest.MonkeyPatch) -> None:
-    """Signals that came before the park are overlooked."""
-    patch.setattr(durable._Store, "has_unseen", nothing)
-
-
-@fault
-def signals_that_were_shown_wake_again(patch: pytest.MonkeyPatch) -> None:
-    """Signals that were shown wake again."""
-    bend(
-        patch,
-        durable._Store,
-        "has_unseen",
-        lambda look: lambda self, target, names, seen: look(self, target, names, ()),
-    )
-
-
-@fault
-def an_ended_instance_keeps_its_inbox(patch: pytest.MonkeyPatch) -> None:
-    """An ended instance keeps its inbox."""
-    patch.setattr(durable._Store, "empty_inbox", nothing)
-
-
-@fault
-def deadlines_never_fire(patch: pytest.MonkeyPatch) -> None:
-    """Deadlines never fire."""
-    patch.setattr(durable._Store, "fire", nothing)
-
-
-@fault
-def a_deadline_outlives_its_await(patch: pytest.MonkeyPatch) -> None:
-    """A deadline outlives its await."""
-    reword(patch, "_TIMERS", "min(await_deadline)", "max(await_deadline)")
-
-
-@fault
-def parents_are_not_woken(patch: pytest.MonkeyPatch) -> None:
-    """Parents are not woken."""
-    patch.setattr(durable._Store, "wake_parent", nothing)
-
-
-@fault
-def parents_are_woken_by_their_first_child(patch: pytest.MonkeyPatch) -> None:
-    """Parents are woken by their first child."""
-    patch.setattr(durable._Store, "has_live_child", nothing)
-
-
-@fault
-def children_are_collected_before_the_join(patch: pytest.MonkeyPatch) -> None:
-    """Children are collected before the join."""
-    reword(patch, "_SWEEP", "p.joining", "0")
-
-
-@fault
-def ended_rows_are_collected_at_once(patch: pytest.MonkeyPatch) -> None:
-    """Ended rows are collected at once."""
-    reword(patch, "_SWEEP", "updated_at < ?", "updated_at < ? + 1000000")
-
-
-@fault
-def nobody_is_let_out_of_the_line_of_a_key(patch: pytest.MonkeyPatch) -> None:
-    """Nobody is let out of the line of a key."""
-    patch.setattr(durable._Beat, "_unpark_key", nothing)
-
-
-@fault
-def a_key_has_a_slot_too_many(patch: pytest.MonkeyPatch) -> None:
-    """A key has a slot too many."""
-    bend(patch, durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1)
-
-
-@fault
-def a_released_key_is_kept(patch: pytest.MonkeyPatch) -> None:
-    """A released key is kept."""
-
-    def make(original: Any) -> Any:
-        def transition(row: Any, ruling: Any, now: int) -> Any:
-            change = original(row, ruling, now)
-            is_released = change.concurrency_key is None
-            return change._replace(concurrency_key=row.concurrency_key) if is_released else change
-
-        return transition
-
-    bend(patch, durable, "_transition", make)
-
-
-@fault
-def buckets_are_not_charged(patch: pytest.MonkeyPatch) -> None:
-    """Buckets are not charged."""
-    patch.setattr(durable._Policy, "price", property(nothing))
-
-
-@fault
-def every_weight_is_one(patch: pytest.MonkeyPatch) -> None:
-    """Every weight is one."""
-    patch.setattr(durable._Policy, "price", lambda self, weight: self.per_ms)
-
-
-@fault
-def buckets_fill_over_their_burst(patch: pytest.MonkeyPatch) -> None:
-    """Buckets fill over their burst."""
-    patch.setattr(durable._Policy, "level", lambda self, level, since, now: level + max(0, now - since) * self.allowed)
-
-
-@fault
-def the_limits_of_a_step_stay_with_the_next(patch: pytest.MonkeyPatch) -> None:
-    """The limits of a step stay with the next."""
-    bend(patch, durable, "_progressed", column_kept("rate_limit"))
-
-
-@fault
-def a_job_has_an_attempt_too_many(patch: pytest.MonkeyPatch) -> None:
-    """A job has an attempt too many."""
-
-    def retry_or_stop(self: Any, reason: Any, ctx: Any) -> Any:
-        row = ctx._claim.row
-        return Retry(self.backoff(row.attempt)) if row.attempt < row.max_attempts else Stop(reason)
-
-    patch.setattr(durable.FSM, "_retry_or_stop", retry_or_stop)
-
-
-@fault
-def progress_does_not_reset_the_attempt(patch: pytest.MonkeyPatch) -> None:
-    """Progress does not reset the attempt."""
-    bend(patch, durable, "_progressed", column_kept("attempt"))
-
-
-@fault
-def progress_does_not_clear_the_error(patch: pytest.MonkeyPatch) -> None:
-    """Progress does not clear the error."""
-    bend(patch, durable, "_progressed", column_kept("last_error"))
-
-
-@fault
-def a_retry_forgets_what_was_awaited(patch: pytest.MonkeyPatch) -> None:
-    """A retry forgets what was awaited."""
-    bend(patch, durable, "_unchanged", lambda make: lambda row, now: make(row, now)._replace(awaits=None))
-
-
-@fault
-def a_crash_is_not_an_attempt(patch: pytest.MonkeyPatch) -> None:
-    """A crash is not an attempt."""
-    bend(patch, durable, "_crashed", column_kept("attempt"))
-
-
-@fault
-def crashes_are_forgotten_one_too_late(patch: pytest.MonkeyPatch) -> None:
-    """Crashes are forgotten one too late."""
-    bend(
-        patch,
-        durable,
-        "_crashed",
-        lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a),
-    )
-
-
-@fault
-def only_a_done_instance_forgets_its_crashes(patch: pytest.MonkeyPatch) -> None:
-    """Only a done instance forgets its crashes."""
-    bend(patch, durable, "_unchanged", column_kept("crashes"))
-
-
-@fault
-def paused_queues_are_served(patch: pytest.MonkeyPatch) -> None:
-    """Paused queues are served."""
-    reword(patch, "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND")
-
-
-@fault
-def who_came_first_is_served_first_whatever_is_due(patch: pytest.MonkeyPatch) -> None:
-    """Who came first is served first whatever is due."""
-    reword(patch, "_CANDIDATES", "ORDER BY eligible_at, id", "ORDER BY id")
-
-
-@fault
-def future_work_is_due(patch: pytest.MonkeyPatch) -> None:
-    """Future work is due."""
-    reword(patch, "_CANDIDATES", "eligible_at <= ?", "eligible_at <= ? + 20000")
-
-
-@fault
-def a_refused_outcome_is_half_written(patch: pytest.MonkeyPatch) -> None:
-    """A refused outcome is half written."""
-    patch.setattr(durable._Store, "undo", durable._Store.release)
-
-
-@fault
-def outcomes_are_lost_with_a_failed_commit(patch: pytest.MonkeyPatch) -> None:
-    """Outcomes are lost with a failed commit."""
-
-    def make(original: Any) -> Any:
-        def report(self: Any, *args: Any) -> None:
-            original(self, *args)
-            self._finished.clear()
-
-        return report
-
-    bend(patch, durable._Scheduler, "_report_failure", make)
-
-
-@fault
-def handle_is_shown_the_inbox(patch: pytest.MonkeyPatch) -> None:
-    """Handle is shown the inbox."""
-    patch.setattr(durable._Claim, "open_for_handle", durable._Claim.open)
-
-
-@fault
-def an_engine_that_slept_judges_the_others_at_once(patch: pytest.MonkeyPatch) -> None:
-    """An engine that slept judges the others at once."""
-    patch.setattr(durable._Scheduler, "_notice_gap", nothing)
-
-
-@fault
-def leases_never_run_out(patch: pytest.MonkeyPatch) -> None:
-    """Leases never run out."""
-    bend(
-        patch,
+    ),
+    "a signal wakes nobody": replaced(durable._Store, "wake", nothing),
+    "a signal of any name wakes": reworded("_WAKE", "WHERE value = ?3", "WHERE ?3 IS NOT NULL"),
+    "signals that came before the park are overlooked": replaced(durable._Store, "has_unseen", nothing),
+    "signals that were shown wake again": bent(
+        durable._Store, "has_unseen", lambda look: lambda self, target, names, seen: look(self, target, names, ())
+    ),
+    "an ended instance keeps its inbox": replaced(durable._Store, "empty_inbox", nothing),
+    "deadlines never fire": replaced(durable._Store, "fire", nothing),
+    "a deadline outlives its await": reworded("_TIMERS", "min(await_deadline)", "max(await_deadline)"),
+    "parents are not woken": replaced(durable._Store, "wake_parent", nothing),
+    "parents are woken by their first child": replaced(durable._Store, "has_live_child", nothing),
+    "children are collected before the join": reworded("_SWEEP", "p.joining", "0"),
+    "ended rows are collected at once": reworded("_SWEEP", "updated_at < ?", "updated_at < ? + 1000000"),
+    "nobody is let out of the line of a key": replaced(durable._Beat, "_unpark_key", nothing),
+    "a key has a slot too many": bent(
+        durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1
+    ),
+    "a released key is kept": bent(durable, "_transition", released_key_kept),
+    "buckets are not charged": replaced(durable._Policy, "price", property(nothing)),
+    "every weight is one": replaced(durable._Policy, "price", lambda self, weight: self.per_ms),
+    "buckets fill over their burst": replaced(
+        durable._Policy, "level", lambda self, level, since, now: level + max(0, now - since) * self.allowed
+    ),
+    "the limits of a step stay with the next": bent(durable, "_progressed", column_kept("rate_limit")),
+    "a job has an attempt too many": replaced(durable.FSM, "_retry_or_stop", retry_once_more),
+    "progress does not reset the attempt": bent(durable, "_progressed", column_kept("attempt")),
+    "progress does not clear the error": bent(durable, "_progressed", column_kept("last_error")),
+    "a retry forgets what was awaited": bent(
+        durable, "_unchanged", lambda make: lambda row, now: make(row, now)._replace(awaits=None)
+    ),
+    "a crash is not an attempt": bent(durable, "_crashed", column_kept("attempt")),
+    "crashes are forgotten one too late": bent(
+        durable, "_crashed", lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a)
+    ),
+    "only a done instance forgets its crashes": bent(durable, "_unchanged", column_kept("crashes")),
+    "paused queues are served": reworded(
+        "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND"
+    ),
+    "who came first is served first whatever is due": reworded(
+        "_CANDIDATES", "ORDER BY eligible_at, id", "ORDER BY id"
+    ),
+    "future work is due": reworded("_CANDIDATES", "eligible_at <= ?", "eligible_at <= ? + 20000"),
+    "a refused outcome is half written": replaced(durable._Store, "undo", durable._Store.release),
+    "outcomes are lost with a failed commit": bent(durable._Scheduler, "_report_failure", forgetting_outcomes),
+    "handle is shown the inbox": replaced(durable._Claim, "open_for_handle", durable._Claim.open),
+    "an engine that slept judges the others at once": replaced(durable._Scheduler, "_notice_gap", nothing),
+    "leases never run out": bent(
         durable._Scheduler,
         "_reap",
         lambda reap: lambda self, beat, worker, how: nothing() if "lease" in how else reap(self, beat, worker, how),
-    )
-
-
-@fault
-def a_retried_instance_keeps_its_attempts(patch: pytest.MonkeyPatch) -> None:
-    """A retried instance keeps its attempts."""
-    reword(patch, "_REVIVE", "attempt = 0, ", "")
-
-
-@fault
-def a_cancelled_instance_waits_on(patch: pytest.MonkeyPatch) -> None:
-    """A cancelled instance waits on."""
-    reword(patch, "_END", "awaits = NULL, ", "")
-
-
-@fault
-def an_ended_instance_occupies_its_key_for_ever(patch: pytest.MonkeyPatch) -> None:
-    """An ended instance occupies its key for ever."""
-    bend(patch, durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0)
-
-
-@fault
-def inline_steps_ignore_their_limits(patch: pytest.MonkeyPatch) -> None:
-    """Inline steps ignore their limits."""
-    patch.setattr(durable._Beat, "_may_go_on", lambda *_: True)
-
-
+    ),
+    "a retried instance keeps its attempts": reworded("_REVIVE", "attempt = 0, ", ""),
+    "a cancelled instance waits on": reworded("_END", "awaits = NULL, ", ""),
+    "an ended instance occupies its key for ever": bent(
+        durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0
+    ),
+    "inline steps ignore their limits": replaced(durable._Beat, "_may_go_on", lambda *_: True),
+}
 FOUND = (AssertionError, ExceptionGroup, hypothesis.errors.Flaky, apsw.Error, durable.DurableError)
 
 
 @pytest.mark.usefixtures("_silent")
-@pytest.mark.parametrize("name", FAULTS_MODEL)
+@pytest.mark.parametrize("name", PLANTED_FAULTS)
 def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that is planted in the engine is found by the model, in one of the rehearsed plays."""
     blank_file()
-    FAULTS_MODEL[name](monkeypatch)
+    PLANTED_FAULTS[name](monkeypatch)
 
     def rehearse_all() -> None:
         for play in PLAYS.values():
@@ -11795,7 +11595,7 @@ def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to know where a fault is: moves at random come upon it."""
     blank_file()
-    FAULTS_MODEL[name](monkeypatch)
+    PLANTED_FAULTS[name](monkeypatch)
     with pytest.raises(FOUND):
         run_state_machine_as_test(Theatre, settings=FINDING)
 
