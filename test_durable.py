@@ -26,7 +26,6 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
-import datetime as dt
 import doctest
 import email
 import enum
@@ -40,7 +39,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import queue as queues
 import random
 import re
@@ -140,6 +138,14 @@ PATIENCE = 60.0
 Ctx = Context[Any]
 
 
+def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
+    """Waits until the condition holds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.003)
+
+
 class MakeEngine(Protocol):
     """Opens an engine on the test's file; options are those of `durable.Engine`."""
 
@@ -193,7 +199,7 @@ def make_engine(database: Path) -> Iterator[MakeEngine]:
 # The module as a whole
 # ==================================================================================================
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SOURCE = Path(durable.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -358,23 +364,26 @@ _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _CO
 """
 
 
+def plan_of(statement: str, database: Path) -> list[str]:
+    """The lines of the plan by which SQLite runs one of the module's statements."""
+
+    def lines(plan: Any) -> Iterator[str]:
+        yield plan.detail
+        for part in plan.sub or ():
+            yield from lines(part)
+
+    Engine(database).stop()
+    with closing(apsw.Connection(str(database))) as connection:
+        info = apsw.ext.query_info(connection, getattr(durable, statement), explain_query_plan=True)
+    return list(lines(info.query_plan))
+
+
 @pytest.mark.parametrize("name", HOT.split())
 def test_hot_statements_scan_nothing_and_sort_nothing(name: str, database: Path) -> None:
     """Every statement of a beat finds its rows through an index, whatever else the file holds."""
-    Engine(database).stop()
-    connection = apsw.Connection(str(database))
-    plan = apsw.ext.query_info(connection, getattr(durable, name), explain_query_plan=True).query_plan
-    connection.close()
-    details = [detail for detail in plan_details(plan) if "json_each" not in detail]  # the statement's own list
+    details = [detail for detail in plan_of(name, database) if "json_each" not in detail]  # the statement's own list
     assert not [detail for detail in details if detail.startswith("SCAN") and detail != "SCAN CONSTANT ROW"]
     assert not [detail for detail in details if "TEMP B-TREE" in detail]
-
-
-def plan_details(plan: Any) -> Iterator[str]:
-    """Yield the lines of a query plan."""
-    yield plan.detail
-    for part in plan.sub or ():
-        yield from plan_details(part)
 
 
 INDEXES = {
@@ -397,11 +406,7 @@ INDEXES = {
 @pytest.mark.parametrize(("name", "index"), INDEXES.items())
 def test_each_index_serves_its_statement(name: str, index: str, database: Path) -> None:
     """A statement uses the index that was made for it."""
-    Engine(database).stop()
-    connection = apsw.Connection(str(database))
-    plan = apsw.ext.query_info(connection, getattr(durable, name), explain_query_plan=True).query_plan
-    connection.close()
-    assert any(f"INDEX {index}" in detail for detail in plan_details(plan))
+    assert any(f"INDEX {index}" in detail for detail in plan_of(name, database))
 
 
 class Idle(durable.FSM):
@@ -554,15 +559,13 @@ class Leaf(FSM, queue="leaves"):
 Stage = Callable[[Recording], Engine]
 
 
-def finish(
-    timed_engine: Engine, fsm: Any, *signals: str, drain: dict[str, Any] | None = None, **options: Any
-) -> Instance:
+def finish(engine: Engine, fsm: Any, *signals: str, drain: dict[str, Any] | None = None, **options: Any) -> Instance:
     """Insert an instance, send it signals, run whatever can run, and look at it."""
-    target = timed_engine.insert(fsm, **options)
+    target = engine.insert(fsm, **options)
     for name in signals:
-        timed_engine.signal(target, name)
-    timed_engine.drain(**(drain or {}))
-    return timed_engine.get(target)
+        engine.signal(target, name)
+    engine.drain(**(drain or {}))
+    return engine.get(target)
 
 
 @attrs.frozen
@@ -1275,7 +1278,7 @@ def test_an_outcome_of_machines_stops_a_job(stage: Stage, outcome: Any) -> None:
 
     job = Job(run)
     timed_engine = stage(job)
-    with contextlib.closing(timed_engine.connect()) as connection:
+    with closing(timed_engine.connect()) as connection:
         connection.execute("create table note (n)")
         instance = finish(timed_engine, Job)
         assert connection.execute("select count(*) from note").get == 0
@@ -2456,10 +2459,10 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def spawn(tmp_path: pathlib.Path) -> Iterator[Spawn]:
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """Start scripts in processes of their own, which end with the test."""
     processes: list[subprocess.Popen[str]] = []
-    path = os.pathsep.join([str(pathlib.Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
 
     def start(source: str, *arguments: object) -> subprocess.Popen[str]:
         script = tmp_path / f"script_{len(processes)}.py"
@@ -2586,12 +2589,6 @@ def scripted(make_engine: MakeEngine, *outcomes: object, **options: Any) -> tupl
     return engine, machine, engine.insert(Scripted)
 
 
-def query(engine: Engine, statement: str) -> list[Any]:
-    """Ask the file through a connection of the application's own; the first column of each row."""
-    with contextlib.closing(engine.connect()) as connection:
-        return [row[0] for row in connection.execute(statement)]
-
-
 def together(*calls: Callable[[], object]) -> None:
     """Make the calls at the same time, each in a thread of its own."""
     barrier = threading.Barrier(len(calls))
@@ -2610,6 +2607,12 @@ def together(*calls: Callable[[], object]) -> None:
 def ended(engine: Engine, ids: Iterable[int | None]) -> bool:
     """Wait for all of them; whether they are done."""
     return all(id_ and engine.wait(id_, timeout=PATIENCE).status is Status.DONE for id_ in ids)
+
+
+def ask(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
+    """The rows of a statement that an application runs on a connection of its own."""
+    with closing(engine.connect()) as connection:
+        return list(connection.execute(sql, bindings))
 
 
 # Options
@@ -2859,7 +2862,7 @@ SERVICE = """
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_blocks_until_a_signal_and_then_stops_in_order(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path, number: signal.Signals
+    make_engine: MakeEngine, spawn: Spawn, database: Path, number: signal.Signals
 ) -> None:
     """`run()` starts, blocks until SIGINT or SIGTERM, then stops: the running step commits first."""
     process = spawn(SERVICE, database)
@@ -3057,9 +3060,19 @@ def test_a_futures_callback_that_hangs_holds_up_no_other_future(engine: Engine, 
     """Whoever waits for a future hears of its commit, whatever the callback of another does."""
     if started:
         engine.start()
-    let_go = threading.Event()
+    hangs, let_go, here = threading.Event(), threading.Event(), threading.get_ident()
+
+    def hang(future: concurrent.futures.Future[int]) -> None:
+        if threading.get_ident() != here:  # one that is added to a future already done is called in this thread
+            hangs.set()
+            let_go.wait(PATIENCE)
+
+    def is_hanging() -> bool:
+        engine.insert_nowait(Waits).add_done_callback(hang)
+        return hangs.is_set()
+
     try:
-        engine.insert_nowait(Waits).add_done_callback(lambda _: let_go.wait(PATIENCE))
+        eventually(is_hanging)
         futures = [engine.insert_nowait(Waits) for _ in range(20)]
         assert all(future.result(BEFORE_A_HEARTBEAT) for future in futures)
         assert engine.insert(Waits)
@@ -3834,16 +3847,14 @@ def test_check_puts_a_broken_invariant_into_words(make_engine: MakeEngine) -> No
     engine, _, ident = scripted(make_engine, ScheduleChildren([Insert(Echo, schedule_in=60)], "join"))
     engine.drain(with_scheduled=False)
     assert engine.check() == []
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("delete from durable_instances where parent_id = ?", (ident,))
     problems = engine.check()
     assert problems
     assert str(ident) in problems[0]
 
 
-def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(
-    make_engine: MakeEngine, gate: Gate, tmp_path: pathlib.Path
-) -> None:
+def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(make_engine: MakeEngine, gate: Gate, tmp_path: Path) -> None:
     """A consistent copy while workers run, with every queue paused: opening it repeats no side effect."""
     with make_engine(fsms=[Holds(gate)], queues={"default": 1, "mail": 1}) as engine:
         done = engine.insert(Echo, queue="mail")
@@ -3865,11 +3876,11 @@ def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(
 # Order and timers
 
 
-@contextlib.contextmanager
+@contextmanager
 def temporary_engine(**options: Any) -> Iterator[Engine]:
     """An engine for an example of a property, which shares nothing with the one before."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        engine = Engine(pathlib.Path(directory) / "durable.db", synchronous="normal", **options)
+        engine = Engine(Path(directory) / "durable.db", synchronous="normal", **options)
         try:
             yield engine
         finally:
@@ -3981,11 +3992,11 @@ def test_a_backlog_that_cannot_run_does_not_hold_up_what_can(make_engine: MakeEn
 def test_two_engines_in_one_process_share_the_work_and_run_nothing_twice(make_engine: MakeEngine) -> None:
     """Two claims never give one instance to two workers."""
     client = make_engine(queues={})
-    query(client, "create table ran (id integer)")
+    ask(client, "create table ran (id integer)")
     with make_engine(name="a"), make_engine(name="b"):
         ids = client.insert_all([Insert(Ticks)] * 600)
         assert ended(client, ids)
-    assert query(client, "select id from ran order by id") == ids
+    assert ask(client, "select id from ran order by id") == [(ident,) for ident in ids]
 
 
 WORKER_ENGINE = """
@@ -4011,11 +4022,11 @@ WORKER_ENGINE = """
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the workers are stopped by SIGTERM")
 def test_two_processes_share_the_work_and_run_nothing_twice(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+    make_engine: MakeEngine, spawn: Spawn, database: Path
 ) -> None:
     """An insert from another process is seen within `poll_interval`; no instance is given to two workers."""
     client = make_engine(queues={})
-    query(client, "create table ran (id integer)")
+    ask(client, "create table ran (id integer)")
     processes = [spawn(WORKER_ENGINE, database, "run") for _ in range(2)]
     for process in processes:
         assert process.stdout
@@ -4025,13 +4036,11 @@ def test_two_processes_share_the_work_and_run_nothing_twice(
     for process in processes:
         process.terminate()
         assert process.wait(PATIENCE) == 0
-    assert query(client, "select id from ran order by id") == ids
+    assert ask(client, "select id from ran order by id") == [(ident,) for ident in ids]
     assert client.check() == []
 
 
-def test_work_of_an_unknown_class_waits_and_is_reported_once(
-    engine: Engine, spawn: Spawn, database: pathlib.Path
-) -> None:
+def test_work_of_an_unknown_class_waits_and_is_reported_once(engine: Engine, spawn: Spawn, database: Path) -> None:
     """The row waits, reported once as `fsm.unknown`, for a process that knows its class, and is run there."""
     out, _ = spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
     names: list[str] = []
@@ -4054,7 +4063,7 @@ def test_work_of_an_unknown_class_waits_and_is_reported_once(
 
 
 def test_a_row_of_an_unknown_class_makes_no_object_of_the_others(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path, caplog: pytest.LogCaptureFixture
+    make_engine: MakeEngine, spawn: Spawn, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An object is made of a class to run its instances; what has none is not touched, nor complained of."""
     spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
@@ -4074,7 +4083,7 @@ def test_a_row_of_an_unknown_class_makes_no_object_of_the_others(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, database: pathlib.Path) -> None:
+def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, database: Path) -> None:
     """Nothing is ever executed because a row names it; what is known behind it runs."""
     out, _ = spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
     engine.insert(Echo)
@@ -4088,14 +4097,14 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux'
 
 
 @on_linux
-def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: pathlib.Path) -> None:
+def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: Path) -> None:
     """While a file is written to again and again, nobody pays for hearing of it each time."""
     log = tmp_path / "log"
     log.write_bytes(b"")
     heard: queues.Queue[None] = queues.Queue()
     watch = durable._LogWatch.open(str(log), lambda: heard.put(None))
     assert watch is not None
-    with contextlib.closing(watch):
+    with closing(watch):
         log.write_bytes(b"1")
         assert watch.start()
         for _ in range(2):
@@ -4109,7 +4118,7 @@ def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: pathlib
 
 
 @on_linux
-def test_a_watch_that_hears_nothing_is_not_relied_on(tmp_path: pathlib.Path) -> None:
+def test_a_watch_that_hears_nothing_is_not_relied_on(tmp_path: Path) -> None:
     """Some file systems tell of no writes: an engine's own first commit shows it, and then the engine looks."""
     log = tmp_path / "log"
     log.write_bytes(b"")
@@ -4132,7 +4141,7 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
 
     for n in range(2):
         eventually(rests)
-        with contextlib.closing(engine.connect()) as connection:
+        with closing(engine.connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
             ident = durable.insert_into(connection, Echo, args={"n": n})
             connection.execute("COMMIT")
@@ -4151,7 +4160,7 @@ def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: p
     engine = make_engine(poll_interval=0.01)
     engine.start()
     assert engine._core._watch is None
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("BEGIN IMMEDIATE")
         ident = durable.insert_into(connection, Echo, args={"n": 1})
         connection.execute("COMMIT")
@@ -4347,7 +4356,7 @@ SENDER = """
 
 
 def test_two_processes_that_send_the_same_signals_deliver_each_once(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+    make_engine: MakeEngine, spawn: Spawn, database: Path
 ) -> None:
     """Signals are rows in a durable inbox, wherever they are sent; redelivery is a no-op there too."""
     with make_engine() as engine:
@@ -4441,7 +4450,7 @@ def test_a_terminal_outcome_empties_the_inbox(make_engine: MakeEngine, outcome: 
     engine.signal(ident, "other")
     engine.signal(ident, "go")
     engine.drain()
-    assert query(engine, "select count(*) from durable_signals") == [0]
+    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
     if engine.get(ident).status is Status.FAILED:
         engine.retry(ident)
         engine.drain()
@@ -4737,14 +4746,14 @@ class Box:
             tally.update(["steps", self.run(now)])
 
 
-NAMES_ENGINE = st.sampled_from("abc")
+LETTERS = st.sampled_from("abc")
 PLANS = st.one_of(
     st.just(("next",)),
     st.just(("children",)),
     st.tuples(st.just("retry"), st.sampled_from([0, 5]), st.booleans()),
     st.tuples(
         st.just("await"),
-        st.lists(NAMES_ENGINE, min_size=1, max_size=3, unique=True).map(tuple),
+        st.lists(LETTERS, min_size=1, max_size=3, unique=True).map(tuple),
         st.sampled_from([None, 0, 10]),
     ),
     st.sampled_from([("done",), ("stop",)]),
@@ -4780,7 +4789,7 @@ class InboxAndPark(RuleBasedStateMachine):
         self.mailbox.plans[ident].extend(plans)
         box.plans.extend(plans)
 
-    @rule(index=st.integers(0, 2), name=NAMES_ENGINE, dedup=st.none() | st.integers(0, 2))
+    @rule(index=st.integers(0, 2), name=LETTERS, dedup=st.none() | st.integers(0, 2))
     def signal(self, index: int, name: str, dedup: int | None) -> None:
         ident, box = self.pick(index)
         dedup_key = None if dedup is None else f"{name}-{box.life}-{dedup}"
@@ -4901,20 +4910,6 @@ def desk(make_engine: MakeEngine) -> Iterator[Desk]:
     desk.close()
 
 
-def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
-    """Waits until the condition holds."""
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.003)
-
-
-def query_fault(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
-    """The rows of a statement that an application runs on a connection of its own."""
-    with contextlib.closing(engine.connect()) as connection:
-        return list(connection.execute(sql, bindings))
-
-
 def insert_many(engine: durable.Engine, inserts: Iterable[durable.Insert]) -> list[int]:
     """The ids of instances of which none is a duplicate."""
     return [who for who in engine.insert_all(list(inserts)) if who is not None]
@@ -4987,7 +4982,7 @@ def parked_in_vain(engine: durable.Engine, limits: dict[str, int] | None = None)
     executing: collections.Counter[str] = collections.Counter()
     coming: collections.Counter[tuple[str, str]] = collections.Counter()
     waiting: set[tuple[str, str]] = set()
-    for status, queue, key, on, due in query_fault(
+    for status, queue, key, on, due in ask(
         engine,
         "select status, queue, concurrency_key, parked_on, eligible_at <= ? from durable_instances"
         " where status in ('runnable', 'executing') and concurrency_key is not null",
@@ -5353,10 +5348,7 @@ class Keys(RuleBasedStateMachine):
     def settle(self, again: Iterable[int] = ()) -> None:
         """Waits until each key has as many running as it can, then looks at the order."""
         before, self.rows = self.rows, {}
-        deadline = time.monotonic() + PATIENCE
-        while not self.quiet():
-            assert time.monotonic() < deadline, f"never quiet: {self.rows.values()}"
-            time.sleep(0.002)
+        eventually(self.quiet)
         assert parked_in_vain(self.engine, self.limits) == []
         started = [i for i in self.inside() if i in again or i not in before or before[i].status != "executing"]
         for late in map(self.rows.__getitem__, started):
@@ -5409,8 +5401,6 @@ TestKeys.settings = hypothesis.settings(PLAIN, max_examples=12, stateful_step_co
 @pytest.mark.long
 def test_keys_hold_in_long_histories() -> None:
     """Never more than K of a key, strict order within it, nothing parked in vain: many long histories."""
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(Keys, settings=hypothesis.settings(PLAIN, max_examples=300, stateful_step_count=60))
 
 
@@ -5428,7 +5418,7 @@ class Hopper(durable.FSM):
         with self.lock:
             self.inside[key] += 1
             self.most[key] = max(self.most[key], self.inside[key])
-        time.sleep(0.0005)  # the work
+        time.sleep(0.0005)  # the work, in which another one of the key would be seen
         with self.lock:
             self.inside[key] -= 1
         return durable.Next("start", {"keys": rest}, concurrency_key=rest[0]) if rest else durable.Done()
@@ -5443,7 +5433,7 @@ def test_free_running_engines_never_exceed_a_key(make_engine: MakeEngine) -> Non
     for engine in engines:
         engine.start()
     eventually(lambda: engines[0].counts() == {"default": {"done": 100}})
-    assert hopper.most == {"one:a": 1, "one:b": 1, "two:a": 2, "two:b": 2}
+    assert hopper.most <= Counter({"one:a": 1, "one:b": 1, "two:a": 2, "two:b": 2})
     assert engines[0].check() == []
 
 
@@ -5623,7 +5613,7 @@ def test_limit_that_can_never_admit_is_refused_at_insert(
         engine.insert(Spender, state={}, **options)
     with pytest.raises(error):
         engine.insert_all([durable.Insert(Spender, state={}), durable.Insert(Spender, state={}, **options)])
-    with contextlib.closing(engine.connect()) as connection, connection, pytest.raises(error):
+    with closing(engine.connect()) as connection, connection, pytest.raises(error):
         durable.insert_into(connection, Spender, state={}, **options)
     assert engine.counts() == {}
 
@@ -5686,10 +5676,10 @@ def test_collected_bucket_is_full_again(make_engine: MakeEngine, clock: Clock, s
     engine.insert_all(spenders(2, rate=("stripe", "a")))
     engine.drain()
     engine.gc()
-    assert query_fault(engine, "select count(*) from durable_buckets") == [(1,)]
+    assert ask(engine, "select count(*) from durable_buckets") == [(1,)]
     clock.now += 2
     engine.gc()
-    assert query_fault(engine, "select count(*) from durable_buckets") == [(0,)]
+    assert ask(engine, "select count(*) from durable_buckets") == [(0,)]
     engine.insert_all(spenders(3, rate=("stripe", "a")))
     assert engine.drain()["done"] == 2
     assert engine.check() == []
@@ -5702,8 +5692,8 @@ def test_engine_sleeps_until_the_tokens_are_there(make_engine: MakeEngine) -> No
     engine = make_engine(fsms=[spender], rate_limits=limits, poll_interval=50)
     engine.insert_all(spenders(4))
     engine.start()
-    eventually(lambda: len(spender.grants) == 4, within=10)
-    assert 0.7 < spender.grants[-1][0] - spender.grants[0][0] < 5
+    eventually(lambda: len(spender.grants) == 4)
+    assert 0.7 < spender.grants[-1][0] - spender.grants[0][0] < BEFORE_A_HEARTBEAT
 
 
 @PLAIN
@@ -5963,7 +5953,7 @@ instructions: st.SearchStrategy[Any] = st.one_of(
 )
 
 
-def ended_fault(row: durable.Instance) -> bool:
+def is_over(row: durable.Instance) -> bool:
     """Whether an instance is done or failed."""
     return row.status not in durable.LIVE
 
@@ -5978,7 +5968,7 @@ def walk(fsm: type[Walker], programs: list[Any], started: bool) -> tuple[list[st
             rate_limits={"rate": durable.RateLimit(1000, per=1, burst=3)},
             synchronous="normal",
         )
-        query_fault(engine, "create table ledger (name text, step text)")
+        ask(engine, "create table ledger (name text, step text)")
         machines = [
             durable.Insert(fsm, step="start", state={"name": f"machine {n}", "log": [], "todo": todo})
             for n, todo in enumerate(programs)
@@ -5986,12 +5976,12 @@ def walk(fsm: type[Walker], programs: list[Any], started: bool) -> tuple[list[st
         ids = insert_many(engine, machines)
         if started:
             engine.start()
-        eventually(lambda: (started or engine.drain()) and all(map(ended_fault, map(engine.get, ids))))
+        eventually(lambda: (started or engine.drain()) and all(map(is_over, map(engine.get, ids))))
         rows = [
             f"{r.status} {r.step} {r.state} {r.result} {r.last_error} {r.attempt} {r.concurrency_key}"
             for r in engine.find(limit=1000)
         ]
-        ledger = query_fault(engine, "select name, step from ledger order by name, step")
+        ledger = ask(engine, "select name, step from ledger order by name, step")
         assert engine.check() == []
         engine.stop()
         return sorted(rows), ledger
@@ -6209,7 +6199,7 @@ class Labour:
 
     def freeze(self, process: subprocess.Popen[str], client: durable.Engine) -> None:
         """Stops a worker where it does not hold the lock on the file."""
-        with contextlib.closing(client.connect()) as connection:
+        with closing(client.connect()) as connection:
             connection.set_busy_timeout(0)
             while True:
                 process.send_signal(signal.SIGSTOP)
@@ -6267,7 +6257,7 @@ def labour(tmp_path: Path, make_engine: MakeEngine) -> Iterator[Labour]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     client = make_engine(queues={})
-    query_fault(client, "create table ledger (id integer, step text)")
+    ask(client, "create table ledger (id integer, step text)")
     client.stop()
     labour = Labour(tmp_path, module)
     yield labour
@@ -6286,7 +6276,8 @@ def test_killed_process_loses_its_claims_at_once(make_engine: MakeEngine, labour
     labour.kill(worker)
     begun = time.monotonic()
     eventually(lambda: engine.get(stuck).status == "runnable")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < BEFORE_A_HEARTBEAT
+    assert engine._core.DEAD_LOOK_S < 1
     row = engine.get(stuck)
     assert (row.attempt, row.crashes, row.worker) == (1, 1, None)
     assert row.last_error
@@ -6307,7 +6298,7 @@ def test_start_takes_the_claims_of_the_dead(make_engine: MakeEngine, labour: Lab
     begun = time.monotonic()
     engine.start()
     assert engine.result(stuck, PATIENCE) == 1
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < BEFORE_A_HEARTBEAT
     assert engine.result(behind, PATIENCE) == 1
     assert [worker.pid for worker in engine.workers()] == [os.getpid()]
     assert engine.check() == []
@@ -6340,7 +6331,7 @@ def test_hung_process_loses_its_claims_when_its_lease_is_over(make_engine: MakeE
     worker.send_signal(signal.SIGCONT)
     eventually(lambda: f"{worker.pid} outcome.stale" in labour.traces("events"))
     eventually(lambda: engine.counts()["default"] == {"done": 2})
-    assert query_fault(engine, "select step from ledger") == [("1",)]
+    assert ask(engine, "select step from ledger") == [("1",)]
     assert engine.check() == []
 
 
@@ -6568,7 +6559,7 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
 # Forks and forgotten engines
 
 
-FORK_FAULT = """
+FORK = """
 import os, sys, warnings
 import durable
 
@@ -6603,7 +6594,7 @@ engine.stop()
 @pytest.mark.parametrize("how", ["open", "start"])
 def test_fork_with_an_open_engine_gets_a_clear_error(tmp_path: Path, how: str) -> None:
     """The child's copy of the engine refuses, also to close what is the parent's, whose own goes on."""
-    done = run_program(tmp_path, string.Template(FORK_FAULT).substitute(how=how))
+    done = run_program(tmp_path, string.Template(FORK).substitute(how=how))
     expected = ["refused True"] * 7 + ["2 4 []"]
     assert (done.stdout.splitlines(), done.returncode) == (expected, 0), done.stderr
 
@@ -7024,7 +7015,7 @@ def test_class_that_is_met_on_a_full_disk_is_reported_when_it_is_back(
     heard, unknown = Heard(engine, "store.error"), Heard(engine, "fsm.unknown")
     engine.start()
     stranger, who = (engine.insert(Visitor, step="end", schedule_in=5) for _ in range(2))
-    query_fault(engine, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
+    ask(engine, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
     disk.fail(*FULL)
     clock.now += 5
     heard.wait(2)
@@ -7055,7 +7046,7 @@ def work_on_a_failing_disk(fault: str, skip: int | None) -> int:
     counted = Counted()
     with tempfile.TemporaryDirectory() as folder, Disk() as disk:
         engine = durable.Engine(Path(folder) / "x.db", fsms=[counted], queues={"default": 2})
-        query_fault(engine, "create table ledger (id integer, step text)")
+        ask(engine, "create table ledger (id integer, step text)")
         engine.subscribe(disk.heal, "store.error")
         engine.start()
         disk.done.clear()
@@ -7069,7 +7060,7 @@ def work_on_a_failing_disk(fault: str, skip: int | None) -> int:
         assert engine.counts() == {"default": {"done": 3}}
         expected = {(who, name): 1 for who in ids for name in ("start", "second", "third")}
         assert counted.runs == expected
-        assert sorted(query_fault(engine, "select id, step from ledger")) == sorted(expected)
+        assert sorted(ask(engine, "select id, step from ledger")) == sorted(expected)
         assert engine.check() == []
         engine.stop()
     return operations
@@ -7115,7 +7106,7 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
     engine.start()
     who = engine.insert(Visitor)
     desk.expect(who)
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("begin immediate")
         desk.send_off(who, durable.Next("end"))
         with pytest.raises(durable.DurableError) as caught:
@@ -7133,7 +7124,7 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
 
 def make_newer(path: Path) -> None:
     """The file says that a later version has written it."""
-    with contextlib.closing(apsw.Connection(str(path))) as connection:
+    with closing(apsw.Connection(str(path))) as connection:
         columns = [row[1] for row in connection.execute("pragma table_info(durable_meta)")]
         for column in columns:
             connection.execute(f"update durable_meta set {column} = 9999 where {column} not glob '*[^0-9]*'")
@@ -7150,7 +7141,7 @@ def run_sql(sql: str) -> Callable[[Path], None]:
     """What changes a file by SQL."""
 
     def change(path: Path) -> None:
-        with contextlib.closing(apsw.Connection(str(path))) as connection:
+        with closing(apsw.Connection(str(path))) as connection:
             connection.execute(sql)
 
     return change
@@ -7197,8 +7188,8 @@ def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(make_engine
     run_sql("create table own (x); insert into own values (7); pragma user_version = 12")(database)
     engine = make_engine()
     engine.insert(Echo)
-    assert query_fault(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
-    names = {name for (name,) in query_fault(engine, "select tbl_name from sqlite_schema")}
+    assert ask(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
+    names = {name for (name,) in ask(engine, "select tbl_name from sqlite_schema")}
     assert {name for name in names if not name.startswith(("durable_", "sqlite_"))} == {"own"}
     assert engine.check() == []
 
@@ -7222,12 +7213,10 @@ def test_damage_further_in_is_found_by_check_and_named_by_whoever_meets_it(
     """A file with a damaged middle opens; `check` lists the damage, reading it is a `SchemaError`."""
     engine = make_engine()
     engine.insert_all([durable.Insert(Visitor, state={"pad": "x" * 500})] * 3000)
-    size = query_fault(engine, "select page_size from pragma_page_size")[0][0]
+    size = ask(engine, "select page_size from pragma_page_size")[0][0]
     pages = [
         page
-        for (page,) in query_fault(
-            engine, "select pageno from dbstat where name = 'durable_instances' and pagetype = 'leaf'"
-        )
+        for (page,) in ask(engine, "select pageno from dbstat where name = 'durable_instances' and pagetype = 'leaf'")
     ]
     engine.stop()
     for page in pages[5:-5]:
@@ -7257,7 +7246,7 @@ def test_old_terminal_rows_are_collected_and_no_others(make_engine: MakeEngine, 
     clock.now += 60
     assert engine.gc() == 2
     assert [row.id for row in engine.find()] == [young, waiting, scheduled]
-    assert query_fault(engine, "select count(*) from durable_signals") == [(0,)]
+    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
     assert engine.insert(Visitor, correlation_key="old") > young
     assert engine.check() == []
 
@@ -7294,7 +7283,7 @@ def chains_are_whole(engine: durable.Engine, labour: Labour, kills: int, in_hand
     for lines in effects.values():
         assert [name for name, _ in itertools.groupby(lines)] == list("01234")
     assert sum(map(len, effects.values())) - 5 * len(effects) <= kills * in_hand
-    ledger = query_fault(engine, "select count(*), count(distinct id || '.' || step) from ledger")
+    ledger = ask(engine, "select count(*), count(distinct id || '.' || step) from ledger")
     assert ledger == [(5 * len(effects), 5 * len(effects))]
     assert labour.collisions() == []
     assert "locked" not in labour.errors()
@@ -7433,7 +7422,7 @@ class PowerCut:
         return {file: bytes(inode.bytes) for file, inode in self.durable.items()}
 
 
-class FaultTally(durable.FSM):
+class LedgerTally(durable.FSM):
     """Counts its steps in its state and in a ledger, and tells how many it has found committed."""
 
     def __init__(self, promises: Promises | None = None) -> None:
@@ -7451,7 +7440,7 @@ class FaultTally(durable.FSM):
 
 def ledger_of(engine: durable.Engine) -> dict[int, int]:
     """How many steps of each instance the ledger has."""
-    return dict(query_fault(engine, "select id, count(*) from ledger group by id"))
+    return dict(ask(engine, "select id, count(*) from ledger group by id"))
 
 
 @attrs.define
@@ -7474,9 +7463,7 @@ class Promises:
         """The promises made before the cut that a file does not keep."""
         ledger = ledger_of(engine)
         rows = {row.id: row for row in engine.find(limit=10_000)}
-        inbox = {
-            tuple(row) for row in query_fault(engine, "select target, cast(payload as integer) from durable_signals")
-        }
+        inbox = {tuple(row) for row in ask(engine, "select target, cast(payload as integer) from durable_signals")}
         lost = [
             f"step {count} of {who}"
             for at, who, count in self.steps
@@ -7510,13 +7497,13 @@ def perform(act: tuple[Any, ...], engine: durable.Engine, promises: Promises) ->
     live = [row.id for row in engine.find(status="runnable")]
     match act:
         case ("insert", count, last, pad):
-            inserts = [durable.Insert(FaultTally, state={"count": 0, "last": last, "pad": "x" * pad})] * count
+            inserts = [durable.Insert(LedgerTally, state={"count": 0, "last": last, "pad": "x" * pad})] * count
             for who in insert_many(engine, inserts):
                 promises.note(who, 0)
         case ("insert_into", last):
-            with contextlib.closing(engine.connect()) as connection:
+            with closing(engine.connect()) as connection:
                 connection.execute("begin immediate")
-                who = durable.insert_into(connection, FaultTally, state={"count": 0, "last": last})
+                who = durable.insert_into(connection, LedgerTally, state={"count": 0, "last": last})
                 connection.execute("commit")
             promises.note(who, 0)
         case ("drain", steps):
@@ -7526,7 +7513,7 @@ def perform(act: tuple[Any, ...], engine: durable.Engine, promises: Promises) ->
             engine.signal(live[0], "note", number)
             promises.note_signal(live[0], number)
         case ("checkpoint", mode):
-            with contextlib.closing(engine.connect()) as connection:
+            with closing(engine.connect()) as connection:
                 connection.wal_checkpoint(mode=mode)
 
 
@@ -7537,12 +7524,12 @@ def record(folder: Path, synchronous: Any, workload: list[tuple[Any, ...]]) -> t
         make = functools.partial(
             durable.Engine,
             folder / "x.db",
-            fsms=[FaultTally(promises)],
+            fsms=[LedgerTally(promises)],
             synchronous=synchronous,
             queues={"default": 3},
         )
         engine = make()
-        query_fault(engine, LEDGER)
+        ask(engine, LEDGER)
         for act in workload:
             if act[0] == "run":
                 live = [row.id for row in engine.find(status="runnable")]
@@ -7560,7 +7547,7 @@ def record(folder: Path, synchronous: Any, workload: list[tuple[Any, ...]]) -> t
         return disk.tape, promises
 
 
-@contextlib.contextmanager
+@contextmanager
 def reopened_after_cut(folder: Path, tape: list[Operation], chance: random.Random) -> Iterator[durable.Engine]:
     """An engine on what a power cut has left of a file, whose ledger is there."""
     folder.mkdir()
@@ -7569,7 +7556,7 @@ def reopened_after_cut(folder: Path, tape: list[Operation], chance: random.Rando
     engine = durable.Engine(folder / "x.db", synchronous="normal")
     try:
         assert engine.check() == []
-        query_fault(engine, LEDGER)
+        ask(engine, LEDGER)
         yield engine
         assert engine.check() == []
     finally:
@@ -7691,10 +7678,10 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
         if time.monotonic() > ends and begun:
             break
     eventually(lambda: client.counts() == {"default": {"done": wanted}})
-    ended_fault = flat(steady)
+    end = flat(steady)
     assert begun
-    assert ended_fault[0] - begun[0] < 8000, "memory grows"
-    assert abs(ended_fault[1] - begun[1]) <= 3, "descriptors leak"
+    assert end[0] - begun[0] < 8000, "memory grows"
+    assert abs(end[1] - begun[1]) <= 3, "descriptors leak"
     errors = labour.errors()
     (labour.folder / "stderr").write_text("")
     assert "locked" not in errors
@@ -7719,22 +7706,9 @@ def bank(make_engine: MakeEngine) -> durable.Engine:
     return bank
 
 
-def ask(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
-    """The rows of a statement that an application runs on a connection of its own."""
-    with contextlib.closing(engine.connect()) as connection:
-        return list(connection.execute(sql, bindings))
-
-
 def notes(engine: durable.Engine) -> list[str]:
     """What the statements of steps have written, in order."""
     return [text for (text,) in ask(engine, "select text from note order by rowid")]
-
-
-def drained(engine: durable.Engine, fsm: Any, **options: Any) -> durable.Instance:
-    """The instance of `fsm` after everything runnable has run."""
-    target = engine.insert(fsm, **options)
-    engine.drain()
-    return engine.get(target)
 
 
 class Recorder:
@@ -7874,7 +7848,7 @@ def test_statements_run_in_order_with_their_bindings(bank: durable.Engine, sql: 
         ["update account set id = 8"],
     ]
     ask(bank, "create table counted (id integer primary key autoincrement); insert into counted values (3)")
-    instance = drained(bank, Statements, state={"statements": statements})
+    instance = finish(bank, Statements, state={"statements": statements})
     assert (instance.status, instance.last_error) == (durable.Status.DONE, None)
     assert [row[0] for row in ask(bank, "select * from account")] == [8]
 
@@ -7894,7 +7868,7 @@ def test_statements_run_in_order_with_their_bindings(bank: durable.Engine, sql: 
 def test_a_failing_statement_fails_the_step(bank: durable.Engine, statement: list[Any]) -> None:
     """If a statement fails, the step failed with that error: none of its statements stays."""
     statements = [["insert into note values ('before')"], statement]
-    instance = drained(bank, Statements, state={"statements": statements})
+    instance = finish(bank, Statements, state={"statements": statements})
     assert (instance.status, notes(bank)) == (durable.Status.FAILED, [])
     assert instance.last_error
 
@@ -7907,7 +7881,7 @@ def test_nothing_is_written_before_the_step_has_returned(bank: durable.Engine) -
         ctx.execute("insert into note values ('late')")
         return notes(bank)
 
-    assert (drained(bank, look).result, notes(bank)) == ([], ["late"])
+    assert (finish(bank, look).result, notes(bank)) == ([], ["late"])
 
 
 ENDINGS: dict[str, Callable[[], object]] = {
@@ -7940,7 +7914,7 @@ class Ends(durable.FSM):
 @pytest.mark.parametrize("outcome", ENDINGS)
 def test_statements_go_with_whatever_outcome_a_step_returns(bank: durable.Engine, outcome: str) -> None:
     """Each run that ended in an outcome, `Retry` and `Stop` among them, has left its statements."""
-    drained(bank, Ends, state={"outcome": outcome})
+    finish(bank, Ends, state={"outcome": outcome})
     assert len(notes(bank)) == (0 if outcome in NO_ENDINGS else 2 if outcome in ("snooze", "retry") else 1)
 
 
@@ -7978,8 +7952,8 @@ WRONG: dict[str, object] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_a_step_that_went_wrong_has_asked_for_is_dropped(bank: durable.Engine, wrong: str) -> None:
     """Statements, inserts and signals of a step that raised, or ended in `Fail` or `Cancel`, are dropped."""
-    drained(bank, Listener, state={"name": "never"}, correlation_key="listener")
-    assert drained(bank, Drops, state={"wrong": wrong}).status == durable.Status.FAILED
+    finish(bank, Listener, state={"name": "never"}, correlation_key="listener")
+    assert finish(bank, Drops, state={"wrong": wrong}).status == durable.Status.FAILED
     assert (notes(bank), bank.find(fsm=mail)) == ([], [])
     assert bank.get("listener").status == durable.Status.AWAITING_SIGNAL
 
@@ -8027,7 +8001,7 @@ class Handles(durable.FSM):
 @pytest.mark.parametrize("then", ["next", "await", "done", "stop"])
 def test_what_handle_asks_for_goes_with_its_outcome(bank: durable.Engine, raises: bool, error: str, then: str) -> None:
     """What the failed step asked for is dropped, also where a statement failed; `handle` has its own."""
-    drained(bank, Handles, state={"raises": raises, "then": then})
+    finish(bank, Handles, state={"raises": raises, "then": then})
     assert notes(bank) == [error]
     assert [instance.result for instance in bank.find(fsm=mail)] == ["handle"]
 
@@ -8052,7 +8026,7 @@ def test_a_handle_that_fails_stops_the_instance(bank: durable.Engine, wrong: str
                 ctx.execute("insert into missing values (1)")
             return ENDINGS.get(wrong, ENDINGS["next"])()
 
-    instance = drained(bank, Helpless)
+    instance = finish(bank, Helpless)
     assert (instance.status, instance.step, notes(bank)) == (durable.Status.FAILED, "start", [])
     assert error in str(instance.last_error)
 
@@ -8067,7 +8041,7 @@ def test_a_job_whose_statement_fails_is_tried_again(bank: durable.Engine) -> Non
         return ctx.attempt
 
     ask(bank, "insert into account values (0, 0), (1, 0)")
-    assert (drained(bank, stubborn).result, notes(bank)) == (2, ["once"])
+    assert (finish(bank, stubborn).result, notes(bank)) == (2, ["once"])
 
 
 def test_inline_steps_write_in_commits_of_their_own(bank: durable.Engine) -> None:
@@ -8152,10 +8126,10 @@ def test_a_statement_that_could_hurt_the_engine_is_refused(bank: durable.Engine,
     """Transaction control, and writing to durable's tables by whatever road, are refused with an error."""
     ask(bank, SLY.replace("select 1, 2", "select * from durable_meta"))
     statements = [["insert into note values ('before')"], [sql]]
-    instance = drained(bank, Statements, state={"statements": statements})
+    instance = finish(bank, Statements, state={"statements": statements})
     assert (instance.status, instance.priority, notes(bank)) == (durable.Status.FAILED, 0, [])
     assert instance.last_error
-    drained(bank, count_up, args={"number": 1})
+    finish(bank, count_up, args={"number": 1})
     assert (ask(bank, "select id from account"), bank.check()) == ([(1,)], [])
 
 
@@ -8218,7 +8192,7 @@ def run_verbs(make_engine: MakeEngine) -> RunVerbs:
     def run(verbs: Callable[[durable.Context[Any]], object]) -> durable.Engine:
         engine = make_engine(fsms=[Verbs(verbs)], rate_limits={"api": durable.RateLimit(5, per=1)})
         ask(engine, TABLES)
-        instance = drained(engine, Verbs)
+        instance = finish(engine, Verbs)
         assert instance.status == durable.Status.DONE, instance.traceback
         return engine
 
@@ -8240,8 +8214,8 @@ def test_a_step_signals_a_machine_by_id_and_by_key(bank: durable.Engine) -> None
         ctx.signal(target, "news", {"n": 1})
         ctx.signal("listener", "news", {"n": 2})
 
-    listener = drained(bank, Listener, state={"name": "news"}, correlation_key="listener")
-    drained(bank, call, args={"target": listener.id})
+    listener = finish(bank, Listener, state={"name": "news"}, correlation_key="listener")
+    finish(bank, call, args={"target": listener.id})
     assert bank.result(listener.id, timeout=0) == [{"n": 1}, {"n": 2}]
 
 
@@ -8262,7 +8236,7 @@ BAD_INSERTS: list[tuple[Any, dict[str, Any], type[Exception]]] = [
     (mail, {"args": {"to": 5}}, durable.StateError),
     (mail, {"args": ANN, "state": ANN}, ValueError),
     (mail, {"args": ANN, "schedule_in": -1}, ValueError),
-    (mail, {"args": ANN, "schedule_at": dt.datetime(2030, 1, 1)}, ValueError),  # noqa: DTZ001 (the point)
+    (mail, {"args": ANN, "schedule_at": datetime(2030, 1, 1)}, ValueError),  # noqa: DTZ001 (the point)
     (mail, {"args": ANN, "priority": "high"}, ValueError),
     (mail, {"args": ANN, "rate_limit": "nobody"}, durable.UnknownLimitError),
     (mail, {"args": ANN, "rate_limit": "api", "weight": 9}, ValueError),
@@ -8411,7 +8385,7 @@ def test_a_ball_between_two_machines_is_never_lost_nor_repeated(
 @pytest.fixture(name="connection")
 def make_connection(bank: durable.Engine) -> Iterator[apsw.Connection]:
     """The application's own connection to the engine's file."""
-    with contextlib.closing(bank.connect()) as connection:
+    with closing(bank.connect()) as connection:
         yield connection
 
 
@@ -8458,7 +8432,7 @@ def test_two_inserts_fit_in_one_transaction(bank: durable.Engine, connection: ap
 def test_an_insert_takes_the_options_of_insert(make_engine: MakeEngine, connection: apsw.Connection) -> None:
     """A row that `insert_into` wrote is the row that `insert` would have written."""
     engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
-    due = dt.datetime(2040, 1, 2, 3, 4, 5, 678_000, tzinfo=dt.UTC)
+    due = datetime(2040, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
     options: dict[str, Any] = {
         "args": ANN, "queue": "post", "priority": -2, "schedule_at": due, "correlation_key": "k",
         "correlation_scope": [], "concurrency_key": ("smtp", 5), "rate_limit": ("api", "ann"), "weight": 2,
@@ -8482,7 +8456,7 @@ def test_what_insert_refuses_is_refused_and_the_transaction_lives_on(
     engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
     ask(engine, TABLES)
     occupant = engine.insert(mail, args=ANN, correlation_key="taken")
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("begin; insert into note values ('mine')")
         with pytest.raises(error):
             durable.insert_into(connection, fsm, **options)
@@ -8492,7 +8466,7 @@ def test_what_insert_refuses_is_refused_and_the_transaction_lives_on(
 
 def test_an_insert_waits_for_the_write_lock(bank: durable.Engine, connection: apsw.Connection) -> None:
     """A transaction that has only begun, and not IMMEDIATE, waits for another's commit instead of failing."""
-    with contextlib.closing(bank.connect()) as other:
+    with closing(bank.connect()) as other:
         other.execute("begin immediate; insert into note values ('other')")
         committer = threading.Timer(0.2, other.execute, ("commit",))
         committer.start()
@@ -8516,7 +8490,7 @@ def test_an_insert_into_another_file_is_refused(
 ) -> None:
     """A connection to a file without durable's tables is a `ValueError`, also where theirs is attached."""
     place = other if other == ":memory:" else str(tmp_path / other)
-    with contextlib.closing(apsw.Connection(place)) as connection:
+    with closing(apsw.Connection(place)) as connection:
         connection.execute("create table mine (id)")
         if attach:
             connection.execute("attach ? as work", (str(database),))
@@ -8530,7 +8504,7 @@ def test_an_insert_into_another_file_is_refused(
 
 def test_any_apsw_connection_will_do_and_keeps_its_settings(database: Path, bank: durable.Engine) -> None:
     """A connection that the application opened itself, with a row trace of its own, serves as well."""
-    with contextlib.closing(apsw.Connection(str(database))) as connection:
+    with closing(apsw.Connection(str(database))) as connection:
         connection.row_trace = lambda cursor, row: {"row": row}
         with connection:
             target = durable.insert_into(connection, mail, args=ANN, correlation_key="k")
@@ -8641,7 +8615,7 @@ connection.close()
     place = tmp_path / "other.db" if what == "another file" else database
     assert run_script(tmp_path, SQLITE3 + refusal, place).strip() == error
     assert [instance.id for instance in make_engine().find()] == [occupant]
-    with contextlib.closing(apsw.Connection(str(place))) as connection:
+    with closing(apsw.Connection(str(place))) as connection:
         assert list(connection.execute("select count(*) from mine")) == [(0,)]
 
 
@@ -8694,7 +8668,7 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
 ) -> None:
     """What it changes is counted neither for an outcome that was not written nor against one that was."""
     engine = make_engine(fsms=[Walks(gate)], queues={"default": 2})
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute(AUDIT)
     engine.start()
     assert engine.result(engine.insert(Walks), timeout=BEFORE_A_HEARTBEAT) == "through"
@@ -8706,7 +8680,7 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
         eventually(lambda: len(engine._core._finished) == 2)
     assert engine.wait(cancelled, timeout=BEFORE_A_HEARTBEAT).status == Status.FAILED
     assert engine.result(done, timeout=BEFORE_A_HEARTBEAT) == "through"
-    assert query_fault(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
+    assert ask(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
     assert engine.check() == []
 
 
@@ -8742,7 +8716,7 @@ mine.execute("pragma journal_mode = wal").fetchall()
 mine.execute("pragma synchronous = full; create table t (x)")
 """
     run_script(tmp_path, script + LOSS[what] + "os._exit(0)", database)
-    with contextlib.closing(apsw.Connection(str(database))) as connection:
+    with closing(apsw.Connection(str(database))) as connection:
         assert list(connection.execute("select x from t")) == left
 
 
@@ -8892,16 +8866,16 @@ os._exit(0)
 
 def test_attach_on_an_apsw_connection_is_harmless(bank: durable.Engine, database: Path) -> None:
     """All apsw connections share one copy of SQLite, which sees the engine's locks by whatever road."""
-    with contextlib.closing(apsw.Connection(":memory:")) as connection:
+    with closing(apsw.Connection(":memory:")) as connection:
         connection.execute("attach ? as shop", (str(database),))
         connection.execute("insert into shop.account values (1, 0)")
-    drained(bank, count_up, args={"number": 2})
+    finish(bank, count_up, args={"number": 2})
     assert (ask(bank, "select id from account"), bank.check()) == ([(1,), (2,)], [])
 
 
 def test_connect_gives_a_connection_of_the_applications_own(bank: durable.Engine, database: Path) -> None:
     """`engine.connect()` is a new `apsw.Connection` each time, to the same file, and waits for locks."""
-    with contextlib.closing(bank.connect()) as one, contextlib.closing(bank.connect()) as two:
+    with closing(bank.connect()) as one, closing(bank.connect()) as two:
         assert isinstance(one, apsw.Connection)
         assert one is not two
         assert Path(one.filename).samefile(database)
@@ -9034,7 +9008,7 @@ def test_views_show_iso_times_to_any_sqlite_tool(
         shown = {"instances": engine.get(target), "workers": engine.workers()[0]}.get(view)
     for column in columns:
         text = row[column] and row[column].replace(" ", "T").replace("Z", "+00:00")
-        instant = text and dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
+        instant = text and datetime.fromisoformat(text).replace(tzinfo=UTC)
         assert instant == getattr(shown, column) if shown else instant, column
 
 
@@ -9097,7 +9071,7 @@ def test_every_name_can_be_subscribed_to_and_no_other(bank: durable.Engine) -> N
 def test_step_stop_tells_how_each_step_ended(bank: durable.Engine, outcome: str) -> None:
     """`step.stop` (duration; id, fsm, step, kind), one for each step that ran."""
     steps = Recorder(bank, "step.stop")
-    instance = drained(bank, Ends, state={"outcome": outcome})
+    instance = finish(bank, Ends, state={"outcome": outcome})
     event = steps.take()
     kind = "retry" if outcome == "snooze" else outcome
     assert event.metadata == {"id": instance.id, "fsm": instance.fsm, "step": "start", "kind": kind}
@@ -9118,7 +9092,7 @@ def test_pick_stop_tells_how_many_were_claimed(make_engine: MakeEngine) -> None:
 def test_commit_stop_tells_what_a_commit_carried(bank: durable.Engine) -> None:
     """`commit.stop` (outcomes, inserts, duration)."""
     commits = Recorder(bank, "commit.stop")
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     events = [commits.take().measurements for _ in range(commits.events.qsize())]
     assert [sum(event[key] for event in events) for key in ("outcomes", "inserts")] == [1, 1]
     assert all(event["duration"] >= 0 for event in events)
@@ -9214,7 +9188,7 @@ def test_an_await_that_ran_out_is_told(bank: durable.Engine) -> None:
             return durable.Await("x", then=Waits.heard, timeout=3600)
 
     timeouts = Recorder(bank, "await.timeout")
-    drained(bank, Waits)
+    finish(bank, Waits)
     assert bank.fire_timeouts() == 1
     timeouts.take()
 
@@ -9222,7 +9196,7 @@ def test_an_await_that_ran_out_is_told(bank: durable.Engine) -> None:
 def test_a_sweep_is_told(make_engine: MakeEngine) -> None:
     """`gc.swept`: rows older than the retention were deleted."""
     swept = Recorder(engine := make_engine(clock=(clock := Clock()), retention=60), "gc.swept")
-    drained(engine, mail, args=ANN)
+    finish(engine, mail, args=ANN)
     clock.now += 61
     assert engine.gc() == 1
     swept.take()
@@ -9266,7 +9240,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on_when_it_is_back(tmp_path: Path
 def test_an_event_goes_to_those_who_asked_for_its_name(bank: durable.Engine) -> None:
     """`subscribe` hands an `Event` to a callback for the names given, or for all."""
     some, everything = Recorder(bank, "step.stop", "commit.stop"), Recorder(bank)
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     names = set(some.names()), set(everything.names())
     assert names[0] == {"step.stop", "commit.stop"}
     assert names[0] < names[1] <= set(EVENT_NAMES)
@@ -9275,10 +9249,10 @@ def test_an_event_goes_to_those_who_asked_for_its_name(bank: durable.Engine) -> 
 def test_who_unsubscribes_hears_no_more(bank: durable.Engine) -> None:
     """`subscribe` returns a function that unsubscribes that callback alone; a second call is nothing."""
     one, other = Recorder(bank, "step.stop"), Recorder(bank, "step.stop")
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     for _ in range(2):
         one.unsubscribe()
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     assert (len(one.names()), len(other.names())) == (1, 2)
 
 
@@ -9368,7 +9342,7 @@ def test_failures_are_logged_with_the_step_that_failed(bank: durable.Engine, cap
     def boom() -> None:
         raise ValueError("boom")
 
-    instance = drained(bank, boom)
+    instance = finish(bank, boom)
     warning = next(record for record in caplog.records if record.levelno == logging.WARNING)
     [error] = [record for record in caplog.records if record.levelno > logging.WARNING]
     assert fields(warning) == ("durable", "WARNING", instance.id, instance.fsm, "perform", 0)
@@ -9380,7 +9354,7 @@ def test_failures_are_logged_with_the_step_that_failed(bank: durable.Engine, cap
 
 def test_a_stop_is_logged_as_a_failed_instance(bank: durable.Engine, caplog: pytest.LogCaptureFixture) -> None:
     """An instance that its own step stopped has failed as well; its reason is in the log."""
-    instance = drained(bank, Ends, state={"outcome": "stop"})
+    instance = finish(bank, Ends, state={"outcome": "stop"})
     [error] = [record for record in caplog.records if record.levelno > logging.WARNING]
     assert fields(error) == ("durable", "ERROR", instance.id, instance.fsm, "start", 0)
     assert "enough" in error.getMessage()
@@ -9540,7 +9514,7 @@ class Post:
     dedup_key: str | None = None
 
 
-class ModelStage:
+class PuppetStage:
     """Where puppets get their cues, and what they saw when they came for them."""
 
     def __init__(self) -> None:
@@ -9600,7 +9574,7 @@ class ModelStage:
         return act
 
 
-STAGE = ModelStage()
+STAGE = PuppetStage()
 
 
 class Puppet(durable.FSM, name="model.puppet", version=1):
@@ -9641,7 +9615,7 @@ class Stranger(Puppet, name="model.stranger", queue="q1"):
 
 
 CLASSES: list[Any] = [Puppet, NewPuppet, Labourer, Stranger]
-STEPS_MODEL = {
+STEPS_OF = {
     ("model.puppet", 1): ("start", "middle"),
     ("model.puppet", 2): ("start", "middle", "late"),
     ("model.stranger", 1): ("start", "middle"),
@@ -9802,7 +9776,7 @@ def error_text(error: BaseException | str) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-class ModelModel:
+class EngineModel:
     """The contract in plain Python: no SQL, no threads, no indexes, nothing clever."""
 
     def __init__(self, now: int) -> None:
@@ -10221,7 +10195,7 @@ class ModelModel:
 
     def fault_of(self, twin: Twin, act: Any) -> str:
         """What is wrong with an outcome; an empty text if nothing is."""
-        steps = STEPS_MODEL[twin.fsm, twin.version]
+        steps = STEPS_OF[twin.fsm, twin.version]
         state = getattr(act, "state", None)
         match act:
             case Done() if act.result is UNWRITABLE:
@@ -10264,7 +10238,7 @@ def blank_file() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "blank.db"
         engine = durable.Engine(path, rate_limits={"r": POLICY}, synchronous="off")
-        with contextlib.closing(engine.connect()) as connection:
+        with closing(engine.connect()) as connection:
             connection.execute("CREATE TABLE ledger (instance INTEGER, text TEXT)")
         engine.stop()
         return path.read_bytes()
@@ -10363,7 +10337,6 @@ weights = st.sampled_from([1, 1, 1, 2, 3])
 correlation_keys = st.sampled_from([None, None, "c1", "c2"])
 names = st.sampled_from(["a", "b"])
 dedup_keys = st.sampled_from([None, None, "d1", "d2"])
-LIVE = durable.LIVE
 scopes = st.sampled_from([LIVE, LIVE, frozenset(), LIVE | {Status.DONE}, LIVE | {Status.FAILED}, frozenset(Status)])
 delays = st.sampled_from([0, 0, 0, 0.5, 15, 90])
 states = st.sampled_from([*[None] * 8, {"n": 1}, {"n": 2, "m": [1, {"x": None}]}, cast(Any, {"n": {1: 2}})])
@@ -10470,7 +10443,7 @@ class Theatre(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "theatre.db"
         self.path.write_bytes(blank_file())
-        self.model = ModelModel(START)
+        self.model = EngineModel(START)
         self.hands: list[Hand] = []
         self.client = Hand(self.path, self.clock, is_worker=False)
         self.hands = [self.enter(0), self.enter(1)]
@@ -11672,7 +11645,7 @@ class Run:
 
     def insert(self) -> list[int]:
         self.path.write_bytes(blank_file())
-        with contextlib.closing(self.engine(queues={})) as engine:
+        with closing(self.engine(queues={})) as engine:
             inserts = [self.insert_of(number, *one) for number, one in enumerate(self.group)]
             return cast(list[int], engine.insert_all(inserts))
 
@@ -11685,16 +11658,16 @@ class Run:
 
     def results(self, ids: list[int]) -> Any:
         """What became of the machines, and what they and their children wrote into the ledger."""
-        with contextlib.closing(self.engine(queues={})) as engine:
+        with closing(self.engine(queues={})) as engine:
             ended = [engine.wait(one, 60, until="terminal") for one in ids]
             assert engine.check() == []
-            with contextlib.closing(engine.connect()) as connection:
+            with closing(engine.connect()) as connection:
                 ledger = sorted(connection.execute("SELECT text, instance FROM ledger"))
         return [(one.status, one.result, one.last_error) for one in ended], ledger
 
     def by_drain(self) -> Any:
         ids = self.insert()
-        with contextlib.closing(self.engine(queues={})) as engine:
+        with closing(self.engine(queues={})) as engine:
             engine.drain(max_steps=1_000_000)
         return self.results(ids)
 
@@ -11724,15 +11697,17 @@ class Run:
 
     def wait_for_rows(self, rows: int, ids: list[int]) -> None:
         """Until the ledger has so many rows, or everything has ended before it came to that."""
-        with contextlib.closing(self.engine(queues={})) as engine, contextlib.closing(engine.connect()) as connection:
-            while connection.execute("SELECT count(*) FROM ledger").get < rows:
-                if all(engine.get(one).status in ENDED for one in ids):
-                    return
-                time.sleep(0.001)
+        with closing(self.engine(queues={})) as engine, closing(engine.connect()) as connection:
+            eventually(
+                lambda: (
+                    connection.execute("SELECT count(*) FROM ledger").get >= rows
+                    or all(engine.get(one).status in ENDED for one in ids)
+                )
+            )
 
     def spawn(self) -> subprocess.Popen[bytes]:
         home = os.pathsep.join([str(Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
-        program = WORKER_MODEL.format(source=inspect.getsource(Tabled))
+        program = TABLED_WORKER.format(source=inspect.getsource(Tabled))
         return subprocess.Popen([sys.executable, "-c", program, str(self.path)], env={**os.environ, "PYTHONPATH": home})
 
 
@@ -11743,7 +11718,7 @@ class Closing(durable.Engine):
         self.stop()
 
 
-WORKER_MODEL = """
+TABLED_WORKER = """
 import sys
 from typing import Any
 import durable
@@ -11838,7 +11813,7 @@ class Parent(FSM, name="cli.Parent", queue="parents"):
         return Done(len(ctx.children))
 
 
-SCRIPT_CLI = """
+CLI_SCRIPT = """
 import durable
 from durable import FSM, Engine
 
@@ -11904,7 +11879,7 @@ def shop(tmp_path: Path) -> Path:
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user's script, whose stem is no other module's; forgotten afterwards."""
     path = tmp_path / "cli_jobs.py"
-    path.write_text(textwrap.dedent(SCRIPT_CLI), encoding="utf-8")
+    path.write_text(textwrap.dedent(CLI_SCRIPT), encoding="utf-8")
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield path
     sys.modules.pop("cli_jobs", None)
@@ -11938,14 +11913,6 @@ def get(path: Path, target: int | str) -> Instance:
         return engine.get(target)
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for CONDITION, looking often; a test that waits too long fails."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
 # --- looking
 
 
@@ -11961,7 +11928,7 @@ def test_list_as_json_has_the_fields_of_instance(command: Command, shop: Path) -
     found = command("list", shop, "--json").json
     assert [one["id"] for one in found] == [4, 3, 2, 1]
     assert all(set(one) == {field.name for field in attrs.fields(Instance)} for one in found)
-    assert dt.datetime.fromisoformat(found[0]["eligible_at"]) == get(shop, 4).eligible_at
+    assert datetime.fromisoformat(found[0]["eligible_at"]) == get(shop, 4).eligible_at
     assert found[1]["awaits"] == ["paid"]
 
 
@@ -12229,7 +12196,7 @@ def test_insert_by_script_names_the_class_as_python_would(command: Command, scri
     assert command("insert", f"{script}:Greet", *words).out == "1\n"
     it = get(database, "g")
     assert (it.fsm, it.state, it.priority, it.queue) == ("cli_jobs.Greet", {"name": "you"}, -3, "greetings")
-    assert it.eligible_at - it.inserted_at == dt.timedelta(seconds=60)
+    assert it.eligible_at - it.inserted_at == timedelta(seconds=60)
 
 
 def test_insert_a_function_job_of_a_module(
@@ -12504,7 +12471,7 @@ def napping(tmp_path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
     with start("run", script, *words, "--queue", "default=2", "other=1") as process:
         try:
-            until(mark.exists)
+            eventually(mark.exists)
             yield process
         finally:
             process.kill()
@@ -12527,11 +12494,14 @@ def test_sigterm_drains(tmp_path: Path) -> None:
 def test_the_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     """The second signal does not wait: the job is left as after a crash, and the next engine runs it again."""
     with napping(tmp_path, 600) as process:
-        process.send_signal(signal.SIGINT)
-        assert process.poll() is None
-        time.sleep(0.2)  # two signals of one kind that come at the same time are one
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=4)  # less than the time a drain takes
+
+        def has_left() -> bool:
+            process.send_signal(signal.SIGINT)  # two of one kind that come at the same time are one
+            return process.poll() is not None
+
+        assert not has_left()
+        eventually(has_left, within=4)  # less than the time a drain takes
+        process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert get(tmp_path / "nap.db", 1).status is Status.EXECUTING
 
@@ -12547,11 +12517,11 @@ def test_several_runs_share_a_file(command: Command, script: Path, tmp_path: Pat
 
     with client(database), start(*run) as one, start(*run) as two:
         try:
-            until(lambda: pids() == {one.pid, two.pid})
+            eventually(lambda: pids() == {one.pid, two.pid})
             one.kill()
             command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "you"}', "--key", "g")
             assert command("wait", database, "g", "--timeout", "20").json == "hello you"
-            until(lambda: pids() == {two.pid})
+            eventually(lambda: pids() == {two.pid})
         finally:
             one.kill()
             two.kill()
@@ -12576,10 +12546,10 @@ def test_watch_in_a_real_terminal(shop: Path) -> None:
 
     try:
         type_in(f'echo before; {sys.executable} -c "{code}"', "Enter")
-        until(lambda: "orders" in screen() and "before" not in screen())
+        eventually(lambda: "orders" in screen() and "before" not in screen())
         seen = screen()
         type_in("C-c")
-        until(lambda: "before" in screen())
+        eventually(lambda: "before" in screen())
     finally:
         subprocess.run([*tmux, "kill-server"], check=True)
     assert all(len(line) <= 80 for line in seen.splitlines())
@@ -12612,8 +12582,6 @@ def test_demo_needs_files(command: Command, tmp_path: Path) -> None:
 # ==================================================================================================
 # The wheel
 # ==================================================================================================
-
-_ROOT = Path(__file__).resolve().parent
 
 _CORRECT_PROGRAM = """\
 # pyright: strict
@@ -12682,7 +12650,7 @@ class _Installation:
 def installation(tmp_path_factory: pytest.TempPathFactory) -> _Installation:
     """Build checkout, source distribution and wheel each from the one before; install the wheel."""
     folder = tmp_path_factory.mktemp("installation")
-    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, _ROOT, cwd=folder)
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, HERE, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -12717,7 +12685,7 @@ def _pyright_error_lines(python: Path, program: Path) -> set[int]:
 @pytest.mark.slow
 def test_the_wheel_has_the_module_and_its_copy_as_a_stub(installation: _Installation) -> None:
     """Type checkers read durable-stubs, which is durable.py as it is in the checkout, byte for byte."""
-    module = (_ROOT / "durable.py").read_bytes()
+    module = (HERE / "durable.py").read_bytes()
     with zipfile.ZipFile(installation.wheel) as archive:
         contents = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     assert contents == {"durable.py": module, "durable-stubs/__init__.pyi": module}
