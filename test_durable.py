@@ -1,14 +1,23 @@
 """Tests of durable.
 
-In this order:
+In this order, each part with its sections:
 
-* The module as a whole: its map, its names, its examples and the README's; what it costs
-* Behaviour, schemas, outcomes
-* Engine, scheduling, signals, identity, children
-* Limits and faults: keys, buckets, kills, power cuts, full disks, several processes
-* The user's own data, events, logs
-* The whole engine against a model, with planted faults that the model has to find
-* Command line
+* The module as a whole
+* Cost
+* Behaviour, schemas, outcomes: Instants and durations; Classes; The registry; Function jobs; What perform comes to;
+  What handle answers; The object and async steps; Context; States; Outcomes; The table of outcomes; The last error;
+  The table against a plain model
+* Engine, scheduling, signals, identity, children: Options; Opening; Life cycle; Insert; insert_all and insert_nowait;
+  What takes long, or cannot be had; Looking; Waiting; Cancel; Retry; Drain; Operations; Order and timers; Several
+  engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children; A model of inbox
+  and park
+* Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; Crashes of a step;
+  Time-outs; Forks and forgotten engines; The disk; Damage; Cleaning; Kills; Power cuts; Soak
+* The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
+  application with accounts; Views and snapshots; Events; Logs
+* The whole engine against a model: Puppets; The model; Model and engine; Rehearsed plays; Planted faults; Random
+  machines
+* Command line: Looking; Writing; The user's code; What is shown, and where; Processes
 * The wheel
 
 Those marked `slow` are run by the larger run, those marked `long` by hand: `pytest -m long`. With
@@ -114,22 +123,15 @@ from durable import (
     step,
 )
 
-hypothesis.settings.register_profile(
-    "quick",
-    max_examples=25,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-hypothesis.settings.register_profile(
-    "long",
-    max_examples=50,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+for profile, examples, steps in (("quick", 25, 25), ("long", 50, 30)):
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
 hypothesis.settings.load_profile(os.environ.get("DURABLE_TEST_PROFILE", "quick"))
 
 PATIENCE = 60.0
@@ -233,6 +235,15 @@ def test_banners_are_those_that_the_docstring_lists() -> None:
     listed = re.search(r"below it:\n\n(.+?)\n\"\"\"", SOURCE, re.DOTALL)
     assert listed is not None
     assert banners == [name.strip() for name in listed[1].replace("\n", " ").split(",")]
+
+
+def test_the_contents_of_these_tests_are_their_banners() -> None:
+    """The docstring of the tests lists their parts and sections, in the order in which they stand."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    banners = re.findall(r"^# (?:=+\n# (.+)\n# =+|---- (.+?) -+)$", source, re.MULTILINE)
+    parts = re.findall(r"^\* (.+?)(?=\n\* |\n\n)", __doc__ or "", re.MULTILINE | re.DOTALL)
+    listed = [name for part in parts for name in re.split(": |; ", " ".join(part.split()))]
+    assert [part or section for part, section in banners] == listed
 
 
 ERRORS = """
@@ -508,24 +519,6 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
     assert engine.counts() == {"default": {"runnable": 50}}
 
 
-def test_readme_recipes_for_telemetry_work_with_the_real_libraries(make_engine: Any) -> None:
-    """The README's few lines feed a Prometheus histogram and open an OpenTelemetry span for each step."""
-    prometheus = pytest.importorskip("prometheus_client")
-    tracing = pytest.importorskip("opentelemetry.trace")
-    code = next(code for code, _ in BLOCKS if "def observe(" in code)
-    space: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), space)
-    registry = prometheus.CollectorRegistry()
-    histogram = prometheus.Histogram("step_seconds", "Seconds of a step", ["fsm", "kind"], registry=registry)
-    engine = make_engine()
-    stop = space["observe"](engine, histogram, tracing.get_tracer("durable"))
-    engine.insert(Idle)
-    engine.drain()
-    stop()
-    name = Idle._spec.name if Idle._spec else ""
-    assert registry.get_sample_value("step_seconds_count", {"fsm": name, "kind": "done"}) == 1
-
-
 # ==================================================================================================
 # Behaviour, schemas, outcomes
 # ==================================================================================================
@@ -719,7 +712,7 @@ class Everything:
     nested: list[dict[str, list[Item]]]
 
 
-# ---------------------------------------------------------------------------------------------- 1. Names
+# ---- Instants and durations ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay", [90, 90.0, timedelta(seconds=90), timedelta(minutes=1, seconds=30)], ids=str)
@@ -752,7 +745,7 @@ def test_the_file_holds_instants_as_integer_milliseconds(timed_engine: Engine, c
     connection.close()
 
 
-# ------------------------------------------------------------------------ 2. Behaviour: the class definition
+# ---- Classes -------------------------------------------------------------------------------------
 
 
 class Bodies:
@@ -965,7 +958,7 @@ def test_an_instance_may_have_its_own_max_attempts(timed_engine: Engine) -> None
     assert (instance.max_attempts, instance.attempt, instance.status) == (2, 1, Status.FAILED)
 
 
-# -------------------------------------------------------------------------------- 2. Behaviour: the registry
+# ---- The registry --------------------------------------------------------------------------------
 
 
 def test_the_default_name_is_the_module_and_the_qualified_name(timed_engine: Engine) -> None:
@@ -1114,7 +1107,7 @@ def test_two_classes_cannot_claim_one_name_and_version(timed_engine: Engine) -> 
     assert finish(timed_engine, "claimed").result == finish(timed_engine, first).result == "performed"
 
 
-# ------------------------------------------------------------------------------- 2. Behaviour: function jobs
+# ---- Function jobs -------------------------------------------------------------------------------
 
 
 @durable.job
@@ -1209,7 +1202,7 @@ def test_a_function_job_ends_as_perform_would(timed_engine: Engine) -> None:
     assert (instance.status, instance.attempt, instance.last_error) == (Status.FAILED, 0, "enough")
 
 
-# ----------------------------------------------------------------------- 2. Behaviour: what perform comes to
+# ---- What perform comes to -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1382,7 +1375,7 @@ def test_the_retry_rule_agrees_with_a_plain_model(
     assert timed_engine.get(target).attempt == attempts[-1]
 
 
-# ------------------------------------------------------------------------------------- 2. Behaviour: handle
+# ---- What handle answers -------------------------------------------------------------------------
 
 
 def test_the_default_handle_of_a_machine_stops_with_the_error(play: Play) -> None:
@@ -1508,7 +1501,7 @@ def test_what_a_raising_step_did_to_its_state_is_dropped(play: Play) -> None:
     assert [fsm.handled[0].state, fsm.contexts[-1].state] == [{"n": 1}, {"n": 1}]
 
 
-# ------------------------------------------------------------------------- 2. Behaviour: the object and async
+# ---- The object and async steps ------------------------------------------------------------------
 
 
 def test_self_is_one_object_for_an_engine(make_engine: MakeEngine) -> None:
@@ -1654,7 +1647,7 @@ def test_an_async_step_is_cancelled_at_shutdown(make_engine: MakeEngine) -> None
     assert make_engine(queues={}).get(target).status == Status.RUNNABLE
 
 
-# ------------------------------------------------------------------------------------ 2. Behaviour: Context
+# ---- Context -------------------------------------------------------------------------------------
 
 
 def test_the_context_tells_where_a_step_stands(stage: Stage) -> None:
@@ -1725,7 +1718,7 @@ def test_the_verbs_of_the_context_are_part_of_the_steps_commit(stage: Stage) -> 
     connection.close()
 
 
-# ------------------------------------------------------------------------------ 2. Behaviour: state schemas
+# ---- States --------------------------------------------------------------------------------------
 
 NOON = datetime(2024, 5, 6, 12, tzinfo=UTC)
 
@@ -2096,7 +2089,7 @@ def test_a_state_with_required_fields_must_be_given(timed_engine: Engine) -> Non
         timed_engine.insert(job_of(Order))
 
 
-# ------------------------------------------------------------------------------ 3. Outcomes: their validation
+# ---- Outcomes ------------------------------------------------------------------------------------
 
 OUTCOMES: list[Any] = [
     Next("ship"),
@@ -2189,7 +2182,7 @@ def test_a_step_method_is_accepted_for_its_name(make_engine: MakeEngine) -> None
     assert timed_engine.result(target, timeout=0) == "end"
 
 
-# -------------------------------------------------------------------------- 3. Outcomes: the transition table
+# ---- The table of outcomes -----------------------------------------------------------------------
 
 KEPT: dict[str, Any] = {"rate_limit": "api", "weight": 2, "concurrency_key": "account:7"}
 CLEARED = {"rate_limit": None, "weight": 1, "concurrency_key": "account:7"}
@@ -2267,7 +2260,7 @@ def test_an_outcome_does_to_the_inbox_what_the_table_says(
     assert [signal.name for signal in fsm.contexts[-1].inbox] == inbox
 
 
-# ------------------------------------------------------------------------------- 3. Outcomes: the last error
+# ---- The last error ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -2324,7 +2317,7 @@ def test_progress_clears_the_last_error(stage: Stage, outcome: Any, out_of: str)
     assert (timed_engine.get(target).last_error, timed_engine.get(target).traceback) == (None, None)
 
 
-# --------------------------------------------------------------- 3. Outcomes: the table against a plain model
+# ---- The table against a plain model -------------------------------------------------------------
 
 
 @attrs.define
@@ -2631,8 +2624,7 @@ def ask(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
         return list(connection.execute(sql, bindings))
 
 
-# Options
-
+# ---- Options -------------------------------------------------------------------------------------
 
 BAD_OPTIONS: dict[str, list[object]] = {
     "name": [""],
@@ -2658,7 +2650,7 @@ def test_a_bad_option_is_a_value_error_that_names_it(make_engine: MakeEngine, op
         make_engine(**{option: value})
 
 
-# Opening
+# ---- Opening -------------------------------------------------------------------------------------
 
 
 def test_making_an_engine_on_an_old_file_keeps_what_is_in_it(make_engine: MakeEngine) -> None:
@@ -2669,6 +2661,24 @@ def test_making_an_engine_on_an_old_file_keeps_what_is_in_it(make_engine: MakeEn
     assert make_engine().get(ident).state == {"n": 1}
 
 
+def test_an_empty_file_is_a_new_one(make_engine: MakeEngine, database: Path) -> None:
+    """A file without durable's tables gets them."""
+    database.touch()
+    assert make_engine().check() == []
+
+
+def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(make_engine: MakeEngine, database: Path) -> None:
+    """Tables are `durable_*`; nothing else in the file is touched, `user_version` among it."""
+    with closing(apsw.Connection(str(database))) as connection:
+        connection.execute("create table own (x); insert into own values (7); pragma user_version = 12")
+    engine = make_engine()
+    engine.insert(Echo)
+    assert ask(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
+    names = {name for (name,) in ask(engine, "select tbl_name from sqlite_schema")}
+    assert {name for name in names if not name.startswith(("durable_", "sqlite_"))} == {"own"}
+    assert engine.check() == []
+
+
 def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: MakeEngine) -> None:
     """Several engines may share a file, also while it is being created."""
     ids: list[int] = []
@@ -2676,7 +2686,7 @@ def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: M
     assert len(set(ids)) == 4
 
 
-# Life cycle
+# ---- Life cycle ----------------------------------------------------------------------------------
 
 
 def test_an_engine_that_is_not_started_inserts_but_runs_nothing(engine: Engine) -> None:
@@ -2782,19 +2792,11 @@ def test_whoever_still_waits_when_the_engine_stops_is_told_so(
     ident = engine.insert(Echo)
     if started:
         engine.start()
-    caught: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            getattr(engine, verb)(ident, timeout=PATIENCE)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
-            caught.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    engine.stop()
-    thread.join(PATIENCE / 2)
-    assert [type(error) for error in caught] == [EngineClosedError]
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        waiter = threads.submit(getattr(engine, verb), ident, timeout=PATIENCE)
+        engine.stop()
+        with pytest.raises(EngineClosedError):
+            waiter.result(PATIENCE / 2)
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
@@ -2820,6 +2822,7 @@ def test_stop_waits_for_running_steps_to_commit(make_engine: MakeEngine, gate: G
     assert gate.entered.wait(PATIENCE)
     stopper = threading.Thread(target=engine.stop)
     stopper.start()
+    eventually(lambda: engine._core.is_stopping)
     gate.leave.set()
     stopper.join(PATIENCE)
     assert make_engine().get(ident).result == "through"
@@ -2891,7 +2894,7 @@ def test_run_blocks_until_a_signal_and_then_stops_in_order(
     assert (instance.status, instance.result) == (Status.DONE, "late")
 
 
-# Insert
+# ---- Insert --------------------------------------------------------------------------------------
 
 
 def test_insert_writes_every_option_into_its_column(make_engine: MakeEngine, clock: Clock) -> None:
@@ -2989,7 +2992,7 @@ def test_a_duplicate_names_the_occupant(engine: Engine) -> None:
     assert len(engine.find()) == 1
 
 
-# insert_all and insert_nowait
+# ---- insert_all and insert_nowait ----------------------------------------------------------------
 
 
 def test_insert_all_gives_ids_in_order_and_none_for_duplicates(engine: Engine) -> None:
@@ -3112,6 +3115,9 @@ def test_a_futures_callback_added_when_it_is_done_is_called_at_once(engine: Engi
     seen: list[tuple[int, int]] = []
     future.add_done_callback(lambda done: seen.append((done.result(), threading.get_ident())))
     assert seen == [(ident, threading.get_ident())]
+
+
+# ---- What takes long, or cannot be had -----------------------------------------------------------
 
 
 def test_a_constructor_that_takes_long_holds_up_only_its_own_class(make_engine: MakeEngine) -> None:
@@ -3408,7 +3414,7 @@ def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(ma
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "seen"
 
 
-# Looking
+# ---- Looking -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [0, -1, 99, 2**63, -(2**70), "nobody"])
@@ -3480,7 +3486,7 @@ def test_counts_are_by_queue_and_status(engine: Engine) -> None:
     }
 
 
-# Waiting
+# ---- Waiting -------------------------------------------------------------------------------------
 
 
 def test_wait_returns_what_stands_at_the_timeout(engine: Engine) -> None:
@@ -3540,7 +3546,7 @@ def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
     assert answers == {n: {"n": n} for n in range(40)}
 
 
-# Cancel
+# ---- Cancel --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", ["runnable", "scheduled", "retrying", "awaiting_signal", "awaiting_children"])
@@ -3638,7 +3644,7 @@ def test_cancel_of_a_claimed_but_unstarted_instance_keeps_it_from_running(make_e
     assert holds.runs == 1
 
 
-# Retry
+# ---- Retry ---------------------------------------------------------------------------------------
 
 
 def test_retry_runs_a_failed_instance_again_from_its_current_step(make_engine: MakeEngine) -> None:
@@ -3691,7 +3697,7 @@ def test_retry_takes_its_key_again(engine: Engine) -> None:
     assert caught.value.id == ident
 
 
-# Drain
+# ---- Drain ---------------------------------------------------------------------------------------
 
 
 def test_drain_counts_what_it_ran(make_engine: MakeEngine) -> None:
@@ -3789,7 +3795,7 @@ def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, ga
     assert engine.result(ident) == "ran"
 
 
-# Operations
+# ---- Operations ----------------------------------------------------------------------------------
 
 
 def test_fire_timeouts_fires_every_armed_deadline_and_counts(make_engine: MakeEngine, clock: Clock) -> None:
@@ -3884,7 +3890,7 @@ def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(make_engine: MakeEngin
     assert copy.drain()["done"] == 2
 
 
-# Order and timers
+# ---- Order and timers ----------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=25)
@@ -3962,7 +3968,7 @@ def test_what_the_same_process_does_is_seen_without_a_poll(make_engine: MakeEngi
     assert len(machine.runs) == 51
 
 
-# Several engines on one file
+# ---- Several engines on one file -----------------------------------------------------------------
 
 
 def test_two_engines_in_one_process_share_the_work_and_run_nothing_twice(make_engine: MakeEngine) -> None:
@@ -4067,7 +4073,7 @@ def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, data
     assert engine.get(int(out)).status is Status.RUNNABLE
 
 
-# An idle engine
+# ---- An idle engine ------------------------------------------------------------------------------
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 
@@ -4117,10 +4123,8 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
 
     for n in range(2):
         eventually(rests)
-        with closing(engine.connect()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with closing(engine.connect()) as connection, connection:
             ident = durable.insert_into(connection, Echo, args={"n": n})
-            connection.execute("COMMIT")
         assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": n}
         assert not rests()
 
@@ -4136,14 +4140,12 @@ def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: p
     engine = make_engine(poll_interval=0.01)
     engine.start()
     assert engine._core._watch is None
-    with closing(engine.connect()) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+    with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
-        connection.execute("COMMIT")
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
 
 
-# Correlation keys
+# ---- Correlation keys ----------------------------------------------------------------------------
 
 
 def test_a_key_is_free_again_when_its_occupant_has_ended(engine: Engine) -> None:
@@ -4203,7 +4205,7 @@ def test_an_empty_scope_stands_beside_an_occupant_and_gets_no_signal_by_key(engi
     assert {engine.get(ident).status for ident in beside} == {Status.AWAITING_SIGNAL}
 
 
-# Signals
+# ---- Signals -------------------------------------------------------------------------------------
 
 
 def test_a_signal_wakes_by_id_or_by_key_and_brings_its_payload(engine: Engine) -> None:
@@ -4344,7 +4346,7 @@ def test_two_processes_that_send_the_same_signals_deliver_each_once(
         assert engine.result(ident, timeout=PATIENCE) == {"count": 450, "total": sum(range(450))}
 
 
-# Consumption
+# ---- Consumption ---------------------------------------------------------------------------------
 
 
 def test_next_deletes_exactly_the_awaited_signals_it_was_shown(make_engine: MakeEngine) -> None:
@@ -4433,7 +4435,7 @@ def test_a_terminal_outcome_empties_the_inbox(make_engine: MakeEngine, outcome: 
         assert machine.runs[-1].inbox == machine.runs[-1].awaited == ()
 
 
-# Deadlines
+# ---- Deadlines -----------------------------------------------------------------------------------
 
 
 def test_a_deadline_wakes_with_nothing_and_leaves_the_attempt(make_engine: MakeEngine, clock: Clock) -> None:
@@ -4487,7 +4489,7 @@ def test_a_deadline_wakes_a_collecting_set_with_what_has_arrived(make_engine: Ma
     assert machine.awaited() == [[], [1], [1]]
 
 
-# Children
+# ---- Children ------------------------------------------------------------------------------------
 
 
 class Tree(FSM):
@@ -4618,8 +4620,7 @@ def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: in
     assert len(machine.runs) == 2
 
 
-# A model of inbox and park
-
+# ---- A model of inbox and park -------------------------------------------------------------------
 
 Plan = tuple[Any, ...]
 
@@ -4945,7 +4946,14 @@ class Visitor(durable.FSM):
         return durable.Done()
 
 
-# Concurrency keys
+def visited(make_engine: MakeEngine, desk: Desk, **options: Any) -> durable.Engine:
+    """An engine that runs, whose visitors go to the desk."""
+    engine = make_engine(fsms=[Visitor(desk)], **options)
+    engine.start()
+    return engine
+
+
+# ---- Concurrency keys ----------------------------------------------------------------------------
 
 
 def parked(engine: durable.Engine, target: int, on: str) -> None:
@@ -4976,8 +4984,7 @@ def parked_in_vain(engine: durable.Engine, limits: dict[str, int] | None = None)
 
 def test_key_without_a_limit_lets_one_run_at_a_time(make_engine: MakeEngine, desk: Desk) -> None:
     """A name with no limit has K = 1; `parked_on` names what the others wait for."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="account:7") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:account:7")
@@ -4988,8 +4995,7 @@ def test_key_without_a_limit_lets_one_run_at_a_time(make_engine: MakeEngine, des
 
 def test_gate_lets_as_many_run_as_its_limit_for_each_key(make_engine: MakeEngine, desk: Desk) -> None:
     """K is the limit of the name before the first colon, and each key of that name has K slots of its own."""
-    engine = make_engine(fsms=[Visitor(desk)], concurrency_limits={"stripe": 2})
-    engine.start()
+    engine = visited(make_engine, desk, concurrency_limits={"stripe": 2})
     here = [engine.insert(Visitor, concurrency_key=("stripe", "a")) for _ in range(3)]
     there = [engine.insert(Visitor, concurrency_key=("stripe", "b:c")) for _ in range(3)]
     for who in here[:2] + there[:2]:
@@ -5030,8 +5036,7 @@ WAYS_OUT: dict[str, Any] = {
 @pytest.mark.parametrize("order", WAYS_OUT.values(), ids=WAYS_OUT.keys())
 def test_every_outcome_frees_the_slot(make_engine: MakeEngine, desk: Desk, order: Any) -> None:
     """The executing rows are the semaphore: whoever leaves `executing` makes room for the next of its key."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first = engine.insert(Visitor, concurrency_key="k")
     desk.expect(first)
     second = engine.insert(Visitor, concurrency_key="k", priority=-1)
@@ -5043,8 +5048,7 @@ def test_every_outcome_frees_the_slot(make_engine: MakeEngine, desk: Desk, order
 
 def test_cancel_of_a_running_instance_frees_the_slot_when_its_step_ends(make_engine: MakeEngine, desk: Desk) -> None:
     """A cancelled instance holds its slot for as long as its step runs."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:k")
@@ -5071,8 +5075,7 @@ def test_give_back_frees_the_slot(make_engine: MakeEngine, desk: Desk) -> None:
 
 def test_next_with_another_key_waits_for_that_key(make_engine: MakeEngine, desk: Desk) -> None:
     """A key given in `Next` holds from the next step on."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     holder = engine.insert(Visitor, concurrency_key="b")
     mover = engine.insert(Visitor, concurrency_key="a")
     desk.expect(holder)
@@ -5086,8 +5089,7 @@ def test_next_with_another_key_waits_for_that_key(make_engine: MakeEngine, desk:
 
 def test_next_that_releases_its_key_runs_beside_the_next_holder(make_engine: MakeEngine, desk: Desk) -> None:
     """`concurrency_key=None` in `Next` releases the key."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     desk.send_off(first, durable.Next("start", concurrency_key=None))
@@ -5098,8 +5100,7 @@ def test_next_that_releases_its_key_runs_beside_the_next_holder(make_engine: Mak
 
 def test_woken_instance_waits_for_the_key_it_kept(make_engine: MakeEngine, desk: Desk) -> None:
     """`Await` keeps the key and releases the slot, so the way back goes through the key."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     desk.send_off(first, durable.Await("go", then="start"))
@@ -5150,8 +5151,7 @@ def test_lowered_limit_of_another_engine_waits_until_enough_have_left(make_engin
 
 def test_order_within_a_key_is_strict_over_queues(make_engine: MakeEngine, desk: Desk) -> None:
     """Within one key the order is `(priority, eligible_at, id)`."""
-    engine = make_engine(fsms=[Visitor(desk)], queues={"a": 5, "b": 5})
-    engine.start()
+    engine = visited(make_engine, desk, queues={"a": 5, "b": 5})
     holder = engine.insert(Visitor, queue="a", concurrency_key="k")
     desk.expect(holder)
     places = [("a", 3), ("b", 1), ("a", 2), ("b", 2), ("b", 3), ("a", 1)]
@@ -5199,8 +5199,7 @@ def test_slot_is_not_kept_for_a_row_whose_queue_has_just_filled(make_engine: Mak
 def unserved_backlog(make_engine: MakeEngine) -> tuple[Desk, durable.Engine, list[int]]:
     """Three rows of a key parked in a queue that nobody serves any more, one in a queue still served."""
     desk = Desk()
-    engine = make_engine(fsms=[Visitor(desk)], queues={"left": 5, "served": 5}, drain_timeout=0)
-    engine.start()
+    engine = visited(make_engine, desk, queues={"left": 5, "served": 5}, drain_timeout=0)
     holder = engine.insert(Visitor, queue="served", concurrency_key="k")
     desk.expect(holder)
     ids = [engine.insert(Visitor, queue="left", concurrency_key="k", priority=-1) for _ in range(3)]
@@ -5210,8 +5209,7 @@ def unserved_backlog(make_engine: MakeEngine) -> tuple[Desk, durable.Engine, lis
     engine.stop()
     desk.close()
     desk = Desk()
-    engine = make_engine(fsms=[Visitor(desk)], queues={"served": 5})
-    engine.start()
+    engine = visited(make_engine, desk, queues={"served": 5})
     desk.expect(holder)
     desk.send_off(holder)
     return desk, engine, ids
@@ -5463,7 +5461,7 @@ def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
     assert engine.check() == []
 
 
-# Token buckets
+# ---- Token buckets -------------------------------------------------------------------------------
 
 
 class Spender(durable.FSM):
@@ -5718,13 +5716,12 @@ def tokens_left(grants: list[tuple[float, int]], rate: float, burst: int, now: f
     return min(burst, tokens + (now - at) * rate)
 
 
-# Both at once
+# ---- Both at once --------------------------------------------------------------------------------
 
 
 def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk) -> None:
     """Neither limit is charged when the other refuses: here the key does."""
-    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
-    engine.start()
+    engine = visited(make_engine, desk, rate_limits={"slow": durable.RateLimit(1, per=3600)})
     holder = engine.insert(Visitor, concurrency_key="k")
     desk.expect(holder)
     both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
@@ -5737,8 +5734,7 @@ def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk) 
 
 def test_refusal_of_the_bucket_holds_no_slot(make_engine: MakeEngine, desk: Desk) -> None:
     """Neither limit is charged when the other refuses: here the bucket does, and others of the key go on."""
-    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
-    engine.start()
+    engine = visited(make_engine, desk, rate_limits={"slow": durable.RateLimit(1, per=3600)})
     desk.expect(engine.insert(Visitor, rate_limit="slow"))
     both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
     parked(engine, both, "rate:slow")
@@ -5750,7 +5746,7 @@ def test_refusal_of_the_bucket_holds_no_slot(make_engine: MakeEngine, desk: Desk
     assert parked_in_vain(engine) == []
 
 
-# Inline
+# ---- Inline --------------------------------------------------------------------------------------
 
 
 class Pair(durable.FSM):
@@ -5827,8 +5823,7 @@ def test_inline_step_takes_its_tokens(make_engine: MakeEngine) -> None:
 
 def test_inline_step_keeps_the_slot_that_it_holds(make_engine: MakeEngine, desk: Desk) -> None:
     """The claim goes on and so does its slot: who waits for the key comes after the last inline step."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:k")
@@ -5841,8 +5836,7 @@ def test_inline_step_keeps_the_slot_that_it_holds(make_engine: MakeEngine, desk:
 
 def test_cancelled_instance_goes_no_further_inline(make_engine: MakeEngine, desk: Desk) -> None:
     """Same results: what is cancelled while a step runs gets no next step."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     who = engine.insert(Visitor)
     desk.expect(who)
     engine.cancel(who, "enough")
@@ -5957,7 +5951,7 @@ def test_inline_changes_no_result(programs: list[Any]) -> None:
     assert walk(InlineWalker, programs, started=True) == expected
 
 
-# No starvation
+# ---- No starvation -------------------------------------------------------------------------------
 
 
 def held_key(engine: durable.Engine, desk: Desk, count: int) -> None:
@@ -5990,8 +5984,7 @@ def test_backlog_that_cannot_run_costs_the_rest_nothing(
 ) -> None:
     """Work that can run is found at once, in front of thousands of more urgent rows that can't, which stay."""
     limits = {"slow": durable.RateLimit(1, per=1e6)}
-    engine = make_engine(fsms=[Visitor(desk)], queues={"default": 3, "mail": 1}, rate_limits=limits)
-    engine.start()
+    engine = visited(make_engine, desk, queues={"default": 3, "mail": 1}, rate_limits=limits)
     backlog(engine, desk, 4000)
     heard = Heard(engine, "concurrency.throttled", "rate_limit.throttled", "pick.stop")
     ids = insert_many(engine, [durable.Insert(Visitor, step="end")] * 300)
@@ -6022,8 +6015,7 @@ def test_many_keys_with_backlogs_all_get_on(make_engine: MakeEngine) -> None:
     assert engine.check() == []
 
 
-# Leases
-
+# ---- Leases --------------------------------------------------------------------------------------
 
 LABOUR = r'''
 """Machines that leave traces beside this file; as a program, a worker that ends with its input."""
@@ -6351,7 +6343,7 @@ def test_long_step_is_never_taken_from_a_worker_that_beats(make_engine: MakeEngi
     assert (row.status, row.attempt, desk.arrivals) == ("done", 0, [who])
 
 
-# Crashes of a step
+# ---- Crashes of a step ---------------------------------------------------------------------------
 
 
 @posix
@@ -6452,7 +6444,7 @@ def test_exit_out_of_drain_is_raised_on_after_its_commit(make_engine: MakeEngine
     assert engine.check() == []
 
 
-# Time-outs
+# ---- Time-outs -----------------------------------------------------------------------------------
 
 
 class Slow(durable.FSM, timeout=0.2):
@@ -6523,8 +6515,7 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
     assert cancelled.is_set()
 
 
-# Forks and forgotten engines
-
+# ---- Forks and forgotten engines -----------------------------------------------------------------
 
 FORK = """
 import os, sys, warnings
@@ -6606,7 +6597,7 @@ def test_engine_left_running_at_exit_warns(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-# The disk
+# ---- The disk ------------------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -6793,8 +6784,7 @@ def test_outcomes_wait_in_memory_until_the_disk_is_back(disk: Disk, make_engine:
 
 def test_stop_ends_though_the_disk_is_full(disk: Disk, make_engine: MakeEngine, desk: Desk) -> None:
     """What could not be committed runs again after the next start."""
-    engine = make_engine(fsms=[Visitor(desk)], drain_timeout=0.3)
-    engine.start()
+    engine = visited(make_engine, desk, drain_timeout=0.3)
     who = engine.insert(Visitor)
     desk.expect(who)
     disk.fail(*FULL)
@@ -6804,8 +6794,7 @@ def test_stop_ends_though_the_disk_is_full(disk: Disk, make_engine: MakeEngine, 
     assert time.monotonic() - begun < 30
     disk.heal()
     desk.close()
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     assert engine.wait(who, PATIENCE).status == "done"
     assert engine.check() == []
 
@@ -7086,7 +7075,7 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
     assert engine.check() == []
 
 
-# Damage
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 def make_newer(path: Path) -> None:
@@ -7144,23 +7133,6 @@ def test_file_that_cannot_be_trusted_is_refused_unchanged(
     assert database.read_bytes() == before
 
 
-def test_empty_file_is_taken_over(make_engine: MakeEngine, database: Path) -> None:
-    """An empty file is a new one."""
-    database.touch()
-    assert make_engine().check() == []
-
-
-def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(make_engine: MakeEngine, database: Path) -> None:
-    """Tables are `durable_*`; nothing else in the file is touched, `user_version` among it."""
-    run_sql("create table own (x); insert into own values (7); pragma user_version = 12")(database)
-    engine = make_engine()
-    engine.insert(Echo)
-    assert ask(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
-    names = {name for (name,) in ask(engine, "select tbl_name from sqlite_schema")}
-    assert {name for name in names if not name.startswith(("durable_", "sqlite_"))} == {"own"}
-    assert engine.check() == []
-
-
 def test_look_at_a_large_file_costs_what_a_small_one_costs(disk: Disk, make_engine: MakeEngine, database: Path) -> None:
     """Opening reads no more pages of a file for having more rows."""
     reads = []
@@ -7194,7 +7166,7 @@ def test_damage_further_in_is_found_by_check_and_named_by_whoever_meets_it(
         engine.find(limit=3000)
 
 
-# Cleaning
+# ---- Cleaning ------------------------------------------------------------------------------------
 
 
 def test_old_terminal_rows_are_collected_and_no_others(make_engine: MakeEngine, clock: Clock) -> None:
@@ -7239,7 +7211,7 @@ def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
     eventually(lambda: engine.find() == [])
 
 
-# Kills
+# ---- Kills ---------------------------------------------------------------------------------------
 
 
 def chains_are_whole(engine: durable.Engine, labour: Labour, kills: int, in_hand: int) -> None:
@@ -7308,7 +7280,7 @@ def test_hundreds_of_kills_lose_nothing(make_engine: MakeEngine, labour: Labour,
     survive_kills(make_engine(queues={}), labour, kills=100, workers=workers)
 
 
-# Power cuts
+# ---- Power cuts ----------------------------------------------------------------------------------
 
 
 class Inode:
@@ -7607,7 +7579,7 @@ class Worst(random.Random):
         return a
 
 
-# Soak
+# ---- Soak ----------------------------------------------------------------------------------------
 
 
 def flat(worker: subprocess.Popen[str]) -> tuple[int, int]:
@@ -7790,7 +7762,7 @@ def count_up(number: int, ctx: durable.Context[Any]) -> None:
     ctx.execute("insert into account values (?, 0)", (number,))
 
 
-# ---- ctx.execute ---------------------------------------------------------------------------------------
+# ---- ctx.execute ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -8135,7 +8107,7 @@ def test_a_conflict_undoes_only_the_step_that_met_it(bank: durable.Engine, how: 
         assert bank.check() == []
 
 
-# ---- ctx.insert and ctx.signal -------------------------------------------------------------------------
+# ---- ctx.insert and ctx.signal -------------------------------------------------------------------
 
 
 class Verbs(durable.FSM):
@@ -8346,7 +8318,7 @@ def test_a_ball_between_two_machines_is_never_lost_nor_repeated(
     assert engine.check() == []
 
 
-# ---- insert_into ---------------------------------------------------------------------------------------
+# ---- insert_into ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="connection")
@@ -8651,7 +8623,7 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
     assert engine.check() == []
 
 
-# ---- one SQLite per process ----------------------------------------------------------------------------
+# ---- One SQLite per process ----------------------------------------------------------------------
 
 LOSS = {
     "commits": """
@@ -8854,7 +8826,7 @@ def test_connect_gives_a_connection_of_the_applications_own(bank: durable.Engine
         committer.join()
 
 
-# ---- an application with accounts ----------------------------------------------------------------------
+# ---- An application with accounts ----------------------------------------------------------------
 
 BANK = (
     TELL
@@ -8943,8 +8915,7 @@ def test_only_ctx_execute_spares_the_repeat_after_a_kill(
     assert ask(make_engine(queues={}), "select count(*) from payment") == [(times,)]
 
 
-# ---- views and snapshots -------------------------------------------------------------------------------
-
+# ---- Views and snapshots -------------------------------------------------------------------------
 
 VIEW = """
 import json, sqlite3, sys
@@ -9004,7 +8975,7 @@ def test_a_snapshot_under_load_is_sound_paused_and_of_one_instant(
     assert ask(other, "select count(*) from account") == [(len(instances),)]
 
 
-# ---- events --------------------------------------------------------------------------------------------
+# ---- Events --------------------------------------------------------------------------------------
 
 FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "step.stop": ({"duration"}, {"id", "fsm", "step", "kind"}),
@@ -9012,24 +8983,17 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "scheduler.drain": ({"released", "in_flight"}, {"queue"}),
     "commit.stop": ({"outcomes", "inserts", "duration"}, set()),
 }
-EVENT_NAMES = [
-    *[
-        "step.stop",
-        "pick.stop",
-        "scheduler.saturation",
-        "scheduler.drain",
-        "scheduler.reclaimed",
-        "commit.stop",
-    ],
-    *["concurrency.throttled", "rate_limit.throttled", "outcome.stale", "reaper.reaped", "await.timeout"],
-    *["gc.swept", "fsm.unknown", "inline.continue", "inline.yield", "store.error"],
-]
+EVENT_NAMES = """
+step.stop pick.stop scheduler.saturation scheduler.drain scheduler.reclaimed commit.stop concurrency.throttled
+rate_limit.throttled outcome.stale reaper.reaped await.timeout gc.swept fsm.unknown inline.continue inline.yield
+store.error
+"""
 
 
 def test_every_name_can_be_subscribed_to_and_no_other(bank: durable.Engine) -> None:
     """An unknown name is a `ValueError`, also beside known ones."""
-    bank.subscribe(print, *EVENT_NAMES)()
-    for names in (["step.start"], [*EVENT_NAMES, "step.start"], ["STEP.STOP"]):
+    bank.subscribe(print, *EVENT_NAMES.split())()
+    for names in (["step.start"], [*EVENT_NAMES.split(), "step.start"], ["STEP.STOP"]):
         with pytest.raises(ValueError, match=names[-1]):
             bank.subscribe(print, *names)
 
@@ -9210,7 +9174,7 @@ def test_an_event_goes_to_those_who_asked_for_its_name(bank: durable.Engine) -> 
     finish(bank, mail, args=ANN)
     names = set(some.names()), set(everything.names())
     assert names[0] == {"step.stop", "commit.stop"}
-    assert names[0] < names[1] <= set(EVENT_NAMES)
+    assert names[0] < names[1] <= set(EVENT_NAMES.split())
 
 
 def test_who_unsubscribes_hears_no_more(bank: durable.Engine) -> None:
@@ -9294,7 +9258,25 @@ def test_events_come_off_the_hot_path(bank: durable.Engine) -> None:
         gate.set()
 
 
-# ---- logs ----------------------------------------------------------------------------------------------
+def test_readme_recipes_for_telemetry_work_with_the_real_libraries(make_engine: Any) -> None:
+    """The README's few lines feed a Prometheus histogram and open an OpenTelemetry span for each step."""
+    prometheus = pytest.importorskip("prometheus_client")
+    tracing = pytest.importorskip("opentelemetry.trace")
+    code = next(code for code, _ in BLOCKS if "def observe(" in code)
+    space: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    registry = prometheus.CollectorRegistry()
+    histogram = prometheus.Histogram("step_seconds", "Seconds of a step", ["fsm", "kind"], registry=registry)
+    engine = make_engine()
+    stop = space["observe"](engine, histogram, tracing.get_tracer("durable"))
+    engine.insert(Idle)
+    engine.drain()
+    stop()
+    name = Idle._spec.name if Idle._spec else ""
+    assert registry.get_sample_value("step_seconds_count", {"fsm": name, "kind": "done"}) == 1
+
+
+# ---- Logs ----------------------------------------------------------------------------------------
 
 
 def fields(record: logging.LogRecord) -> tuple[Any, ...]:
@@ -9424,7 +9406,7 @@ def test_steps_inherit_the_callers_context_variables(make_engine: MakeEngine) ->
 # The whole engine against a model
 # ==================================================================================================
 
-# ---------------------------------------------------------------------------------------------- Puppets
+# ---- Puppets -------------------------------------------------------------------------------------
 
 UNWRITABLE = object()
 """A result that neither JSON nor cattrs can write."""
@@ -9597,7 +9579,7 @@ def options_of(insert: Insert) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "fsm" and value is not getattr(blank, name)}
 
 
-# ---------------------------------------------------------------------------------------------- The model
+# ---- The model -----------------------------------------------------------------------------------
 
 ENDED = (Status.DONE, Status.FAILED)
 POLICY = durable.RateLimit(2, per=10, burst=3)
@@ -10191,7 +10173,7 @@ def is_json(state: dict[Any, Any]) -> bool:
     return all(isinstance(key, str) and (not isinstance(value, dict) or is_json(value)) for key, value in state.items())
 
 
-# ---------------------------------------------------------------------------------------------- Model and engine
+# ---- Model and engine ----------------------------------------------------------------------------
 
 START = 1_700_000_000_000
 """When it all begins, in milliseconds since the epoch."""
@@ -10399,6 +10381,13 @@ def cues(draw: st.DrawFn, *, may_crash: bool = True) -> Cue:
         None if is_plain else draw(rulings),
         () if is_plain else draw(effect_tuples),
     )
+
+
+COMPARED = """
+fsm version step status state result last_error attempt max_attempts crashes queue priority worker concurrency_key
+rate_limit weight awaits parent_id correlation_key
+"""
+"""The columns that model and file have by the same name."""
 
 
 class Theatre(RuleBasedStateMachine):
@@ -10969,30 +10958,7 @@ class Theatre(RuleBasedStateMachine):
 
     def compare(self, one: durable.Instance) -> None:
         row = self.model.rows[one.id]
-        expected = {
-            name: getattr(row, name)
-            for name in (
-                "fsm",
-                "version",
-                "step",
-                "status",
-                "state",
-                "result",
-                "last_error",
-                "attempt",
-                "max_attempts",
-                "crashes",
-                "queue",
-                "priority",
-                "worker",
-                "concurrency_key",
-                "rate_limit",
-                "weight",
-                "awaits",
-                "parent_id",
-                "correlation_key",
-            )
-        }
+        expected = {name: getattr(row, name) for name in COMPARED.split()}
         actual = {name: getattr(one, name) for name in expected}
         differing = {name: (actual[name], expected[name]) for name in expected if expected[name] != actual[name]}
         assert not differing, f"instance {one.id}: {differing}"
@@ -11065,7 +11031,7 @@ def test_the_engine_does_what_the_model_says_for_long() -> None:
     run_state_machine_as_test(Theatre, settings=LONG)
 
 
-# ---------------------------------------------------------------------------------------------- Rehearsed plays
+# ---- Rehearsed plays -----------------------------------------------------------------------------
 
 PLAYS: dict[str, Callable[[Any], None]] = {}
 
@@ -11373,7 +11339,7 @@ def test_a_rehearsed_play_goes_as_the_model_says(name: str) -> None:
     rehearse(PLAYS[name])
 
 
-# ---------------------------------------------------------------------------------------------- Planted faults
+# ---- Planted faults ------------------------------------------------------------------------------
 
 Planting = Callable[[pytest.MonkeyPatch], None]
 
@@ -11540,7 +11506,7 @@ def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -
         run_state_machine_as_test(Theatre, settings=FINDING)
 
 
-# ---------------------------------------------------------------------------------------------- Random machines
+# ---- Random machines -----------------------------------------------------------------------------
 
 
 class Tabled(durable.FSM, name="model.tabled", max_crashes=1_000_000):
@@ -11746,8 +11712,6 @@ def test_random_machines_come_to_the_same_end_in_two_processes_and_after_kills(g
 # Command line
 # ==================================================================================================
 
-# Command line
-
 
 class CliOrder(FSM, name="cli.Order", queue="orders"):
     @step
@@ -11862,7 +11826,7 @@ def get(path: Path, target: int | str) -> Instance:
         return engine.get(target)
 
 
-# --- looking
+# ---- Looking -------------------------------------------------------------------------------------
 
 
 def test_counts_as_json_are_what_the_method_returns(command: Command, shop: Path) -> None:
@@ -12061,7 +12025,7 @@ def test_check_names_problems(command: Command, shop: Path) -> None:
     assert said.out.strip()
 
 
-# --- writing
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def test_signal_sends(command: Command, shop: Path) -> None:
@@ -12124,7 +12088,7 @@ def test_snapshot_copies(command: Command, shop: Path, tmp_path: Path) -> None:
     assert command("snapshot", shop, copy).status == 1
 
 
-# --- the user's code
+# ---- The user's code -----------------------------------------------------------------------------
 
 
 def test_insert_by_script_names_the_class_as_python_would(command: Command, script: Path, tmp_path: Path) -> None:
@@ -12234,7 +12198,7 @@ def test_a_target_may_have_an_engine_of_its_own(command: Command, script: Path, 
         assert command("drain", f"{script}{suffix}", "--database", database).status == 1
 
 
-# --- what is shown, and where
+# ---- What is shown, and where --------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
@@ -12362,7 +12326,7 @@ def test_watch_may_be_interrupted_before_it_has_seen_anything(shop: Path, monkey
     assert shown("watch", shop) == "\x1b[?1049h\x1b[?25l\x1b[?25h\x1b[?1049l"
 
 
-# --- processes
+# ---- Processes -----------------------------------------------------------------------------------
 
 
 def test_the_module_runs_as_a_program(script: Path, tmp_path: Path) -> None:
