@@ -3250,6 +3250,7 @@ def moody_engine(make_engine: MakeEngine, moody: Moody, **options: Any) -> Engin
     engine = make_engine(fsms=[moody], poll_interval=NEVER_POLL, **options)
     engine._core.DEAD_LOOK_S = 3600.0
     engine.start()
+    engine._core._pools["default"].QUICK_S = 0.01  # also where the machine is busy
     return engine
 
 
