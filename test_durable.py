@@ -6030,14 +6030,17 @@ class Labour:
         """Stops a worker where it does not hold the lock on the file."""
         with closing(client.connect()) as connection:
             connection.set_busy_timeout(0)
-            while True:
+
+            def stands_still() -> bool:
                 process.send_signal(signal.SIGSTOP)
                 try:
                     connection.execute("begin immediate; rollback")
                 except apsw.BusyError:
                     process.send_signal(signal.SIGCONT)
-                else:
-                    return
+                    return False
+                return True
+
+            eventually(stands_still)
 
     def kill(self, process: subprocess.Popen[str]) -> None:
         """Kills a worker, which is noted first."""
