@@ -1652,12 +1652,12 @@ def _resolve(fsm: object) -> _Spec:
     if spec is None:
         raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
     known = _registry.get((spec.name, spec.version))
-    if known is not spec and "<" in cls.__qualname__:
+    if known not in (None, spec) and "<" in cls.__qualname__:
         raise TypeError(
             f"{cls.__qualname__} was defined anew since, so that its rows would run other code than its own: what a"
             " function or a lambda defines more than once needs a name of its own each time (name=...)"
         )
-    return spec if known is None else known
+    return known or spec
 
 
 class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
@@ -6501,6 +6501,15 @@ _ENGINE_DEFAULTS: _EngineOptions = {
 }
 
 
+def _check_clock(clock: object) -> None:
+    try:
+        now = cast(Callable[[], object], clock)()
+    except TypeError:
+        now = None
+    if not isinstance(now, int | float) or not math.isfinite(now):
+        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r}")
+
+
 def _read_options(given: _EngineOptions) -> _Options:
     """Check an engine's options; a bad one is a ValueError that names it."""
     options = _Options(
@@ -6527,15 +6536,6 @@ def _read_options(given: _EngineOptions) -> _Options:
         raise ValueError(f"synchronous must be one of {', '.join(_SYNCHRONOUS)}, not {given['synchronous']!r}")
     _check_clock(given["clock"])
     return options
-
-
-def _check_clock(clock: object) -> None:
-    try:
-        now = cast(Callable[[], object], clock)()
-    except TypeError:
-        now = None
-    if not isinstance(now, int | float) or not math.isfinite(now):
-        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r}")
 
 
 def _id_or_none(value: object, name: str) -> int | None:

@@ -1,14 +1,22 @@
 """Tests of durable.
 
-In this order:
+In this order, each part with its sections:
 
-* The module as a whole: its map, its names, its examples and the README's; what it costs
-* Behaviour, schemas, outcomes
-* Engine, scheduling, signals, identity, children
-* Limits and faults: keys, buckets, kills, power cuts, full disks, several processes
-* The user's own data, events, logs
-* The whole engine against a model, with planted faults that the model has to find
-* Command line
+* The module as a whole
+* Cost
+* Behaviour, schemas, outcomes: Instants and durations; Classes; The registry; Function jobs; What perform comes to;
+  What handle answers; The object and async steps; Context; States; Outcomes; The table of outcomes; The last error
+* Engine, scheduling, signals, identity, children: Options; Opening; Life cycle; Insert; insert_all and insert_nowait;
+  What takes long, or cannot be had; Looking; Waiting; Cancel; Retry; Drain; Operations; Order and timers; Several
+  engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children; A model of inbox
+  and park
+* Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; Crashes of a step;
+  Time-outs; Forks and forgotten engines; The disk; Damage; Cleaning; Kills; Power cuts; Soak
+* The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
+  application with accounts; Views and snapshots; Events; Logs
+* The whole engine against a model: Puppets; The model; Model and engine; Rehearsed plays; Planted faults; Random
+  machines
+* Command line: Looking; Writing; The user's code; What is shown, and where; Processes
 * The wheel
 
 Those marked `slow` are run by the larger run, those marked `long` by hand: `pytest -m long`. With
@@ -26,7 +34,6 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
-import datetime as dt
 import doctest
 import email
 import enum
@@ -40,7 +47,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import queue as queues
 import random
 import re
@@ -116,22 +122,15 @@ from durable import (
     step,
 )
 
-hypothesis.settings.register_profile(
-    "quick",
-    max_examples=25,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-hypothesis.settings.register_profile(
-    "long",
-    max_examples=50,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+for profile, examples, steps in (("quick", 25, 25), ("long", 50, 30)):
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
 hypothesis.settings.load_profile(os.environ.get("DURABLE_TEST_PROFILE", "quick"))
 
 PATIENCE = 60.0
@@ -140,10 +139,47 @@ PATIENCE = 60.0
 Ctx = Context[Any]
 
 
+def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
+    """Waits until the condition holds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.003)
+
+
+def environment(*places: Path) -> dict[str, str]:
+    """What another interpreter needs to import the module, and what lies in these places."""
+    path = [str(Path(durable.__file__).parent), *map(str, places), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def start_script(folder: Path, source: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a Python program in a process of its own, with warnings as errors."""
+    path = folder / "program.py"
+    path.write_text(source, encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(path), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=folder,
+    )
+
+
+def run_script(folder: Path, source: str, *arguments: object) -> str:
+    """The standard output of a Python program in a process of its own, which must succeed."""
+    with start_script(folder, source, *arguments) as process:
+        output, errors = process.communicate(timeout=2 * PATIENCE)
+    assert process.returncode == 0, errors
+    return output
+
+
 class MakeEngine(Protocol):
     """Opens an engine on the test's file; options are those of `durable.Engine`."""
 
-    def __call__(self, **options: Any) -> durable.Engine: ...
+    def __call__(self, **options: Any) -> Engine: ...
 
 
 class Clock:
@@ -177,11 +213,11 @@ def database(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_engine(database: Path) -> Iterator[MakeEngine]:
     """A factory of engines that are stopped at the end of the test."""
-    engines: list[durable.Engine] = []
+    engines: list[Engine] = []
 
-    def make(**options: Any) -> durable.Engine:
+    def make(**options: Any) -> Engine:
         given: dict[str, Any] = {"database": database, "synchronous": "normal", **options}
-        engines.append(durable.Engine(**given))
+        engines.append(Engine(**given))
         return engines[-1]
 
     yield make
@@ -189,11 +225,32 @@ def make_engine(database: Path) -> Iterator[MakeEngine]:
         engine.stop()
 
 
+@contextmanager
+def client(path: Path, **options: Any) -> Iterator[Engine]:
+    """An engine that runs nothing by itself, unless it is given queues and started."""
+    engine = Engine(path, **{"queues": {}, **options})
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def temporary_engine(**options: Any) -> Iterator[Engine]:
+    """An engine for an example of a property, which shares nothing with the one before."""
+    options = {"queues": {"default": 10}, "synchronous": "normal", **options}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        client(Path(directory) / "durable.db", **options) as engine,
+    ):
+        yield engine
+
+
 # ==================================================================================================
 # The module as a whole
 # ==================================================================================================
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SOURCE = Path(durable.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -208,9 +265,30 @@ def test_banners_are_those_that_the_docstring_lists() -> None:
     assert banners == [name.strip() for name in listed[1].replace("\n", " ").split(",")]
 
 
+def test_the_contents_of_these_tests_are_their_banners() -> None:
+    """The docstring of the tests lists their parts and sections, in the order in which they stand."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    banners = re.findall(r"^# (?:=+\n# (.+)\n# =+|---- (.+?) -+)$", source, re.MULTILINE)
+    parts = re.findall(r"^\* (.+?)(?=\n\* |\n\n)", __doc__ or "", re.MULTILINE | re.DOTALL)
+    listed = [name for part in parts for name in re.split(": |; ", " ".join(part.split()))]
+    assert [part or section for part, section in banners] == listed
+
+
+ERRORS = """
+DuplicateError EngineClosedError FailedError NoTargetError NotFoundError OutcomeError SchemaError SharedFileError
+StateError UnknownFSMError UnknownLimitError
+"""
+NAMES = f"""
+FSM step job Context Signal
+Next Retry Await ScheduleChildren Done Stop Fail Cancel
+Engine Insert insert_into Instance Status LIVE KEEP RateLimit Event Worker
+DurableError {ERRORS}
+"""
+
+
 def test_all_is_sorted_and_complete() -> None:
-    """`__all__` names everything public, in plain sorted order; `main` is the console script's alone."""
-    assert durable.__all__ == sorted(durable.__all__)
+    """`__all__` names everything public and nothing else, in plain sorted order; `main` is the script's alone."""
+    assert durable.__all__ == sorted(NAMES.split())
     defined = {
         name
         for name, value in vars(durable).items()
@@ -218,6 +296,12 @@ def test_all_is_sorted_and_complete() -> None:
     }
     modules = {name for name, value in vars(durable).items() if isinstance(value, type(sys))}
     assert defined - modules - {"annotations", "main", "TYPE_CHECKING"} == set(durable.__all__)
+
+
+@pytest.mark.parametrize("name", ERRORS.split())
+def test_every_error_is_a_durable_error(name: str) -> None:
+    """`DurableError` is the base of the others."""
+    assert issubclass(getattr(durable, name), DurableError)
 
 
 def global_names(scope: symtable.SymbolTable) -> Iterator[str]:
@@ -309,17 +393,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re
 @pytest.mark.parametrize(("code", "shown"), BLOCKS, ids=[str(at) for at in range(len(BLOCKS))])
 def test_readme_examples_do_what_they_show(code: str, shown: str, tmp_path: Path) -> None:
     """Every program in the README runs, with warnings as errors, and prints what stands below it."""
-    (tmp_path / "example.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(durable.__file__).parent)}
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "example.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (run.returncode, run.stdout) == (0, shown), run.stderr
+    assert run_script(tmp_path, code) == shown
 
 
 def test_readme_names_every_option() -> None:
@@ -340,23 +414,26 @@ _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _CO
 """
 
 
+def plan_of(statement: str, database: Path) -> list[str]:
+    """The lines of the plan by which SQLite runs one of the module's statements."""
+
+    def lines(plan: Any) -> Iterator[str]:
+        yield plan.detail
+        for part in plan.sub or ():
+            yield from lines(part)
+
+    Engine(database).stop()
+    with closing(apsw.Connection(str(database))) as connection:
+        info = apsw.ext.query_info(connection, getattr(durable, statement), explain_query_plan=True)
+    return list(lines(info.query_plan))
+
+
 @pytest.mark.parametrize("name", HOT.split())
 def test_hot_statements_scan_nothing_and_sort_nothing(name: str, database: Path) -> None:
     """Every statement of a beat finds its rows through an index, whatever else the file holds."""
-    Engine(database).stop()
-    connection = apsw.Connection(str(database))
-    plan = apsw.ext.query_info(connection, getattr(durable, name), explain_query_plan=True).query_plan
-    connection.close()
-    details = [detail for detail in plan_details(plan) if "json_each" not in detail]  # the statement's own list
+    details = [detail for detail in plan_of(name, database) if "json_each" not in detail]  # the statement's own list
     assert not [detail for detail in details if detail.startswith("SCAN") and detail != "SCAN CONSTANT ROW"]
     assert not [detail for detail in details if "TEMP B-TREE" in detail]
-
-
-def plan_details(plan: Any) -> Iterator[str]:
-    """Yield the lines of a query plan."""
-    yield plan.detail
-    for part in plan.sub or ():
-        yield from plan_details(part)
 
 
 INDEXES = {
@@ -379,24 +456,20 @@ INDEXES = {
 @pytest.mark.parametrize(("name", "index"), INDEXES.items())
 def test_each_index_serves_its_statement(name: str, index: str, database: Path) -> None:
     """A statement uses the index that was made for it."""
-    Engine(database).stop()
-    connection = apsw.Connection(str(database))
-    plan = apsw.ext.query_info(connection, getattr(durable, name), explain_query_plan=True).query_plan
-    connection.close()
-    assert any(f"INDEX {index}" in detail for detail in plan_details(plan))
+    assert any(f"INDEX {index}" in detail for detail in plan_of(name, database))
 
 
-class Idle(durable.FSM):
+class Idle(FSM):
     """Does nothing."""
 
     def perform(self, args: dict[str, Any]) -> None:
         """Nothing at all."""
 
 
-class Hop(durable.FSM):
+class Hop(FSM):
     """One step, then the end."""
 
-    def step(self, name: str, ctx: durable.Context[Any]) -> Next | Done:
+    def step(self, name: str, ctx: Ctx) -> Next | Done:
         return Next("end") if name == "start" else Done()
 
 
@@ -430,7 +503,7 @@ class NoPool(durable._Pool):
 @pytest.mark.parametrize("width", [1, 10, 100])
 @pytest.mark.parametrize(("fsm", "per_row"), [(Idle, 2), (Hop, 2)])
 def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(
-    fsm: type[durable.FSM], per_row: int, width: int, make_engine: Any
+    fsm: type[FSM], per_row: int, width: int, make_engine: Any
 ) -> None:
     """A beat that settles k rows and claims k takes 2 k executions, its own transaction, timers and picks apart."""
     engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9)
@@ -462,24 +535,6 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
         core._beat()
     assert calls == [50]
     assert engine.counts() == {"default": {"runnable": 50}}
-
-
-def test_readme_recipes_for_telemetry_work_with_the_real_libraries(make_engine: Any) -> None:
-    """The README's few lines feed a Prometheus histogram and open an OpenTelemetry span for each step."""
-    prometheus = pytest.importorskip("prometheus_client")
-    tracing = pytest.importorskip("opentelemetry.trace")
-    code = next(code for code, _ in BLOCKS if "def observe(" in code)
-    space: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), space)
-    registry = prometheus.CollectorRegistry()
-    histogram = prometheus.Histogram("step_seconds", "Seconds of a step", ["fsm", "kind"], registry=registry)
-    engine = make_engine()
-    stop = space["observe"](engine, histogram, tracing.get_tracer("durable"))
-    engine.insert(Idle)
-    engine.drain()
-    stop()
-    name = Idle._spec.name if Idle._spec else ""
-    assert registry.get_sample_value("step_seconds_count", {"fsm": name, "kind": "done"}) == 1
 
 
 # ==================================================================================================
@@ -536,15 +591,13 @@ class Leaf(FSM, queue="leaves"):
 Stage = Callable[[Recording], Engine]
 
 
-def finish(
-    timed_engine: Engine, fsm: Any, *signals: str, drain: dict[str, Any] | None = None, **options: Any
-) -> Instance:
+def finish(engine: Engine, fsm: Any, *signals: str, drain: dict[str, Any] | None = None, **options: Any) -> Instance:
     """Insert an instance, send it signals, run whatever can run, and look at it."""
-    target = timed_engine.insert(fsm, **options)
+    target = engine.insert(fsm, **options)
     for name in signals:
-        timed_engine.signal(target, name)
-    timed_engine.drain(**(drain or {}))
-    return timed_engine.get(target)
+        engine.signal(target, name)
+    engine.drain(**(drain or {}))
+    return engine.get(target)
 
 
 @attrs.frozen
@@ -566,7 +619,7 @@ class Unwritable:
 
 def one_step(timed_engine: Engine, **options: Any) -> None:
     """Run one due step, and leave whatever it has made due."""
-    with contextlib.suppress(durable.DurableError):
+    with contextlib.suppress(DurableError):
         timed_engine.drain(max_steps=1, **options)
 
 
@@ -588,11 +641,11 @@ def job_of(state: type | None) -> type[Job]:
 
 
 def python(*arguments: object, cwd: Path) -> str:
-    """What another interpreter prints, in the given directory, with `durable` importable."""
-    path = os.pathsep.join([str(Path(durable.__file__).parent), str(cwd)])
+    """What another interpreter prints, in the given directory."""
     command = [sys.executable, "-W", "error", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -677,69 +730,7 @@ class Everything:
     nested: list[dict[str, list[Item]]]
 
 
-# ---------------------------------------------------------------------------------------------- 1. Names
-
-BEHAVIOUR_NAMES = {"FSM", "step", "job", "Context", "Signal"}
-OUTCOME_NAMES = {"Next", "Retry", "Await", "ScheduleChildren", "Done", "Stop", "Fail", "Cancel"}
-ENGINE = {
-    "Engine",
-    "Insert",
-    "insert_into",
-    "Instance",
-    "Status",
-    "LIVE",
-    "KEEP",
-    "RateLimit",
-    "Event",
-    "Worker",
-}
-ERRORS = {
-    *("DuplicateError", "NoTargetError", "NotFoundError", "StateError", "OutcomeError", "UnknownFSMError"),
-    *("UnknownLimitError", "FailedError", "SchemaError", "SharedFileError", "EngineClosedError"),
-}
-NAMES = BEHAVIOUR_NAMES | OUTCOME_NAMES | ENGINE | ERRORS | {"DurableError"}
-
-
-def test_all_lists_exactly_the_public_names_in_order() -> None:
-    """Everything public is listed in `__all__`, and nothing else is."""
-    assert durable.__all__ == sorted(NAMES)
-
-
-def test_no_other_name_of_the_module_looks_public() -> None:
-    """What is made in the module and not listed starts with an underscore, but for the command's `main`."""
-    made = {name for name, value in vars(durable).items() if getattr(value, "__module__", "") == "durable"}
-    assert {name for name in made if not name.startswith("_")} - NAMES <= {"main"}
-
-
-@pytest.mark.parametrize("name", sorted(ERRORS))
-def test_every_error_is_a_durable_error(name: str) -> None:
-    """`DurableError` is the base of the others."""
-    assert issubclass(getattr(durable, name), durable.DurableError)
-
-
-def test_the_checkout_of_the_contract_runs_to_its_result(database: Path) -> None:
-    """A machine parks on a signal, is woken by it, and its result is what it returned."""
-
-    class Checkout(FSM, queue="checkout"):
-        @attrs.frozen
-        class State:
-            order: int
-            paid: float = 0.0
-
-        @step
-        def start(self, ctx: Ctx) -> Any:
-            return Await("payment_confirmed", then="ship", timeout=3600)
-
-        @step
-        def ship(self, ctx: Ctx) -> Any:
-            if not ctx.awaited:
-                return Stop("payment never came")
-            return Done({"order": ctx.state.order, "paid": ctx.awaited[0].payload["amount"]})
-
-    with Engine(database, queues={"default": 10, "checkout": 5}) as timed_engine:
-        timed_engine.insert(Checkout, state={"order": 42}, correlation_key="order:42")
-        timed_engine.signal("order:42", "payment_confirmed", {"amount": 100}, dedup_key="evt-7")
-        assert timed_engine.result("order:42", timeout=30) == {"order": 42, "paid": 100}
+# ---- Instants and durations ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay", [90, 90.0, timedelta(seconds=90), timedelta(minutes=1, seconds=30)], ids=str)
@@ -763,13 +754,6 @@ def test_an_instant_may_be_the_last_there_is(timed_engine: Engine) -> None:
     assert last - timed_engine.get(timed_engine.insert(Leaf, schedule_at=last)).eligible_at < timedelta(milliseconds=1)
 
 
-def test_a_naive_instant_is_refused(timed_engine: Engine) -> None:
-    """A naive `datetime` is a `ValueError`, and nothing is inserted."""
-    with pytest.raises(ValueError, match="schedule_at"):
-        timed_engine.insert(Leaf, schedule_at=datetime(2030, 1, 1))  # noqa: DTZ001 - the naive one is the point
-    assert timed_engine.find() == []
-
-
 def test_the_file_holds_instants_as_integer_milliseconds(timed_engine: Engine, clock: Clock) -> None:
     """In the file an instant is an integer, in milliseconds since the epoch."""
     timed_engine.insert(Leaf, schedule_in=0.25)
@@ -779,7 +763,7 @@ def test_the_file_holds_instants_as_integer_milliseconds(timed_engine: Engine, c
     connection.close()
 
 
-# ------------------------------------------------------------------------ 2. Behaviour: the class definition
+# ---- Classes -------------------------------------------------------------------------------------
 
 
 class Bodies:
@@ -992,13 +976,7 @@ def test_an_instance_may_have_its_own_max_attempts(timed_engine: Engine) -> None
     assert (instance.max_attempts, instance.attempt, instance.status) == (2, 1, Status.FAILED)
 
 
-def test_a_machine_has_no_max_attempts_at_insert(timed_engine: Engine) -> None:
-    """`insert(max_attempts=)` for a machine is a `TypeError`."""
-    with pytest.raises(TypeError, match="max_attempts"):
-        timed_engine.insert(Machine, max_attempts=3)
-
-
-# -------------------------------------------------------------------------------- 2. Behaviour: the registry
+# ---- The registry --------------------------------------------------------------------------------
 
 
 def test_the_default_name_is_the_module_and_the_qualified_name(timed_engine: Engine) -> None:
@@ -1115,31 +1093,20 @@ def test_nothing_is_imported_because_a_row_names_it(tmp_path: Path, database: Pa
     assert python("-c", unknowing, database, cwd=tmp_path).split("\n") == ["0 [None, None]", "False"]
 
 
-def versions() -> tuple[type[FSM], type[FSM]]:
-    """Two versions of one name."""
+def test_an_instance_ends_on_the_version_it_started_on(timed_engine: Engine) -> None:
+    """Versions of one name run side by side, each in its own class."""
 
-    class First(FSM, name="versioned"):
+    class Old(FSM, name="versioned"):
         def step(self, name: str, ctx: Ctx) -> Any:
             return Next("last") if name == "start" else Done("old")
 
-    class Second(FSM, name="versioned", version=2):
+    class New(FSM, name="versioned", version=2):
         def step(self, name: str, ctx: Ctx) -> Any:
             return Done("new")
 
-    return First, Second
-
-
-def test_an_instance_ends_on_the_version_it_started_on(timed_engine: Engine) -> None:
-    """Versions of one name run side by side, each in its own class."""
-    targets = [timed_engine.insert(fsm) for fsm in versions()]
+    targets = [timed_engine.insert(fsm) for fsm in (Old, New)]
     timed_engine.drain()
     assert [timed_engine.result(target, timeout=0) for target in targets] == ["old", "new"]
-
-
-def test_a_registered_name_means_its_highest_version(timed_engine: Engine) -> None:
-    """`insert` by name takes the class with the highest version."""
-    versions()
-    assert timed_engine.get(timed_engine.insert("versioned")).version == 2
 
 
 def test_defining_the_same_class_again_replaces_it(timed_engine: Engine) -> None:
@@ -1158,7 +1125,7 @@ def test_two_classes_cannot_claim_one_name_and_version(timed_engine: Engine) -> 
     assert finish(timed_engine, "claimed").result == finish(timed_engine, first).result == "performed"
 
 
-# ------------------------------------------------------------------------------- 2. Behaviour: function jobs
+# ---- Function jobs -------------------------------------------------------------------------------
 
 
 @durable.job
@@ -1193,12 +1160,7 @@ def test_the_parameters_are_the_schema_of_args(timed_engine: Engine, args: dict[
 
 @pytest.mark.parametrize(
     ("args", "named"),
-    [
-        ({}, "url"),
-        ({"url": 5}, "url"),
-        ({"url": "x", "bogus": 1}, "bogus"),
-        ({"url": "x", "item": {}}, "name"),
-    ],
+    [({}, "url"), ({"url": 5}, "url"), ({"url": "x", "bogus": 1}, "bogus"), ({"url": "x", "item": {}}, "name")],
 )
 def test_args_that_do_not_fit_the_parameters_are_refused(
     timed_engine: Engine, args: dict[str, Any], named: str
@@ -1253,7 +1215,7 @@ def test_a_function_job_ends_as_perform_would(timed_engine: Engine) -> None:
     assert (instance.status, instance.attempt, instance.last_error) == (Status.FAILED, 0, "enough")
 
 
-# ----------------------------------------------------------------------- 2. Behaviour: what perform comes to
+# ---- What perform comes to -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1343,7 +1305,7 @@ def test_an_outcome_of_machines_stops_a_job(stage: Stage, outcome: Any) -> None:
 
     job = Job(run)
     timed_engine = stage(job)
-    with contextlib.closing(timed_engine.connect()) as connection:
+    with closing(timed_engine.connect()) as connection:
         connection.execute("create table note (n)")
         instance = finish(timed_engine, Job)
         assert connection.execute("select count(*) from note").get == 0
@@ -1426,7 +1388,7 @@ def test_the_retry_rule_agrees_with_a_plain_model(
     assert timed_engine.get(target).attempt == attempts[-1]
 
 
-# ------------------------------------------------------------------------------------- 2. Behaviour: handle
+# ---- What handle answers -------------------------------------------------------------------------
 
 
 def test_the_default_handle_of_a_machine_stops_with_the_error(play: Play) -> None:
@@ -1499,18 +1461,6 @@ def test_a_handle_that_is_no_good_itself_stops_the_instance(play: Play, run: Any
     assert "first" not in instance.last_error
 
 
-def test_a_handle_whose_statements_fail_stops_the_instance(play: Play) -> None:
-    """A statement of `handle` that fails is that error, and nothing of its outcome is kept."""
-
-    def handler(ctx: Ctx) -> Any:
-        ctx.execute("insert into nowhere values (1)")
-        return Next("last")
-
-    instance = play(Stepped(Raising(KeyError("first")), handler=handler))
-    assert (instance.status, instance.step) == (Status.FAILED, "start")
-    assert "nowhere" in (instance.last_error or "")
-
-
 HANDLERS: dict[str, tuple[object, str, str]] = {
     "Fail": (Fail("worse"), "runnable", "worse"),
     "Fail raised": (Raising(Fail("worse")), "runnable", "worse"),
@@ -1564,7 +1514,7 @@ def test_what_a_raising_step_did_to_its_state_is_dropped(play: Play) -> None:
     assert [fsm.handled[0].state, fsm.contexts[-1].state] == [{"n": 1}, {"n": 1}]
 
 
-# ------------------------------------------------------------------------- 2. Behaviour: the object and async
+# ---- The object and async steps ------------------------------------------------------------------
 
 
 def test_self_is_one_object_for_an_engine(make_engine: MakeEngine) -> None:
@@ -1710,7 +1660,7 @@ def test_an_async_step_is_cancelled_at_shutdown(make_engine: MakeEngine) -> None
     assert make_engine(queues={}).get(target).status == Status.RUNNABLE
 
 
-# ------------------------------------------------------------------------------------ 2. Behaviour: Context
+# ---- Context -------------------------------------------------------------------------------------
 
 
 def test_the_context_tells_where_a_step_stands(stage: Stage) -> None:
@@ -1757,35 +1707,6 @@ def test_awaited_is_the_part_of_the_inbox_that_was_awaited(stage: Stage, clock: 
     assert [(type(signal.id), signal.sent_at) for signal in inbox] == [(int, clock.instant())] * 3
 
 
-def test_children_holds_all_children_of_all_rounds(play: Play) -> None:
-    """`ctx.children` has the children still in the file, from earlier rounds too."""
-    seen: list[list[str]] = []
-
-    def run(ctx: Ctx) -> Any:
-        seen.append([child.status for child in ctx.children])
-        return ScheduleChildren([Insert(Leaf)], then="join") if len(seen) < 3 else Done()
-
-    play(Machine(run, run, run))
-    assert seen == [[], ["done"], ["done", "done"]]
-
-
-def test_cancelled_is_live(stage: Stage) -> None:
-    """`ctx.cancelled` turns true while the step runs, as soon as somebody asks to cancel."""
-    fsm = Machine()
-    timed_engine = stage(fsm)
-
-    def run(ctx: Ctx) -> Any:
-        before = ctx.cancelled
-        timed_engine.cancel(ctx.id)
-        seen.append((before, ctx.cancelled))
-        return Done()
-
-    seen: list[tuple[bool, bool]] = []
-    fsm.runs = [run]
-    finish(timed_engine, Machine)
-    assert seen == [(False, True)]
-
-
 def test_the_verbs_of_the_context_are_part_of_the_steps_commit(stage: Stage) -> None:
     """`execute`, `insert` and `signal` take effect with the step's outcome, and not before."""
     before = []
@@ -1810,7 +1731,7 @@ def test_the_verbs_of_the_context_are_part_of_the_steps_commit(stage: Stage) -> 
     connection.close()
 
 
-# ------------------------------------------------------------------------------ 2. Behaviour: state schemas
+# ---- States --------------------------------------------------------------------------------------
 
 NOON = datetime(2024, 5, 6, 12, tzinfo=UTC)
 
@@ -2096,17 +2017,12 @@ class Keeper(Machine, state=Everything):
 
 
 @given(first=STATES, second=STATES)
-def test_a_state_comes_back_as_it_was_given(
-    tmp_path_factory: pytest.TempPathFactory, first: Everything, second: Everything
-) -> None:
+def test_a_state_comes_back_as_it_was_given(first: Everything, second: Everything) -> None:
     """Through an insert, an outcome, and as the JSON that `get` shows, every value is the same again."""
     fsm = Keeper(Next("last", second))
-    timed_engine = Engine(tmp_path_factory.mktemp("keep") / "durable.db", fsms=[fsm], synchronous="normal")
-    target = timed_engine.insert(Keeper, state=first)
-    timed_engine.drain()
-    timed_engine.insert(Keeper, state=timed_engine.get(target).state)
-    timed_engine.drain()
-    timed_engine.stop()
+    with temporary_engine(fsms=[fsm]) as engine:
+        shown = finish(engine, Keeper, state=first).state
+        finish(engine, Keeper, state=shown)
     assert [ctx.state for ctx in fsm.contexts] == [first, second, second]
 
 
@@ -2186,7 +2102,7 @@ def test_a_state_with_required_fields_must_be_given(timed_engine: Engine) -> Non
         timed_engine.insert(job_of(Order))
 
 
-# ------------------------------------------------------------------------------ 3. Outcomes: their validation
+# ---- Outcomes ------------------------------------------------------------------------------------
 
 OUTCOMES: list[Any] = [
     Next("ship"),
@@ -2235,12 +2151,6 @@ def test_a_bad_outcome_is_refused_when_it_is_made(kind: Any, args: list[Any], op
         kind(*args, **options)
 
 
-@pytest.mark.parametrize("make", [lambda: Retry(0), lambda: Await("a", then="b", timeout=0)], ids=["delay", "timeout"])
-def test_a_delay_or_timeout_may_be_zero(make: Callable[[], object]) -> None:
-    """0 is allowed."""
-    assert make()
-
-
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: type(outcome).__name__)
 def test_an_outcome_is_a_frozen_attrs_class(outcome: Any) -> None:
     """No attribute of an outcome can be set."""
@@ -2285,7 +2195,7 @@ def test_a_step_method_is_accepted_for_its_name(make_engine: MakeEngine) -> None
     assert timed_engine.result(target, timeout=0) == "end"
 
 
-# -------------------------------------------------------------------------- 3. Outcomes: the transition table
+# ---- The table of outcomes -----------------------------------------------------------------------
 
 KEPT: dict[str, Any] = {"rate_limit": "api", "weight": 2, "concurrency_key": "account:7"}
 CLEARED = {"rate_limit": None, "weight": 1, "concurrency_key": "account:7"}
@@ -2332,25 +2242,6 @@ def test_an_outcome_does_to_the_row_what_the_table_says(
         assert instance.eligible_at == clock.instant(due)
 
 
-def test_an_await_sets_its_deadline(stage: Stage, clock: Clock) -> None:
-    """The deadline is now and the timeout; without a timeout there is none."""
-    timed_engine = stage(Machine(Await("a", then="b", timeout=timedelta(minutes=1)), Await("a", then="b")))
-    timed, untimed = timed_engine.insert(Machine), timed_engine.insert(Machine)
-    timed_engine.drain()
-    assert [timed_engine.get(target).await_deadline for target in (timed, untimed)] == [clock.instant(60), None]
-
-
-def test_a_child_refused_as_a_duplicate_is_not_waited_for(stage: Stage) -> None:
-    """`ScheduleChildren` of which no child was inserted leaves the parent runnable."""
-    timed_engine = stage(
-        Machine(ScheduleChildren([Insert(Leaf, correlation_key="taken")], then="join"), Done("joined"))
-    )
-    timed_engine.insert(Leaf, correlation_key="taken")
-    target = timed_engine.insert(Machine)
-    timed_engine.drain(queue="default")
-    assert timed_engine.result(target, timeout=0) == "joined"
-
-
 INBOXES: dict[str, tuple[Any, list[str], list[str]]] = {
     "next": (Next("after"), [], ["other"]),
     "retry": (Retry(), ["go", "go"], ["go", "go", "other"]),
@@ -2382,44 +2273,12 @@ def test_an_outcome_does_to_the_inbox_what_the_table_says(
     assert [signal.name for signal in fsm.contexts[-1].inbox] == inbox
 
 
-@pytest.mark.parametrize("outcome", [Done(), Stop("no")], ids=repr)
-def test_a_terminal_outcome_empties_the_inbox(stage: Stage, outcome: Any) -> None:
-    """Nothing is left of the signals, awaited or not."""
-    timed_engine = stage(Machine(Await("go", then="use"), outcome))
-    target = timed_engine.insert(Machine)
-    for name in ("go", "other"):
-        timed_engine.signal(target, name)
-    timed_engine.drain()
-    connection = timed_engine.connect()
-    assert connection.execute("select count(*) from durable_signals").get == 0
-    connection.close()
-
-
-@pytest.mark.parametrize(
-    "outcome",
-    [Await("never", then="x"), ScheduleChildren([Insert(Leaf)], then="x"), Done(), Stop("no")],
-    ids=lambda outcome: type(outcome).__name__,
-)
-def test_an_outcome_that_parks_or_ends_releases_the_slot(stage: Stage, outcome: Any) -> None:
-    """Another instance with the same concurrency key runs while this one is parked or over."""
-    fsm = Machine(outcome, outcome)
-    timed_engine = stage(fsm)
-    for _ in range(2):
-        timed_engine.insert(Machine, concurrency_key="account:7")
-    timed_engine.drain(queue="default")
-    assert len(fsm.contexts) == 2
-
-
-# ------------------------------------------------------------------------------- 3. Outcomes: the last error
+# ---- The last error ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("run", "text"),
-    [
-        (Stop("over"), "over"),
-        (Stop(ValueError("boom")), "ValueError: boom"),
-        (Raising(KeyError("k")), "KeyError: 'k'"),
-    ],
+    [(Stop("over"), "over"), (Stop(ValueError("boom")), "ValueError: boom"), (Raising(KeyError("k")), "KeyError: 'k'")],
     ids=["reason", "exception as reason", "raised"],
 )
 def test_last_error_is_the_error_as_text(play: Play, run: Any, text: str) -> None:
@@ -2467,117 +2326,6 @@ def test_progress_clears_the_last_error(stage: Stage, outcome: Any, out_of: str)
     assert (timed_engine.get(target).last_error, timed_engine.get(target).traceback) == (None, None)
 
 
-# --------------------------------------------------------------- 3. Outcomes: the table against a plain model
-
-
-@attrs.define
-class Model:
-    """What the table makes of an instance, in plain Python."""
-
-    status: str = "runnable"
-    step: str = "start"
-    attempt: int = 0
-    awaits: tuple[str, ...] = ()
-    rate_limit: object = None
-    weight: int = 1
-    concurrency_key: object = "first:1"
-    last_error: str | None = None
-    inbox: list[str] = attrs.field(factory=list)  # names, in the order sent
-
-    def awaited(self) -> list[str]:
-        return [name for name in self.inbox if name in self.awaits]
-
-    def receive(self, name: str) -> None:
-        self.inbox.append(name)
-        if self.status == "awaiting_signal" and name in self.awaits:
-            self.status = "runnable"
-
-    def progress(self, then: str, awaits: tuple[str, ...] = ()) -> None:
-        if not awaits:
-            self.inbox = [name for name in self.inbox if name not in self.awaits]
-        self.step, self.attempt, self.awaits, self.last_error = then, 0, awaits, None
-        self.rate_limit, self.weight = None, 1
-
-    def apply(self, move: Any) -> None:
-        self.status = "runnable"
-        match move:
-            case Next():
-                self.progress(move.step)
-                self.rate_limit, self.weight = move.rate_limit, move.weight
-                if move.concurrency_key is not KEEP:
-                    self.concurrency_key = move.concurrency_key
-            case Retry():
-                self.attempt += move.counted
-            case Await():
-                unseen = [name for name in self.inbox if name not in self.awaits]
-                self.progress(move.then, tuple(move.names))
-                if not {*unseen} & {*move.names}:
-                    self.status = "awaiting_signal"
-            case ScheduleChildren():
-                self.progress(move.then)
-                if move.children:
-                    self.status = "awaiting_children"
-            case Done() | Stop():
-                self.status, self.awaits = ("done", ()) if isinstance(move, Done) else ("failed", ())
-                self.last_error = None if isinstance(move, Done) else "over"
-            case _:
-                self.attempt, self.last_error = self.attempt + 1, "ValueError: boom"
-
-
-COLUMNS = ("status", "step", "attempt", "rate_limit", "weight", "concurrency_key", "last_error")
-STEP_NAMES = st.sampled_from(["start", "middle", "end"])
-SIGNAL_NAMES = st.lists(st.sampled_from(["a", "b"]), max_size=2)
-PROGRESS = st.one_of(
-    st.builds(
-        Next,
-        STEP_NAMES,
-        rate_limit=st.sampled_from([None, "api"]),
-        weight=st.integers(1, 3),
-        concurrency_key=st.sampled_from([KEEP, None, "first:2", "second"]),
-    ),
-    st.builds(Retry, st.integers(0, 10), counted=st.booleans()),
-    st.builds(
-        Await,
-        st.sampled_from([("a",), ("b",), ("a", "b")]),
-        STEP_NAMES,
-        timeout=st.integers(1, 10),
-    ),
-    st.builds(ScheduleChildren, st.integers(0, 2).map(lambda count: [Insert(Leaf)] * count), STEP_NAMES),
-    st.just(Raising(ValueError("boom"))),
-)
-ENDS = st.sampled_from([Done(), Stop("over")])
-
-
-@given(moves=st.lists(st.tuples(SIGNAL_NAMES, PROGRESS), max_size=8), end=ENDS)
-def test_the_table_agrees_with_a_plain_model(
-    shared_engine: tuple[Engine, Machine, Job, Clock], moves: list[tuple[list[str], Any]], end: Any
-) -> None:
-    """Whatever a machine returns, with signals between, its row and what its steps see follow the table."""
-    timed_engine, machine, _, clock = shared_engine
-    machine.handler = Retry(1)
-    target, model = timed_engine.insert(Machine, concurrency_key="first:1"), Model()
-    for names, move in [*moves, ([], end)]:
-        for name in names:
-            timed_engine.signal(target, name)
-            model.receive(name)
-        if model.status == "awaiting_signal":
-            assert timed_engine.fire_timeouts() == 1
-        timed_engine.drain(queue="leaves")
-        assert timed_engine.get(target).status == Status.RUNNABLE
-        machine.runs, machine.contexts = [move], []
-        clock.now += 1
-        one_step(timed_engine, queue="default")
-        (ctx,) = machine.contexts
-        assert (ctx.step, ctx.attempt) == (model.step, model.attempt)
-        assert [signal.name for signal in ctx.awaited] == model.awaited()
-        assert [signal.name for signal in ctx.inbox] == model.inbox
-        model.apply(move)
-        row = timed_engine.get(target)
-        assert {name: getattr(row, name) for name in COLUMNS} == {name: getattr(model, name) for name in COLUMNS}
-        assert row.status != "awaiting_signal" or {*row.awaits} == {*model.awaits}
-    assert timed_engine.check() == []
-
-
 # ==================================================================================================
 # Engine, scheduling, signals, identity, children
 # ==================================================================================================
@@ -2618,10 +2366,9 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def spawn(tmp_path: pathlib.Path) -> Iterator[Spawn]:
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """Start scripts in processes of their own, which end with the test."""
     processes: list[subprocess.Popen[str]] = []
-    path = os.pathsep.join([str(pathlib.Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
 
     def start(source: str, *arguments: object) -> subprocess.Popen[str]:
         script = tmp_path / f"script_{len(processes)}.py"
@@ -2629,7 +2376,7 @@ def spawn(tmp_path: pathlib.Path) -> Iterator[Spawn]:
         process = subprocess.Popen(
             [sys.executable, str(script), *map(str, arguments)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -2691,7 +2438,7 @@ class Scripted(FSM):
     def __init__(self, *outcomes: object) -> None:
         self.outcomes = collections.deque(outcomes)
         self.runs: list[Ctx] = []
-        self.children: list[tuple[durable.Instance, ...]] = []
+        self.children: list[tuple[Instance, ...]] = []
 
     def step(self, name: str, ctx: Ctx) -> object:
         self.runs.append(ctx)
@@ -2736,12 +2483,6 @@ class Sums(FSM, name="test.sums"):
         return Next("start", attrs.evolve(ctx.state, count=count, total=total))
 
 
-@durable.job
-def shout(text: str, times: int = 1) -> str:
-    """Give the text in capitals; a function job."""
-    return text.upper() * times
-
-
 def scripted_engine(make_engine: MakeEngine, *outcomes: object, **options: Any) -> tuple[Engine, Scripted]:
     """Make an engine that runs `Scripted` with these outcomes."""
     machine = Scripted(*outcomes)
@@ -2752,12 +2493,6 @@ def scripted(make_engine: MakeEngine, *outcomes: object, **options: Any) -> tupl
     """Make an engine that runs `Scripted` with these outcomes, and insert one."""
     engine, machine = scripted_engine(make_engine, *outcomes, **options)
     return engine, machine, engine.insert(Scripted)
-
-
-def query(engine: Engine, statement: str) -> list[Any]:
-    """Ask the file through a connection of the application's own; the first column of each row."""
-    with contextlib.closing(engine.connect()) as connection:
-        return [row[0] for row in connection.execute(statement)]
 
 
 def together(*calls: Callable[[], object]) -> None:
@@ -2780,8 +2515,13 @@ def ended(engine: Engine, ids: Iterable[int | None]) -> bool:
     return all(id_ and engine.wait(id_, timeout=PATIENCE).status is Status.DONE for id_ in ids)
 
 
-# Options
+def ask(engine: Engine, sql: str, bindings: Any = ()) -> list[Any]:
+    """The rows of a statement that an application runs on a connection of its own."""
+    with closing(engine.connect()) as connection:
+        return list(connection.execute(sql, bindings))
 
+
+# ---- Options -------------------------------------------------------------------------------------
 
 BAD_OPTIONS: dict[str, list[object]] = {
     "name": [""],
@@ -2807,7 +2547,7 @@ def test_a_bad_option_is_a_value_error_that_names_it(make_engine: MakeEngine, op
         make_engine(**{option: value})
 
 
-# Opening
+# ---- Opening -------------------------------------------------------------------------------------
 
 
 def test_making_an_engine_on_an_old_file_keeps_what_is_in_it(make_engine: MakeEngine) -> None:
@@ -2818,16 +2558,22 @@ def test_making_an_engine_on_an_old_file_keeps_what_is_in_it(make_engine: MakeEn
     assert make_engine().get(ident).state == {"n": 1}
 
 
-def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(engine: Engine, database: pathlib.Path) -> None:
+def test_an_empty_file_is_a_new_one(make_engine: MakeEngine, database: Path) -> None:
+    """A file without durable's tables gets them."""
+    database.touch()
+    assert make_engine().check() == []
+
+
+def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(make_engine: MakeEngine, database: Path) -> None:
     """Tables are `durable_*`; nothing else in the file is touched, `user_version` among it."""
-    with contextlib.closing(apsw.Connection(str(database))) as connection:
-        connection.execute("create table account (id integer primary key); insert into account values (7)")
-        connection.execute("pragma user_version = 42")
+    with closing(apsw.Connection(str(database))) as connection:
+        connection.execute("create table own (x); insert into own values (7); pragma user_version = 12")
+    engine = make_engine()
     engine.insert(Echo)
-    assert query(engine, "select id from account") == [7]
-    assert query(engine, "pragma user_version") == [42]
-    names = set(query(engine, "select name from sqlite_schema where type = 'table'"))
-    assert all(name.startswith(("durable_", "sqlite_")) for name in names - {"account"})
+    assert ask(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
+    names = {name for (name,) in ask(engine, "select tbl_name from sqlite_schema")}
+    assert {name for name in names if not name.startswith(("durable_", "sqlite_"))} == {"own"}
+    assert engine.check() == []
 
 
 def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: MakeEngine) -> None:
@@ -2837,7 +2583,7 @@ def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: M
     assert len(set(ids)) == 4
 
 
-# Life cycle
+# ---- Life cycle ----------------------------------------------------------------------------------
 
 
 def test_an_engine_that_is_not_started_inserts_but_runs_nothing(engine: Engine) -> None:
@@ -2943,19 +2689,11 @@ def test_whoever_still_waits_when_the_engine_stops_is_told_so(
     ident = engine.insert(Echo)
     if started:
         engine.start()
-    caught: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            getattr(engine, verb)(ident, timeout=PATIENCE)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
-            caught.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    engine.stop()
-    thread.join(PATIENCE / 2)
-    assert [type(error) for error in caught] == [EngineClosedError]
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        waiter = threads.submit(getattr(engine, verb), ident, timeout=PATIENCE)
+        engine.stop()
+        with pytest.raises(EngineClosedError):
+            waiter.result(PATIENCE / 2)
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["client", "started"])
@@ -2981,6 +2719,7 @@ def test_stop_waits_for_running_steps_to_commit(make_engine: MakeEngine, gate: G
     assert gate.entered.wait(PATIENCE)
     stopper = threading.Thread(target=engine.stop)
     stopper.start()
+    eventually(lambda: engine._core.is_stopping)
     gate.leave.set()
     stopper.join(PATIENCE)
     assert make_engine().get(ident).result == "through"
@@ -3039,7 +2778,7 @@ SERVICE = """
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_blocks_until_a_signal_and_then_stops_in_order(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path, number: signal.Signals
+    make_engine: MakeEngine, spawn: Spawn, database: Path, number: signal.Signals
 ) -> None:
     """`run()` starts, blocks until SIGINT or SIGTERM, then stops: the running step commits first."""
     process = spawn(SERVICE, database)
@@ -3052,35 +2791,7 @@ def test_run_blocks_until_a_signal_and_then_stops_in_order(
     assert (instance.status, instance.result) == (Status.DONE, "late")
 
 
-FORK = """
-    import os, sys, durable
-
-    class Job(durable.FSM):
-        def perform(self, args):
-            return "ran"
-
-    with durable.Engine(sys.argv[1]) as engine:
-        engine.result(engine.insert(Job), timeout=30)
-        child = os.fork()
-        if child == 0:
-            try:
-                engine.insert(Job)
-            except durable.DurableError as error:
-                os._exit(7 if str(error) else 8)
-            os._exit(9)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        print(engine.result(engine.insert(Job), timeout=30), engine.check())
-    """
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_with_an_open_engine_gets_a_clear_error_and_harms_nothing(spawn: Spawn, database: pathlib.Path) -> None:
-    """A fork of a process with an open engine gets a clear error from it, never a damaged file."""
-    out, _ = spawn(FORK, database).communicate(timeout=PATIENCE)
-    assert out.splitlines() == ["7", "ran []"]
-
-
-# Insert
+# ---- Insert --------------------------------------------------------------------------------------
 
 
 def test_insert_writes_every_option_into_its_column(make_engine: MakeEngine, clock: Clock) -> None:
@@ -3127,29 +2838,11 @@ def test_a_state_can_be_given_as_an_object_or_as_a_dict(engine: Engine) -> None:
     assert engine.get(engine.insert(Sums, state={"wanted": 3})).state == expected
 
 
-def test_a_function_job_is_inserted_with_its_arguments(engine: Engine) -> None:
-    """`insert(fetch, args={...})` enqueues a function job; its parameters are the schema of `args`."""
-    ident = engine.insert(shout, args={"text": "hey", "times": 2})
-    engine.drain()
-    assert engine.result(ident) == "HEYHEY"
-    with pytest.raises(StateError, match="times"):
-        engine.insert(shout, args={"text": "hey", "times": "twice"})
-
-
-def test_a_registered_name_means_its_highest_version_engine(engine: Engine) -> None:
-    """`fsm` may be a registered name, which means its highest version."""
-
-    class Old(FSM, name="test.versions", version=2):
-        def perform(self, args: Any) -> object:
-            return "old"
-
-    class New(FSM, name="test.versions", version=10):
-        def perform(self, args: Any) -> object:
-            return "new"
-
-    ids = [engine.insert("test.versions"), engine.insert(Old)]
-    engine.drain()
-    assert [engine.result(ident) for ident in ids] == ["new", "old"]
+def test_a_registered_name_means_its_highest_version(engine: Engine) -> None:
+    """`fsm` may be a registered name, which means its highest version, not that defined last nor that last as text."""
+    for version in (2, 10, 9):
+        define(f"Version{version}", body=PERFORM, name="test.versions", version=version)
+    assert engine.get(engine.insert("test.versions")).version == 10
 
 
 @pytest.mark.parametrize(
@@ -3196,7 +2889,7 @@ def test_a_duplicate_names_the_occupant(engine: Engine) -> None:
     assert len(engine.find()) == 1
 
 
-# insert_all and insert_nowait
+# ---- insert_all and insert_nowait ----------------------------------------------------------------
 
 
 def test_insert_all_gives_ids_in_order_and_none_for_duplicates(engine: Engine) -> None:
@@ -3283,9 +2976,19 @@ def test_a_futures_callback_that_hangs_holds_up_no_other_future(engine: Engine, 
     """Whoever waits for a future hears of its commit, whatever the callback of another does."""
     if started:
         engine.start()
-    let_go = threading.Event()
+    hangs, let_go, here = threading.Event(), threading.Event(), threading.get_ident()
+
+    def hang(future: concurrent.futures.Future[int]) -> None:
+        if threading.get_ident() != here:  # one that is added to a future already done is called in this thread
+            hangs.set()
+            let_go.wait(PATIENCE)
+
+    def is_hanging() -> bool:
+        engine.insert_nowait(Waits).add_done_callback(hang)
+        return hangs.is_set()
+
     try:
-        engine.insert_nowait(Waits).add_done_callback(lambda _: let_go.wait(PATIENCE))
+        eventually(is_hanging)
         futures = [engine.insert_nowait(Waits) for _ in range(20)]
         assert all(future.result(BEFORE_A_HEARTBEAT) for future in futures)
         assert engine.insert(Waits)
@@ -3309,6 +3012,9 @@ def test_a_futures_callback_added_when_it_is_done_is_called_at_once(engine: Engi
     seen: list[tuple[int, int]] = []
     future.add_done_callback(lambda done: seen.append((done.result(), threading.get_ident())))
     assert seen == [(ident, threading.get_ident())]
+
+
+# ---- What takes long, or cannot be had -----------------------------------------------------------
 
 
 def test_a_constructor_that_takes_long_holds_up_only_its_own_class(make_engine: MakeEngine) -> None:
@@ -3389,49 +3095,51 @@ def test_a_call_posted_while_the_thread_of_callbacks_is_about_to_end_is_made() -
     hub.stop()
 
 
-def test_a_log_handler_that_takes_long_holds_up_no_work(make_engine: MakeEngine) -> None:
-    """Log handlers are the user's code: they run beside the beats and the steps."""
-    let_go, began = threading.Event(), threading.Event()
+@contextmanager
+def log_handler(emit: Callable[[logging.LogRecord], object], level: int = logging.WARNING) -> Iterator[None]:
+    """Hand the engine's log records to a function, as a user's handler would."""
 
-    class Slow(logging.Handler):
+    class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno == logging.ERROR:
-                began.set()
-                let_go.wait(PATIENCE)
+            emit(record)
 
-    handler = Slow()
-    logging.getLogger("durable").addHandler(handler)
+    handler, logger = Handler(), logging.getLogger("durable")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
     try:
-        engine = make_engine(queues={"default": 1})
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def test_a_log_handler_that_takes_long_holds_up_no_work(make_engine: MakeEngine, gate: Gate) -> None:
+    """Log handlers are the user's code: they run beside the beats and the steps."""
+    engine = make_engine(queues={"default": 1})
+    with log_handler(lambda record: gate.hold() if record.levelno == logging.ERROR else None):
         engine.start()
         engine.insert(Fails, max_attempts=1)
-        assert began.wait(PATIENCE)
+        assert gate.entered.wait(PATIENCE)
         assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
-    finally:
-        let_go.set()
-        logging.getLogger("durable").removeHandler(handler)
+        gate.leave.set()
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["drained", "started"])
 def test_a_log_handler_may_use_the_engine(make_engine: MakeEngine, started: bool) -> None:
     """What a beat has to say is logged when it is over: a handler that inserts does not wait for itself."""
-    engine, logger = make_engine(), logging.getLogger("durable")
+    engine = make_engine()
     inserted: list[int] = []
 
     class Repeats(FSM):
-        def perform(self, args: Any, ctx: Context[Any]) -> None:
+        def perform(self, args: Any, ctx: Ctx) -> None:
             ctx.signal("nobody", "hello")
 
-    class Inserts(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "dropped" in record.getMessage():
-                inserted.append(engine.insert(Echo, schedule_in=3600))
+    def insert(record: logging.LogRecord) -> None:
+        if "dropped" in record.getMessage():
+            inserted.append(engine.insert(Echo, schedule_in=3600))
 
-    handler = Inserts()
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
+    with log_handler(insert, logging.INFO):
         ident = engine.insert(Repeats)
         if started:
             engine.start()
@@ -3439,9 +3147,6 @@ def test_a_log_handler_may_use_the_engine(make_engine: MakeEngine, started: bool
         else:
             engine.drain(with_scheduled=False)
         eventually(lambda: inserted)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def take_threads_away(patch: pytest.MonkeyPatch) -> None:
@@ -3485,20 +3190,17 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
         async def step(self, name: str, ctx: Ctx) -> Outcome:
             return Done("ran")
 
-    class Uses(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno == logging.ERROR:
-                used.append(engine.insert(Waits, queue="elsewhere"))
+    def use(record: logging.LogRecord) -> None:
+        if record.levelno == logging.ERROR:
+            used.append(engine.insert(Waits, queue="elsewhere"))
 
     used: list[int] = []
-    handler = Uses()
     engine = make_engine(queues={} if missing == "hub" else {"default": 1}, fsms=[Either()])
     if missing != "hub":
         engine.start()
     if missing == "loop":
         engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE)
-    logging.getLogger("durable").addHandler(handler)
-    try:
+    with log_handler(use):
         with monkeypatch.context() as patch:
             take_threads_away(patch)
             if missing == "hub":
@@ -3507,8 +3209,6 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
             eventually(lambda: used)
         if missing != "hub":
             assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
-    finally:
-        logging.getLogger("durable").removeHandler(handler)
 
 
 def test_an_async_step_waits_for_the_files_of_its_event_loop(
@@ -3534,6 +3234,26 @@ def test_an_async_step_waits_for_the_files_of_its_event_loop(
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
 
 
+class Moody(FSM):
+    """A job that is quick, or stays until it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def perform(self, args: Any) -> None:
+        if args["blocks"]:
+            self.let_go.wait(PATIENCE)
+
+
+def moody_engine(make_engine: MakeEngine, moody: Moody, **options: Any) -> Engine:
+    """A running engine that is helped by no look at other processes."""
+    engine = make_engine(fsms=[moody], poll_interval=NEVER_POLL, **options)
+    engine._core.peers.DEAD_LOOK_S = 3600.0
+    engine.start()
+    engine._core._pools["default"].QUICK_S = 0.01  # also where the machine is busy
+    return engine
+
+
 @pytest.mark.parametrize(
     ("width", "prefetch", "blocks"),
     [(2, 0, (False, True)), (2, 0, (True, False)), (4, 0, (True, False, False)), (1, 1, (False, True))],
@@ -3542,42 +3262,27 @@ def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
     make_engine: MakeEngine, width: int, prefetch: int, blocks: tuple[bool, ...]
 ) -> None:
     """Quick steps are run by one thread; a step that is none is noticed, and what it kept waiting goes on."""
-    let_go = threading.Event()
+    engine = moody_engine(make_engine, moody := Moody(), queues={"default": width}, prefetch=prefetch)
 
-    class Moody(FSM):
-        def perform(self, args: Any) -> None:
-            if args["blocks"]:
-                let_go.wait(PATIENCE)
+    def is_quick() -> bool:
+        engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
+        return engine._core._pools["default"]._is_quick
 
-    engine = make_engine(queues={"default": width}, prefetch=prefetch, poll_interval=NEVER_POLL)
-    engine._core.peers.DEAD_LOOK_S = 3600.0
-    engine.start()
     for _ in range(3):
-        for _ in range(20):
-            engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
-        assert engine._core._pools["default"]._is_quick
+        eventually(is_quick)
         ids = engine.insert_all([Insert(Moody, args={"blocks": one}) for one in blocks])
         for ident, is_blocked in zip(ids, blocks, strict=True):
             if not is_blocked:
                 engine.result(cast(int, ident), timeout=BEFORE_A_HEARTBEAT)
-        let_go.set()
+        moody.let_go.set()
         for ident in ids:
             engine.result(cast(int, ident), timeout=BEFORE_A_HEARTBEAT)
-        let_go.clear()
+        moody.let_go.clear()
 
 
 def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_engine: MakeEngine) -> None:
     """Until then its steps are reported one by one, from then on they are watched: none falls in between."""
-    let_go = threading.Event()
-
-    class Moody(FSM):
-        def perform(self, args: Any) -> None:
-            if args["blocks"]:
-                let_go.wait(PATIENCE)
-
-    engine = make_engine(queues={"default": 1}, prefetch=1, poll_interval=NEVER_POLL)
-    engine._core.peers.DEAD_LOOK_S = 3600.0
-    engine.start()
+    engine = moody_engine(make_engine, moody := Moody(), queues={"default": 1}, prefetch=1)
     engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
     pool = engine._core._pools["default"]
     pool.QUICK_S = 1.0  # also where the machine is busy
@@ -3586,7 +3291,7 @@ def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_en
     try:
         engine.result(cast(int, quick), timeout=BEFORE_A_HEARTBEAT)
     finally:
-        let_go.set()
+        moody.let_go.set()
     engine.result(cast(int, blocked), timeout=BEFORE_A_HEARTBEAT)
 
 
@@ -3610,7 +3315,7 @@ def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(ma
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "seen"
 
 
-# Looking
+# ---- Looking -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [0, -1, 99, 2**63, -(2**70), "nobody"])
@@ -3623,12 +3328,6 @@ def test_nobody_has_an_id_or_a_key_that_was_not_given(engine: Engine, target: in
     if isinstance(target, int):
         assert engine.find(parent_id=target) == []
         assert len(engine.find(before=target)) == (1 if target > 1 else 0)
-
-
-def test_an_instant_at_the_end_of_time_can_be_read_again(engine: Engine) -> None:
-    """Instants are aware datetimes, up to the last one that there is."""
-    last = datetime(9999, 12, 31, 23, 59, 59, 999_999, UTC)
-    assert engine.get(engine.insert(Echo, schedule_at=last)).eligible_at.year == 9999
 
 
 def test_get_by_key_is_the_occupant_else_the_newest_that_carries_it(engine: Engine) -> None:
@@ -3688,7 +3387,7 @@ def test_counts_are_by_queue_and_status(engine: Engine) -> None:
     }
 
 
-# Waiting
+# ---- Waiting -------------------------------------------------------------------------------------
 
 
 def test_wait_returns_what_stands_at_the_timeout(engine: Engine) -> None:
@@ -3748,7 +3447,7 @@ def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
     assert answers == {n: {"n": n} for n in range(40)}
 
 
-# Cancel
+# ---- Cancel --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", ["runnable", "scheduled", "retrying", "awaiting_signal", "awaiting_children"])
@@ -3846,7 +3545,7 @@ def test_cancel_of_a_claimed_but_unstarted_instance_keeps_it_from_running(make_e
     assert holds.runs == 1
 
 
-# Retry
+# ---- Retry ---------------------------------------------------------------------------------------
 
 
 def test_retry_runs_a_failed_instance_again_from_its_current_step(make_engine: MakeEngine) -> None:
@@ -3871,11 +3570,7 @@ def test_retry_refuses_what_has_not_failed(engine: Engine) -> None:
     for ident in ids:
         with pytest.raises(DurableError):
             engine.retry(ident)
-    assert [engine.get(ident).status for ident in ids] == [
-        Status.DONE,
-        Status.AWAITING_SIGNAL,
-        Status.RUNNABLE,
-    ]
+    assert [engine.get(ident).status for ident in ids] == [Status.DONE, Status.AWAITING_SIGNAL, Status.RUNNABLE]
 
 
 def test_retry_is_refused_where_the_key_is_taken_by_now(engine: Engine) -> None:
@@ -3899,7 +3594,7 @@ def test_retry_takes_its_key_again(engine: Engine) -> None:
     assert caught.value.id == ident
 
 
-# Drain
+# ---- Drain ---------------------------------------------------------------------------------------
 
 
 def test_drain_counts_what_it_ran(make_engine: MakeEngine) -> None:
@@ -3951,16 +3646,6 @@ def test_drain_does_not_fire_deadlines_before_the_clock_does(make_engine: MakeEn
     assert engine.result(ident) == []
 
 
-def test_drain_waits_for_a_bucket_by_the_clock(make_engine: MakeEngine, clock: Clock) -> None:
-    """Work that waits for a bucket waits for the clock."""
-    engine = make_engine(clock=clock, rate_limits={"api": RateLimit(1, per=60)})
-    engine.insert_all([Insert(Echo, rate_limit="api")] * 2)
-    assert engine.drain()["done"] == 1
-    assert engine.drain()["done"] == 0
-    clock.advance(60)
-    assert engine.drain()["done"] == 1
-
-
 def test_drain_runs_all_queues_but_paused_ones_or_the_one_named(make_engine: MakeEngine) -> None:
     """In all queues, whatever the engine runs, but paused ones; `queue=` names one."""
     engine = make_engine(queues={"a": 1})
@@ -4007,7 +3692,7 @@ def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, ga
     assert engine.result(ident) == "ran"
 
 
-# Operations
+# ---- Operations ----------------------------------------------------------------------------------
 
 
 def test_fire_timeouts_fires_every_armed_deadline_and_counts(make_engine: MakeEngine, clock: Clock) -> None:
@@ -4019,40 +3704,6 @@ def test_fire_timeouts_fires_every_armed_deadline_and_counts(make_engine: MakeEn
     assert engine.fire_timeouts() == 0
     assert engine.drain()["done"] == 2
     assert [engine.get(ident).result for ident in ids] == [[], [], None]
-
-
-def test_subscribe_hands_over_the_events_asked_for_until_unsubscribed(engine: Engine) -> None:
-    """`subscribe` hands the events named to the callback, and returns a function that unsubscribes."""
-    events: list[durable.Event] = []
-    unsubscribe = engine.subscribe(events.append, "step.stop")
-    ident = engine.insert(Echo)
-    engine.drain()
-    assert [event.name for event in events] == ["step.stop"]
-    assert events[0].metadata["id"] == ident
-    assert events[0].measurements["duration"] >= 0
-    unsubscribe()
-    engine.insert(Echo)
-    engine.drain()
-    assert len(events) == 1
-    with pytest.raises(ValueError, match=r"step\.start"):
-        engine.subscribe(events.append, "step.start")
-
-
-def test_gc_deletes_ended_rows_older_than_the_retention(make_engine: MakeEngine, clock: Clock) -> None:
-    """One sweep now: terminal rows older than `retention`; the count of rows deleted. Live rows stay."""
-    engine = make_engine(clock=clock, retention=3600)
-    old = [engine.insert(Echo), engine.insert(Fails)]
-    live = engine.insert(Waits)
-    engine.drain()
-    clock.advance(3000)
-    young = engine.insert(Echo)
-    engine.drain()
-    assert engine.gc() == 0
-    clock.advance(601)
-    assert engine.gc() == 2
-    assert [row.id for row in engine.find()] == [young, live]
-    with pytest.raises(NotFoundError):
-        engine.get(old[0])
 
 
 def test_gc_keeps_a_finished_child_for_its_parents_join(make_engine: MakeEngine, clock: Clock) -> None:
@@ -4067,6 +3718,7 @@ def test_gc_keeps_a_finished_child_for_its_parents_join(make_engine: MakeEngine,
     assert [len(children) for children in machine.children] == [0, 2, 2]
     clock.advance(3600)
     assert engine.gc() == 3
+    assert engine.check() == []
 
 
 def test_a_paused_queue_is_claimed_by_no_engine(make_engine: MakeEngine) -> None:
@@ -4109,27 +3761,14 @@ def test_check_puts_a_broken_invariant_into_words(make_engine: MakeEngine) -> No
     engine, _, ident = scripted(make_engine, ScheduleChildren([Insert(Echo, schedule_in=60)], "join"))
     engine.drain(with_scheduled=False)
     assert engine.check() == []
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("delete from durable_instances where parent_id = ?", (ident,))
     problems = engine.check()
     assert problems
     assert str(ident) in problems[0]
 
 
-def test_connect_gives_a_connection_for_the_applications_own_use(engine: Engine) -> None:
-    """A new `apsw.Connection` to the file, which sees what steps wrote with `ctx.execute`."""
-    query(engine, "create table ran (id integer)")
-    ident = engine.insert(Ticks)
-    engine.drain()
-    connection = engine.connect()
-    assert isinstance(connection, apsw.Connection)
-    connection.close()
-    assert query(engine, "select id from ran") == [ident]
-
-
-def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(
-    make_engine: MakeEngine, gate: Gate, tmp_path: pathlib.Path
-) -> None:
+def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(make_engine: MakeEngine, gate: Gate, tmp_path: Path) -> None:
     """A consistent copy while workers run, with every queue paused: opening it repeats no side effect."""
     with make_engine(fsms=[Holds(gate)], queues={"default": 1, "mail": 1}) as engine:
         done = engine.insert(Echo, queue="mail")
@@ -4148,18 +3787,7 @@ def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(
     assert copy.drain()["done"] == 2
 
 
-# Order and timers
-
-
-@contextlib.contextmanager
-def temporary_engine(**options: Any) -> Iterator[Engine]:
-    """An engine for an example of a property, which shares nothing with the one before."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        engine = Engine(pathlib.Path(directory) / "durable.db", synchronous="normal", **options)
-        try:
-            yield engine
-        finally:
-            engine.stop()
+# ---- Order and timers ----------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=25)
@@ -4237,41 +3865,17 @@ def test_what_the_same_process_does_is_seen_without_a_poll(make_engine: MakeEngi
     assert len(machine.runs) == 51
 
 
-@pytest.mark.parametrize("blocked", ["future", "key", "bucket", "paused"])
-def test_a_backlog_that_cannot_run_does_not_hold_up_what_can(make_engine: MakeEngine, gate: Gate, blocked: str) -> None:
-    """A backlog that cannot run now costs the rest nothing, however urgent it is."""
-    options: dict[str, dict[str, Any]] = {
-        "future": {"schedule_in": 3600},
-        "key": {"concurrency_key": "account:7"},
-        "bucket": {"rate_limit": "api"},
-        "paused": {"queue": "mail"},
-    }
-    engine = make_engine(
-        fsms=[Holds(gate)], queues={"default": 2, "mail": 1}, rate_limits={"api": RateLimit(1, per=3600)}
-    )
-    engine.pause("mail")
-    if blocked == "key":
-        engine.insert(Holds, concurrency_key="account:7", priority=-9)
-    if blocked == "bucket":
-        engine.insert(Echo, rate_limit="api", priority=-9)
-    engine.insert_all([Insert(Echo, priority=-5, **options[blocked])] * 5_000)
-    ids = engine.insert_all([Insert(Echo)] * 20)
-    engine.start()
-    assert ended(engine, ids)
-    assert sum(counts["runnable"] for counts in engine.counts().values() if "runnable" in counts) == 5_000
-
-
-# Several engines on one file
+# ---- Several engines on one file -----------------------------------------------------------------
 
 
 def test_two_engines_in_one_process_share_the_work_and_run_nothing_twice(make_engine: MakeEngine) -> None:
     """Two claims never give one instance to two workers."""
     client = make_engine(queues={})
-    query(client, "create table ran (id integer)")
+    ask(client, "create table ran (id integer)")
     with make_engine(name="a"), make_engine(name="b"):
         ids = client.insert_all([Insert(Ticks)] * 600)
         assert ended(client, ids)
-    assert query(client, "select id from ran order by id") == ids
+    assert ask(client, "select id from ran order by id") == [(ident,) for ident in ids]
 
 
 WORKER_ENGINE = """
@@ -4285,9 +3889,6 @@ WORKER_ENGINE = """
         def perform(self, args):
             return "known here"
 
-    class Late(Stranger, name="test.late"):
-        pass
-
     engine = durable.Engine(sys.argv[1], queues={"default": 4})
     if sys.argv[2] == "insert":
         print(engine.insert(sys.argv[3]), flush=True)
@@ -4300,11 +3901,11 @@ WORKER_ENGINE = """
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the workers are stopped by SIGTERM")
 def test_two_processes_share_the_work_and_run_nothing_twice(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+    make_engine: MakeEngine, spawn: Spawn, database: Path
 ) -> None:
     """An insert from another process is seen within `poll_interval`; no instance is given to two workers."""
     client = make_engine(queues={})
-    query(client, "create table ran (id integer)")
+    ask(client, "create table ran (id integer)")
     processes = [spawn(WORKER_ENGINE, database, "run") for _ in range(2)]
     for process in processes:
         assert process.stdout
@@ -4314,13 +3915,11 @@ def test_two_processes_share_the_work_and_run_nothing_twice(
     for process in processes:
         process.terminate()
         assert process.wait(PATIENCE) == 0
-    assert query(client, "select id from ran order by id") == ids
+    assert ask(client, "select id from ran order by id") == [(ident,) for ident in ids]
     assert client.check() == []
 
 
-def test_work_of_an_unknown_class_waits_and_is_reported_once(
-    engine: Engine, spawn: Spawn, database: pathlib.Path
-) -> None:
+def test_work_of_an_unknown_class_waits_and_is_reported_once(engine: Engine, spawn: Spawn, database: Path) -> None:
     """The row waits, reported once as `fsm.unknown`, for a process that knows its class, and is run there."""
     out, _ = spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
     names: list[str] = []
@@ -4342,24 +3941,8 @@ def test_work_of_an_unknown_class_waits_and_is_reported_once(
         assert engine.result(int(out), timeout=PATIENCE) == "known here"
 
 
-def test_a_class_is_known_from_when_it_is_defined(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
-) -> None:
-    """The row waits for a process that knows its class, which may learn it while its engine runs."""
-    out, _ = spawn(WORKER_ENGINE, database, "insert", "test.late").communicate(timeout=PATIENCE)
-    with make_engine() as engine:
-        engine.result(engine.insert(Echo), timeout=PATIENCE)
-
-        class Late(FSM, name="test.late"):
-            def perform(self, args: Any) -> object:
-                return "known by now"
-
-        engine.insert(Late)
-        assert engine.result(int(out), timeout=PATIENCE) == "known by now"
-
-
 def test_a_row_of_an_unknown_class_makes_no_object_of_the_others(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path, caplog: pytest.LogCaptureFixture
+    make_engine: MakeEngine, spawn: Spawn, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An object is made of a class to run its instances; what has none is not touched, nor complained of."""
     spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
@@ -4379,7 +3962,7 @@ def test_a_row_of_an_unknown_class_makes_no_object_of_the_others(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, database: pathlib.Path) -> None:
+def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, database: Path) -> None:
     """Nothing is ever executed because a row names it; what is known behind it runs."""
     out, _ = spawn(WORKER_ENGINE, database, "insert", "test.stranger").communicate(timeout=PATIENCE)
     engine.insert(Echo)
@@ -4387,20 +3970,20 @@ def test_a_drain_leaves_unknown_classes_alone(engine: Engine, spawn: Spawn, data
     assert engine.get(int(out)).status is Status.RUNNABLE
 
 
-# An idle engine
+# ---- An idle engine ------------------------------------------------------------------------------
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 
 
 @on_linux
-def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: pathlib.Path) -> None:
+def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: Path) -> None:
     """While a file is written to again and again, nobody pays for hearing of it each time."""
     log = tmp_path / "log"
     log.write_bytes(b"")
     heard: queues.Queue[None] = queues.Queue()
     watch = durable._LogWatch.open(str(log), lambda: heard.put(None))
     assert watch is not None
-    with contextlib.closing(watch):
+    with closing(watch):
         log.write_bytes(b"1")
         assert watch.start()
         for _ in range(2):
@@ -4414,7 +3997,7 @@ def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: pathlib
 
 
 @on_linux
-def test_a_watch_that_hears_nothing_is_not_relied_on(tmp_path: pathlib.Path) -> None:
+def test_a_watch_that_hears_nothing_is_not_relied_on(tmp_path: Path) -> None:
     """Some file systems tell of no writes: an engine's own first commit shows it, and then the engine looks."""
     log = tmp_path / "log"
     log.write_bytes(b"")
@@ -4437,10 +4020,8 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
 
     for n in range(2):
         eventually(rests)
-        with contextlib.closing(engine.connect()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with closing(engine.connect()) as connection, connection:
             ident = durable.insert_into(connection, Echo, args={"n": n})
-            connection.execute("COMMIT")
         assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": n}
         assert not rests()
 
@@ -4456,14 +4037,12 @@ def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: p
     engine = make_engine(poll_interval=0.01)
     engine.start()
     assert engine._core.peers._watch is None
-    with contextlib.closing(engine.connect()) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+    with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
-        connection.execute("COMMIT")
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
 
 
-# Correlation keys
+# ---- Correlation keys ----------------------------------------------------------------------------
 
 
 def test_a_key_is_free_again_when_its_occupant_has_ended(engine: Engine) -> None:
@@ -4523,7 +4102,7 @@ def test_an_empty_scope_stands_beside_an_occupant_and_gets_no_signal_by_key(engi
     assert {engine.get(ident).status for ident in beside} == {Status.AWAITING_SIGNAL}
 
 
-# Signals
+# ---- Signals -------------------------------------------------------------------------------------
 
 
 def test_a_signal_wakes_by_id_or_by_key_and_brings_its_payload(engine: Engine) -> None:
@@ -4652,7 +4231,7 @@ SENDER = """
 
 
 def test_two_processes_that_send_the_same_signals_deliver_each_once(
-    make_engine: MakeEngine, spawn: Spawn, database: pathlib.Path
+    make_engine: MakeEngine, spawn: Spawn, database: Path
 ) -> None:
     """Signals are rows in a durable inbox, wherever they are sent; redelivery is a no-op there too."""
     with make_engine() as engine:
@@ -4664,7 +4243,7 @@ def test_two_processes_that_send_the_same_signals_deliver_each_once(
         assert engine.result(ident, timeout=PATIENCE) == {"count": 450, "total": sum(range(450))}
 
 
-# Consumption
+# ---- Consumption ---------------------------------------------------------------------------------
 
 
 def test_next_deletes_exactly_the_awaited_signals_it_was_shown(make_engine: MakeEngine) -> None:
@@ -4680,26 +4259,6 @@ def test_next_deletes_exactly_the_awaited_signals_it_was_shown(make_engine: Make
     engine.drain()
     assert machine.awaited() == [[], ["shown"], [], ["kept"]]
     assert machine.inboxes()[1:] == [["kept", "shown"], ["kept", "meanwhile"], ["kept", "meanwhile"]]
-
-
-def test_schedule_children_deletes_the_awaited_signals_it_was_shown(make_engine: MakeEngine) -> None:
-    """`ScheduleChildren` deletes `ctx.awaited`, and clears what is awaited."""
-    children = ScheduleChildren([Insert(Echo)], "join")
-    engine, machine, ident = scripted(make_engine, Await("go", "b"), children)
-    engine.signal(ident, "other", "kept")
-    engine.signal(ident, "go", "shown")
-    engine.drain()
-    assert (machine.awaited()[-1], machine.inboxes()[-1]) == ([], ["kept"])
-
-
-@pytest.mark.parametrize("counted", [True, False])
-def test_a_retry_is_shown_the_same_signals_again(make_engine: MakeEngine, counted: bool) -> None:
-    """`Retry` deletes nothing and keeps what is awaited."""
-    engine, machine, ident = scripted(make_engine, Await("go", "b"), Retry(5, counted=counted))
-    engine.signal(ident, "go", 1)
-    engine.drain()
-    assert machine.awaited() == [[], [1], [1]]
-    assert [ctx.attempt for ctx in machine.runs] == [0, 0, 1 if counted else 0]
 
 
 def test_a_set_is_collected_by_awaiting_again_with_one_wake_for_each_signal(make_engine: MakeEngine) -> None:
@@ -4747,9 +4306,7 @@ def test_a_new_await_for_another_name_is_woken_by_an_older_signal(make_engine: M
     assert engine.get(ident).status is Status.AWAITING_SIGNAL
 
 
-def test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_ago(
-    make_engine: MakeEngine,
-) -> None:
+def test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_ago(make_engine: MakeEngine) -> None:
     """Only what the very step was shown is exempt, not what an earlier one was."""
     engine, machine, ident = scripted(make_engine, Await("a", "x"), Await("b", "y"), Await("a", "z"))
     engine.signal(ident, "a", 1)
@@ -4760,21 +4317,20 @@ def test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_
 
 
 @pytest.mark.parametrize("outcome", [Stop("no"), Done()])
-def test_a_terminal_outcome_empties_the_inbox_engine(make_engine: MakeEngine, outcome: object) -> None:
-    """A terminal outcome empties the inbox: nothing of it is left in the file, or for a retry."""
+def test_a_terminal_outcome_empties_the_inbox(make_engine: MakeEngine, outcome: object) -> None:
+    """A terminal outcome empties the inbox: nothing of it, awaited or not, is left in the file, or for a retry."""
     engine, machine, ident = scripted(make_engine, Await("go", "end"), outcome)
     engine.signal(ident, "other")
     engine.signal(ident, "go")
     engine.drain()
-    with contextlib.closing(engine.connect()) as connection:
-        assert connection.execute("select count(*) from durable_signals where consumed = 0").fetchall() == [(0,)]
+    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
     if engine.get(ident).status is Status.FAILED:
         engine.retry(ident)
         engine.drain()
         assert machine.runs[-1].inbox == machine.runs[-1].awaited == ()
 
 
-# Deadlines
+# ---- Deadlines -----------------------------------------------------------------------------------
 
 
 def test_a_deadline_wakes_with_nothing_and_leaves_the_attempt(make_engine: MakeEngine, clock: Clock) -> None:
@@ -4828,7 +4384,7 @@ def test_a_deadline_wakes_a_collecting_set_with_what_has_arrived(make_engine: Ma
     assert machine.awaited() == [[], [1], [1]]
 
 
-# Children
+# ---- Children ------------------------------------------------------------------------------------
 
 
 class Tree(FSM):
@@ -4873,13 +4429,6 @@ def test_children_are_inserted_all_or_none(make_engine: MakeEngine) -> None:
     assert engine.find(parent_id=ident) == []
 
 
-def test_a_child_knows_its_parent(make_engine: MakeEngine) -> None:
-    """`ctx.parent_id`; an instance inserted by itself has none."""
-    engine, machine, ident = scripted(make_engine, ScheduleChildren([Insert(Scripted)], "join"))
-    engine.drain()
-    assert [ctx.parent_id for ctx in machine.runs] == [None, ident, None]
-
-
 @pytest.mark.parametrize("kind", ["none", "duplicates", "one is"])
 def test_refused_duplicates_are_not_counted_and_none_at_all_is_no_wait(make_engine: MakeEngine, kind: str) -> None:
     """A child refused as a duplicate is not counted; runnable at once if no child was inserted."""
@@ -4917,9 +4466,7 @@ def test_a_later_round_shows_the_children_of_earlier_ones_too(make_engine: MakeE
     ]
 
 
-def test_cancelling_a_parent_leaves_its_children_and_a_cancelled_child_wakes_it(
-    make_engine: MakeEngine,
-) -> None:
+def test_cancelling_a_parent_leaves_its_children_and_a_cancelled_child_wakes_it(make_engine: MakeEngine) -> None:
     """Nothing cascades; a cancelled child has ended."""
     child = Insert(Echo, schedule_in=60)
     engine, _ = scripted_engine(make_engine, ScheduleChildren([child], "a"), ScheduleChildren([child], "b"))
@@ -4966,45 +4513,7 @@ def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: in
     assert len(machine.runs) == 2
 
 
-# The example
-
-
-EXAMPLE = """\
-import attrs, durable
-from durable import Await, Done, Engine, FSM, step
-
-class Checkout(FSM, queue="checkout"):
-    @attrs.frozen
-    class State:                                  # adopted by convention
-        order: int
-        paid: float = 0.0
-
-    @step
-    def start(self, ctx):
-        return Await("payment_confirmed", then="ship", timeout=3600)
-
-    @step
-    def ship(self, ctx):
-        if not ctx.awaited:
-            return durable.Stop("payment never came")
-        return Done({"order": ctx.state.order, "paid": ctx.awaited[0].payload["amount"]})
-
-with Engine("shop.db", queues={"default": 10, "checkout": 5}) as engine:
-    engine.insert(Checkout, state={"order": 42}, correlation_key="order:42")
-    engine.signal("order:42", "payment_confirmed", {"amount": 100}, dedup_key="evt-7")
-    print(engine.result("order:42", timeout=5))   # {'order': 42, 'paid': 100}
-"""
-
-
-def test_the_example_does_what_it_says(spawn: Spawn) -> None:
-    """The program on the first page, as printed, prints what its comment says."""
-    process = spawn(EXAMPLE)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert (out, process.returncode) == ("{'order': 42, 'paid': 100}\n", 0)
-
-
-# A model of inbox and park
-
+# ---- A model of inbox and park -------------------------------------------------------------------
 
 Plan = tuple[Any, ...]
 
@@ -5107,14 +4616,14 @@ class Box:
             tally.update(["steps", self.run(now)])
 
 
-NAMES_ENGINE = st.sampled_from("abc")
+LETTERS = st.sampled_from("abc")
 PLANS = st.one_of(
     st.just(("next",)),
     st.just(("children",)),
     st.tuples(st.just("retry"), st.sampled_from([0, 5]), st.booleans()),
     st.tuples(
         st.just("await"),
-        st.lists(NAMES_ENGINE, min_size=1, max_size=3, unique=True).map(tuple),
+        st.lists(LETTERS, min_size=1, max_size=3, unique=True).map(tuple),
         st.sampled_from([None, 0, 10]),
     ),
     st.sampled_from([("done",), ("stop",)]),
@@ -5150,7 +4659,7 @@ class InboxAndPark(RuleBasedStateMachine):
         self.mailbox.plans[ident].extend(plans)
         box.plans.extend(plans)
 
-    @rule(index=st.integers(0, 2), name=NAMES_ENGINE, dedup=st.none() | st.integers(0, 2))
+    @rule(index=st.integers(0, 2), name=LETTERS, dedup=st.none() | st.integers(0, 2))
     def signal(self, index: int, name: str, dedup: int | None) -> None:
         ident, box = self.pick(index)
         dedup_key = None if dedup is None else f"{name}-{box.life}-{dedup}"
@@ -5239,7 +4748,7 @@ class Desk:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._closed or who in self._orders, PATIENCE)
             self.inside.discard(who)
-            order = self._orders.pop(who, durable.Done())
+            order = self._orders.pop(who, Done())
         if isinstance(order, BaseException):
             raise order
         return order
@@ -5253,7 +4762,7 @@ class Desk:
     def send_off(self, who: int, order: Any = None) -> None:
         """Lets somebody go, by default with `Done()`."""
         with self._changed:
-            self._orders[who] = durable.Done() if order is None else order
+            self._orders[who] = Done() if order is None else order
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -5271,21 +4780,7 @@ def desk(make_engine: MakeEngine) -> Iterator[Desk]:
     desk.close()
 
 
-def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
-    """Waits until the condition holds."""
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.003)
-
-
-def query_fault(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
-    """The rows of a statement that an application runs on a connection of its own."""
-    with contextlib.closing(engine.connect()) as connection:
-        return list(connection.execute(sql, bindings))
-
-
-def insert_many(engine: durable.Engine, inserts: Iterable[durable.Insert]) -> list[int]:
+def insert_many(engine: Engine, inserts: Iterable[Insert]) -> list[int]:
     """The ids of instances of which none is a duplicate."""
     return [who for who in engine.insert_all(list(inserts)) if who is not None]
 
@@ -5293,7 +4788,7 @@ def insert_many(engine: durable.Engine, inserts: Iterable[durable.Insert]) -> li
 class Heard:
     """The events of an engine, which a test can wait for."""
 
-    def __init__(self, engine: durable.Engine, *names: str) -> None:
+    def __init__(self, engine: Engine, *names: str) -> None:
         self.events: list[durable.Event] = []
         engine.subscribe(self.events.append, *names)
 
@@ -5301,20 +4796,6 @@ class Heard:
         """The events, once there are so many."""
         eventually(lambda: len(self.events) >= count)
         return self.events
-
-
-def run_program(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python program in a process of its own."""
-    path = folder / "program.py"
-    path.write_text(source, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, *arguments, str(path), str(folder / "durable.db")],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(durable.__file__).parent)},
-    )
 
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
@@ -5329,35 +4810,42 @@ PLAIN = hypothesis.settings(
 """Without shrinking: a failure among threads seldom fails again, and each try may wait for long."""
 
 
-class Visitor(durable.FSM):
+class Visitor(FSM):
     """Goes to the desk, and does as it is told there."""
 
     def __init__(self, desk: Desk | None = None) -> None:
         self.desk = desk or Desk()
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def start(self, ctx: Ctx) -> Any:
         return self.desk.visit(ctx.id)
 
-    @durable.step
-    def end(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done()
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        return Done()
 
 
-# Concurrency keys
+def visited(make_engine: MakeEngine, desk: Desk, **options: Any) -> Engine:
+    """An engine that runs, whose visitors go to the desk."""
+    engine = make_engine(fsms=[Visitor(desk)], **options)
+    engine.start()
+    return engine
 
 
-def parked(engine: durable.Engine, target: int, on: str) -> None:
+# ---- Concurrency keys ----------------------------------------------------------------------------
+
+
+def parked(engine: Engine, target: int, on: str) -> None:
     """Waits until an instance is parked."""
     eventually(lambda: engine.get(target).parked_on == on)
 
 
-def parked_in_vain(engine: durable.Engine, limits: dict[str, int] | None = None) -> list[str]:
+def parked_in_vain(engine: Engine, limits: dict[str, int] | None = None) -> list[str]:
     """The parked rows whose key has a slot that nobody in their queue is about to take."""
     executing: collections.Counter[str] = collections.Counter()
     coming: collections.Counter[tuple[str, str]] = collections.Counter()
     waiting: set[tuple[str, str]] = set()
-    for status, queue, key, on, due in query_fault(
+    for status, queue, key, on, due in ask(
         engine,
         "select status, queue, concurrency_key, parked_on, eligible_at <= ? from durable_instances"
         " where status in ('runnable', 'executing') and concurrency_key is not null",
@@ -5375,8 +4863,7 @@ def parked_in_vain(engine: durable.Engine, limits: dict[str, int] | None = None)
 
 def test_key_without_a_limit_lets_one_run_at_a_time(make_engine: MakeEngine, desk: Desk) -> None:
     """A name with no limit has K = 1; `parked_on` names what the others wait for."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="account:7") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:account:7")
@@ -5387,8 +4874,7 @@ def test_key_without_a_limit_lets_one_run_at_a_time(make_engine: MakeEngine, des
 
 def test_gate_lets_as_many_run_as_its_limit_for_each_key(make_engine: MakeEngine, desk: Desk) -> None:
     """K is the limit of the name before the first colon, and each key of that name has K slots of its own."""
-    engine = make_engine(fsms=[Visitor(desk)], concurrency_limits={"stripe": 2})
-    engine.start()
+    engine = visited(make_engine, desk, concurrency_limits={"stripe": 2})
     here = [engine.insert(Visitor, concurrency_key=("stripe", "a")) for _ in range(3)]
     there = [engine.insert(Visitor, concurrency_key=("stripe", "b:c")) for _ in range(3)]
     for who in here[:2] + there[:2]:
@@ -5411,17 +4897,17 @@ def test_key_holds_over_queues_and_engines(make_engine: MakeEngine, desk: Desk) 
 
 
 WAYS_OUT: dict[str, Any] = {
-    "done": durable.Done(),
-    "stop": durable.Stop("no"),
+    "done": Done(),
+    "stop": Stop("no"),
     "error": ValueError("no"),
     "crash": SystemExit(1),
-    "retry": durable.Retry(3600),
-    "retry at once": durable.Retry(),
-    "await": durable.Await("never", then="end"),
-    "children": durable.ScheduleChildren([durable.Insert(Visitor, queue="nobody")], then="end"),
-    "next": durable.Next("start"),
-    "next without key": durable.Next("start", concurrency_key=None),
-    "next with another key": durable.Next("start", concurrency_key="other"),
+    "retry": Retry(3600),
+    "retry at once": Retry(),
+    "await": Await("never", then="end"),
+    "children": ScheduleChildren([Insert(Visitor, queue="nobody")], then="end"),
+    "next": Next("start"),
+    "next without key": Next("start", concurrency_key=None),
+    "next with another key": Next("start", concurrency_key="other"),
     "no outcome": 42,
 }
 
@@ -5429,8 +4915,7 @@ WAYS_OUT: dict[str, Any] = {
 @pytest.mark.parametrize("order", WAYS_OUT.values(), ids=WAYS_OUT.keys())
 def test_every_outcome_frees_the_slot(make_engine: MakeEngine, desk: Desk, order: Any) -> None:
     """The executing rows are the semaphore: whoever leaves `executing` makes room for the next of its key."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first = engine.insert(Visitor, concurrency_key="k")
     desk.expect(first)
     second = engine.insert(Visitor, concurrency_key="k", priority=-1)
@@ -5442,8 +4927,7 @@ def test_every_outcome_frees_the_slot(make_engine: MakeEngine, desk: Desk, order
 
 def test_cancel_of_a_running_instance_frees_the_slot_when_its_step_ends(make_engine: MakeEngine, desk: Desk) -> None:
     """A cancelled instance holds its slot for as long as its step runs."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:k")
@@ -5470,13 +4954,12 @@ def test_give_back_frees_the_slot(make_engine: MakeEngine, desk: Desk) -> None:
 
 def test_next_with_another_key_waits_for_that_key(make_engine: MakeEngine, desk: Desk) -> None:
     """A key given in `Next` holds from the next step on."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     holder = engine.insert(Visitor, concurrency_key="b")
     mover = engine.insert(Visitor, concurrency_key="a")
     desk.expect(holder)
     desk.expect(mover)
-    desk.send_off(mover, durable.Next("start", concurrency_key="b"))
+    desk.send_off(mover, Next("start", concurrency_key="b"))
     parked(engine, mover, "key:b")
     desk.send_off(holder)
     desk.expect(mover, visits=2)
@@ -5485,11 +4968,10 @@ def test_next_with_another_key_waits_for_that_key(make_engine: MakeEngine, desk:
 
 def test_next_that_releases_its_key_runs_beside_the_next_holder(make_engine: MakeEngine, desk: Desk) -> None:
     """`concurrency_key=None` in `Next` releases the key."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
-    desk.send_off(first, durable.Next("start", concurrency_key=None))
+    desk.send_off(first, Next("start", concurrency_key=None))
     desk.expect(second)
     desk.expect(first, visits=2)
     assert engine.get(first).concurrency_key is None
@@ -5497,11 +4979,10 @@ def test_next_that_releases_its_key_runs_beside_the_next_holder(make_engine: Mak
 
 def test_woken_instance_waits_for_the_key_it_kept(make_engine: MakeEngine, desk: Desk) -> None:
     """`Await` keeps the key and releases the slot, so the way back goes through the key."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
-    desk.send_off(first, durable.Await("go", then="start"))
+    desk.send_off(first, Await("go", then="start"))
     desk.expect(second)
     engine.signal(first, "go")
     parked(engine, first, "key:k")
@@ -5517,7 +4998,7 @@ def test_changed_limit_holds_after_reopening(make_engine: MakeEngine, before: in
         desk = Desk()
         limits = {} if limit is None else {"gate": limit}
         engine = make_engine(fsms=[Visitor(desk)], concurrency_limits=limits, drain_timeout=0)
-        ids = ids or insert_many(engine, [durable.Insert(Visitor, concurrency_key="gate")] * 4)
+        ids = ids or insert_many(engine, [Insert(Visitor, concurrency_key="gate")] * 4)
         engine.start()
         for who in ids[: limit or 1]:
             desk.expect(who)
@@ -5549,8 +5030,7 @@ def test_lowered_limit_of_another_engine_waits_until_enough_have_left(make_engin
 
 def test_order_within_a_key_is_strict_over_queues(make_engine: MakeEngine, desk: Desk) -> None:
     """Within one key the order is `(priority, eligible_at, id)`."""
-    engine = make_engine(fsms=[Visitor(desk)], queues={"a": 5, "b": 5})
-    engine.start()
+    engine = visited(make_engine, desk, queues={"a": 5, "b": 5})
     holder = engine.insert(Visitor, queue="a", concurrency_key="k")
     desk.expect(holder)
     places = [("a", 3), ("b", 1), ("a", 2), ("b", 2), ("b", 3), ("a", 1)]
@@ -5570,8 +5050,8 @@ def test_order_within_a_key_is_strict_over_queues(make_engine: MakeEngine, desk:
 class Starter(Visitor):
     """The same, and starts another visitor in a queue named `a` in the commit of its outcome."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def start(self, ctx: Ctx) -> Any:
         order = self.desk.visit(ctx.id)
         ctx.insert(Visitor, queue="a", correlation_key="urgent", priority=-1)
         return order
@@ -5595,11 +5075,10 @@ def test_slot_is_not_kept_for_a_row_whose_queue_has_just_filled(make_engine: Mak
     assert parked_in_vain(engine) == []
 
 
-def unserved_backlog(make_engine: MakeEngine) -> tuple[Desk, durable.Engine, list[int]]:
+def unserved_backlog(make_engine: MakeEngine) -> tuple[Desk, Engine, list[int]]:
     """Three rows of a key parked in a queue that nobody serves any more, one in a queue still served."""
     desk = Desk()
-    engine = make_engine(fsms=[Visitor(desk)], queues={"left": 5, "served": 5}, drain_timeout=0)
-    engine.start()
+    engine = visited(make_engine, desk, queues={"left": 5, "served": 5}, drain_timeout=0)
     holder = engine.insert(Visitor, queue="served", concurrency_key="k")
     desk.expect(holder)
     ids = [engine.insert(Visitor, queue="left", concurrency_key="k", priority=-1) for _ in range(3)]
@@ -5609,8 +5088,7 @@ def unserved_backlog(make_engine: MakeEngine) -> tuple[Desk, durable.Engine, lis
     engine.stop()
     desk.close()
     desk = Desk()
-    engine = make_engine(fsms=[Visitor(desk)], queues={"served": 5})
-    engine.start()
+    engine = visited(make_engine, desk, queues={"served": 5})
     desk.expect(holder)
     desk.send_off(holder)
     return desk, engine, ids
@@ -5646,13 +5124,13 @@ class Keys(RuleBasedStateMachine):
         """Opens an engine in a folder of its own."""
         self.folder = Path(tempfile.mkdtemp())
         self.limits = {"two": 2}
-        self.rows: dict[int, durable.Instance] = {}
+        self.rows: dict[int, Instance] = {}
         self.open()
 
     def open(self) -> None:
         """A new engine and its desk."""
         self.desk = Desk()
-        self.engine = durable.Engine(
+        self.engine = Engine(
             self.folder / "keys.db",
             queues={"a": 30, "b": 30},
             fsms=[Visitor(self.desk)],
@@ -5677,9 +5155,9 @@ class Keys(RuleBasedStateMachine):
         data=st.data(),
         order=st.one_of(
             st.sampled_from([WAYS_OUT[name] for name in ("done", "stop", "error", "retry", "await")]),
-            st.just(durable.Retry()),
-            st.just(durable.Next("start")),
-            st.sampled_from(NAMES).map(lambda key: durable.Next("start", concurrency_key=key)),
+            st.just(Retry()),
+            st.just(Next("start")),
+            st.sampled_from(NAMES).map(lambda key: Next("start", concurrency_key=key)),
         ),
     )
     def leave(self, data: st.DataObject, order: Any) -> None:
@@ -5723,27 +5201,17 @@ class Keys(RuleBasedStateMachine):
     def settle(self, again: Iterable[int] = ()) -> None:
         """Waits until each key has as many running as it can, then looks at the order."""
         before, self.rows = self.rows, {}
-        deadline = time.monotonic() + PATIENCE
-        while not self.quiet():
-            assert time.monotonic() < deadline, f"never quiet: {self.rows.values()}"
-            time.sleep(0.002)
+        eventually(self.quiet)
         assert parked_in_vain(self.engine, self.limits) == []
         started = [i for i in self.inside() if i in again or i not in before or before[i].status != "executing"]
         for late in map(self.rows.__getitem__, started):
             for row in self.rows.values():
-                if (row.status, row.queue, row.concurrency_key) == (
-                    "runnable",
-                    late.queue,
-                    late.concurrency_key,
-                ):
+                if (row.status, row.queue, row.concurrency_key) == ("runnable", late.queue, late.concurrency_key):
                     assert order_of(row) > order_of(late), f"{late} ran before {row}"
 
     def quiet(self) -> bool:
         """Whether the running instances are at the desk, and as many as the keys allow."""
-        rows = [
-            *self.engine.find(status="runnable", limit=1000),
-            *self.engine.find(status="executing", limit=1000),
-        ]
+        rows = [*self.engine.find(status="runnable", limit=1000), *self.engine.find(status="executing", limit=1000)]
         now = time.time()
         self.rows = {r.id: r for r in rows if r.status == "executing" or r.eligible_at.timestamp() <= now}
         due = collections.Counter(row.concurrency_key for row in self.rows.values())
@@ -5767,7 +5235,7 @@ class Keys(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def order_of(row: durable.Instance) -> tuple[Any, ...]:
+def order_of(row: Instance) -> tuple[Any, ...]:
     """What orders the rows of a queue."""
     return row.priority, row.eligible_at, row.id
 
@@ -5779,12 +5247,10 @@ TestKeys.settings = hypothesis.settings(PLAIN, max_examples=12, stateful_step_co
 @pytest.mark.long
 def test_keys_hold_in_long_histories() -> None:
     """Never more than K of a key, strict order within it, nothing parked in vain: many long histories."""
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(Keys, settings=hypothesis.settings(PLAIN, max_examples=300, stateful_step_count=60))
 
 
-class Hopper(durable.FSM):
+class Hopper(FSM):
     """Goes from key to key, and is counted in each."""
 
     def __init__(self) -> None:
@@ -5792,16 +5258,16 @@ class Hopper(durable.FSM):
         self.most: collections.Counter[str] = collections.Counter()
         self.lock = threading.Lock()
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def start(self, ctx: Ctx) -> Any:
         key, *rest = ctx.state["keys"]
         with self.lock:
             self.inside[key] += 1
             self.most[key] = max(self.most[key], self.inside[key])
-        time.sleep(0.0005)  # the work
+        time.sleep(0.0005)  # the work, in which another one of the key would be seen
         with self.lock:
             self.inside[key] -= 1
-        return durable.Next("start", {"keys": rest}, concurrency_key=rest[0]) if rest else durable.Done()
+        return Next("start", {"keys": rest}, concurrency_key=rest[0]) if rest else Done()
 
 
 def test_free_running_engines_never_exceed_a_key(make_engine: MakeEngine) -> None:
@@ -5809,11 +5275,11 @@ def test_free_running_engines_never_exceed_a_key(make_engine: MakeEngine) -> Non
     chance, hopper = random.Random(7), Hopper()
     engines = [make_engine(fsms=[hopper], queues={"default": 8}, concurrency_limits={"two": 2}) for _ in range(2)]
     routes = [[chance.choice(["one:a", "one:b", "two:a", "two:b"]) for _ in range(4)] for _ in range(100)]
-    engines[0].insert_all([durable.Insert(Hopper, state={"keys": route}, concurrency_key=route[0]) for route in routes])
+    engines[0].insert_all([Insert(Hopper, state={"keys": route}, concurrency_key=route[0]) for route in routes])
     for engine in engines:
         engine.start()
     eventually(lambda: engines[0].counts() == {"default": {"done": 100}})
-    assert hopper.most == {"one:a": 1, "one:b": 1, "two:a": 2, "two:b": 2}
+    assert hopper.most <= Counter({"one:a": 1, "one:b": 1, "two:a": 2, "two:b": 2})
     assert engines[0].check() == []
 
 
@@ -5849,7 +5315,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("limit", ["concurrency_key='k'", "rate_limit='slow'", "priority=1"])
 def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
-    make_engine: MakeEngine, tmp_path: Path, clock: Clock, limit: str
+    make_engine: MakeEngine, tmp_path: Path, database: Path, clock: Clock, limit: str
 ) -> None:
     """Rows of a class unknown in this process are only skipped: in the line of a key, of a bucket, of a queue."""
 
@@ -5857,36 +5323,35 @@ def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
     def acquaintance() -> str:
         return "met"
 
-    done = run_program(tmp_path, string.Template(STRANGERS).substitute(limit=limit))
-    assert done.returncode == 0, done.stderr
+    output = run_script(tmp_path, string.Template(STRANGERS).substitute(limit=limit), database)
     clock.now = time.time() + 3700
     engine = make_engine(clock=clock)
     engine.start()
-    assert engine.result(int(done.stdout), PATIENCE) == "met"
+    assert engine.result(int(output), PATIENCE) == "met"
     assert engine.counts() == {"default": {"runnable": 4, "done": 1}}
     assert engine.check() == []
 
 
-# Token buckets
+# ---- Token buckets -------------------------------------------------------------------------------
 
 
-class Spender(durable.FSM):
+class Spender(FSM):
     """Writes down when it ran and what it cost."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
         self.grants: list[tuple[float, int]] = []
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def start(self, ctx: Ctx) -> Done:
         self.grants.append((self.clock(), ctx.state.get("weight", 1)))
-        return durable.Done()
+        return Done()
 
 
-def spenders(count: int, weight: int = 1, rate: Any = "stripe", **options: Any) -> list[durable.Insert]:
+def spenders(count: int, weight: int = 1, rate: Any = "stripe", **options: Any) -> list[Insert]:
     """So many inserts that take tokens."""
     state = {"weight": weight}
-    return [durable.Insert(Spender, state=state, rate_limit=rate, weight=weight, **options)] * count
+    return [Insert(Spender, state=state, rate_limit=rate, weight=weight, **options)] * count
 
 
 @pytest.fixture
@@ -5897,7 +5362,7 @@ def spender(clock: Clock) -> Spender:
 
 def test_cold_bucket_is_full_and_refills_at_its_rate(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """A bucket starts with its burst, which is what it allows unless said otherwise, and refills evenly."""
-    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(3, per=60)})
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": RateLimit(3, per=60)})
     ids = insert_many(engine, spenders(5))
     taken = []
     for seconds in (0, 19, 1, 20):
@@ -5910,7 +5375,7 @@ def test_cold_bucket_is_full_and_refills_at_its_rate(make_engine: MakeEngine, cl
 
 def test_bucket_that_is_empty_is_named_in_parked_on(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """`parked_on` names the bucket that an instance waits for."""
-    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(1, per=60)})
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": RateLimit(1, per=60)})
     ids = insert_many(engine, spenders(2, rate=("stripe", "tenant")))
     engine.drain()
     assert [engine.get(who).parked_on for who in ids] == [None, "rate:stripe:tenant"]
@@ -5918,7 +5383,7 @@ def test_bucket_that_is_empty_is_named_in_parked_on(make_engine: MakeEngine, clo
 
 def test_each_partition_has_a_bucket_of_its_own(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """`("stripe", tenant)` is a bucket of its own with the policy of `stripe`."""
-    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(2, per=60)})
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": RateLimit(2, per=60)})
     for rate in ("stripe", ("stripe", "a"), ("stripe", "b")):
         engine.insert_all(spenders(3, rate=rate))
     assert engine.drain()["done"] == 6
@@ -5926,7 +5391,7 @@ def test_each_partition_has_a_bucket_of_its_own(make_engine: MakeEngine, clock: 
 
 def test_burst_bounds_what_a_bucket_saves_up(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """`burst` is what a full bucket holds, more or less than what the rate allows in its time."""
-    limits = {"low": durable.RateLimit(10, per=10, burst=2), "high": durable.RateLimit(2, per=10, burst=7)}
+    limits = {"low": RateLimit(10, per=10, burst=2), "high": RateLimit(2, per=10, burst=7)}
     engine = make_engine(fsms=[spender], clock=clock, rate_limits=limits)
     engine.insert_all(spenders(20, rate="low"))
     assert engine.drain()["done"] == 2
@@ -5938,7 +5403,7 @@ def test_burst_bounds_what_a_bucket_saves_up(make_engine: MakeEngine, clock: Clo
 
 def test_weight_takes_that_many_tokens(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """A claim takes `weight` tokens; a heavy row waits until they are all there."""
-    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(5, per=5)})
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": RateLimit(5, per=5)})
     engine.insert_all(spenders(3, weight=2))
     assert engine.drain()["done"] == 2
     clock.now += 0.999
@@ -5954,7 +5419,7 @@ def test_failed_step_gets_no_tokens_back(make_engine: MakeEngine, clock: Clock) 
     def fails() -> None:
         raise ValueError("no")
 
-    engine = make_engine(clock=clock, rate_limits={"stripe": durable.RateLimit(2, per=60)})
+    engine = make_engine(clock=clock, rate_limits={"stripe": RateLimit(2, per=60)})
     job = engine.insert(fails, rate_limit="stripe")
     engine.drain()
     assert (engine.get(job).attempt, engine.get(job).parked_on) == (2, "rate:stripe")
@@ -5965,7 +5430,7 @@ def test_failed_step_gets_no_tokens_back(make_engine: MakeEngine, clock: Clock) 
 
 def test_heavy_row_is_not_starved_by_light_ones(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """Who waits longest for a bucket is served next, though others could do with fewer tokens."""
-    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(3, per=3)})
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": RateLimit(3, per=3)})
     engine.insert_all(spenders(3))
     engine.drain()
     (heavy,) = insert_many(engine, spenders(1, weight=3))
@@ -5979,8 +5444,8 @@ def test_heavy_row_is_not_starved_by_light_ones(make_engine: MakeEngine, clock: 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"rate_limit": "nobody"}, durable.UnknownLimitError),
-        ({"rate_limit": ("nobody", "x")}, durable.UnknownLimitError),
+        ({"rate_limit": "nobody"}, UnknownLimitError),
+        ({"rate_limit": ("nobody", "x")}, UnknownLimitError),
         ({"rate_limit": "stripe", "weight": 4}, ValueError),
     ],
 )
@@ -5988,12 +5453,12 @@ def test_limit_that_can_never_admit_is_refused_at_insert(
     make_engine: MakeEngine, options: dict[str, Any], error: type[Exception]
 ) -> None:
     """An unknown limit and a weight over the burst are refused where they are written."""
-    engine = make_engine(rate_limits={"stripe": durable.RateLimit(5, per=1, burst=3)})
+    engine = make_engine(rate_limits={"stripe": RateLimit(5, per=1, burst=3)})
     with pytest.raises(error, match=r"nobody|4"):
         engine.insert(Spender, state={}, **options)
     with pytest.raises(error):
-        engine.insert_all([durable.Insert(Spender, state={}), durable.Insert(Spender, state={}, **options)])
-    with contextlib.closing(engine.connect()) as connection, connection, pytest.raises(error):
+        engine.insert_all([Insert(Spender, state={}), Insert(Spender, state={}, **options)])
+    with closing(engine.connect()) as connection, connection, pytest.raises(error):
         durable.insert_into(connection, Spender, state={}, **options)
     assert engine.counts() == {}
 
@@ -6008,20 +5473,20 @@ def test_limit_that_can_never_admit_is_refused_in_a_step(
 ) -> None:
     """In an outcome, and in what a step inserts, the refusal goes to `handle`."""
 
-    class Careless(durable.FSM, name="careless"):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> Any:
+    class Careless(FSM, name="careless"):
+        @step
+        def start(self, ctx: Ctx) -> Any:
             if verb == "outcome":
-                return durable.Next("start", **limits)
+                return Next("start", **limits)
             if verb == "children":
-                return durable.ScheduleChildren([durable.Insert(Spender, state={}, **limits)], then="start")
+                return ScheduleChildren([Insert(Spender, state={}, **limits)], then="start")
             ctx.insert(Spender, state={}, **limits)
-            return durable.Done()
+            return Done()
 
-        def handle(self, error: BaseException, ctx: durable.Context[Any]) -> durable.Stop:
-            return durable.Stop(f"handled {type(error).__name__}")
+        def handle(self, error: BaseException, ctx: Ctx) -> Stop:
+            return Stop(f"handled {type(error).__name__}")
 
-    engine = make_engine(rate_limits={"stripe": durable.RateLimit(5, per=1, burst=3)})
+    engine = make_engine(rate_limits={"stripe": RateLimit(5, per=1, burst=3)})
     careless = engine.insert(Careless)
     engine.drain()
     assert str(engine.get(careless).last_error).startswith(f"handled {error}")
@@ -6030,12 +5495,12 @@ def test_limit_that_can_never_admit_is_refused_in_a_step(
 
 def test_policy_is_kept_in_the_file_for_clients(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """A client that declares no limit can use those that the file knows, and is refused all others."""
-    make_engine(rate_limits={"stripe": durable.RateLimit(2, per=60)}).stop()
+    make_engine(rate_limits={"stripe": RateLimit(2, per=60)}).stop()
     client = make_engine(queues={}, clock=clock)
     client.insert_all(spenders(3))
     with pytest.raises(ValueError, match="3"):
         client.insert_all(spenders(1, weight=3))
-    with pytest.raises(durable.UnknownLimitError):
+    with pytest.raises(UnknownLimitError):
         client.insert_all(spenders(1, rate="paypal"))
     assert make_engine(fsms=[spender], clock=clock).drain()["done"] == 2
 
@@ -6043,7 +5508,7 @@ def test_policy_is_kept_in_the_file_for_clients(make_engine: MakeEngine, clock: 
 def test_changed_policy_holds_at_the_next_opening(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """The policy in the file is the one declared last."""
     for allowed, done in ((1, 1), (6, 1)):
-        limits = {"stripe": durable.RateLimit(allowed, per=6)}
+        limits = {"stripe": RateLimit(allowed, per=6)}
         engine = make_engine(fsms=[spender], clock=clock, rate_limits=limits)
         engine.insert_all(spenders(2))
         clock.now += 1
@@ -6052,14 +5517,14 @@ def test_changed_policy_holds_at_the_next_opening(make_engine: MakeEngine, clock
 
 def test_collected_bucket_is_full_again(make_engine: MakeEngine, clock: Clock, spender: Spender) -> None:
     """Idle full buckets are collected, others are kept; who comes back finds a full one."""
-    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": durable.RateLimit(2, per=2)})
+    engine = make_engine(fsms=[spender], clock=clock, rate_limits={"stripe": RateLimit(2, per=2)})
     engine.insert_all(spenders(2, rate=("stripe", "a")))
     engine.drain()
     engine.gc()
-    assert query_fault(engine, "select count(*) from durable_buckets") == [(1,)]
+    assert ask(engine, "select count(*) from durable_buckets") == [(1,)]
     clock.now += 2
     engine.gc()
-    assert query_fault(engine, "select count(*) from durable_buckets") == [(0,)]
+    assert ask(engine, "select count(*) from durable_buckets") == [(0,)]
     engine.insert_all(spenders(3, rate=("stripe", "a")))
     assert engine.drain()["done"] == 2
     assert engine.check() == []
@@ -6068,12 +5533,12 @@ def test_collected_bucket_is_full_again(make_engine: MakeEngine, clock: Clock, s
 def test_engine_sleeps_until_the_tokens_are_there(make_engine: MakeEngine) -> None:
     """The next claim comes at the instant at which the head's weight is there, with no poll in between."""
     spender = Spender()
-    limits = {"stripe": durable.RateLimit(1, per=0.25)}
+    limits = {"stripe": RateLimit(1, per=0.25)}
     engine = make_engine(fsms=[spender], rate_limits=limits, poll_interval=50)
     engine.insert_all(spenders(4))
     engine.start()
-    eventually(lambda: len(spender.grants) == 4, within=10)
-    assert 0.7 < spender.grants[-1][0] - spender.grants[0][0] < 5
+    eventually(lambda: len(spender.grants) == 4)
+    assert 0.7 < spender.grants[-1][0] - spender.grants[0][0] < BEFORE_A_HEARTBEAT
 
 
 @PLAIN
@@ -6095,15 +5560,8 @@ def test_grants_over_any_window_stay_within_burst_and_rate(
     allowed, per, burst = policy
     rate, clock = allowed / per, Clock()
     spender = Spender(clock)
-    with tempfile.TemporaryDirectory() as folder:
-        limit = durable.RateLimit(allowed, per=per, burst=burst)
-        engine = durable.Engine(
-            Path(folder) / "x.db",
-            clock=clock,
-            fsms=[spender],
-            rate_limits={"stripe": limit},
-            synchronous="normal",
-        )
+    limits = {"stripe": RateLimit(allowed, per=per, burst=burst)}
+    with temporary_engine(clock=clock, fsms=[spender], rate_limits=limits) as engine:
         for seconds, weights, sweep in acts:
             clock.now += seconds
             for weight, priority in weights:
@@ -6116,7 +5574,6 @@ def test_grants_over_any_window_stay_within_burst_and_rate(
             if waiting:
                 assert waiting[0].weight > tokens_left(spender.grants, rate, burst, clock.now) - 0.01
         assert engine.check() == []
-        engine.stop()
     for first, last in itertools.combinations_with_replacement(range(len(spender.grants)), 2):
         window = spender.grants[last][0] - spender.grants[first][0]
         assert sum(weight for _, weight in spender.grants[first : last + 1]) <= burst + rate * window + 0.01
@@ -6130,13 +5587,12 @@ def tokens_left(grants: list[tuple[float, int]], rate: float, burst: int, now: f
     return min(burst, tokens + (now - at) * rate)
 
 
-# Both at once
+# ---- Both at once --------------------------------------------------------------------------------
 
 
 def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk) -> None:
     """Neither limit is charged when the other refuses: here the key does."""
-    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
-    engine.start()
+    engine = visited(make_engine, desk, rate_limits={"slow": RateLimit(1, per=3600)})
     holder = engine.insert(Visitor, concurrency_key="k")
     desk.expect(holder)
     both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
@@ -6149,8 +5605,7 @@ def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk) 
 
 def test_refusal_of_the_bucket_holds_no_slot(make_engine: MakeEngine, desk: Desk) -> None:
     """Neither limit is charged when the other refuses: here the bucket does, and others of the key go on."""
-    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
-    engine.start()
+    engine = visited(make_engine, desk, rate_limits={"slow": RateLimit(1, per=3600)})
     desk.expect(engine.insert(Visitor, rate_limit="slow"))
     both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
     parked(engine, both, "rate:slow")
@@ -6162,34 +5617,24 @@ def test_refusal_of_the_bucket_holds_no_slot(make_engine: MakeEngine, desk: Desk
     assert parked_in_vain(engine) == []
 
 
-def test_throttled_instances_are_told_of(make_engine: MakeEngine, desk: Desk) -> None:
-    """`concurrency.throttled` and `rate_limit.throttled` say that a limit refused somebody."""
-    engine = make_engine(fsms=[Visitor(desk)], rate_limits={"slow": durable.RateLimit(1, per=3600)})
-    heard = Heard(engine, "concurrency.throttled", "rate_limit.throttled")
-    engine.start()
-    engine.insert_all([durable.Insert(Visitor, concurrency_key="k")] * 2)
-    engine.insert_all([durable.Insert(Visitor, rate_limit="slow")] * 2)
-    eventually(lambda: {e.name for e in heard.events} == {"concurrency.throttled", "rate_limit.throttled"})
+# ---- Inline --------------------------------------------------------------------------------------
 
 
-# Inline
-
-
-class Pair(durable.FSM):
+class Pair(FSM):
     """Two steps that note when they run."""
 
     def __init__(self, notes: list[str] | None = None) -> None:
         self.notes = notes if notes is not None else []
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+    @step
+    def start(self, ctx: Ctx) -> Next:
         self.notes.append(f"{ctx.correlation_key}1")
-        return durable.Next("second", **ctx.state)
+        return Next("second", **ctx.state)
 
-    @durable.step
-    def second(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def second(self, ctx: Ctx) -> Done:
         self.notes.append(f"{ctx.correlation_key}2")
-        return durable.Done()
+        return Done()
 
 
 class InlinePair(Pair, inline=True):
@@ -6211,7 +5656,7 @@ def test_inline_next_skips_the_queue(
     """With `inline`, of the class or of the `Next`, the next step runs before others that came first."""
     pair = fsm()
     engine = make_engine(fsms=[pair], queues={"default": 1})
-    ids = insert_many(engine, [durable.Insert(fsm, state=options, correlation_key=key) for key in "ab"])
+    ids = insert_many(engine, [Insert(fsm, state=options, correlation_key=key) for key in "ab"])
     engine.start()
     for who in ids:
         engine.result(who, PATIENCE)
@@ -6238,7 +5683,7 @@ def test_inline_step_queues_when_its_key_is_held(make_engine: MakeEngine, desk: 
 def test_inline_step_takes_its_tokens(make_engine: MakeEngine) -> None:
     """Same limits: an inline step is charged like a claim, and queues when the bucket is empty."""
     pair = InlinePair()
-    engine = make_engine(fsms=[pair], rate_limits={"slow": durable.RateLimit(1, per=3600)})
+    engine = make_engine(fsms=[pair], rate_limits={"slow": RateLimit(1, per=3600)})
     engine.start()
     first = engine.insert(InlinePair, state={"rate_limit": "slow"}, correlation_key="a")
     engine.result(first, PATIENCE)
@@ -6249,12 +5694,11 @@ def test_inline_step_takes_its_tokens(make_engine: MakeEngine) -> None:
 
 def test_inline_step_keeps_the_slot_that_it_holds(make_engine: MakeEngine, desk: Desk) -> None:
     """The claim goes on and so does its slot: who waits for the key comes after the last inline step."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:k")
-    desk.send_off(first, durable.Next("start", inline=True))
+    desk.send_off(first, Next("start", inline=True))
     desk.expect(first, visits=2)
     assert engine.get(second).parked_on == "key:k"
     desk.send_off(first)
@@ -6263,12 +5707,11 @@ def test_inline_step_keeps_the_slot_that_it_holds(make_engine: MakeEngine, desk:
 
 def test_cancelled_instance_goes_no_further_inline(make_engine: MakeEngine, desk: Desk) -> None:
     """Same results: what is cancelled while a step runs gets no next step."""
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     who = engine.insert(Visitor)
     desk.expect(who)
     engine.cancel(who, "enough")
-    desk.send_off(who, durable.Next("start", inline=True))
+    desk.send_off(who, Next("start", inline=True))
     assert engine.wait(who, PATIENCE).last_error == "enough"
     assert desk.arrivals == [who]
 
@@ -6276,10 +5719,10 @@ def test_cancelled_instance_goes_no_further_inline(make_engine: MakeEngine, desk
 def test_endless_inline_chain_gives_way_when_the_engine_stops(make_engine: MakeEngine) -> None:
     """An engine that stops starts no further step, not on a claim that it holds either."""
 
-    class Endless(durable.FSM, name="endless", inline=True):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Next:
-            return durable.Next("start", {"n": ctx.state["n"] + 1})
+    class Endless(FSM, name="endless", inline=True):
+        @step
+        def start(self, ctx: Ctx) -> Next:
+            return Next("start", {"n": ctx.state["n"] + 1})
 
     engine = make_engine(drain_timeout=30)
     engine.start()
@@ -6291,32 +5734,31 @@ def test_endless_inline_chain_gives_way_when_the_engine_stops(make_engine: MakeE
     assert make_engine(queues={}).get(who).status == "runnable"
 
 
-class Walker(durable.FSM):
+class Walker(FSM):
     """Does what its state lists, and keeps a log."""
 
-    def step(self, name: str, ctx: durable.Context[Any]) -> Any:
+    def step(self, name: str, ctx: Ctx) -> Any:
         """One instruction."""
         ctx.execute("insert into ledger values (?, ?)", (ctx.state["name"], name))
         log = [*ctx.state["log"], f"{name} {ctx.attempt} {len(ctx.awaited)} {len(ctx.children)}"]
         if not ctx.state["todo"]:
-            return durable.Done(log)
+            return Done(log)
         (what, argument), *todo = ctx.state["todo"]
         state = ctx.state | {"log": log, "todo": todo}
         match what:
             case "next":
-                return durable.Next(f"after {what}", state, **argument)
+                return Next(f"after {what}", state, **argument)
             case "retry":
-                return durable.Retry(0, state, counted=argument)
+                return Retry(0, state, counted=argument)
             case "await":
-                return durable.Await("note", "woken", state, timeout=0)
+                return Await("note", "woken", state, timeout=0)
             case "children":
                 children = [
-                    durable.Insert(type(self), state={"name": f"child {n}", "log": [], "todo": argument})
-                    for n in range(2)
+                    Insert(type(self), state={"name": f"child {n}", "log": [], "todo": argument}) for n in range(2)
                 ]
-                return durable.ScheduleChildren(children, "joined", state)
+                return ScheduleChildren(children, "joined", state)
             case "stop":
-                return durable.Stop("told to")
+                return Stop("told to")
         raise ValueError("told to")
 
 
@@ -6343,38 +5785,30 @@ instructions: st.SearchStrategy[Any] = st.one_of(
 )
 
 
-def ended_fault(row: durable.Instance) -> bool:
+def is_over(row: Instance) -> bool:
     """Whether an instance is done or failed."""
-    return row.status not in durable.LIVE
+    return row.status not in LIVE
 
 
 def walk(fsm: type[Walker], programs: list[Any], started: bool) -> tuple[list[str], list[Any]]:
     """The instances and the ledger after such machines have run."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine = durable.Engine(
-            Path(folder) / "x.db",
-            queues={"default": 4},
-            concurrency_limits={"two": 2},
-            rate_limits={"rate": durable.RateLimit(1000, per=1, burst=3)},
-            synchronous="normal",
-        )
-        query_fault(engine, "create table ledger (name text, step text)")
+    limits = {"rate": RateLimit(1000, per=1, burst=3)}
+    with temporary_engine(queues={"default": 4}, concurrency_limits={"two": 2}, rate_limits=limits) as engine:
+        ask(engine, "create table ledger (name text, step text)")
         machines = [
-            durable.Insert(fsm, step="start", state={"name": f"machine {n}", "log": [], "todo": todo})
+            Insert(fsm, step="start", state={"name": f"machine {n}", "log": [], "todo": todo})
             for n, todo in enumerate(programs)
         ]
         ids = insert_many(engine, machines)
         if started:
             engine.start()
-        eventually(lambda: (started or engine.drain()) and all(map(ended_fault, map(engine.get, ids))))
+        eventually(lambda: (started or engine.drain()) and all(map(is_over, map(engine.get, ids))))
         rows = [
             f"{r.status} {r.step} {r.state} {r.result} {r.last_error} {r.attempt} {r.concurrency_key}"
             for r in engine.find(limit=1000)
         ]
-        ledger = query_fault(engine, "select name, step from ledger order by name, step")
         assert engine.check() == []
-        engine.stop()
-        return sorted(rows), ledger
+        return sorted(rows), ask(engine, "select name, step from ledger order by name, step")
 
 
 @hypothesis.settings(PLAIN, max_examples=15)
@@ -6387,66 +5821,71 @@ def test_inline_changes_no_result(programs: list[Any]) -> None:
     assert walk(InlineWalker, programs, started=True) == expected
 
 
-# No starvation
+# ---- No starvation -------------------------------------------------------------------------------
 
 
-def held_key(engine: durable.Engine, desk: Desk, count: int) -> None:
+def held_key(engine: Engine, desk: Desk, count: int) -> None:
     """So many rows behind a key that is held."""
     holder = engine.insert(Visitor, concurrency_key="k")
     desk.expect(holder)
-    engine.insert_all([durable.Insert(Visitor, priority=-1, concurrency_key="k")] * count)
+    engine.insert_all([Insert(Visitor, priority=-1, concurrency_key="k")] * count)
 
 
-def empty_bucket(engine: durable.Engine, desk: Desk, count: int) -> None:
+def empty_bucket(engine: Engine, desk: Desk, count: int) -> None:
     """So many rows behind a bucket that is empty."""
     desk.expect(engine.insert(Visitor, rate_limit="slow"))
-    engine.insert_all([durable.Insert(Visitor, priority=-1, rate_limit="slow")] * count)
+    engine.insert_all([Insert(Visitor, priority=-1, rate_limit="slow")] * count)
 
 
-def future_dates(engine: durable.Engine, desk: Desk, count: int) -> None:
+def future_dates(engine: Engine, desk: Desk, count: int) -> None:
     """So many rows that are due tomorrow, and urgent then."""
-    engine.insert_all([durable.Insert(Visitor, priority=-1, schedule_in=86400)] * count)
+    engine.insert_all([Insert(Visitor, priority=-1, schedule_in=86400)] * count)
 
 
-@pytest.mark.parametrize("backlog", [held_key, empty_bucket, future_dates])
-def test_backlog_that_cannot_run_costs_the_rest_of_its_queue_nothing(
-    make_engine: MakeEngine, desk: Desk, backlog: Callable[[durable.Engine, Desk, int], None]
+def paused_queue(engine: Engine, desk: Desk, count: int) -> None:
+    """So many rows of a queue that is paused."""
+    engine.pause("mail")
+    engine.insert_all([Insert(Visitor, priority=-1, queue="mail")] * count)
+
+
+@pytest.mark.parametrize("backlog", [held_key, empty_bucket, future_dates, paused_queue])
+def test_backlog_that_cannot_run_costs_the_rest_nothing(
+    make_engine: MakeEngine, desk: Desk, backlog: Callable[[Engine, Desk, int], None]
 ) -> None:
-    """Work that can run is found at once, in front of thousands of more urgent rows that can't."""
-    limits = {"slow": durable.RateLimit(1, per=1e6)}
-    engine = make_engine(fsms=[Visitor(desk)], queues={"default": 3}, rate_limits=limits)
-    engine.start()
+    """Work that can run is found at once, in front of thousands of more urgent rows that can't, which stay."""
+    limits = {"slow": RateLimit(1, per=1e6)}
+    engine = visited(make_engine, desk, queues={"default": 3, "mail": 1}, rate_limits=limits)
     backlog(engine, desk, 4000)
     heard = Heard(engine, "concurrency.throttled", "rate_limit.throttled", "pick.stop")
-    ids = insert_many(engine, [durable.Insert(Visitor, step="end")] * 300)
+    ids = insert_many(engine, [Insert(Visitor, step="end")] * 300)
     begun = time.monotonic()
     for who in ids:
         engine.result(who, PATIENCE)
     assert time.monotonic() - begun < 15
     assert len(heard.events) < 5000
+    assert sum(counts.get("runnable", 0) for counts in engine.counts().values()) == 4000
 
 
 def test_many_keys_with_backlogs_all_get_on(make_engine: MakeEngine) -> None:
     """A key's backlog does not grow into the way of others: a hundred keys with twenty rows each."""
     order: list[str] = []
 
-    class Keyed(durable.FSM, name="keyed"):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    class Keyed(FSM, name="keyed"):
+        @step
+        def start(self, ctx: Ctx) -> Done:
             order.append(ctx.state["key"])
-            return durable.Done()
+            return Done()
 
     engine = make_engine(queues={"default": 5})
     keys = [f"key:{number}" for number in range(100)] * 20
-    engine.insert_all([durable.Insert(Keyed, state={"key": key}, concurrency_key=key) for key in keys])
+    engine.insert_all([Insert(Keyed, state={"key": key}, concurrency_key=key) for key in keys])
     engine.start()
     eventually(lambda: engine.counts() == {"default": {"done": 2000}})
     assert max(order.index(key) for key in set(keys)) < 1000
     assert engine.check() == []
 
 
-# Leases
-
+# ---- Leases --------------------------------------------------------------------------------------
 
 LABOUR = r'''
 """Machines that leave traces beside this file; as a program, a worker that ends with its input."""
@@ -6580,25 +6019,28 @@ class Labour:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | {"PYTHONPATH": str(Path(durable.__file__).parent)},
+                env=environment(),
             )
         self.processes.append(process)
         assert process.stdout
         assert process.stdout.readline() == "ready\n" or not ready, self.errors()
         return process
 
-    def freeze(self, process: subprocess.Popen[str], client: durable.Engine) -> None:
+    def freeze(self, process: subprocess.Popen[str], client: Engine) -> None:
         """Stops a worker where it does not hold the lock on the file."""
-        with contextlib.closing(client.connect()) as connection:
+        with closing(client.connect()) as connection:
             connection.set_busy_timeout(0)
-            while True:
+
+            def stands_still() -> bool:
                 process.send_signal(signal.SIGSTOP)
                 try:
                     connection.execute("begin immediate; rollback")
                 except apsw.BusyError:
                     process.send_signal(signal.SIGCONT)
-                else:
-                    return
+                    return False
+                return True
+
+            eventually(stands_still)
 
     def kill(self, process: subprocess.Popen[str]) -> None:
         """Kills a worker, which is noted first."""
@@ -6647,7 +6089,7 @@ def labour(tmp_path: Path, make_engine: MakeEngine) -> Iterator[Labour]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     client = make_engine(queues={})
-    query_fault(client, "create table ledger (id integer, step text)")
+    ask(client, "create table ledger (id integer, step text)")
     client.stop()
     labour = Labour(tmp_path, module)
     yield labour
@@ -6666,7 +6108,8 @@ def test_killed_process_loses_its_claims_at_once(make_engine: MakeEngine, labour
     labour.kill(worker)
     begun = time.monotonic()
     eventually(lambda: engine.get(stuck).status == "runnable")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < BEFORE_A_HEARTBEAT
+    assert engine._core.peers.DEAD_LOOK_S < 1
     row = engine.get(stuck)
     assert (row.attempt, row.crashes, row.worker) == (1, 1, None)
     assert row.last_error
@@ -6687,7 +6130,7 @@ def test_start_takes_the_claims_of_the_dead(make_engine: MakeEngine, labour: Lab
     begun = time.monotonic()
     engine.start()
     assert engine.result(stuck, PATIENCE) == 1
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < BEFORE_A_HEARTBEAT
     assert engine.result(behind, PATIENCE) == 1
     assert [worker.pid for worker in engine.workers()] == [os.getpid()]
     assert engine.check() == []
@@ -6720,7 +6163,7 @@ def test_hung_process_loses_its_claims_when_its_lease_is_over(make_engine: MakeE
     worker.send_signal(signal.SIGCONT)
     eventually(lambda: f"{worker.pid} outcome.stale" in labour.traces("events"))
     eventually(lambda: engine.counts()["default"] == {"done": 2})
-    assert query_fault(engine, "select step from ledger") == [("1",)]
+    assert ask(engine, "select step from ledger") == [("1",)]
     assert engine.check() == []
 
 
@@ -6773,7 +6216,7 @@ def test_long_step_is_never_taken_from_a_worker_that_beats(make_engine: MakeEngi
     assert (row.status, row.attempt, desk.arrivals) == ("done", 0, [who])
 
 
-# Crashes of a step
+# ---- Crashes of a step ---------------------------------------------------------------------------
 
 
 @posix
@@ -6790,43 +6233,41 @@ def test_instance_that_kills_its_process_ends_as_failed(make_engine: MakeEngine,
     assert client.check() == []
 
 
-class Exiting(durable.FSM, max_crashes=3):
+class Exiting(FSM, max_crashes=3):
     """Leaves by an exception that ends programs, so often as its state says."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+    @step
+    def start(self, ctx: Ctx) -> Next:
         if ctx.attempt < ctx.state["exits"]:
             raise KeyboardInterrupt
-        return durable.Next("second")
+        return Next("second")
 
-    @durable.step
-    def second(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def second(self, ctx: Ctx) -> Done:
         if ctx.attempt < ctx.state["exits"]:
             raise SystemExit(3)
-        return durable.Done()
+        return Done()
 
 
-class AsyncExiting(durable.FSM, max_crashes=3):
+class AsyncExiting(FSM, max_crashes=3):
     """The same on the event loop."""
 
-    @durable.step
-    async def start(self, ctx: durable.Context[Any]) -> durable.Next:
+    @step
+    async def start(self, ctx: Ctx) -> Next:
         await asyncio.sleep(0)
         if ctx.attempt < ctx.state["exits"]:
             raise KeyboardInterrupt
-        return durable.Next("second")
+        return Next("second")
 
-    @durable.step
-    async def second(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    async def second(self, ctx: Ctx) -> Done:
         if ctx.attempt < ctx.state["exits"]:
             raise SystemExit(3)
-        return durable.Done()
+        return Done()
 
 
 @pytest.mark.parametrize("fsm", [Exiting, AsyncExiting])
-def test_exit_out_of_a_step_is_a_crash_that_the_worker_survives(
-    make_engine: MakeEngine, fsm: type[durable.FSM]
-) -> None:
+def test_exit_out_of_a_step_is_a_crash_that_the_worker_survives(make_engine: MakeEngine, fsm: type[FSM]) -> None:
     """The row runs again with `attempt + 1`; a committed outcome begins a new row of crashes."""
     engine = make_engine(queues={"default": 1})
     engine.start()
@@ -6836,7 +6277,7 @@ def test_exit_out_of_a_step_is_a_crash_that_the_worker_survives(
 
 
 @pytest.mark.parametrize("fsm", [Exiting, AsyncExiting])
-def test_exits_in_a_row_end_as_failed(make_engine: MakeEngine, fsm: type[durable.FSM]) -> None:
+def test_exits_in_a_row_end_as_failed(make_engine: MakeEngine, fsm: type[FSM]) -> None:
     """`max_crashes` counts exits too."""
     engine = make_engine(queues={"default": 1})
     engine.start()
@@ -6874,27 +6315,27 @@ def test_exit_out_of_drain_is_raised_on_after_its_commit(make_engine: MakeEngine
     assert engine.check() == []
 
 
-# Time-outs
+# ---- Time-outs -----------------------------------------------------------------------------------
 
 
-class Slow(durable.FSM, timeout=0.2):
+class Slow(FSM, timeout=0.2):
     """Stays too long, then writes what must not be written."""
 
     def __init__(self, desk: Desk | None = None) -> None:
         self.desk = desk or Desk()
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def start(self, ctx: Ctx) -> Done:
         self.desk.visit(ctx.id)
         ctx.insert(Visitor, queue="nobody")
-        return durable.Done("late")
+        return Done("late")
 
-    @durable.step
-    def end(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done("in time")
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        return Done("in time")
 
-    def handle(self, error: BaseException, ctx: durable.Context[Any]) -> durable.Stop:
-        return durable.Stop(f"{type(error).__name__} in {ctx.step}")
+    def handle(self, error: BaseException, ctx: Ctx) -> Stop:
+        return Stop(f"{type(error).__name__} in {ctx.step}")
 
 
 def test_overdue_thread_is_disowned_and_replaced(make_engine: MakeEngine, desk: Desk) -> None:
@@ -6916,7 +6357,7 @@ def test_overdue_thread_is_disowned_and_replaced(make_engine: MakeEngine, desk: 
 def test_overdue_thread_does_not_take_the_rows_claimed_ahead_with_it(make_engine: MakeEngine, desk: Desk) -> None:
     """What was prefetched behind a step that hangs runs in time, on the thread that replaces the disowned one."""
     engine = make_engine(fsms=[Slow(desk)], queues={"default": 1}, prefetch=3)
-    ids = insert_many(engine, [durable.Insert(Slow), *[durable.Insert(Slow, step="end")] * 3])
+    ids = insert_many(engine, [Insert(Slow), *[Insert(Slow, step="end")] * 3])
     engine.start()
     assert [engine.wait(who, PATIENCE).status for who in ids] == ["failed", "done", "done", "done"]
     assert engine.check() == []
@@ -6926,18 +6367,18 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
     """An async step over its `timeout` is cancelled, and the loop goes on."""
     cancelled = threading.Event()
 
-    class Sleeper(durable.FSM, name="sleeper", timeout=0.2):
-        @durable.step
-        async def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    class Sleeper(FSM, name="sleeper", timeout=0.2):
+        @step
+        async def start(self, ctx: Ctx) -> Done:
             try:
                 await asyncio.sleep(PATIENCE if ctx.attempt == 0 else 0)
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
-            return durable.Done(ctx.attempt)
+            return Done(ctx.attempt)
 
-        def handle(self, error: BaseException, ctx: durable.Context[Any]) -> Any:
-            return durable.Retry() if isinstance(error, TimeoutError) else durable.Stop(error)
+        def handle(self, error: BaseException, ctx: Ctx) -> Any:
+            return Retry() if isinstance(error, TimeoutError) else Stop(error)
 
     engine = make_engine(queues={"default": 1})
     engine.start()
@@ -6945,10 +6386,9 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
     assert cancelled.is_set()
 
 
-# Forks and forgotten engines
+# ---- Forks and forgotten engines -----------------------------------------------------------------
 
-
-FORK_FAULT = """
+FORK = """
 import os, sys, warnings
 import durable
 
@@ -6981,16 +6421,15 @@ engine.stop()
 
 @posix
 @pytest.mark.parametrize("how", ["open", "start"])
-def test_fork_with_an_open_engine_gets_a_clear_error(tmp_path: Path, how: str) -> None:
+def test_fork_with_an_open_engine_gets_a_clear_error(tmp_path: Path, database: Path, how: str) -> None:
     """The child's copy of the engine refuses, also to close what is the parent's, whose own goes on."""
-    done = run_program(tmp_path, string.Template(FORK_FAULT).substitute(how=how))
-    expected = ["refused True"] * 7 + ["2 4 []"]
-    assert (done.stdout.splitlines(), done.returncode) == (expected, 0), done.stderr
+    output = run_script(tmp_path, string.Template(FORK).substitute(how=how), database)
+    assert output.splitlines() == ["refused True"] * 7 + ["2 4 []"]
 
 
 def test_forgotten_engine_warns(database: Path) -> None:
     """An engine that is dropped without `stop` is a `ResourceWarning`."""
-    engines = {durable.Engine(database)}
+    engines = {Engine(database)}
     with pytest.warns(ResourceWarning, match="durable"):
         engines.pop()
 
@@ -7000,7 +6439,7 @@ def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
 ) -> None:
     """The collector runs in whichever thread it likes, also in one of the engine's that holds a lock."""
     core = durable._Scheduler
-    forgotten = [durable.Engine(database)]
+    forgotten = [Engine(database)]
     forgotten[0].start()
     running = forgotten[0]._core
     transact = core._transact
@@ -7020,15 +6459,15 @@ def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
     eventually(lambda: [thread for thread in threading.enumerate() if thread.name == "durable-stop"] == [])
 
 
-def test_engine_left_running_at_exit_warns(tmp_path: Path) -> None:
+def test_engine_left_running_at_exit_warns(database: Path) -> None:
     """A running engine that nobody stops warns at the end of the program, which ends all the same."""
-    source = "import sys, durable\nengine = durable.Engine(sys.argv[1])\nengine.start()\n"
-    done = run_program(tmp_path, source, "-W", "always::ResourceWarning")
+    source = "import sys, durable; durable.Engine(sys.argv[1]).start()"
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", source, str(database)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, env=environment())
     assert "ResourceWarning" in done.stderr
-    assert done.returncode == 0
 
 
-# The disk
+# ---- The disk ------------------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -7164,13 +6603,13 @@ def test_full_disk_refuses_callers_and_keeps_nothing(disk: Disk, make_engine: Ma
     disk.fail(*FULL)
     for call in (
         lambda: engine.insert(Visitor),
-        lambda: engine.insert_all([durable.Insert(Visitor)] * 3),
+        lambda: engine.insert_all([Insert(Visitor)] * 3),
         lambda: engine.insert_nowait(Visitor).result(PATIENCE),
         lambda: engine.signal(who, "x"),
         lambda: engine.cancel(who),
         lambda: engine.pause("default"),
     ):
-        with pytest.raises(durable.DurableError) as caught:
+        with pytest.raises(DurableError) as caught:
             call()
         assert isinstance(caught.value.__cause__, apsw.FullError)
     disk.heal()
@@ -7185,7 +6624,7 @@ def test_full_disk_refuses_callers_of_an_engine_that_is_not_started(disk: Disk, 
     """A client gets the error too, and the next call finds the engine sound."""
     client = make_engine(queues={})
     disk.fail(*FULL)
-    with pytest.raises(durable.DurableError) as caught:
+    with pytest.raises(DurableError) as caught:
         client.insert(Visitor)
     assert isinstance(caught.value.__cause__, apsw.FullError)
     disk.heal()
@@ -7204,7 +6643,7 @@ def test_outcomes_wait_in_memory_until_the_disk_is_back(disk: Disk, make_engine:
         desk.expect(who)
     disk.fail(*FULL)
     for who in ids:
-        desk.send_off(who, durable.Next("end"))
+        desk.send_off(who, Next("end"))
     heard.wait(2)
     assert {engine.get(who).status for who in ids} == {"executing"}
     disk.heal()
@@ -7215,8 +6654,7 @@ def test_outcomes_wait_in_memory_until_the_disk_is_back(disk: Disk, make_engine:
 
 def test_stop_ends_though_the_disk_is_full(disk: Disk, make_engine: MakeEngine, desk: Desk) -> None:
     """What could not be committed runs again after the next start."""
-    engine = make_engine(fsms=[Visitor(desk)], drain_timeout=0.3)
-    engine.start()
+    engine = visited(make_engine, desk, drain_timeout=0.3)
     who = engine.insert(Visitor)
     desk.expect(who)
     disk.fail(*FULL)
@@ -7226,8 +6664,7 @@ def test_stop_ends_though_the_disk_is_full(disk: Disk, make_engine: MakeEngine, 
     assert time.monotonic() - begun < 30
     disk.heal()
     desk.close()
-    engine = make_engine(fsms=[Visitor(desk)])
-    engine.start()
+    engine = visited(make_engine, desk)
     assert engine.wait(who, PATIENCE).status == "done"
     assert engine.check() == []
 
@@ -7237,14 +6674,14 @@ Answer = TypeVar("Answer")
 
 def is_storage_failure(error: BaseException) -> bool:
     """Whether an error is what callers get for a full disk, an I/O error or a lock time-out."""
-    return type(error) is durable.DurableError and isinstance(error.__cause__, apsw.Error)
+    return type(error) is DurableError and isinstance(error.__cause__, apsw.Error)
 
 
-def open_or_refuse(database: Path) -> tuple[durable.Engine | None, BaseException | None]:
+def open_or_refuse(database: Path) -> tuple[Engine | None, BaseException | None]:
     """An engine, or why there is none."""
     try:
-        return durable.Engine(database), None
-    except durable.DurableError as error:
+        return Engine(database), None
+    except DurableError as error:
         return None, error
 
 
@@ -7252,7 +6689,7 @@ def persist(call: Callable[[], Answer], repair: Callable[[], None]) -> Answer:
     """Calls, and once more after a repair if the disk did not let it."""
     try:
         return call()
-    except durable.DurableError as error:
+    except DurableError as error:
         if not is_storage_failure(error):
             raise
     repair()
@@ -7270,7 +6707,7 @@ def test_drain_on_a_full_disk_raises_and_runs_nothing_twice(disk: Disk, make_eng
 
     engine = make_engine()
     who = engine.insert(fills_the_disk)
-    with pytest.raises(durable.DurableError) as caught:
+    with pytest.raises(DurableError) as caught:
         engine.drain()
     assert is_storage_failure(caught.value)
     disk.heal()
@@ -7283,22 +6720,22 @@ def test_drain_that_failed_leaves_nothing_in_hand(disk: Disk, make_engine: MakeE
     """What its last commit would go on with inline is run by the next `drain`, and once."""
     runs: list[str] = []
 
-    class Hops(durable.FSM, name="hops-on-a-full-disk", inline=True):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Next:
+    class Hops(FSM, name="hops-on-a-full-disk", inline=True):
+        @step
+        def start(self, ctx: Ctx) -> Next:
             runs.append("start")
             disk.fail(*FULL)
-            return durable.Next("end")
+            return Next("end")
 
-        @durable.step
-        def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        @step
+        def end(self, ctx: Ctx) -> Done:
             runs.append("end")
-            return durable.Done()
+            return Done()
 
     engine = make_engine()
     engine.subscribe(disk.heal, "store.error")
     who = engine.insert(Hops)
-    with pytest.raises(durable.DurableError):
+    with pytest.raises(DurableError):
         engine.drain()
     assert (engine.get(who).status, engine.get(who).step) == ("runnable", "end")
     engine.drain()
@@ -7311,7 +6748,7 @@ def test_start_on_a_full_disk_raises_and_can_be_tried_again(disk: Disk, make_eng
     engine = make_engine()
     who = engine.insert(Visitor, step="end")
     disk.fail(*FULL)
-    with pytest.raises(durable.DurableError) as caught:
+    with pytest.raises(DurableError) as caught:
         engine.start()
     assert is_storage_failure(caught.value)
     disk.heal()
@@ -7381,7 +6818,7 @@ def test_clock_that_is_set_back_while_the_disk_is_full_holds_nobody_up(
     disk: Disk, make_engine: MakeEngine, clock: Clock
 ) -> None:
     """Who waits for a bucket is looked at again as soon as the disk is back."""
-    engine = make_engine(clock=clock, rate_limits={"r": durable.RateLimit(1, per=60)})
+    engine = make_engine(clock=clock, rate_limits={"r": RateLimit(1, per=60)})
     engine.start()
     engine.result(engine.insert(Visitor, step="end", rate_limit="r"), PATIENCE)
     waiting = engine.insert(Visitor, step="end", rate_limit="r", schedule_at=clock.instant(-200_000))
@@ -7405,7 +6842,7 @@ def test_class_that_is_met_on_a_full_disk_is_reported_when_it_is_back(
     heard, unknown = Heard(engine, "store.error"), Heard(engine, "fsm.unknown")
     engine.start()
     stranger, who = (engine.insert(Visitor, step="end", schedule_in=5) for _ in range(2))
-    query_fault(engine, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
+    ask(engine, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
     disk.fail(*FULL)
     clock.now += 5
     heard.wait(2)
@@ -7417,17 +6854,17 @@ def test_class_that_is_met_on_a_full_disk_is_reported_when_it_is_back(
     assert len(unknown.events) == 1
 
 
-class Counted(durable.FSM):
+class Counted(FSM):
     """Three steps that are counted, inside the file and outside."""
 
     def __init__(self) -> None:
         self.runs: collections.Counter[tuple[int, str]] = collections.Counter()
 
-    def step(self, name: str, ctx: durable.Context[Any]) -> Any:
+    def step(self, name: str, ctx: Ctx) -> Any:
         self.runs[ctx.id, name] += 1
         ctx.execute("insert into ledger values (?, ?)", (ctx.id, name))
         follower = {"start": "second", "second": "third"}.get(name)
-        return durable.Next(follower) if follower else durable.Done()
+        return Next(follower) if follower else Done()
 
 
 def work_on_a_failing_disk(fault: str, skip: int | None) -> int:
@@ -7435,8 +6872,8 @@ def work_on_a_failing_disk(fault: str, skip: int | None) -> int:
     error, kinds = FAULTS[fault]
     counted = Counted()
     with tempfile.TemporaryDirectory() as folder, Disk() as disk:
-        engine = durable.Engine(Path(folder) / "x.db", fsms=[counted], queues={"default": 2})
-        query_fault(engine, "create table ledger (id integer, step text)")
+        engine = Engine(Path(folder) / "x.db", fsms=[counted], queues={"default": 2})
+        ask(engine, "create table ledger (id integer, step text)")
         engine.subscribe(disk.heal, "store.error")
         engine.start()
         disk.done.clear()
@@ -7450,7 +6887,7 @@ def work_on_a_failing_disk(fault: str, skip: int | None) -> int:
         assert engine.counts() == {"default": {"done": 3}}
         expected = {(who, name): 1 for who in ids for name in ("start", "second", "third")}
         assert counted.runs == expected
-        assert sorted(query_fault(engine, "select id, step from ledger")) == sorted(expected)
+        assert sorted(ask(engine, "select id, step from ledger")) == sorted(expected)
         assert engine.check() == []
         engine.stop()
     return operations
@@ -7485,7 +6922,7 @@ def test_failure_at_any_point_of_the_opening_leaves_a_sound_file(tmp_path: Path,
             if engine:
                 engine.stop()
             assert refusal is None or is_storage_failure(refusal)
-            with durable.Engine(database) as engine:
+            with Engine(database) as engine:
                 assert engine.check() == []
 
 
@@ -7496,10 +6933,10 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
     engine.start()
     who = engine.insert(Visitor)
     desk.expect(who)
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("begin immediate")
-        desk.send_off(who, durable.Next("end"))
-        with pytest.raises(durable.DurableError) as caught:
+        desk.send_off(who, Next("end"))
+        with pytest.raises(DurableError) as caught:
             engine.insert(Visitor)
         assert isinstance(caught.value.__cause__, apsw.BusyError)
         connection.execute("rollback")
@@ -7509,12 +6946,12 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
     assert engine.check() == []
 
 
-# Damage
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 def make_newer(path: Path) -> None:
     """The file says that a later version has written it."""
-    with contextlib.closing(apsw.Connection(str(path))) as connection:
+    with closing(apsw.Connection(str(path))) as connection:
         columns = [row[1] for row in connection.execute("pragma table_info(durable_meta)")]
         for column in columns:
             connection.execute(f"update durable_meta set {column} = 9999 where {column} not glob '*[^0-9]*'")
@@ -7531,7 +6968,7 @@ def run_sql(sql: str) -> Callable[[Path], None]:
     """What changes a file by SQL."""
 
     def change(path: Path) -> None:
-        with contextlib.closing(apsw.Connection(str(path))) as connection:
+        with closing(apsw.Connection(str(path))) as connection:
             connection.execute(sql)
 
     return change
@@ -7558,24 +6995,13 @@ def test_file_that_cannot_be_trusted_is_refused_unchanged(
 ) -> None:
     """What is no database, is newer, or is damaged in header or schema: `SchemaError`, not a byte changed."""
     engine = make_engine(synchronous="full")
-    engine.insert_all([durable.Insert(Visitor)] * 50)
+    engine.insert_all([Insert(Visitor)] * 50)
     engine.stop()
     damage(database)
     before = database.read_bytes()
     with pytest.raises(durable.SchemaError, match=database.name):
-        durable.Engine(database)
+        Engine(database)
     assert database.read_bytes() == before
-
-
-def test_empty_file_and_file_of_an_application_are_taken_over(make_engine: MakeEngine, database: Path) -> None:
-    """A file without durable's tables gets them; nothing else in it is touched."""
-    database.touch()
-    make_engine().stop()
-    other = database.with_name("application.db")
-    run_sql("create table own (x); insert into own values (7); pragma user_version = 12")(other)
-    engine = make_engine(database=other)
-    assert query_fault(engine, "select x, user_version from own, pragma_user_version") == [(7, 12)]
-    assert engine.check() == []
 
 
 def test_look_at_a_large_file_costs_what_a_small_one_costs(disk: Disk, make_engine: MakeEngine, database: Path) -> None:
@@ -7583,7 +7009,7 @@ def test_look_at_a_large_file_costs_what_a_small_one_costs(disk: Disk, make_engi
     reads = []
     for count in (10, 10_000):
         engine = make_engine()
-        engine.insert_all([durable.Insert(Visitor, state={"pad": "x" * 100})] * count)
+        engine.insert_all([Insert(Visitor, state={"pad": "x" * 100})] * count)
         engine.stop()
         before = disk.done["read"]
         make_engine().stop()
@@ -7596,13 +7022,11 @@ def test_damage_further_in_is_found_by_check_and_named_by_whoever_meets_it(
 ) -> None:
     """A file with a damaged middle opens; `check` lists the damage, reading it is a `SchemaError`."""
     engine = make_engine()
-    engine.insert_all([durable.Insert(Visitor, state={"pad": "x" * 500})] * 3000)
-    size = query_fault(engine, "select page_size from pragma_page_size")[0][0]
+    engine.insert_all([Insert(Visitor, state={"pad": "x" * 500})] * 3000)
+    size = ask(engine, "select page_size from pragma_page_size")[0][0]
     pages = [
         page
-        for (page,) in query_fault(
-            engine, "select pageno from dbstat where name = 'durable_instances' and pagetype = 'leaf'"
-        )
+        for (page,) in ask(engine, "select pageno from dbstat where name = 'durable_instances' and pagetype = 'leaf'")
     ]
     engine.stop()
     for page in pages[5:-5]:
@@ -7613,15 +7037,15 @@ def test_damage_further_in_is_found_by_check_and_named_by_whoever_meets_it(
         engine.find(limit=3000)
 
 
-# Cleaning
+# ---- Cleaning ------------------------------------------------------------------------------------
 
 
 def test_old_terminal_rows_are_collected_and_no_others(make_engine: MakeEngine, clock: Clock) -> None:
     """Terminal rows older than `retention` go, with their signals; younger and live ones stay."""
     engine = make_engine(clock=clock, retention=100)
-    old = engine.insert(Visitor, step="end", correlation_key="old", correlation_scope=[*durable.LIVE, "done"])
+    old = engine.insert(Visitor, step="end", correlation_key="old", correlation_scope=[*LIVE, "done"])
     failed = engine.insert(Visitor)
-    live = engine.insert(Visitor, schedule_in=9999)
+    scheduled, waiting = engine.insert(Visitor, schedule_in=9999), engine.insert(Waits)
     engine.signal(old, "x", dedup_key="d")
     engine.cancel(failed)
     engine.drain(with_scheduled=False)
@@ -7631,8 +7055,8 @@ def test_old_terminal_rows_are_collected_and_no_others(make_engine: MakeEngine, 
     assert engine.gc() == 0
     clock.now += 60
     assert engine.gc() == 2
-    assert [row.id for row in engine.find()] == [young, live]
-    assert query_fault(engine, "select count(*) from durable_signals") == [(0,)]
+    assert [row.id for row in engine.find()] == [young, waiting, scheduled]
+    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
     assert engine.insert(Visitor, correlation_key="old") > young
     assert engine.check() == []
 
@@ -7641,41 +7065,13 @@ def test_one_sweep_collects_any_number(make_engine: MakeEngine, clock: Clock) ->
     """A sweep goes in batches, but to the end."""
     engine = make_engine(clock=clock, retention=10)
     heard = Heard(engine, "gc.swept")
-    engine.insert_all([durable.Insert(Visitor, step="end")] * 3000)
+    engine.insert_all([Insert(Visitor, step="end")] * 3000)
     engine.start()
     eventually(lambda: engine.counts() == {"default": {"done": 3000}})
     clock.now += 11
     assert engine.gc() == 3000
     assert engine.counts() == {}
     assert heard.wait()
-
-
-def test_finished_child_waits_for_its_parents_join(make_engine: MakeEngine, clock: Clock) -> None:
-    """A parent sees all its children at the join, however long the last one takes."""
-
-    class Parent(durable.FSM, name="parent"):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.ScheduleChildren:
-            return durable.ScheduleChildren(
-                [durable.Insert(Visitor, step="end"), durable.Insert(Visitor, step="end", schedule_in=1000)],
-                then="join",
-            )
-
-        @durable.step
-        def join(self, ctx: durable.Context[Any]) -> durable.Done:
-            return durable.Done(len(ctx.children))
-
-    engine = make_engine(clock=clock, retention=10)
-    parent = engine.insert(Parent)
-    engine.drain(with_scheduled=False)
-    clock.now += 500
-    assert engine.gc() == 0
-    clock.now += 500
-    engine.drain(with_scheduled=False)
-    assert engine.result(parent) == 2
-    clock.now += 11
-    assert engine.gc() == 3
-    assert engine.check() == []
 
 
 def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
@@ -7686,10 +7082,10 @@ def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
     eventually(lambda: engine.find() == [])
 
 
-# Kills
+# ---- Kills ---------------------------------------------------------------------------------------
 
 
-def chains_are_whole(engine: durable.Engine, labour: Labour, kills: int, in_hand: int) -> None:
+def chains_are_whole(engine: Engine, labour: Labour, kills: int, in_hand: int) -> None:
     """Every chain is done, each effect outside happened, in order, few twice; each inside exactly once."""
     effects = labour.effects()
     assert all(set(row) == {"done"} for row in engine.counts().values())
@@ -7697,7 +7093,7 @@ def chains_are_whole(engine: durable.Engine, labour: Labour, kills: int, in_hand
     for lines in effects.values():
         assert [name for name, _ in itertools.groupby(lines)] == list("01234")
     assert sum(map(len, effects.values())) - 5 * len(effects) <= kills * in_hand
-    ledger = query_fault(engine, "select count(*), count(distinct id || '.' || step) from ledger")
+    ledger = ask(engine, "select count(*), count(distinct id || '.' || step) from ledger")
     assert ledger == [(5 * len(effects), 5 * len(effects))]
     assert labour.collisions() == []
     assert "locked" not in labour.errors()
@@ -7705,13 +7101,13 @@ def chains_are_whole(engine: durable.Engine, labour: Labour, kills: int, in_hand
     assert engine.check() == []
 
 
-def survive_kills(client: durable.Engine, labour: Labour, kills: int, workers: int, load: int = 30) -> None:
+def survive_kills(client: Engine, labour: Labour, kills: int, workers: int, load: int = 30) -> None:
     """So many kills at random instants, one after the other, of workers that are replaced."""
     chance = random.Random(kills)
     options: dict[str, Any] = {"queues": {"default": 4}, "prefetch": 2, "synchronous": "normal"}
     running = [labour.spawn(**options) for _ in range(workers)]
     for _ in range(kills):
-        chains = insert_many(client, [durable.Insert(labour.module.Chain)] * load)
+        chains = insert_many(client, [Insert(labour.module.Chain)] * load)
         labour.await_effect(chains[0])
         victim = running.pop(0)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -7742,7 +7138,7 @@ def test_processes_that_create_a_file_together_find_it_sound(make_engine: MakeEn
         workers = list(threads.map(lambda _: labour.spawn(database=str(new), queues={"default": 1}), range(4)))
     client = make_engine(database=new, queues={})
     assert {worker.pid for worker in client.workers()} == {worker.pid for worker in workers}
-    for who in insert_many(client, [durable.Insert(labour.module.Fickle)] * 8):
+    for who in insert_many(client, [Insert(labour.module.Fickle)] * 8):
         assert client.result(who, PATIENCE) == 1
     assert client.check() == []
 
@@ -7755,7 +7151,7 @@ def test_hundreds_of_kills_lose_nothing(make_engine: MakeEngine, labour: Labour,
     survive_kills(make_engine(queues={}), labour, kills=100, workers=workers)
 
 
-# Power cuts
+# ---- Power cuts ----------------------------------------------------------------------------------
 
 
 class Inode:
@@ -7836,25 +7232,25 @@ class PowerCut:
         return {file: bytes(inode.bytes) for file, inode in self.durable.items()}
 
 
-class FaultTally(durable.FSM):
+class LedgerTally(FSM):
     """Counts its steps in its state and in a ledger, and tells how many it has found committed."""
 
     def __init__(self, promises: Promises | None = None) -> None:
         self.promises = promises
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def start(self, ctx: Ctx) -> Any:
         count = ctx.state["count"]
         if self.promises:
             self.promises.note(ctx.id, count)
         ctx.execute("insert into ledger values (?, ?)", (ctx.id, count))
         state = ctx.state | {"count": count + 1}
-        return durable.Next("start", state) if count < ctx.state["last"] else durable.Done()
+        return Next("start", state) if count < ctx.state["last"] else Done()
 
 
-def ledger_of(engine: durable.Engine) -> dict[int, int]:
+def ledger_of(engine: Engine) -> dict[int, int]:
     """How many steps of each instance the ledger has."""
-    return dict(query_fault(engine, "select id, count(*) from ledger group by id"))
+    return dict(ask(engine, "select id, count(*) from ledger group by id"))
 
 
 @attrs.define
@@ -7873,13 +7269,11 @@ class Promises:
         """A signal is in an inbox."""
         self.signals.append((len(self.disk.tape), who, number))
 
-    def missing(self, engine: durable.Engine, cut: int) -> list[str]:
+    def missing(self, engine: Engine, cut: int) -> list[str]:
         """The promises made before the cut that a file does not keep."""
         ledger = ledger_of(engine)
         rows = {row.id: row for row in engine.find(limit=10_000)}
-        inbox = {
-            tuple(row) for row in query_fault(engine, "select target, cast(payload as integer) from durable_signals")
-        }
+        inbox = {tuple(row) for row in ask(engine, "select target, cast(payload as integer) from durable_signals")}
         lost = [
             f"step {count} of {who}"
             for at, who, count in self.steps
@@ -7908,28 +7302,28 @@ acts = st.lists(
 )
 
 
-def perform(act: tuple[Any, ...], engine: durable.Engine, promises: Promises) -> None:
+def perform(act: tuple[Any, ...], engine: Engine, promises: Promises) -> None:
     """One act of a workload, and the promises that come with its return."""
     live = [row.id for row in engine.find(status="runnable")]
     match act:
         case ("insert", count, last, pad):
-            inserts = [durable.Insert(FaultTally, state={"count": 0, "last": last, "pad": "x" * pad})] * count
+            inserts = [Insert(LedgerTally, state={"count": 0, "last": last, "pad": "x" * pad})] * count
             for who in insert_many(engine, inserts):
                 promises.note(who, 0)
         case ("insert_into", last):
-            with contextlib.closing(engine.connect()) as connection:
+            with closing(engine.connect()) as connection:
                 connection.execute("begin immediate")
-                who = durable.insert_into(connection, FaultTally, state={"count": 0, "last": last})
+                who = durable.insert_into(connection, LedgerTally, state={"count": 0, "last": last})
                 connection.execute("commit")
             promises.note(who, 0)
         case ("drain", steps):
-            with contextlib.suppress(durable.DurableError):
+            with contextlib.suppress(DurableError):
                 engine.drain(max_steps=steps)
         case ("signal", number) if live:
             engine.signal(live[0], "note", number)
             promises.note_signal(live[0], number)
         case ("checkpoint", mode):
-            with contextlib.closing(engine.connect()) as connection:
+            with closing(engine.connect()) as connection:
                 connection.wal_checkpoint(mode=mode)
 
 
@@ -7938,14 +7332,10 @@ def record(folder: Path, synchronous: Any, workload: list[tuple[Any, ...]]) -> t
     with Disk() as disk:
         promises = Promises(disk)
         make = functools.partial(
-            durable.Engine,
-            folder / "x.db",
-            fsms=[FaultTally(promises)],
-            synchronous=synchronous,
-            queues={"default": 3},
+            Engine, folder / "x.db", fsms=[LedgerTally(promises)], synchronous=synchronous, queues={"default": 3}
         )
         engine = make()
-        query_fault(engine, LEDGER)
+        ask(engine, LEDGER)
         for act in workload:
             if act[0] == "run":
                 live = [row.id for row in engine.find(status="runnable")]
@@ -7963,16 +7353,16 @@ def record(folder: Path, synchronous: Any, workload: list[tuple[Any, ...]]) -> t
         return disk.tape, promises
 
 
-@contextlib.contextmanager
-def reopened_after_cut(folder: Path, tape: list[Operation], chance: random.Random) -> Iterator[durable.Engine]:
+@contextmanager
+def reopened_after_cut(folder: Path, tape: list[Operation], chance: random.Random) -> Iterator[Engine]:
     """An engine on what a power cut has left of a file, whose ledger is there."""
     folder.mkdir()
     for name, data in PowerCut(tape, chance).files().items():
         (folder / name).write_bytes(data)
-    engine = durable.Engine(folder / "x.db", synchronous="normal")
+    engine = Engine(folder / "x.db", synchronous="normal")
     try:
         assert engine.check() == []
-        query_fault(engine, LEDGER)
+        ask(engine, LEDGER)
         yield engine
         assert engine.check() == []
     finally:
@@ -8056,7 +7446,7 @@ class Worst(random.Random):
         return a
 
 
-# Soak
+# ---- Soak ----------------------------------------------------------------------------------------
 
 
 def flat(worker: subprocess.Popen[str]) -> tuple[int, int]:
@@ -8076,8 +7466,8 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
     ends = time.monotonic() + float(os.environ.get("DURABLE_SOAK_SECONDS", "600"))
     begun, kills, wanted = None, 0, 0
     for turn in itertools.count():
-        kinds = [*map(durable.Insert, (module.Chain, module.Fickle, module.Family))]
-        batch = chance.choices([*kinds, durable.Insert(module.Chain, concurrency_key="k")], k=30)
+        kinds = [*map(Insert, (module.Chain, module.Fickle, module.Family))]
+        batch = chance.choices([*kinds, Insert(module.Chain, concurrency_key="k")], k=30)
         client.insert_all(batch)
         wanted += sum(4 if insert.fsm is module.Family else 1 for insert in batch)
         if turn % 3 == 1:
@@ -8094,10 +7484,10 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
         if time.monotonic() > ends and begun:
             break
     eventually(lambda: client.counts() == {"default": {"done": wanted}})
-    ended_fault = flat(steady)
+    end = flat(steady)
     assert begun
-    assert ended_fault[0] - begun[0] < 8000, "memory grows"
-    assert abs(ended_fault[1] - begun[1]) <= 3, "descriptors leak"
+    assert end[0] - begun[0] < 8000, "memory grows"
+    assert abs(end[1] - begun[1]) <= 3, "descriptors leak"
     errors = labour.errors()
     (labour.folder / "stderr").write_text("")
     assert "locked" not in errors
@@ -8115,35 +7505,22 @@ create table account (id integer primary key, balance int)
 
 
 @pytest.fixture
-def bank(make_engine: MakeEngine) -> durable.Engine:
+def bank(make_engine: MakeEngine) -> Engine:
     """An engine, not started, on the file of an application, which has tables of its own there."""
     bank = make_engine()
     ask(bank, TABLES)
     return bank
 
 
-def ask(engine: durable.Engine, sql: str, bindings: Any = ()) -> list[Any]:
-    """The rows of a statement that an application runs on a connection of its own."""
-    with contextlib.closing(engine.connect()) as connection:
-        return list(connection.execute(sql, bindings))
-
-
-def notes(engine: durable.Engine) -> list[str]:
+def notes(engine: Engine) -> list[str]:
     """What the statements of steps have written, in order."""
     return [text for (text,) in ask(engine, "select text from note order by rowid")]
-
-
-def drained(engine: durable.Engine, fsm: Any, **options: Any) -> durable.Instance:
-    """The instance of `fsm` after everything runnable has run."""
-    target = engine.insert(fsm, **options)
-    engine.drain()
-    return engine.get(target)
 
 
 class Recorder:
     """Keeps the events of an engine for the test to take."""
 
-    def __init__(self, engine: durable.Engine, *names: str) -> None:
+    def __init__(self, engine: Engine, *names: str) -> None:
         self.events: queues.SimpleQueue[durable.Event] = queues.SimpleQueue()
         self.unsubscribe = engine.subscribe(self.events.put, *names)
 
@@ -8157,29 +7534,6 @@ class Recorder:
     def names(self) -> list[str]:
         """The names of the events that have come so far."""
         return [self.take().name for _ in range(self.events.qsize())]
-
-
-def start_script(folder: Path, source: str, *arguments: object) -> subprocess.Popen[str]:
-    """Starts a Python program in a process of its own."""
-    path = folder / "worker.py"
-    path.write_text(source, encoding="utf-8")
-    places = [str(Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(path), *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
-    )
-
-
-def run_script(folder: Path, source: str, *arguments: object) -> str:
-    """The standard output of a Python program in a process of its own, which must succeed."""
-    with start_script(folder, source, *arguments) as process:
-        output, errors = process.communicate(timeout=2 * PATIENCE)
-    assert process.returncode == 0, errors
-    return output
 
 
 def read_lines(number: int, process: subprocess.Popen[str]) -> None:
@@ -8197,43 +7551,43 @@ def kill_after(lines: int, process: subprocess.Popen[str]) -> None:
         process.kill()
 
 
-class Statements(durable.FSM):
+class Statements(FSM):
     """A machine that asks for the statements of its state and is done."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def start(self, ctx: Ctx) -> Done:
         for statement in ctx.state["statements"]:
             ctx.execute(*statement)
-        return durable.Done()
+        return Done()
 
 
-class Listener(durable.FSM):
+class Listener(FSM):
     """A machine that waits for the signal named in its state and is done with what has come."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Await:
-        return durable.Await(ctx.state["name"], then=Listener.heard)
+    @step
+    def start(self, ctx: Ctx) -> Await:
+        return Await(ctx.state["name"], then=Listener.heard)
 
-    @durable.step
-    def heard(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done([signal.payload for signal in ctx.awaited])
+    @step
+    def heard(self, ctx: Ctx) -> Done:
+        return Done([signal.payload for signal in ctx.awaited])
 
 
-class Gated(durable.FSM):
+class Gated(FSM):
     """A machine that asks for a statement, an insert and a signal, then stands in its step at a gate."""
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)
         self.gate = threading.Event()
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def start(self, ctx: Ctx) -> Done:
         ctx.execute("create table gated (id)")
         ctx.insert(mail, args={"to": "gated"})
         ctx.signal("listener", "gated")
         self.entered.release()
         assert self.gate.wait(PATIENCE)
-        return durable.Done()
+        return Done()
 
 
 class GatedBriefly(Gated, timeout=0.2):
@@ -8247,12 +7601,12 @@ def mail(to: str) -> str:
 
 
 @durable.job
-def count_up(number: int, ctx: durable.Context[Any]) -> None:
+def count_up(number: int, ctx: Ctx) -> None:
     """A job that writes its number."""
     ctx.execute("insert into account values (?, 0)", (number,))
 
 
-# ---- ctx.execute ---------------------------------------------------------------------------------------
+# ---- ctx.execute ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -8269,16 +7623,12 @@ def count_up(number: int, ctx: durable.Context[Any]) -> None:
         ("insert into account values (7, 5); drop table counted", []),
     ],
 )
-def test_statements_run_in_order_with_their_bindings(bank: durable.Engine, sql: str, bindings: Any) -> None:
+def test_statements_run_in_order_with_their_bindings(bank: Engine, sql: str, bindings: Any) -> None:
     """`ctx.execute(sql, bindings)` runs in the commit of the outcome, in order; SQL may do what it likes."""
-    statements = [
-        [sql, bindings],
-        ["update account set balance = balance * 2"],
-        ["update account set id = 8"],
-    ]
+    statements = [[sql, bindings], ["update account set balance = balance * 2"], ["update account set id = 8"]]
     ask(bank, "create table counted (id integer primary key autoincrement); insert into counted values (3)")
-    instance = drained(bank, Statements, state={"statements": statements})
-    assert (instance.status, instance.last_error) == (durable.Status.DONE, None)
+    instance = finish(bank, Statements, state={"statements": statements})
+    assert (instance.status, instance.last_error) == (Status.DONE, None)
     assert [row[0] for row in ask(bank, "select * from account")] == [8]
 
 
@@ -8294,63 +7644,63 @@ def test_statements_run_in_order_with_their_bindings(bank: durable.Engine, sql: 
         ["no sql"],
     ],
 )
-def test_a_failing_statement_fails_the_step(bank: durable.Engine, statement: list[Any]) -> None:
+def test_a_failing_statement_fails_the_step(bank: Engine, statement: list[Any]) -> None:
     """If a statement fails, the step failed with that error: none of its statements stays."""
     statements = [["insert into note values ('before')"], statement]
-    instance = drained(bank, Statements, state={"statements": statements})
-    assert (instance.status, notes(bank)) == (durable.Status.FAILED, [])
+    instance = finish(bank, Statements, state={"statements": statements})
+    assert (instance.status, notes(bank)) == (Status.FAILED, [])
     assert instance.last_error
 
 
-def test_nothing_is_written_before_the_step_has_returned(bank: durable.Engine) -> None:
+def test_nothing_is_written_before_the_step_has_returned(bank: Engine) -> None:
     """Statements run in the commit of the outcome, not while user code runs; async steps have them too."""
 
     @durable.job
-    async def look(ctx: durable.Context[Any]) -> list[str]:
+    async def look(ctx: Ctx) -> list[str]:
         ctx.execute("insert into note values ('late')")
         return notes(bank)
 
-    assert (drained(bank, look).result, notes(bank)) == ([], ["late"])
+    assert (finish(bank, look).result, notes(bank)) == ([], ["late"])
 
 
 ENDINGS: dict[str, Callable[[], object]] = {
-    "next": lambda: durable.Next("end"),
-    "snooze": lambda: durable.Retry(counted=False),
-    "retry": durable.Retry,
-    "await": lambda: durable.Await("x", then="end"),
-    "children": lambda: durable.ScheduleChildren([durable.Insert(mail, args={"to": "a"})], then="end"),
-    "done": durable.Done,
-    "stop": lambda: durable.Stop("enough"),
+    "next": lambda: Next("end"),
+    "snooze": lambda: Retry(counted=False),
+    "retry": Retry,
+    "await": lambda: Await("x", then="end"),
+    "children": lambda: ScheduleChildren([Insert(mail, args={"to": "a"})], then="end"),
+    "done": Done,
+    "stop": lambda: Stop("enough"),
     "no outcome": lambda: 42,
-    "no such step": lambda: durable.Next("nowhere"),
+    "no such step": lambda: Next("nowhere"),
 }
 NO_ENDINGS = {"no outcome", "no such step"}
 
 
-class Ends(durable.FSM):
+class Ends(FSM):
     """A machine that writes a note and ends its first step, the first time, as its state says."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def start(self, ctx: Ctx) -> Any:
         ctx.execute("insert into note select 'note ' || count(*) from note")
         return ENDINGS[ctx.state.pop("outcome", "done")]()
 
-    @durable.step
-    def end(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done()
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        return Done()
 
 
 @pytest.mark.parametrize("outcome", ENDINGS)
-def test_statements_go_with_whatever_outcome_a_step_returns(bank: durable.Engine, outcome: str) -> None:
+def test_statements_go_with_whatever_outcome_a_step_returns(bank: Engine, outcome: str) -> None:
     """Each run that ended in an outcome, `Retry` and `Stop` among them, has left its statements."""
-    drained(bank, Ends, state={"outcome": outcome})
+    finish(bank, Ends, state={"outcome": outcome})
     assert len(notes(bank)) == (0 if outcome in NO_ENDINGS else 2 if outcome in ("snooze", "retry") else 1)
 
 
-class Drops(durable.FSM, max_attempts=1):
+class Drops(FSM, max_attempts=1):
     """A job that asks for a statement, an insert and a signal and then goes wrong as its state says."""
 
-    def perform(self, args: dict[str, Any], ctx: durable.Context[Any]) -> object:
+    def perform(self, args: dict[str, Any], ctx: Ctx) -> object:
         ctx.execute("insert into note values ('dropped')")
         ctx.insert(mail, args={"to": "nobody"})
         ctx.signal("listener", "never")
@@ -8358,9 +7708,9 @@ class Drops(durable.FSM, max_attempts=1):
             case "raises":
                 raise ValueError("boom")
             case "raises Fail":
-                raise durable.Fail("no")
+                raise Fail("no")
             case "raises Cancel":
-                raise durable.Cancel("no")
+                raise Cancel("no")
             case "asks for a bad statement":
                 ctx.execute("insert into missing values (1)")
         return WRONG[args["wrong"]]
@@ -8371,27 +7721,27 @@ WRONG: dict[str, object] = {
     "raises Fail": None,
     "raises Cancel": None,
     "asks for a bad statement": None,
-    "returns Fail": durable.Fail("no"),
-    "returns Cancel": durable.Cancel("no"),
+    "returns Fail": Fail("no"),
+    "returns Cancel": Cancel("no"),
     "returns what cannot be written": object(),
-    "returns an outcome that is no job's": durable.Next("end"),
+    "returns an outcome that is no job's": Next("end"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_a_step_that_went_wrong_has_asked_for_is_dropped(bank: durable.Engine, wrong: str) -> None:
+def test_what_a_step_that_went_wrong_has_asked_for_is_dropped(bank: Engine, wrong: str) -> None:
     """Statements, inserts and signals of a step that raised, or ended in `Fail` or `Cancel`, are dropped."""
-    drained(bank, Listener, state={"name": "never"}, correlation_key="listener")
-    assert drained(bank, Drops, state={"wrong": wrong}).status == durable.Status.FAILED
+    finish(bank, Listener, state={"name": "never"}, correlation_key="listener")
+    assert finish(bank, Drops, state={"wrong": wrong}).status == Status.FAILED
     assert (notes(bank), bank.find(fsm=mail)) == ([], [])
-    assert bank.get("listener").status == durable.Status.AWAITING_SIGNAL
+    assert bank.get("listener").status == Status.AWAITING_SIGNAL
 
 
-def test_a_step_that_crashes_writes_nothing(bank: durable.Engine) -> None:
+def test_a_step_that_crashes_writes_nothing(bank: Engine) -> None:
     """`SystemExit` out of a step is a crash of that step: it runs again, and only then writes."""
 
     @durable.job
-    def leave(ctx: durable.Context[Any]) -> None:
+    def leave(ctx: Ctx) -> None:
         ctx.execute("insert into note values (?)", (f"attempt {ctx.attempt}",))
         if not ctx.attempt:
             raise SystemExit(3)
@@ -8404,33 +7754,33 @@ def test_a_step_that_crashes_writes_nothing(bank: durable.Engine) -> None:
     assert notes(bank) == ["attempt 1"]
 
 
-class Handles(durable.FSM):
+class Handles(FSM):
     """A machine whose step fails as its state says and whose `handle` writes and starts things of its own."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def start(self, ctx: Ctx) -> Done:
         for _ in range(2):
             ctx.execute("insert into note values ('step')")
         ctx.insert(mail, args={"to": "step"})
         if ctx.state["raises"]:
             raise ValueError("boom")
-        return durable.Done()
+        return Done()
 
-    def handle(self, error: Exception, ctx: durable.Context[Any]) -> object:
+    def handle(self, error: Exception, ctx: Ctx) -> object:
         ctx.execute("insert into note values (?)", (type(error).__name__,))
         ctx.insert(mail, args={"to": "handle"})
         return ENDINGS[ctx.state["then"]]()
 
-    @durable.step
-    def end(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done()
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        return Done()
 
 
 @pytest.mark.parametrize(("raises", "error"), [(True, "ValueError"), (False, "ConstraintError")])
 @pytest.mark.parametrize("then", ["next", "await", "done", "stop"])
-def test_what_handle_asks_for_goes_with_its_outcome(bank: durable.Engine, raises: bool, error: str, then: str) -> None:
+def test_what_handle_asks_for_goes_with_its_outcome(bank: Engine, raises: bool, error: str, then: str) -> None:
     """What the failed step asked for is dropped, also where a statement failed; `handle` has its own."""
-    drained(bank, Handles, state={"raises": raises, "then": then})
+    finish(bank, Handles, state={"raises": raises, "then": then})
     assert notes(bank) == [error]
     assert [instance.result for instance in bank.find(fsm=mail)] == ["handle"]
 
@@ -8439,62 +7789,62 @@ def test_what_handle_asks_for_goes_with_its_outcome(bank: durable.Engine, raises
     ("wrong", "error"),
     [("raises", "KeyError"), ("bad statement", "missing"), ("no outcome", "42"), ("no such step", "nowhere")],
 )
-def test_a_handle_that_fails_stops_the_instance(bank: durable.Engine, wrong: str, error: str) -> None:
-    """If `handle` itself raises, or its statements fail, the instance is stopped with that error."""
+def test_a_handle_that_fails_stops_the_instance(bank: Engine, wrong: str, error: str) -> None:
+    """If `handle` itself raises, or its statements fail, the instance is stopped with that error; nothing is kept."""
 
-    class Helpless(durable.FSM):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Done:
+    class Helpless(Ends):
+        @step
+        def start(self, ctx: Ctx) -> Done:
             raise ValueError("first")
 
-        def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+        def handle(self, error: Exception, ctx: Ctx) -> Any:
             ctx.execute("insert into note values ('handle')")
             if wrong == "raises":
                 raise KeyError("second")
             if wrong == "bad statement":
                 ctx.execute("insert into missing values (1)")
-            return ENDINGS.get(wrong, durable.Done)()
+            return ENDINGS.get(wrong, ENDINGS["next"])()
 
-    instance = drained(bank, Helpless)
-    assert (instance.status, notes(bank)) == (durable.Status.FAILED, [])
+    instance = finish(bank, Helpless)
+    assert (instance.status, instance.step, notes(bank)) == (Status.FAILED, "start", [])
     assert error in str(instance.last_error)
 
 
-def test_a_job_whose_statement_fails_is_tried_again(bank: durable.Engine) -> None:
+def test_a_job_whose_statement_fails_is_tried_again(bank: Engine) -> None:
     """For a job the retry rule holds for a failed statement too."""
 
     @durable.job
-    def stubborn(ctx: durable.Context[Any]) -> int:
+    def stubborn(ctx: Ctx) -> int:
         ctx.execute("insert into note values ('once')")
         ctx.execute("insert into account values (?, 0)", (ctx.attempt,))
         return ctx.attempt
 
     ask(bank, "insert into account values (0, 0), (1, 0)")
-    assert (drained(bank, stubborn).result, notes(bank)) == (2, ["once"])
+    assert (finish(bank, stubborn).result, notes(bank)) == (2, ["once"])
 
 
-def test_inline_steps_write_in_commits_of_their_own(bank: durable.Engine) -> None:
+def test_inline_steps_write_in_commits_of_their_own(bank: Engine) -> None:
     """`inline` only skips the queue: a step that fails takes no statement of the steps before it along."""
 
-    class Chain(durable.FSM, inline=True):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Next:
+    class Chain(FSM, inline=True):
+        @step
+        def start(self, ctx: Ctx) -> Next:
             ctx.execute("insert into note values ('start')")
-            return durable.Next("middle")
+            return Next("middle")
 
-        @durable.step
-        def middle(self, ctx: durable.Context[Any]) -> durable.Done:
+        @step
+        def middle(self, ctx: Ctx) -> Done:
             ctx.execute("insert into note values ('middle')")
             ctx.execute("insert into missing values (1)")
-            return durable.Done()
+            return Done()
 
-        def handle(self, error: Exception, ctx: durable.Context[Any]) -> durable.Next:
-            return durable.Next("end")
+        def handle(self, error: Exception, ctx: Ctx) -> Next:
+            return Next("end")
 
-        @durable.step
-        def end(self, ctx: durable.Context[Any]) -> durable.Done:
+        @step
+        def end(self, ctx: Ctx) -> Done:
             ctx.execute("insert into note values ('end')")
-            return durable.Done()
+            return Done()
 
     with bank:
         bank.result(bank.insert(Chain), timeout=PATIENCE)
@@ -8514,13 +7864,13 @@ def test_a_cancelled_or_stale_outcome_is_dropped_whole(make_engine: MakeEngine, 
         if fsm is Gated:
             assert engine.cancel(target)
             gated.gate.set()
-        assert engine.wait(target, PATIENCE, until="terminal").status == durable.Status.FAILED
+        assert engine.wait(target, PATIENCE, until="terminal").status == Status.FAILED
         if fsm is GatedBriefly:
             gated.gate.set()
             stale.take()
         assert ask(engine, "select * from sqlite_schema where name = 'gated'") == []
         assert engine.find(fsm=mail) == []
-        assert engine.wait("listener", PATIENCE).status == durable.Status.AWAITING_SIGNAL
+        assert engine.wait("listener", PATIENCE).status == Status.AWAITING_SIGNAL
 
 
 SLY = """
@@ -8534,10 +7884,7 @@ REFUSED = [
     *["rollback to mine", "insert into note values ('x'); commit", "/* no */ ; COMMIT"],
     *["delete from durable_instances", 'delete from main."DURABLE_Instances"', "drop table durable_signals"],
     *["update durable_instances set priority = 1", "replace into durable_meta select * from durable_meta"],
-    *[
-        "with old as (select 1) delete from durable_instances where id in old",
-        "drop view durable_view_workers",
-    ],
+    *["with old as (select 1) delete from durable_instances where id in old", "drop view durable_view_workers"],
     *["alter table durable_instances rename to mine", "alter table durable_instances add column mine"],
     *["create index mine on durable_instances (state)", "create temp table durable_instances (id)"],
     *["create trigger mine after update on durable_instances begin select 1; end"],
@@ -8551,14 +7898,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("sql", REFUSED)
-def test_a_statement_that_could_hurt_the_engine_is_refused(bank: durable.Engine, sql: str) -> None:
+def test_a_statement_that_could_hurt_the_engine_is_refused(bank: Engine, sql: str) -> None:
     """Transaction control, and writing to durable's tables by whatever road, are refused with an error."""
     ask(bank, SLY.replace("select 1, 2", "select * from durable_meta"))
     statements = [["insert into note values ('before')"], [sql]]
-    instance = drained(bank, Statements, state={"statements": statements})
-    assert (instance.status, instance.priority, notes(bank)) == (durable.Status.FAILED, 0, [])
+    instance = finish(bank, Statements, state={"statements": statements})
+    assert (instance.status, instance.priority, notes(bank)) == (Status.FAILED, 0, [])
     assert instance.last_error
-    drained(bank, count_up, args={"number": 1})
+    finish(bank, count_up, args={"number": 1})
     assert (ask(bank, "select id from account"), bank.check()) == ([(1,)], [])
 
 
@@ -8579,13 +7926,12 @@ create table child (parent references account (id) deferrable initially deferred
 
 
 @pytest.mark.parametrize("how", CONFLICTS)
-def test_a_conflict_undoes_only_the_step_that_met_it(bank: durable.Engine, how: str) -> None:
+def test_a_conflict_undoes_only_the_step_that_met_it(bank: Engine, how: str) -> None:
     """Many outcomes share a commit; one whose statements undo the transaction takes no other along."""
     ask(bank, CONFLICTING_TABLES)
     bad = {"statements": [["insert into account values (-1, 0)"], [CONFLICTS[how]]]}
     ids = bank.insert_all(
-        durable.Insert(Statements, state=bad) if n % 10 == 7 else durable.Insert(count_up, args={"number": n})
-        for n in range(40)
+        Insert(Statements, state=bad) if n % 10 == 7 else Insert(count_up, args={"number": n}) for n in range(40)
     )
     with bank:
         for target in ids:
@@ -8597,32 +7943,32 @@ def test_a_conflict_undoes_only_the_step_that_met_it(bank: durable.Engine, how: 
         assert bank.check() == []
 
 
-# ---- ctx.insert and ctx.signal -------------------------------------------------------------------------
+# ---- ctx.insert and ctx.signal -------------------------------------------------------------------
 
 
-class Verbs(durable.FSM):
+class Verbs(FSM):
     """A machine that calls `verbs`, the object's own, in its only step and is done."""
 
-    def __init__(self, verbs: Callable[[durable.Context[Any]], object] = id) -> None:
+    def __init__(self, verbs: Callable[[Ctx], object] = id) -> None:
         self.verbs = verbs
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done(self.verbs(ctx))
+    @step
+    def start(self, ctx: Ctx) -> Done:
+        return Done(self.verbs(ctx))
 
 
-RunVerbs = Callable[..., durable.Engine]
+RunVerbs = Callable[..., Engine]
 
 
 @pytest.fixture
 def run_verbs(make_engine: MakeEngine) -> RunVerbs:
     """Runs a function with the Context of a step, and everything that follows from it."""
 
-    def run(verbs: Callable[[durable.Context[Any]], object]) -> durable.Engine:
-        engine = make_engine(fsms=[Verbs(verbs)], rate_limits={"api": durable.RateLimit(5, per=1)})
+    def run(verbs: Callable[[Ctx], object]) -> Engine:
+        engine = make_engine(fsms=[Verbs(verbs)], rate_limits={"api": RateLimit(5, per=1)})
         ask(engine, TABLES)
-        instance = drained(engine, Verbs)
-        assert instance.status == durable.Status.DONE, instance.traceback
+        instance = finish(engine, Verbs)
+        assert instance.status == Status.DONE, instance.traceback
         return engine
 
     return run
@@ -8635,23 +7981,23 @@ def test_a_step_starts_a_follow_up_without_waiting_for_it(run_verbs: RunVerbs) -
     assert (follow_up.result, follow_up.parent_id, follow_up.priority) == ("ann", None, 3)
 
 
-def test_a_step_signals_a_machine_by_id_and_by_key(bank: durable.Engine) -> None:
+def test_a_step_signals_a_machine_by_id_and_by_key(bank: Engine) -> None:
     """`ctx.signal` is part of the step's commit."""
 
     @durable.job
-    def call(target: int, ctx: durable.Context[Any]) -> None:
+    def call(target: int, ctx: Ctx) -> None:
         ctx.signal(target, "news", {"n": 1})
         ctx.signal("listener", "news", {"n": 2})
 
-    listener = drained(bank, Listener, state={"name": "news"}, correlation_key="listener")
-    drained(bank, call, args={"target": listener.id})
+    listener = finish(bank, Listener, state={"name": "news"}, correlation_key="listener")
+    finish(bank, call, args={"target": listener.id})
     assert bank.result(listener.id, timeout=0) == [{"n": 1}, {"n": 2}]
 
 
 def test_a_step_signals_what_it_has_just_inserted(run_verbs: RunVerbs) -> None:
     """All of it is one commit, in order; `dedup_key` makes the second of two signals a no-op."""
 
-    def verbs(ctx: durable.Context[Any]) -> None:
+    def verbs(ctx: Ctx) -> None:
         ctx.insert(Listener, state={"name": "hello"}, correlation_key="listener")
         ctx.signal("listener", "hello", 1, dedup_key="one")
         ctx.signal("listener", "hello", 2, dedup_key="one")
@@ -8659,33 +8005,21 @@ def test_a_step_signals_what_it_has_just_inserted(run_verbs: RunVerbs) -> None:
     assert run_verbs(verbs).result("listener", timeout=0) == [1]
 
 
-def test_a_step_may_signal_itself(bank: durable.Engine) -> None:
-    """A signal sent at the same time as the park is never lost."""
-
-    class Echo(Listener):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Await:
-            ctx.signal(ctx.id, "echo", "self")
-            return durable.Await("echo", then=Echo.heard)
-
-    assert drained(bank, Echo).result == ["self"]
-
-
 ANN = {"to": "ann"}
 BAD_INSERTS: list[tuple[Any, dict[str, Any], type[Exception]]] = [
-    (mail, {"args": {"nobody": 1}}, durable.StateError),
-    (mail, {"args": {"to": 5}}, durable.StateError),
+    (mail, {"args": {"nobody": 1}}, StateError),
+    (mail, {"args": {"to": 5}}, StateError),
     (mail, {"args": ANN, "state": ANN}, ValueError),
     (mail, {"args": ANN, "schedule_in": -1}, ValueError),
-    (mail, {"args": ANN, "schedule_at": dt.datetime(2030, 1, 1)}, ValueError),  # noqa: DTZ001 (the point)
+    (mail, {"args": ANN, "schedule_at": datetime(2030, 1, 1)}, ValueError),  # noqa: DTZ001 (the point)
     (mail, {"args": ANN, "priority": "high"}, ValueError),
-    (mail, {"args": ANN, "rate_limit": "nobody"}, durable.UnknownLimitError),
+    (mail, {"args": ANN, "rate_limit": "nobody"}, UnknownLimitError),
     (mail, {"args": ANN, "rate_limit": "api", "weight": 9}, ValueError),
     (mail, {"args": ANN, "correlation_scope": ["done"]}, ValueError),
     (mail, {"args": ANN, "step": "nowhere"}, ValueError),
     (mail, {"args": ANN, "colour": "red"}, TypeError),
     (Listener, {"max_attempts": 3}, TypeError),
-    ("nobody.Nothing", {}, durable.UnknownFSMError),
+    ("nobody.Nothing", {}, UnknownFSMError),
     (int, {}, TypeError),
 ]
 
@@ -8696,7 +8030,7 @@ def test_an_insert_of_bad_form_is_refused_at_once(
 ) -> None:
     """What `insert` would refuse for its form is refused where the step calls it."""
 
-    def verbs(ctx: durable.Context[Any]) -> None:
+    def verbs(ctx: Ctx) -> None:
         with pytest.raises(error):
             ctx.insert(fsm, **options)
 
@@ -8717,13 +8051,13 @@ def test_a_signal_of_bad_form_is_refused_at_once(
 ) -> None:
     """What `signal` would refuse for its form is refused in the step, by the same error."""
 
-    def verbs(ctx: durable.Context[Any]) -> str:
-        with pytest.raises((TypeError, ValueError, durable.DurableError)) as refusal:
+    def verbs(ctx: Ctx) -> str:
+        with pytest.raises((TypeError, ValueError, DurableError)) as refusal:
             ctx.signal(*arguments, **options)
         return refusal.type.__name__
 
     engine = run_verbs(verbs)
-    with pytest.raises((TypeError, ValueError, durable.DurableError)) as refusal:
+    with pytest.raises((TypeError, ValueError, DurableError)) as refusal:
         engine.signal(*arguments, **options)
     assert engine.find()[0].result == refusal.type.__name__
 
@@ -8734,7 +8068,7 @@ def test_what_finds_its_key_taken_or_no_target_is_dropped_and_logged(
 ) -> None:
     """A duplicate is not inserted, a signal without a live target is dropped; the rest of the step stands."""
 
-    def verbs(ctx: durable.Context[Any]) -> None:
+    def verbs(ctx: Ctx) -> None:
         if what == "taken":
             ctx.insert(Listener, state={"name": "x"}, correlation_key=what)
             ctx.insert(mail, args=ANN, correlation_key=what)
@@ -8820,17 +8154,17 @@ def test_a_ball_between_two_machines_is_never_lost_nor_repeated(
     assert engine.check() == []
 
 
-# ---- insert_into ---------------------------------------------------------------------------------------
+# ---- insert_into ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="connection")
-def make_connection(bank: durable.Engine) -> Iterator[apsw.Connection]:
+def make_connection(bank: Engine) -> Iterator[apsw.Connection]:
     """The application's own connection to the engine's file."""
-    with contextlib.closing(bank.connect()) as connection:
+    with closing(bank.connect()) as connection:
         yield connection
 
 
-def test_an_insert_exists_once_the_application_commits(bank: durable.Engine, connection: apsw.Connection) -> None:
+def test_an_insert_exists_once_the_application_commits(bank: Engine, connection: apsw.Connection) -> None:
     """`insert_into` writes in the application's transaction, beside its own rows, and returns the id."""
     connection.execute("begin immediate")
     connection.execute("insert into note values ('order')")
@@ -8841,7 +8175,7 @@ def test_an_insert_exists_once_the_application_commits(bank: durable.Engine, con
     assert (bank.result(target, timeout=0), notes(bank)) == ("ann", ["order"])
 
 
-def test_an_insert_is_gone_with_a_rollback(bank: durable.Engine, connection: apsw.Connection) -> None:
+def test_an_insert_is_gone_with_a_rollback(bank: Engine, connection: apsw.Connection) -> None:
     """The instance exists only if the application commits, and its key is free again."""
     with pytest.raises(ZeroDivisionError), connection:
         assert durable.insert_into(connection, mail, args=ANN, correlation_key="k") / 0
@@ -8849,7 +8183,7 @@ def test_an_insert_is_gone_with_a_rollback(bank: durable.Engine, connection: aps
     assert bank.insert(mail, args=ANN, correlation_key="k")
 
 
-def test_an_insert_is_gone_with_its_savepoint(bank: durable.Engine, connection: apsw.Connection) -> None:
+def test_an_insert_is_gone_with_its_savepoint(bank: Engine, connection: apsw.Connection) -> None:
     """Savepoints of the application's transaction hold for the insert as for its own rows."""
     connection.execute("begin")
     kept = durable.insert_into(connection, mail, args=ANN)
@@ -8859,12 +8193,12 @@ def test_an_insert_is_gone_with_its_savepoint(bank: durable.Engine, connection: 
     assert [instance.id for instance in bank.find()] == [kept]
 
 
-def test_two_inserts_fit_in_one_transaction(bank: durable.Engine, connection: apsw.Connection) -> None:
+def test_two_inserts_fit_in_one_transaction(bank: Engine, connection: apsw.Connection) -> None:
     """Each has an id of its own, and a third sees the first as the occupant of its key."""
     with connection:
         first = durable.insert_into(connection, mail, args=ANN, correlation_key="a")
         second = durable.insert_into(connection, "mail", args=ANN, correlation_key="b")
-        with pytest.raises(durable.DuplicateError) as refusal:
+        with pytest.raises(DuplicateError) as refusal:
             durable.insert_into(connection, mail, args=ANN, correlation_key="a")
     assert refusal.value.id == first
     assert [instance.id for instance in bank.find()] == [second, first]
@@ -8872,8 +8206,8 @@ def test_two_inserts_fit_in_one_transaction(bank: durable.Engine, connection: ap
 
 def test_an_insert_takes_the_options_of_insert(make_engine: MakeEngine, connection: apsw.Connection) -> None:
     """A row that `insert_into` wrote is the row that `insert` would have written."""
-    engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
-    due = dt.datetime(2040, 1, 2, 3, 4, 5, 678_000, tzinfo=dt.UTC)
+    engine = make_engine(rate_limits={"api": RateLimit(5, per=1)})
+    due = datetime(2040, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
     options: dict[str, Any] = {
         "args": ANN, "queue": "post", "priority": -2, "schedule_at": due, "correlation_key": "k",
         "correlation_scope": [], "concurrency_key": ("smtp", 5), "rate_limit": ("api", "ann"), "weight": 2,
@@ -8887,17 +8221,16 @@ def test_an_insert_takes_the_options_of_insert(make_engine: MakeEngine, connecti
 
 
 @pytest.mark.parametrize(
-    ("fsm", "options", "error"),
-    [*BAD_INSERTS, (mail, {"args": ANN, "correlation_key": "taken"}, durable.DuplicateError)],
+    ("fsm", "options", "error"), [*BAD_INSERTS, (mail, {"args": ANN, "correlation_key": "taken"}, DuplicateError)]
 )
 def test_what_insert_refuses_is_refused_and_the_transaction_lives_on(
     make_engine: MakeEngine, fsm: Any, options: dict[str, Any], error: type[Exception]
 ) -> None:
     """A refusal writes nothing and leaves the application's transaction open, with its rows."""
-    engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
+    engine = make_engine(rate_limits={"api": RateLimit(5, per=1)})
     ask(engine, TABLES)
     occupant = engine.insert(mail, args=ANN, correlation_key="taken")
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute("begin; insert into note values ('mine')")
         with pytest.raises(error):
             durable.insert_into(connection, fsm, **options)
@@ -8905,9 +8238,9 @@ def test_what_insert_refuses_is_refused_and_the_transaction_lives_on(
     assert (notes(engine), [instance.id for instance in engine.find()]) == (["mine"], [occupant])
 
 
-def test_an_insert_waits_for_the_write_lock(bank: durable.Engine, connection: apsw.Connection) -> None:
+def test_an_insert_waits_for_the_write_lock(bank: Engine, connection: apsw.Connection) -> None:
     """A transaction that has only begun, and not IMMEDIATE, waits for another's commit instead of failing."""
-    with contextlib.closing(bank.connect()) as other:
+    with closing(bank.connect()) as other:
         other.execute("begin immediate; insert into note values ('other')")
         committer = threading.Timer(0.2, other.execute, ("commit",))
         committer.start()
@@ -8917,7 +8250,7 @@ def test_an_insert_waits_for_the_write_lock(bank: durable.Engine, connection: ap
     assert (notes(bank), [instance.id for instance in bank.find()]) == (["other"], [target])
 
 
-def test_an_insert_without_a_transaction_is_refused(bank: durable.Engine, connection: apsw.Connection) -> None:
+def test_an_insert_without_a_transaction_is_refused(bank: Engine, connection: apsw.Connection) -> None:
     """Nothing to commit with is a `ValueError`, not a commit of its own."""
     with pytest.raises(ValueError, match="transaction"):
         durable.insert_into(connection, mail, args=ANN)
@@ -8927,11 +8260,11 @@ def test_an_insert_without_a_transaction_is_refused(bank: durable.Engine, connec
 @pytest.mark.parametrize("other", [":memory:", "other.db"])
 @pytest.mark.parametrize("attach", [False, True])
 def test_an_insert_into_another_file_is_refused(
-    tmp_path: Path, database: Path, bank: durable.Engine, other: str, attach: bool
+    tmp_path: Path, database: Path, bank: Engine, other: str, attach: bool
 ) -> None:
     """A connection to a file without durable's tables is a `ValueError`, also where theirs is attached."""
     place = other if other == ":memory:" else str(tmp_path / other)
-    with contextlib.closing(apsw.Connection(place)) as connection:
+    with closing(apsw.Connection(place)) as connection:
         connection.execute("create table mine (id)")
         if attach:
             connection.execute("attach ? as work", (str(database),))
@@ -8943,13 +8276,13 @@ def test_an_insert_into_another_file_is_refused(
     assert bank.find() == []
 
 
-def test_any_apsw_connection_will_do_and_keeps_its_settings(database: Path, bank: durable.Engine) -> None:
+def test_any_apsw_connection_will_do_and_keeps_its_settings(database: Path, bank: Engine) -> None:
     """A connection that the application opened itself, with a row trace of its own, serves as well."""
-    with contextlib.closing(apsw.Connection(str(database))) as connection:
+    with closing(apsw.Connection(str(database))) as connection:
         connection.row_trace = lambda cursor, row: {"row": row}
         with connection:
             target = durable.insert_into(connection, mail, args=ANN, correlation_key="k")
-            with pytest.raises(durable.DuplicateError):
+            with pytest.raises(DuplicateError):
                 durable.insert_into(connection, mail, args=ANN, correlation_key="k")
         assert list(connection.execute("select 1")) == [{"row": (1,)}]
     assert bank.get("k").id == target
@@ -9016,7 +8349,7 @@ def test_sqlite3_inserts_what_it_commits_and_nothing_else(
     tmp_path: Path, database: Path, make_engine: MakeEngine, what: str
 ) -> None:
     """In a process without an engine on the file, `insert_into` takes a `sqlite3.Connection` as well."""
-    make_engine(rate_limits={"api": durable.RateLimit(5, per=1)}).stop()
+    make_engine(rate_limits={"api": RateLimit(5, per=1)}).stop()
     output = run_script(tmp_path, SQLITE3 + SQLITE3_KEEPS[what] + "connection.close()", database)
     engine = make_engine()
     engine.drain()
@@ -9039,7 +8372,7 @@ def test_sqlite3_is_refused_what_insert_refuses(
     tmp_path: Path, database: Path, make_engine: MakeEngine, what: str
 ) -> None:
     """The same refusals as on an apsw connection, and the application's transaction lives on."""
-    engine = make_engine(rate_limits={"api": durable.RateLimit(5, per=1)})
+    engine = make_engine(rate_limits={"api": RateLimit(5, per=1)})
     occupant = engine.insert(mail, args=ANN, correlation_key="taken")
     engine.stop()
     options, error = SQLITE3_REFUSES[what]
@@ -9056,7 +8389,7 @@ connection.close()
     place = tmp_path / "other.db" if what == "another file" else database
     assert run_script(tmp_path, SQLITE3 + refusal, place).strip() == error
     assert [instance.id for instance in make_engine().find()] == [occupant]
-    with contextlib.closing(apsw.Connection(str(place))) as connection:
+    with closing(apsw.Connection(str(place))) as connection:
         assert list(connection.execute("select count(*) from mine")) == [(0,)]
 
 
@@ -9076,21 +8409,21 @@ def test_a_running_engine_sees_the_insert_without_being_told(
         assert steps.take().metadata["id"] == target
 
 
-class Walks(durable.FSM, inline=True):
+class Walks(FSM, inline=True):
     """Goes through its steps inline; the last one waits until the gate opens."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Next:
-        return durable.Next("end")
+    @step
+    def start(self, ctx: Ctx) -> Next:
+        return Next("end")
 
-    @durable.step
-    def end(self, ctx: durable.Context[Any]) -> durable.Done:
+    @step
+    def end(self, ctx: Ctx) -> Done:
         if ctx.state.get("waits"):
             self.gate.hold()
-        return durable.Done("through")
+        return Done("through")
 
 
 AUDIT = """
@@ -9109,7 +8442,7 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
 ) -> None:
     """What it changes is counted neither for an outcome that was not written nor against one that was."""
     engine = make_engine(fsms=[Walks(gate)], queues={"default": 2})
-    with contextlib.closing(engine.connect()) as connection:
+    with closing(engine.connect()) as connection:
         connection.execute(AUDIT)
     engine.start()
     assert engine.result(engine.insert(Walks), timeout=BEFORE_A_HEARTBEAT) == "through"
@@ -9121,11 +8454,11 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
         eventually(lambda: len(engine._core._finished) == 2)
     assert engine.wait(cancelled, timeout=BEFORE_A_HEARTBEAT).status == Status.FAILED
     assert engine.result(done, timeout=BEFORE_A_HEARTBEAT) == "through"
-    assert query_fault(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
+    assert ask(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
     assert engine.check() == []
 
 
-# ---- one SQLite per process ----------------------------------------------------------------------------
+# ---- One SQLite per process ----------------------------------------------------------------------
 
 LOSS = {
     "commits": """
@@ -9157,7 +8490,7 @@ mine.execute("pragma journal_mode = wal").fetchall()
 mine.execute("pragma synchronous = full; create table t (x)")
 """
     run_script(tmp_path, script + LOSS[what] + "os._exit(0)", database)
-    with contextlib.closing(apsw.Connection(str(database))) as connection:
+    with closing(apsw.Connection(str(database))) as connection:
         assert list(connection.execute("select x from t")) == left
 
 
@@ -9305,18 +8638,18 @@ os._exit(0)
     run_script(tmp_path, script, database)
 
 
-def test_attach_on_an_apsw_connection_is_harmless(bank: durable.Engine, database: Path) -> None:
+def test_attach_on_an_apsw_connection_is_harmless(bank: Engine, database: Path) -> None:
     """All apsw connections share one copy of SQLite, which sees the engine's locks by whatever road."""
-    with contextlib.closing(apsw.Connection(":memory:")) as connection:
+    with closing(apsw.Connection(":memory:")) as connection:
         connection.execute("attach ? as shop", (str(database),))
         connection.execute("insert into shop.account values (1, 0)")
-    drained(bank, count_up, args={"number": 2})
+    finish(bank, count_up, args={"number": 2})
     assert (ask(bank, "select id from account"), bank.check()) == ([(1,), (2,)], [])
 
 
-def test_connect_gives_a_connection_of_the_applications_own(bank: durable.Engine, database: Path) -> None:
+def test_connect_gives_a_connection_of_the_applications_own(bank: Engine, database: Path) -> None:
     """`engine.connect()` is a new `apsw.Connection` each time, to the same file, and waits for locks."""
-    with contextlib.closing(bank.connect()) as one, contextlib.closing(bank.connect()) as two:
+    with closing(bank.connect()) as one, closing(bank.connect()) as two:
         assert isinstance(one, apsw.Connection)
         assert one is not two
         assert Path(one.filename).samefile(database)
@@ -9328,7 +8661,7 @@ def test_connect_gives_a_connection_of_the_applications_own(bank: durable.Engine
         committer.join()
 
 
-# ---- an application with accounts ----------------------------------------------------------------------
+# ---- An application with accounts ----------------------------------------------------------------
 
 BANK = (
     TELL
@@ -9417,52 +8750,7 @@ def test_only_ctx_execute_spares_the_repeat_after_a_kill(
     assert ask(make_engine(queues={}), "select count(*) from payment") == [(times,)]
 
 
-STALLED = """
-import sys
-import durable
-
-@durable.job
-def pay(ctx: durable.Context):
-    ctx.execute("insert into payment values (?)", (ctx.attempt,))
-    if ctx.attempt == 0:
-        print("in the step", flush=True)
-        sys.stdin.read()
-
-with durable.Engine(sys.argv[1], lease_ttl=1, heartbeat_interval=0.2) as engine:
-    if sys.argv[2] == "first":
-        engine.connect().execute("create table payment (attempt)")
-        engine.insert(pay, correlation_key="pay")
-    engine.result("pay", timeout=60)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="stops a process by a POSIX signal")
-def test_a_worker_that_wakes_after_its_lease_writes_nothing(
-    tmp_path: Path, database: Path, make_engine: MakeEngine
-) -> None:
-    """An outcome is committed only under the claim that produced it, however late it comes."""
-    with start_script(tmp_path, STALLED, database, "first") as stalled:
-        read_lines(1, stalled)
-        stalled.send_signal(signal.SIGSTOP)
-        run_script(tmp_path, STALLED, database, "second")
-        stalled.send_signal(signal.SIGCONT)
-        _, errors = stalled.communicate(timeout=PATIENCE)
-    assert stalled.returncode == 0, errors
-    assert ask(make_engine(queues={}), "select attempt from payment") == [(1,)]
-
-
-# ---- views and snapshots -------------------------------------------------------------------------------
-
-
-def test_only_tables_of_durables_own_are_made(database: Path) -> None:
-    """Tables are `durable_*`; nothing else in the file is touched, `user_version` included."""
-    with contextlib.closing(apsw.Connection(str(database))) as connection:
-        connection.execute("create table mine (id); insert into mine values (7); pragma user_version = 41")
-        durable.Engine(database).stop()
-        names = {name for (name,) in connection.execute("select tbl_name from sqlite_schema")}
-        assert {n for n in names if not n.startswith(("durable_", "sqlite_"))} == {"mine"}
-        assert list(connection.execute("select id from mine; pragma user_version")) == [(7,), (41,)]
-
+# ---- Views and snapshots -------------------------------------------------------------------------
 
 VIEW = """
 import json, sqlite3, sys
@@ -9493,15 +8781,15 @@ def test_views_show_iso_times_to_any_sqlite_tool(
         shown = {"instances": engine.get(target), "workers": engine.workers()[0]}.get(view)
     for column in columns:
         text = row[column] and row[column].replace(" ", "T").replace("Z", "+00:00")
-        instant = text and dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
+        instant = text and datetime.fromisoformat(text).replace(tzinfo=UTC)
         assert instant == getattr(shown, column) if shown else instant, column
 
 
 def test_a_snapshot_under_load_is_sound_paused_and_of_one_instant(
-    tmp_path: Path, bank: durable.Engine, make_engine: MakeEngine
+    tmp_path: Path, bank: Engine, make_engine: MakeEngine
 ) -> None:
     """`snapshot` is a consistent copy while workers run, and opening it repeats no side effect."""
-    inserts = [durable.Insert(count_up, args={"number": n}) for n in range(1000)]
+    inserts = [Insert(count_up, args={"number": n}) for n in range(1000)]
     copy = tmp_path / "copy.db"
     with bank:
         bank.insert_all(inserts[:25])
@@ -9515,14 +8803,14 @@ def test_a_snapshot_under_load_is_sound_paused_and_of_one_instant(
     instances = other.find(limit=2000)
     assert sorted(i.state["number"] for i in instances) == list(range(len(instances)))
     assert len(instances) % 25 == 0
-    done = {i.state["number"] for i in instances if i.status == durable.Status.DONE}
+    done = {i.state["number"] for i in instances if i.status == Status.DONE}
     assert {n for (n,) in ask(other, "select id from account")} == done
     other.resume("default")
     other.drain(max_steps=2000)
     assert ask(other, "select count(*) from account") == [(len(instances),)]
 
 
-# ---- events --------------------------------------------------------------------------------------------
+# ---- Events --------------------------------------------------------------------------------------
 
 FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "step.stop": ({"duration"}, {"id", "fsm", "step", "kind"}),
@@ -9530,33 +8818,26 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "scheduler.drain": ({"released", "in_flight"}, {"queue"}),
     "commit.stop": ({"outcomes", "inserts", "duration"}, set()),
 }
-EVENT_NAMES = [
-    *[
-        "step.stop",
-        "pick.stop",
-        "scheduler.saturation",
-        "scheduler.drain",
-        "scheduler.reclaimed",
-        "commit.stop",
-    ],
-    *["concurrency.throttled", "rate_limit.throttled", "outcome.stale", "reaper.reaped", "await.timeout"],
-    *["gc.swept", "fsm.unknown", "inline.continue", "inline.yield", "store.error"],
-]
+EVENT_NAMES = """
+step.stop pick.stop scheduler.saturation scheduler.drain scheduler.reclaimed commit.stop concurrency.throttled
+rate_limit.throttled outcome.stale reaper.reaped await.timeout gc.swept fsm.unknown inline.continue inline.yield
+store.error
+"""
 
 
-def test_every_name_can_be_subscribed_to_and_no_other(bank: durable.Engine) -> None:
+def test_every_name_can_be_subscribed_to_and_no_other(bank: Engine) -> None:
     """An unknown name is a `ValueError`, also beside known ones."""
-    bank.subscribe(print, *EVENT_NAMES)()
-    for names in (["step.start"], [*EVENT_NAMES, "step.start"], ["STEP.STOP"]):
+    bank.subscribe(print, *EVENT_NAMES.split())()
+    for names in (["step.start"], [*EVENT_NAMES.split(), "step.start"], ["STEP.STOP"]):
         with pytest.raises(ValueError, match=names[-1]):
             bank.subscribe(print, *names)
 
 
 @pytest.mark.parametrize("outcome", [name for name in ENDINGS if name not in NO_ENDINGS])
-def test_step_stop_tells_how_each_step_ended(bank: durable.Engine, outcome: str) -> None:
+def test_step_stop_tells_how_each_step_ended(bank: Engine, outcome: str) -> None:
     """`step.stop` (duration; id, fsm, step, kind), one for each step that ran."""
     steps = Recorder(bank, "step.stop")
-    instance = drained(bank, Ends, state={"outcome": outcome})
+    instance = finish(bank, Ends, state={"outcome": outcome})
     event = steps.take()
     kind = "retry" if outcome == "snooze" else outcome
     assert event.metadata == {"id": instance.id, "fsm": instance.fsm, "step": "start", "kind": kind}
@@ -9574,10 +8855,10 @@ def test_pick_stop_tells_how_many_were_claimed(make_engine: MakeEngine) -> None:
     assert 1 <= event.measurements["demand"] <= 3
 
 
-def test_commit_stop_tells_what_a_commit_carried(bank: durable.Engine) -> None:
+def test_commit_stop_tells_what_a_commit_carried(bank: Engine) -> None:
     """`commit.stop` (outcomes, inserts, duration)."""
     commits = Recorder(bank, "commit.stop")
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     events = [commits.take().measurements for _ in range(commits.events.qsize())]
     assert [sum(event[key] for event in events) for key in ("outcomes", "inserts")] == [1, 1]
     assert all(event["duration"] >= 0 for event in events)
@@ -9588,7 +8869,7 @@ def test_the_end_of_an_engine_is_told_for_each_queue(make_engine: MakeEngine) ->
     engine = make_engine(queues={"a": 1, "b": 2}, prefetch=2, fsms=[gated := Gated()])
     picks, drains = Recorder(engine, "pick.stop"), Recorder(engine, "scheduler.drain")
     with engine:
-        engine.insert_all([durable.Insert(Gated, queue="a")] * 4)
+        engine.insert_all([Insert(Gated, queue="a")] * 4)
         claimed = 0
         while claimed < 3:
             claimed += picks.take().measurements["count"]
@@ -9607,7 +8888,7 @@ def test_saturation_is_told_when_a_queue_is_full(make_engine: MakeEngine) -> Non
     engine = make_engine(queues={"default": 1}, fsms=[gated := Gated()])
     saturation = Recorder(engine, "scheduler.saturation")
     with engine:
-        engine.insert_all([durable.Insert(Gated), durable.Insert(mail, args=ANN)])
+        engine.insert_all([Insert(Gated), Insert(mail, args=ANN)])
         assert gated.entered.acquire(timeout=PATIENCE)
         engine.insert(mail, args=ANN)
         saturation.take()
@@ -9649,7 +8930,7 @@ def test_throttling_by_a_key_is_told(make_engine: MakeEngine) -> None:
     """`concurrency.throttled`: a row was refused because its key is held."""
     throttled = Recorder(engine := make_engine(fsms=[gated := Gated()]), "concurrency.throttled")
     with engine:
-        ids = engine.insert_all([durable.Insert(Gated, concurrency_key="k")] * 2)
+        ids = engine.insert_all([Insert(Gated, concurrency_key="k")] * 2)
         throttled.take()
         assert [i.parked_on for i in engine.find() if i.id == ids[1]] == ["key:k"]
         gated.gate.set()
@@ -9657,23 +8938,23 @@ def test_throttling_by_a_key_is_told(make_engine: MakeEngine) -> None:
 
 def test_throttling_by_a_bucket_is_told(make_engine: MakeEngine) -> None:
     """`rate_limit.throttled`: a row was refused because its bucket is empty."""
-    engine = make_engine(rate_limits={"api": durable.RateLimit(1, per=3600)}, clock=Clock())
+    engine = make_engine(rate_limits={"api": RateLimit(1, per=3600)}, clock=Clock())
     throttled = Recorder(engine, "rate_limit.throttled")
-    engine.insert_all([durable.Insert(mail, args=ANN, rate_limit="api")] * 2)
+    engine.insert_all([Insert(mail, args=ANN, rate_limit="api")] * 2)
     assert engine.drain()["steps"] == 1
     throttled.take()
 
 
-def test_an_await_that_ran_out_is_told(bank: durable.Engine) -> None:
+def test_an_await_that_ran_out_is_told(bank: Engine) -> None:
     """`await.timeout`: a deadline woke an instance."""
 
     class Waits(Listener):
-        @durable.step
-        def start(self, ctx: durable.Context[Any]) -> durable.Await:
-            return durable.Await("x", then=Waits.heard, timeout=3600)
+        @step
+        def start(self, ctx: Ctx) -> Await:
+            return Await("x", then=Waits.heard, timeout=3600)
 
     timeouts = Recorder(bank, "await.timeout")
-    drained(bank, Waits)
+    finish(bank, Waits)
     assert bank.fire_timeouts() == 1
     timeouts.take()
 
@@ -9681,48 +8962,10 @@ def test_an_await_that_ran_out_is_told(bank: durable.Engine) -> None:
 def test_a_sweep_is_told(make_engine: MakeEngine) -> None:
     """`gc.swept`: rows older than the retention were deleted."""
     swept = Recorder(engine := make_engine(clock=(clock := Clock()), retention=60), "gc.swept")
-    drained(engine, mail, args=ANN)
+    finish(engine, mail, args=ANN)
     clock.now += 61
     assert engine.gc() == 1
     swept.take()
-
-
-def test_a_row_of_an_unknown_class_is_told_once(bank: durable.Engine) -> None:
-    """`fsm.unknown`: the row waits for a process that knows its class, and is reported once."""
-    unknown = Recorder(bank, "fsm.unknown")
-    stranger = bank.insert(mail, args=ANN)
-    ask(bank, "update durable_instances set fsm = 'gone.Class' where id = ?", (stranger,))
-    with bank:
-        for _ in range(5):
-            bank.result(bank.insert(mail, args=ANN), timeout=PATIENCE)
-        unknown.take()
-        assert bank.get(stranger).status == durable.Status.RUNNABLE
-    assert unknown.events.empty()
-
-
-class Inline(durable.FSM, inline=True):
-    """A machine whose second step runs on the claim of the first, if the key in its state admits it."""
-
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Next:
-        return durable.Next("end", concurrency_key=ctx.state.get("key"))
-
-    @durable.step
-    def end(self, ctx: durable.Context[Any]) -> durable.Done:
-        return durable.Done()
-
-
-@pytest.mark.parametrize(("key", "name"), [(None, "inline.continue"), ("k", "inline.yield")])
-def test_an_inline_step_is_told(make_engine: MakeEngine, key: str | None, name: str) -> None:
-    """`inline.continue`: on the claim already held; `inline.yield`: its own limits did not admit it."""
-    told = Recorder(engine := make_engine(fsms=[gated := Gated()]), "inline.continue", "inline.yield")
-    with engine:
-        engine.insert(Gated, concurrency_key="k")
-        assert gated.entered.acquire(timeout=PATIENCE)
-        target = engine.insert(Inline, state={"key": key})
-        assert told.take().name == name
-        gated.gate.set()
-        engine.result(target, timeout=PATIENCE)
 
 
 DISK_FULL = """
@@ -9760,29 +9003,29 @@ def test_a_full_disk_is_told_and_the_work_goes_on_when_it_is_back(tmp_path: Path
     assert json.loads(run_script(tmp_path, DISK_FULL, database)) == ["store.error", 0, [[1]], []]
 
 
-def test_an_event_goes_to_those_who_asked_for_its_name(bank: durable.Engine) -> None:
+def test_an_event_goes_to_those_who_asked_for_its_name(bank: Engine) -> None:
     """`subscribe` hands an `Event` to a callback for the names given, or for all."""
     some, everything = Recorder(bank, "step.stop", "commit.stop"), Recorder(bank)
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     names = set(some.names()), set(everything.names())
     assert names[0] == {"step.stop", "commit.stop"}
-    assert names[0] < names[1] <= set(EVENT_NAMES)
+    assert names[0] < names[1] <= set(EVENT_NAMES.split())
 
 
-def test_who_unsubscribes_hears_no_more(bank: durable.Engine) -> None:
+def test_who_unsubscribes_hears_no_more(bank: Engine) -> None:
     """`subscribe` returns a function that unsubscribes that callback alone; a second call is nothing."""
     one, other = Recorder(bank, "step.stop"), Recorder(bank, "step.stop")
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     for _ in range(2):
         one.unsubscribe()
-    drained(bank, mail, args=ANN)
+    finish(bank, mail, args=ANN)
     assert (len(one.names()), len(other.names())) == (1, 2)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
 @pytest.mark.parametrize("started", [False, True])
 def test_a_callback_that_raises_is_logged_and_hurts_nobody(
-    bank: durable.Engine, caplog: pytest.LogCaptureFixture, started: bool, error: type[BaseException]
+    bank: Engine, caplog: pytest.LogCaptureFixture, started: bool, error: type[BaseException]
 ) -> None:
     """A callback's exception is logged, never raised; the other callbacks hear the event."""
 
@@ -9840,7 +9083,7 @@ def test_a_callback_may_use_the_engine(tmp_path: Path, database: Path, what: str
     run_script(tmp_path, CALLBACK, database, what, started)
 
 
-def test_events_come_off_the_hot_path(bank: durable.Engine) -> None:
+def test_events_come_off_the_hot_path(bank: Engine) -> None:
     """A callback that takes its time holds up no work of a running engine."""
     gate = threading.Event()
     bank.subscribe(lambda event: gate.wait(PATIENCE), "step.stop")
@@ -9850,7 +9093,25 @@ def test_events_come_off_the_hot_path(bank: durable.Engine) -> None:
         gate.set()
 
 
-# ---- logs ----------------------------------------------------------------------------------------------
+def test_readme_recipes_for_telemetry_work_with_the_real_libraries(make_engine: Any) -> None:
+    """The README's few lines feed a Prometheus histogram and open an OpenTelemetry span for each step."""
+    prometheus = pytest.importorskip("prometheus_client")
+    tracing = pytest.importorskip("opentelemetry.trace")
+    code = next(code for code, _ in BLOCKS if "def observe(" in code)
+    space: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    registry = prometheus.CollectorRegistry()
+    histogram = prometheus.Histogram("step_seconds", "Seconds of a step", ["fsm", "kind"], registry=registry)
+    engine = make_engine()
+    stop = space["observe"](engine, histogram, tracing.get_tracer("durable"))
+    engine.insert(Idle)
+    engine.drain()
+    stop()
+    name = Idle._spec.name if Idle._spec else ""
+    assert registry.get_sample_value("step_seconds_count", {"fsm": name, "kind": "done"}) == 1
+
+
+# ---- Logs ----------------------------------------------------------------------------------------
 
 
 def fields(record: logging.LogRecord) -> tuple[Any, ...]:
@@ -9858,14 +9119,14 @@ def fields(record: logging.LogRecord) -> tuple[Any, ...]:
     return tuple(getattr(record, name) for name in ("name", "levelname", "id", "fsm", "step", "attempt"))
 
 
-def test_failures_are_logged_with_the_step_that_failed(bank: durable.Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_are_logged_with_the_step_that_failed(bank: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """WARNING with traceback for a failed attempt, ERROR for a failed instance; attributes say whose."""
 
     @durable.job(max_attempts=2)
     def boom() -> None:
         raise ValueError("boom")
 
-    instance = drained(bank, boom)
+    instance = finish(bank, boom)
     warning = next(record for record in caplog.records if record.levelno == logging.WARNING)
     [error] = [record for record in caplog.records if record.levelno > logging.WARNING]
     assert fields(warning) == ("durable", "WARNING", instance.id, instance.fsm, "perform", 0)
@@ -9875,9 +9136,9 @@ def test_failures_are_logged_with_the_step_that_failed(bank: durable.Engine, cap
     assert "boom" in error.getMessage()
 
 
-def test_a_stop_is_logged_as_a_failed_instance(bank: durable.Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_is_logged_as_a_failed_instance(bank: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """An instance that its own step stopped has failed as well; its reason is in the log."""
-    instance = drained(bank, Ends, state={"outcome": "stop"})
+    instance = finish(bank, Ends, state={"outcome": "stop"})
     [error] = [record for record in caplog.records if record.levelno > logging.WARNING]
     assert fields(error) == ("durable", "ERROR", instance.id, instance.fsm, "start", 0)
     assert "enough" in error.getMessage()
@@ -9897,7 +9158,7 @@ def test_start_and_stop_are_logged_with_the_engines_name(
     assert {record.levelno for record in caplog.records} == {logging.INFO}
 
 
-def test_the_engine_configures_no_logging(bank: durable.Engine) -> None:
+def test_the_engine_configures_no_logging(bank: Engine) -> None:
     """The logger `durable` has no level and no handler that prints."""
     logger = logging.getLogger("durable")
     assert (logger.level, logger.propagate, logger.disabled) == (logging.NOTSET, True, False)
@@ -9909,37 +9170,37 @@ class StepFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Lets everything pass."""
-        if ctx := durable.Context.current():
+        if ctx := Context.current():
             record.id, record.step, record.attempt = ctx.id, ctx.step, ctx.attempt
         return True
 
 
-class Sells(durable.FSM):
+class Sells(FSM):
     """A machine that logs in a step, an async step and `handle`."""
 
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> durable.Next:
+    @step
+    def start(self, ctx: Ctx) -> Next:
         logging.getLogger("shop").warning("in a step")
-        return durable.Next("later")
+        return Next("later")
 
-    @durable.step
-    async def later(self, ctx: durable.Context[Any]) -> durable.Next:
+    @step
+    async def later(self, ctx: Ctx) -> Next:
         logging.getLogger("shop").warning("in an async step")
-        return durable.Next("last")
+        return Next("last")
 
-    @durable.step
-    def last(self, ctx: durable.Context[Any]) -> durable.Done:
-        assert durable.Context.current() is ctx
+    @step
+    def last(self, ctx: Ctx) -> Done:
+        assert Context.current() is ctx
         raise ValueError("boom")
 
-    def handle(self, error: Exception, ctx: durable.Context[Any]) -> durable.Done:
+    def handle(self, error: Exception, ctx: Ctx) -> Done:
         logging.getLogger("shop").warning("in handle: %s", error)
-        return durable.Done()
+        return Done()
 
 
 @pytest.mark.parametrize("started", [False, True])
 def test_a_users_log_lines_can_carry_the_running_step(
-    bank: durable.Engine, caplog: pytest.LogCaptureFixture, started: bool
+    bank: Engine, caplog: pytest.LogCaptureFixture, started: bool
 ) -> None:
     """`Context.current()` is the Context of the step that runs in this thread or task, else None."""
     caplog.handler.addFilter(step_filter := StepFilter())
@@ -9980,7 +9241,7 @@ def test_steps_inherit_the_callers_context_variables(make_engine: MakeEngine) ->
 # The whole engine against a model
 # ==================================================================================================
 
-# ---------------------------------------------------------------------------------------------- Puppets
+# ---- Puppets -------------------------------------------------------------------------------------
 
 UNWRITABLE = object()
 """A result that neither JSON nor cattrs can write."""
@@ -10037,7 +9298,11 @@ class Post:
     dedup_key: str | None = None
 
 
-class ModelStage:
+SEEN = "id fsm version step attempt queue correlation_key parent_id"
+"""What a step sees of its instance under the name that the model has for it, too."""
+
+
+class PuppetStage:
     """Where puppets get their cues, and what they saw when they came for them."""
 
     def __init__(self) -> None:
@@ -10046,21 +9311,14 @@ class ModelStage:
         self.seen: list[tuple[Any, ...]] = []
         self.handlings: list[int] = []
 
-    def play(self, ctx: durable.Context[Any]) -> Any:
+    def play(self, ctx: Ctx) -> Any:
         """One run of a step."""
         cue = (self.cues.popleft() if self.cues else Cue()).by(ctx.fsm)
         self.given[ctx.id] = cue
         self.seen.append(
             (
-                ctx.id,
-                ctx.fsm,
-                ctx.version,
-                ctx.step,
-                ctx.attempt,
+                *(getattr(ctx, name) for name in SEEN.split()),
                 dict(ctx.state),
-                ctx.queue,
-                ctx.correlation_key,
-                ctx.parent_id,
                 [(signal.name, signal.payload) for signal in ctx.awaited],
                 [(signal.name, signal.payload) for signal in ctx.inbox],
                 [(child.id, child.status, child.result) for child in ctx.children],
@@ -10072,7 +9330,7 @@ class ModelStage:
             ctx.state["n"] = cue.mutate
         return self._end(cue.act, is_returned=cue.is_returned)
 
-    def handle(self, default: Callable[[], Any], ctx: durable.Context[Any]) -> Any:
+    def handle(self, default: Callable[[], Any], ctx: Ctx) -> Any:
         """A puppet's `handle`."""
         assert (ctx.awaited, ctx.inbox, ctx.children) == ((), (), ())
         self.handlings.append(ctx.id)
@@ -10080,7 +9338,7 @@ class ModelStage:
         self._add(ctx, cue.on_error_effects)
         return default() if cue.on_error is None else self._end(cue.on_error, is_returned=False)
 
-    def _add(self, ctx: durable.Context[Any], effects: Sequence[Any]) -> None:
+    def _add(self, ctx: Ctx, effects: Sequence[Any]) -> None:
         for effect in effects:
             if isinstance(effect, Row):
                 ctx.execute("INSERT INTO ledger VALUES (?, ?)", (ctx.id, effect.text))
@@ -10097,36 +9355,36 @@ class ModelStage:
         return act
 
 
-STAGE = ModelStage()
+STAGE = PuppetStage()
 
 
-class Puppet(durable.FSM, name="model.puppet", version=1):
-    @durable.step
-    def start(self, ctx: durable.Context[Any]) -> Any:
+class Puppet(FSM, name="model.puppet", version=1):
+    @step
+    def start(self, ctx: Ctx) -> Any:
         return STAGE.play(ctx)
 
-    @durable.step
-    def middle(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def middle(self, ctx: Ctx) -> Any:
         return STAGE.play(ctx)
 
-    def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
         return STAGE.handle(lambda: super(Puppet, self).handle(error, ctx), ctx)
 
 
 class NewPuppet(Puppet, name="model.puppet", version=2, inline=True, max_crashes=2, queue="q2"):
-    @durable.step
-    def late(self, ctx: durable.Context[Any]) -> Any:
+    @step
+    def late(self, ctx: Ctx) -> Any:
         return STAGE.play(ctx)
 
 
-class Labourer(durable.FSM, name="model.labourer", max_attempts=3, max_crashes=4, queue="q1"):
-    def perform(self, args: Any, ctx: durable.Context[Any]) -> Any:
+class Labourer(FSM, name="model.labourer", max_attempts=3, max_crashes=4, queue="q1"):
+    def perform(self, args: Any, ctx: Ctx) -> Any:
         return STAGE.play(ctx)
 
     def backoff(self, attempt: int) -> float:
         return 2.0**attempt
 
-    def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
         return STAGE.handle(lambda: super(Labourer, self).handle(error, ctx), ctx)
 
 
@@ -10138,7 +9396,7 @@ class Stranger(Puppet, name="model.stranger", queue="q1"):
 
 
 CLASSES: list[Any] = [Puppet, NewPuppet, Labourer, Stranger]
-STEPS_MODEL = {
+STEPS_OF = {
     ("model.puppet", 1): ("start", "middle"),
     ("model.puppet", 2): ("start", "middle", "late"),
     ("model.stranger", 1): ("start", "middle"),
@@ -10153,10 +9411,10 @@ def options_of(insert: Insert) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "fsm" and value is not getattr(blank, name)}
 
 
-# ---------------------------------------------------------------------------------------------- The model
+# ---- The model -----------------------------------------------------------------------------------
 
 ENDED = (Status.DONE, Status.FAILED)
-POLICY = durable.RateLimit(2, per=10, burst=3)
+POLICY = RateLimit(2, per=10, burst=3)
 PER_MS = 10_000
 SLOTS = {"two": 2}
 LEASE_MS, HEARTBEAT_MS, RETENTION_MS = 60_000, 20_000, 100_000
@@ -10299,7 +9557,7 @@ def error_text(error: BaseException | str) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-class ModelModel:
+class EngineModel:
     """The contract in plain Python: no SQL, no threads, no indexes, nothing clever."""
 
     def __init__(self, now: int) -> None:
@@ -10327,7 +9585,7 @@ class ModelModel:
                 return occupant.id if occupant is not None else max(carriers)
         elif target in self.rows:
             return target
-        raise RefusedError(durable.NotFoundError)
+        raise RefusedError(NotFoundError)
 
     def children(self, parent: int) -> list[Twin]:
         return [row for row in self.rows.values() if row.parent_id == parent]
@@ -10372,7 +9630,7 @@ class ModelModel:
             self.occupant(insert.correlation_key) if insert.correlation_key and insert.correlation_scope else None
         )
         if occupant is not None:
-            raise RefusedError(durable.DuplicateError, occupant.id)
+            raise RefusedError(DuplicateError, occupant.id)
         self.rows[identity] = Twin(
             id=identity,
             fsm=spec.name,
@@ -10403,7 +9661,7 @@ class ModelModel:
     def signal(self, target: int | str, name: str, payload: Any, dedup_key: str | None) -> None:
         row = self.occupant(target) if isinstance(target, str) else self.rows.get(target)
         if row is None or row.status in ENDED:
-            raise RefusedError(durable.NoTargetError)
+            raise RefusedError(NoTargetError)
         if dedup_key is not None and any(letter.dedup_key == dedup_key for letter in row.inbox):
             return
         row.inbox.append(Letter(name, payload, dedup_key, next(self.numbers)))
@@ -10423,10 +9681,10 @@ class ModelModel:
     def retry(self, identity: int) -> None:
         row = self.rows[identity]
         if row.status != Status.FAILED:
-            raise RefusedError(durable.DurableError)
+            raise RefusedError(DurableError)
         occupant = self.occupant(row.correlation_key) if row.correlation_key and row.scope else None
         if occupant is not None and occupant is not row:
-            raise RefusedError(durable.DuplicateError, occupant.id)
+            raise RefusedError(DuplicateError, occupant.id)
         row.status, row.attempt, row.crashes, row.eligible_at = Status.RUNNABLE, 0, 0, self.now
         row.ended_at = None
 
@@ -10496,7 +9754,7 @@ class ModelModel:
         worker, goes_on = row.worker, self.goes_on(row, outcome)
         self.progress(row, verdict, outcome.step)
         row.rate_limit, row.weight = cast("str | None", outcome.rate_limit), outcome.weight
-        if outcome.concurrency_key is not durable.KEEP:
+        if outcome.concurrency_key is not KEEP:
             row.concurrency_key = cast("str | None", outcome.concurrency_key)
         if goes_on:
             self.take(row, cast(str, worker))
@@ -10637,7 +9895,7 @@ class ModelModel:
 
     def may_go_on(self, row: Twin, outcome: Next) -> bool | None:
         """Whether its limits admit it; None where others wait for the same limit: who is first is left open."""
-        key = row.concurrency_key if outcome.concurrency_key is durable.KEEP else outcome.concurrency_key
+        key = row.concurrency_key if outcome.concurrency_key is KEEP else outcome.concurrency_key
         is_new_key = key is not None and key != row.concurrency_key
         rate, price = cast("str | None", outcome.rate_limit), outcome.weight * PER_MS
         low, high = (price, price) if rate is None else self.levels(rate)
@@ -10718,7 +9976,7 @@ class ModelModel:
 
     def fault_of(self, twin: Twin, act: Any) -> str:
         """What is wrong with an outcome; an empty text if nothing is."""
-        steps = STEPS_MODEL[twin.fsm, twin.version]
+        steps = STEPS_OF[twin.fsm, twin.version]
         state = getattr(act, "state", None)
         match act:
             case Done() if act.result is UNWRITABLE:
@@ -10747,7 +10005,7 @@ def is_json(state: dict[Any, Any]) -> bool:
     return all(isinstance(key, str) and (not isinstance(value, dict) or is_json(value)) for key, value in state.items())
 
 
-# ---------------------------------------------------------------------------------------------- Model and engine
+# ---- Model and engine ----------------------------------------------------------------------------
 
 START = 1_700_000_000_000
 """When it all begins, in milliseconds since the epoch."""
@@ -10760,8 +10018,8 @@ def blank_file() -> bytes:
     """A new file with durable's tables and a ledger, copied for every run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "blank.db"
-        engine = durable.Engine(path, rate_limits={"r": POLICY}, synchronous="off")
-        with contextlib.closing(engine.connect()) as connection:
+        engine = Engine(path, rate_limits={"r": POLICY}, synchronous="off")
+        with closing(engine.connect()) as connection:
             connection.execute("CREATE TABLE ledger (instance INTEGER, text TEXT)")
         engine.stop()
         return path.read_bytes()
@@ -10786,7 +10044,7 @@ class Hand:
     """An engine whose every move is the test's: it claims, runs and commits when it is told to, without threads."""
 
     def __init__(self, path: Path, clock: Callable[[], float], *, is_worker: bool, fsms: Sequence[Any] = ()) -> None:
-        self.engine = durable.Engine(
+        self.engine = Engine(
             path,
             queues=dict.fromkeys(QUEUES, 3) if is_worker else {},
             fsms=[Puppet(), NewPuppet(), Labourer(), *fsms],
@@ -10876,7 +10134,6 @@ weights = st.sampled_from([1, 1, 1, 2, 3])
 correlation_keys = st.sampled_from([None, None, "c1", "c2"])
 names = st.sampled_from(["a", "b"])
 dedup_keys = st.sampled_from([None, None, "d1", "d2"])
-LIVE = durable.LIVE
 scopes = st.sampled_from([LIVE, LIVE, frozenset(), LIVE | {Status.DONE}, LIVE | {Status.FAILED}, frozenset(Status)])
 delays = st.sampled_from([0, 0, 0, 0.5, 15, 90])
 states = st.sampled_from([*[None] * 8, {"n": 1}, {"n": 2, "m": [1, {"x": None}]}, cast(Any, {"n": {1: 2}})])
@@ -10912,26 +10169,17 @@ nexts = st.builds(
     states,
     rate_limit=st.sampled_from([*[None] * 6, "r", "r", "r:x", "unheard-of"]),
     weight=st.sampled_from([1, 1, 1, 2, 3, 4]),
-    concurrency_key=st.sampled_from([durable.KEEP, durable.KEEP, None, "k", "two:1"]),
+    concurrency_key=st.sampled_from([KEEP, KEEP, None, "k", "two:1"]),
     inline=st.sampled_from([None, True, False]),
 )
 retries = st.builds(Retry, delays, states, counted=st.booleans())
 parks = st.builds(
-    Await,
-    st.sampled_from(["a", "b", ("a", "b")]),
-    next_steps,
-    states,
-    timeout=st.sampled_from([None, None, 0, 1, 30]),
+    Await, st.sampled_from(["a", "b", ("a", "b")]), next_steps, states, timeout=st.sampled_from([None, None, 0, 1, 30])
 )
 child_inserts = st.integers(0, 9).flatmap(
     lambda kind: inserts([Puppet, NewPuppet, Labourer]) if kind else st.just(Insert(Puppet, rate_limit="r", weight=4))
 )
-families = st.builds(
-    ScheduleChildren,
-    st.lists(child_inserts, max_size=3),
-    next_steps,
-    states,
-)
+families = st.builds(ScheduleChildren, st.lists(child_inserts, max_size=3), next_steps, states)
 dones = st.builds(Done, st.sampled_from([None, None, 1, {"a": [1]}, UNWRITABLE]))
 stops = st.builds(Stop, st.sampled_from([cast(Any, "why"), ValueError("v")]))
 outcomes: st.SearchStrategy[Any] = st.one_of(
@@ -10974,6 +10222,13 @@ def cues(draw: st.DrawFn, *, may_crash: bool = True) -> Cue:
     )
 
 
+COMPARED = """
+fsm version step status state result last_error attempt max_attempts crashes queue priority worker concurrency_key
+rate_limit weight awaits parent_id correlation_key
+"""
+"""The columns that model and file have by the same name."""
+
+
 class Theatre(RuleBasedStateMachine):
     """Drives the model and engines on one file, and holds them against each other after every move."""
 
@@ -10983,7 +10238,7 @@ class Theatre(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "theatre.db"
         self.path.write_bytes(blank_file())
-        self.model = ModelModel(START)
+        self.model = EngineModel(START)
         self.hands: list[Hand] = []
         self.client = Hand(self.path, self.clock, is_worker=False)
         self.hands = [self.enter(0), self.enter(1)]
@@ -11023,7 +10278,7 @@ class Theatre(RuleBasedStateMachine):
         answer, refused = self.model.beat(hand.pending, functools.partial(self.serve, hand, model))
         if isinstance(answer, RefusedError):
             assert type(actual) is answer.kind, (actual, answer)
-            assert answer.detail is None or cast(durable.DuplicateError, actual).id == answer.detail
+            assert answer.detail is None or cast(DuplicateError, actual).id == answer.detail
         else:
             assert actual == answer, (actual, answer)
         self.absorb(hand)
@@ -11042,7 +10297,7 @@ class Theatre(RuleBasedStateMachine):
     def answer_of(call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except durable.DurableError as error:
+        except DurableError as error:
             return error
 
     def absorb(self, hand: Hand) -> list[int]:
@@ -11123,18 +10378,16 @@ class Theatre(RuleBasedStateMachine):
     def insert_all(self, number: int, given: list[Insert]) -> None:
         hand = self.hand(number)
         self.perform(
-            hand,
-            lambda: hand.engine.insert_all(given),
-            lambda: [self.model.insert_or_drop(one) for one in given],
+            hand, lambda: hand.engine.insert_all(given), lambda: [self.model.insert_or_drop(one) for one in given]
         )
 
     @rule(
         fault=st.sampled_from(
             [
-                (durable.StateError, {"state": {"n": {1: 2}}}),
+                (StateError, {"state": {"n": {1: 2}}}),
                 (ValueError, {"step": "nowhere"}),
                 (ValueError, {"rate_limit": "r", "weight": 4}),
-                (durable.UnknownLimitError, {"rate_limit": "unheard-of"}),
+                (UnknownLimitError, {"rate_limit": "unheard-of"}),
                 (ValueError, {"schedule_in": -1}),
                 (TypeError, {"max_attempts": 2}),
             ]
@@ -11164,7 +10417,7 @@ class Theatre(RuleBasedStateMachine):
         try:
             return self.model.identify(target)
         except RefusedError:
-            with pytest.raises(durable.NotFoundError):
+            with pytest.raises(NotFoundError):
                 verb(target)
             return None
 
@@ -11295,15 +10548,8 @@ class Theatre(RuleBasedStateMachine):
         """What a step sees: its instance as it was claimed, and its children and a request to cancel as they are."""
         row = self.model.rows.get(twin.id)
         return (
-            twin.id,
-            twin.fsm,
-            twin.version,
-            twin.step,
-            twin.attempt,
+            *(getattr(twin, name) for name in SEEN.split()),
             twin.state,
-            twin.queue,
-            twin.correlation_key,
-            twin.parent_id,
             [(letter.name, letter.payload) for letter in twin.awaited()],
             [(letter.name, letter.payload) for letter in twin.letters()],
             [(child.id, child.status, child.result) for child in self.model.children(twin.id)],
@@ -11426,7 +10672,7 @@ class Theatre(RuleBasedStateMachine):
             hand.failures.extend([*[None] * commits, apsw.FullError])
             given = [attrs.evolve(cue, effects=(), on_error_effects=()) for cue in given]
         tally, seen, went_on = self.drain_engine(given, with_scheduled=with_scheduled)
-        has_failed = isinstance(tally, durable.DurableError)
+        has_failed = isinstance(tally, DurableError)
         is_signed_off = has_failed or commits is None or apsw.FullError in hand.failures
         hand.failures.clear()
         self.dead = [one for one in self.dead if one != hand.id]
@@ -11497,7 +10743,7 @@ class Theatre(RuleBasedStateMachine):
     def fail_to_drain(self, hand: Hand) -> None:
         """An engine that can't sign on tries to sign off."""
         left = len(hand.failures)
-        with pytest.raises(durable.DurableError) as caught:
+        with pytest.raises(DurableError) as caught:
             hand.engine.drain()
         assert is_storage_failure(caught.value)
         if len(hand.failures) == left - 1:
@@ -11540,32 +10786,9 @@ class Theatre(RuleBasedStateMachine):
             of_queue[row.status] = of_queue.get(row.status, 0) + 1
         return counts
 
-    def compare(self, one: durable.Instance) -> None:
+    def compare(self, one: Instance) -> None:
         row = self.model.rows[one.id]
-        expected = {
-            name: getattr(row, name)
-            for name in (
-                "fsm",
-                "version",
-                "step",
-                "status",
-                "state",
-                "result",
-                "last_error",
-                "attempt",
-                "max_attempts",
-                "crashes",
-                "queue",
-                "priority",
-                "worker",
-                "concurrency_key",
-                "rate_limit",
-                "weight",
-                "awaits",
-                "parent_id",
-                "correlation_key",
-            )
-        }
+        expected = {name: getattr(row, name) for name in COMPARED.split()}
         actual = {name: getattr(one, name) for name in expected}
         differing = {name: (actual[name], expected[name]) for name in expected if expected[name] != actual[name]}
         assert not differing, f"instance {one.id}: {differing}"
@@ -11586,7 +10809,7 @@ class Theatre(RuleBasedStateMachine):
             identity = None
         try:
             found: int | None = self.client.engine.get(key).id
-        except durable.NotFoundError:
+        except NotFoundError:
             found = None
         assert found == identity, key
         assert sum(row.occupied_key == key for row in self.model.rows.values()) <= 1
@@ -11638,7 +10861,7 @@ def test_the_engine_does_what_the_model_says_for_long() -> None:
     run_state_machine_as_test(Theatre, settings=LONG)
 
 
-# ---------------------------------------------------------------------------------------------- Rehearsed plays
+# ---- Rehearsed plays -----------------------------------------------------------------------------
 
 PLAYS: dict[str, Callable[[Any], None]] = {}
 
@@ -11954,28 +11177,30 @@ def test_a_rehearsed_play_goes_as_the_model_says(name: str) -> None:
     rehearse(PLAYS[name])
 
 
-# ---------------------------------------------------------------------------------------------- Planted faults
+# ---- Planted faults ------------------------------------------------------------------------------
 
 Planting = Callable[[pytest.MonkeyPatch], None]
-FAULTS_MODEL: dict[str, Planting] = {}
 
 
-def fault(planting: Planting) -> Planting:
-    """Enter a fault in the table, under its name."""
-    FAULTS_MODEL[planting.__name__.replace("_", " ")] = planting
-    return planting
+def reworded(statement: str, old: str, new: str) -> Planting:
+    """One of the module's statements with other words."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        text = getattr(durable, statement)
+        assert old in text
+        patch.setattr(durable, statement, text.replace(old, new))
+
+    return plant
 
 
-def reword(patch: pytest.MonkeyPatch, statement: str, old: str, new: str) -> None:
-    """Change one of the module's statements."""
-    text = getattr(durable, statement)
-    assert old in text
-    patch.setattr(durable, statement, text.replace(old, new))
+def replaced(owner: object, name: str, new: object) -> Planting:
+    """Something else in place of a function."""
+    return lambda patch: patch.setattr(owner, name, new)
 
 
-def bend(patch: pytest.MonkeyPatch, owner: object, name: str, make: Callable[[Any], Any]) -> None:
-    """Put something else in place of a function, made with the one that was there."""
-    patch.setattr(owner, name, make(getattr(owner, name)))
+def bent(owner: object, name: str, make: Callable[[Any], Any]) -> Planting:
+    """Something else in place of a function, made with the one that was there."""
+    return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
 
 
 def nothing(*_: Any, **__: Any) -> bool:
@@ -11992,336 +11217,128 @@ def column_kept(name: str) -> Callable[[Any], Any]:
     return make
 
 
-@fault
-def an_outcome_is_written_under_any_claim(patch: pytest.MonkeyPatch) -> None:
-    """An outcome is written under any claim."""
-    reword(patch, "_SETTLE", "AND claim = ?", "AND ? IS NOT NULL")
+def released_key_kept(original: Any) -> Any:
+    """Make of a transition one that does not let go of a key."""
+
+    def transition(row: Any, *args: Any) -> Any:
+        change = original(row, *args)
+        is_released = change.concurrency_key is None
+        return change._replace(concurrency_key=row.concurrency_key) if is_released else change
+
+    return transition
 
 
-@fault
-def an_end_is_written_under_any_claim(patch: pytest.MonkeyPatch) -> None:
-    """An end is written under any claim."""
-    reword(patch, "_FINISH", "AND claim = ?", "AND ? IS NOT NULL")
+def retry_once_more(self: Any, reason: Any, ctx: Any) -> Any:
+    """The retry rule of jobs, off by one."""
+    row = ctx._claim.row
+    return Retry(self.backoff(row.attempt)) if row.attempt < row.max_attempts else Stop(reason)
 
 
-@fault
-def an_end_is_written_though_the_instance_was_cancelled(patch: pytest.MonkeyPatch) -> None:
-    """An end is written though the instance was cancelled."""
-    reword(patch, "_FINISH", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL")
+def forgetting_outcomes(original: Any) -> Any:
+    """Make of the report of a failed commit one that drops its outcomes."""
+
+    def report(self: Any, *args: Any) -> None:
+        original(self, *args)
+        self._finished.clear()
+
+    return report
 
 
-@fault
-def an_outcome_is_written_though_the_instance_was_cancelled(patch: pytest.MonkeyPatch) -> None:
-    """An outcome is written though the instance was cancelled."""
-    reword(patch, "_SETTLE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL")
+def keeping_the_inbox(original: Any) -> Any:
+    """Make of what `handle` is given one that has signals."""
+
+    def failed_with(self: Any, error: Exception) -> Any:
+        failed = original(self, error)
+        failed.inbox = self.inbox
+        return failed
+
+    return failed_with
 
 
-@fault
-def claims_are_given_back_by_whoever_held_them_once(patch: pytest.MonkeyPatch) -> None:
-    """Claims are given back by whoever held them once."""
-    reword(patch, "_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL")
-
-
-@fault
-def awaited_signals_are_not_consumed(patch: pytest.MonkeyPatch) -> None:
-    """Awaited signals are not consumed."""
-    patch.setattr(durable._Store, "consume", nothing)
-
-
-@fault
-def a_consumed_signal_leaves_no_dedup_key(patch: pytest.MonkeyPatch) -> None:
-    """A consumed signal leaves no dedup key."""
-    reword(patch, "_CONSUME", "AND dedup_key IS NULL", "")
-
-
-@fault
-def dedup_keys_are_ignored(patch: pytest.MonkeyPatch) -> None:
-    """Dedup keys are ignored."""
-    bend(
-        patch,
+PLANTED_FAULTS: dict[str, Planting] = {
+    "an outcome is written under any claim": reworded("_SETTLE", "AND claim = ?", "AND ? IS NOT NULL"),
+    "an outcome is written though the instance was cancelled": reworded(
+        "_SETTLE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
+    ),
+    "an end is written under any claim": reworded("_FINISH", "AND claim = ?", "AND ? IS NOT NULL"),
+    "an end is written though the instance was cancelled": reworded(
+        "_FINISH", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
+    ),
+    "claims are given back by whoever held them once": reworded("_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL"),
+    "awaited signals are not consumed": replaced(durable._Store, "consume", nothing),
+    "a consumed signal leaves no dedup key": reworded("_CONSUME", "AND dedup_key IS NULL", ""),
+    "dedup keys are ignored": bent(
         durable._Store,
         "deliver",
         lambda deliver: lambda self, target, message, now: deliver(self, target, message._replace(dedup_key=None), now),
-    )
-
-
-@fault
-def a_signal_wakes_nobody(patch: pytest.MonkeyPatch) -> None:
-    """A signal wakes nobody."""
-    patch.setattr(durable._Store, "wake", nothing)
-
-
-@fault
-def a_signal_of_any_name_wakes(patch: pytest.MonkeyPatch) -> None:
-    """A signal of any name wakes."""
-    reword(patch, "_WAKE", "WHERE value = ?3", "WHERE ?3 IS NOT NULL")
-
-
-@fault
-def signals_that_came_before_the_park_are_overlooked(patch: pytest.MonkeyPatch) -> None:
-    """Signals that came before the park are overlooked."""
-    patch.setattr(durable._Store, "has_unseen", nothing)
-
-
-@fault
-def signals_that_were_shown_wake_again(patch: pytest.MonkeyPatch) -> None:
-    """Signals that were shown wake again."""
-    bend(
-        patch,
-        durable._Store,
-        "has_unseen",
-        lambda look: lambda self, target, names, seen: look(self, target, names, ()),
-    )
-
-
-@fault
-def an_ended_instance_keeps_its_inbox(patch: pytest.MonkeyPatch) -> None:
-    """An ended instance keeps its inbox."""
-    patch.setattr(durable._Store, "empty_inbox", nothing)
-
-
-@fault
-def deadlines_never_fire(patch: pytest.MonkeyPatch) -> None:
-    """Deadlines never fire."""
-    patch.setattr(durable._Store, "fire", nothing)
-
-
-@fault
-def a_deadline_outlives_its_await(patch: pytest.MonkeyPatch) -> None:
-    """A deadline outlives its await."""
-    reword(patch, "_TIMERS", "min(await_deadline)", "max(await_deadline)")
-
-
-@fault
-def parents_are_not_woken(patch: pytest.MonkeyPatch) -> None:
-    """Parents are not woken."""
-    patch.setattr(durable._Store, "wake_parent", nothing)
-
-
-@fault
-def parents_are_woken_by_their_first_child(patch: pytest.MonkeyPatch) -> None:
-    """Parents are woken by their first child."""
-    patch.setattr(durable._Store, "has_live_child", nothing)
-
-
-@fault
-def children_are_collected_before_the_join(patch: pytest.MonkeyPatch) -> None:
-    """Children are collected before the join."""
-    reword(patch, "_SWEEP", "p.joining", "0")
-
-
-@fault
-def ended_rows_are_collected_at_once(patch: pytest.MonkeyPatch) -> None:
-    """Ended rows are collected at once."""
-    reword(patch, "_SWEEP", "updated_at < ?", "updated_at < ? + 1000000")
-
-
-@fault
-def nobody_is_let_out_of_the_line_of_a_key(patch: pytest.MonkeyPatch) -> None:
-    """Nobody is let out of the line of a key."""
-    patch.setattr(durable._Beat, "_unpark_key", nothing)
-
-
-@fault
-def a_key_has_a_slot_too_many(patch: pytest.MonkeyPatch) -> None:
-    """A key has a slot too many."""
-    bend(patch, durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1)
-
-
-@fault
-def a_released_key_is_kept(patch: pytest.MonkeyPatch) -> None:
-    """A released key is kept."""
-
-    def make(original: Any) -> Any:
-        def transition(row: Any, ruling: Any, now: int) -> Any:
-            change = original(row, ruling, now)
-            is_released = change.concurrency_key is None
-            return change._replace(concurrency_key=row.concurrency_key) if is_released else change
-
-        return transition
-
-    bend(patch, durable, "_transition", make)
-
-
-@fault
-def buckets_are_not_charged(patch: pytest.MonkeyPatch) -> None:
-    """Buckets are not charged."""
-    patch.setattr(durable._Policy, "price", property(nothing))
-
-
-@fault
-def every_weight_is_one(patch: pytest.MonkeyPatch) -> None:
-    """Every weight is one."""
-    patch.setattr(durable._Policy, "price", lambda self, weight: self.per_ms)
-
-
-@fault
-def buckets_fill_over_their_burst(patch: pytest.MonkeyPatch) -> None:
-    """Buckets fill over their burst."""
-    patch.setattr(durable._Policy, "level", lambda self, level, since, now: level + max(0, now - since) * self.allowed)
-
-
-@fault
-def the_limits_of_a_step_stay_with_the_next(patch: pytest.MonkeyPatch) -> None:
-    """The limits of a step stay with the next."""
-    bend(patch, durable, "_progressed", column_kept("rate_limit"))
-
-
-@fault
-def a_job_has_an_attempt_too_many(patch: pytest.MonkeyPatch) -> None:
-    """A job has an attempt too many."""
-
-    def retry_or_stop(self: Any, reason: Any, ctx: Any) -> Any:
-        row = ctx._claim.row
-        return Retry(self.backoff(row.attempt)) if row.attempt < row.max_attempts else Stop(reason)
-
-    patch.setattr(durable.FSM, "_retry_or_stop", retry_or_stop)
-
-
-@fault
-def progress_does_not_reset_the_attempt(patch: pytest.MonkeyPatch) -> None:
-    """Progress does not reset the attempt."""
-    bend(patch, durable, "_progressed", column_kept("attempt"))
-
-
-@fault
-def progress_does_not_clear_the_error(patch: pytest.MonkeyPatch) -> None:
-    """Progress does not clear the error."""
-    bend(patch, durable, "_progressed", column_kept("last_error"))
-
-
-@fault
-def a_retry_forgets_what_was_awaited(patch: pytest.MonkeyPatch) -> None:
-    """A retry forgets what was awaited."""
-    bend(patch, durable, "_unchanged", lambda make: lambda row, now: make(row, now)._replace(awaits=None))
-
-
-@fault
-def a_crash_is_not_an_attempt(patch: pytest.MonkeyPatch) -> None:
-    """A crash is not an attempt."""
-    bend(patch, durable, "_crashed", column_kept("attempt"))
-
-
-@fault
-def crashes_are_forgotten_one_too_late(patch: pytest.MonkeyPatch) -> None:
-    """Crashes are forgotten one too late."""
-    bend(
-        patch,
-        durable,
-        "_crashed",
-        lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a),
-    )
-
-
-@fault
-def only_a_done_instance_forgets_its_crashes(patch: pytest.MonkeyPatch) -> None:
-    """Only a done instance forgets its crashes."""
-    bend(patch, durable, "_unchanged", column_kept("crashes"))
-
-
-@fault
-def paused_queues_are_served(patch: pytest.MonkeyPatch) -> None:
-    """Paused queues are served."""
-    reword(patch, "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND")
-
-
-@fault
-def who_came_first_is_served_first_whatever_is_due(patch: pytest.MonkeyPatch) -> None:
-    """Who came first is served first whatever is due."""
-    reword(patch, "_CANDIDATES", "ORDER BY eligible_at, id", "ORDER BY id")
-
-
-@fault
-def future_work_is_due(patch: pytest.MonkeyPatch) -> None:
-    """Future work is due."""
-    reword(patch, "_CANDIDATES", "eligible_at <= ?", "eligible_at <= ? + 20000")
-
-
-@fault
-def a_refused_outcome_is_half_written(patch: pytest.MonkeyPatch) -> None:
-    """A refused outcome is half written."""
-    patch.setattr(durable._Store, "undo", durable._Store.release)
-
-
-@fault
-def outcomes_are_lost_with_a_failed_commit(patch: pytest.MonkeyPatch) -> None:
-    """Outcomes are lost with a failed commit."""
-
-    def make(original: Any) -> Any:
-        def report(self: Any, *args: Any) -> None:
-            original(self, *args)
-            self._finished.clear()
-
-        return report
-
-    bend(patch, durable._Scheduler, "_report_failure", make)
-
-
-@fault
-def handle_is_shown_the_inbox(patch: pytest.MonkeyPatch) -> None:
-    """Handle is shown the inbox."""
-
-    def make(original: Any) -> Any:
-        def failed_with(self: Any, error: Exception) -> Any:
-            failed = original(self, error)
-            failed.inbox = self.inbox
-            return failed
-
-        return failed_with
-
-    bend(patch, durable._Claim, "failed_with", make)
-
-
-@fault
-def an_engine_that_slept_judges_the_others_at_once(patch: pytest.MonkeyPatch) -> None:
-    """An engine that slept judges the others at once."""
-    patch.setattr(durable._Scheduler, "_notice_gap", nothing)
-
-
-@fault
-def leases_never_run_out(patch: pytest.MonkeyPatch) -> None:
-    """Leases never run out."""
-    bend(
-        patch,
+    ),
+    "a signal wakes nobody": replaced(durable._Store, "wake", nothing),
+    "a signal of any name wakes": reworded("_WAKE", "WHERE value = ?3", "WHERE ?3 IS NOT NULL"),
+    "signals that came before the park are overlooked": replaced(durable._Store, "has_unseen", nothing),
+    "signals that were shown wake again": bent(
+        durable._Store, "has_unseen", lambda look: lambda self, target, names, seen: look(self, target, names, ())
+    ),
+    "an ended instance keeps its inbox": replaced(durable._Store, "empty_inbox", nothing),
+    "deadlines never fire": replaced(durable._Store, "fire", nothing),
+    "a deadline outlives its await": reworded("_TIMERS", "min(await_deadline)", "max(await_deadline)"),
+    "parents are not woken": replaced(durable._Store, "wake_parent", nothing),
+    "parents are woken by their first child": replaced(durable._Store, "has_live_child", nothing),
+    "children are collected before the join": reworded("_SWEEP", "p.joining", "0"),
+    "ended rows are collected at once": reworded("_SWEEP", "updated_at < ?", "updated_at < ? + 1000000"),
+    "nobody is let out of the line of a key": replaced(durable._Beat, "_unpark_key", nothing),
+    "a key has a slot too many": bent(
+        durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1
+    ),
+    "a released key is kept": bent(durable, "_transition", released_key_kept),
+    "buckets are not charged": replaced(durable._Policy, "price", property(nothing)),
+    "every weight is one": replaced(durable._Policy, "price", lambda self, weight: self.per_ms),
+    "buckets fill over their burst": replaced(
+        durable._Policy, "level", lambda self, level, since, now: level + max(0, now - since) * self.allowed
+    ),
+    "the limits of a step stay with the next": bent(durable, "_progressed", column_kept("rate_limit")),
+    "a job has an attempt too many": replaced(FSM, "_retry_or_stop", retry_once_more),
+    "progress does not reset the attempt": bent(durable, "_progressed", column_kept("attempt")),
+    "progress does not clear the error": bent(durable, "_progressed", column_kept("last_error")),
+    "a retry forgets what was awaited": bent(
+        durable, "_unchanged", lambda make: lambda row, now: make(row, now)._replace(awaits=None)
+    ),
+    "a crash is not an attempt": bent(durable, "_crashed", column_kept("attempt")),
+    "crashes are forgotten one too late": bent(
+        durable, "_crashed", lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a)
+    ),
+    "only a done instance forgets its crashes": bent(durable, "_unchanged", column_kept("crashes")),
+    "paused queues are served": reworded(
+        "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND"
+    ),
+    "who came first is served first whatever is due": reworded(
+        "_CANDIDATES", "ORDER BY eligible_at, id", "ORDER BY id"
+    ),
+    "future work is due": reworded("_CANDIDATES", "eligible_at <= ?", "eligible_at <= ? + 20000"),
+    "a refused outcome is half written": replaced(durable._Store, "undo", durable._Store.release),
+    "outcomes are lost with a failed commit": bent(durable._Scheduler, "_report_failure", forgetting_outcomes),
+    "handle is shown the inbox": bent(durable._Claim, "failed_with", keeping_the_inbox),
+    "an engine that slept judges the others at once": replaced(durable._Scheduler, "_notice_gap", nothing),
+    "leases never run out": bent(
         durable._Peers,
         "_reap",
         lambda reap: lambda self, beat, worker, how: nothing() if "lease" in how else reap(self, beat, worker, how),
-    )
-
-
-@fault
-def a_retried_instance_keeps_its_attempts(patch: pytest.MonkeyPatch) -> None:
-    """A retried instance keeps its attempts."""
-    reword(patch, "_REVIVE", "attempt = 0, ", "")
-
-
-@fault
-def a_cancelled_instance_waits_on(patch: pytest.MonkeyPatch) -> None:
-    """A cancelled instance waits on."""
-    reword(patch, "_END", "awaits = NULL, ", "")
-
-
-@fault
-def an_ended_instance_occupies_its_key_for_ever(patch: pytest.MonkeyPatch) -> None:
-    """An ended instance occupies its key for ever."""
-    bend(patch, durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0)
-
-
-@fault
-def inline_steps_ignore_their_limits(patch: pytest.MonkeyPatch) -> None:
-    """Inline steps ignore their limits."""
-    patch.setattr(durable._Beat, "_may_go_on", lambda *_: True)
-
-
-FOUND = (AssertionError, ExceptionGroup, hypothesis.errors.Flaky, apsw.Error, durable.DurableError)
+    ),
+    "a retried instance keeps its attempts": reworded("_REVIVE", "attempt = 0, ", ""),
+    "a cancelled instance waits on": reworded("_END", "awaits = NULL, ", ""),
+    "an ended instance occupies its key for ever": bent(
+        durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0
+    ),
+    "inline steps ignore their limits": replaced(durable._Beat, "_may_go_on", lambda *_: True),
+}
+FOUND = (AssertionError, ExceptionGroup, hypothesis.errors.Flaky, apsw.Error, DurableError)
 
 
 @pytest.mark.usefixtures("_silent")
-@pytest.mark.parametrize("name", FAULTS_MODEL)
+@pytest.mark.parametrize("name", PLANTED_FAULTS)
 def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that is planted in the engine is found by the model, in one of the rehearsed plays."""
     blank_file()
-    FAULTS_MODEL[name](monkeypatch)
+    PLANTED_FAULTS[name](monkeypatch)
 
     def rehearse_all() -> None:
         for play in PLAYS.values():
@@ -12337,18 +11354,18 @@ def test_the_model_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to know where a fault is: moves at random come upon it."""
     blank_file()
-    FAULTS_MODEL[name](monkeypatch)
+    PLANTED_FAULTS[name](monkeypatch)
     with pytest.raises(FOUND):
         run_state_machine_as_test(Theatre, settings=FINDING)
 
 
-# ---------------------------------------------------------------------------------------------- Random machines
+# ---- Random machines -----------------------------------------------------------------------------
 
 
-class Tabled(durable.FSM, name="model.tabled", max_crashes=1_000_000):
+class Tabled(FSM, name="model.tabled", max_crashes=1_000_000):
     """A machine whose transition table is data in its state."""
 
-    def step(self, name: str, ctx: durable.Context[Any]) -> Any:
+    def step(self, name: str, ctx: Ctx) -> Any:
         state = self.advanced(ctx, name)
         if state["fuel"] <= 0:
             return Done(state["log"])
@@ -12381,10 +11398,10 @@ class Tabled(durable.FSM, name="model.tabled", max_crashes=1_000_000):
                 return Stop(f"stopped at {len(state['log'])}")
         return Next(then, state, inline=state["inline"])
 
-    def handle(self, error: Exception, ctx: durable.Context[Any]) -> Any:
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
         return Next(str(error), self.advanced(ctx, ctx.step))
 
-    def advanced(self, ctx: durable.Context[Any], name: str) -> dict[str, Any]:
+    def advanced(self, ctx: Ctx, name: str) -> dict[str, Any]:
         """The state after one more step, which enters itself in the ledger and says what it was shown."""
         state = ctx.state
         shown = [
@@ -12414,7 +11431,7 @@ class Run:
 
     def insert(self) -> list[int]:
         self.path.write_bytes(blank_file())
-        with contextlib.closing(self.engine(queues={})) as engine:
+        with self.engine() as engine:
             inserts = [self.insert_of(number, *one) for number, one in enumerate(self.group)]
             return cast(list[int], engine.insert_all(inserts))
 
@@ -12422,27 +11439,28 @@ class Run:
         state = {"table": table, "fuel": fuel, "log": [], "path": f"{number}", "inline": self.is_inline, "key": key}
         return Insert(Tabled, state=state, concurrency_key=key)
 
-    def engine(self, **options: Any) -> Closing:
-        return Closing(self.path, synchronous="off", concurrency_limits=SLOTS, **options)
+    def engine(self, **options: Any) -> contextlib.AbstractContextManager[Engine]:
+        return client(self.path, synchronous="off", concurrency_limits=SLOTS, **options)
 
     def results(self, ids: list[int]) -> Any:
         """What became of the machines, and what they and their children wrote into the ledger."""
-        with contextlib.closing(self.engine(queues={})) as engine:
+        with self.engine() as engine:
             ended = [engine.wait(one, 60, until="terminal") for one in ids]
             assert engine.check() == []
-            with contextlib.closing(engine.connect()) as connection:
+            with closing(engine.connect()) as connection:
                 ledger = sorted(connection.execute("SELECT text, instance FROM ledger"))
         return [(one.status, one.result, one.last_error) for one in ended], ledger
 
     def by_drain(self) -> Any:
         ids = self.insert()
-        with contextlib.closing(self.engine(queues={})) as engine:
+        with self.engine() as engine:
             engine.drain(max_steps=1_000_000)
         return self.results(ids)
 
     def by_threads(self, count: int) -> Any:
         ids = self.insert()
         with self.engine(queues={"default": count}, prefetch=2 * (count == 1)) as engine:
+            engine.start()
             for one in ids:
                 engine.wait(one, 60, until="terminal")
         return self.results(ids)
@@ -12466,30 +11484,26 @@ class Run:
 
     def wait_for_rows(self, rows: int, ids: list[int]) -> None:
         """Until the ledger has so many rows, or everything has ended before it came to that."""
-        with contextlib.closing(self.engine(queues={})) as engine, contextlib.closing(engine.connect()) as connection:
-            while connection.execute("SELECT count(*) FROM ledger").get < rows:
-                if all(engine.get(one).status in ENDED for one in ids):
-                    return
-                time.sleep(0.001)
+        with self.engine() as engine, closing(engine.connect()) as connection:
+            eventually(
+                lambda: (
+                    connection.execute("SELECT count(*) FROM ledger").get >= rows
+                    or all(engine.get(one).status in ENDED for one in ids)
+                )
+            )
 
     def spawn(self) -> subprocess.Popen[bytes]:
-        home = os.pathsep.join([str(Path(durable.__file__).parent), os.environ.get("PYTHONPATH", "")])
-        program = WORKER_MODEL.format(source=inspect.getsource(Tabled))
-        return subprocess.Popen([sys.executable, "-c", program, str(self.path)], env={**os.environ, "PYTHONPATH": home})
+        program = TABLED_WORKER.format(source=inspect.getsource(Tabled))
+        return subprocess.Popen([sys.executable, "-c", program, str(self.path)], env=environment())
 
 
-class Closing(durable.Engine):
-    """An engine that `contextlib.closing` can stop."""
-
-    def close(self) -> None:
-        self.stop()
-
-
-WORKER_MODEL = """
+TABLED_WORKER = """
 import sys
 from typing import Any
 import durable
-from durable import Await, Done, Insert, Next, Retry, ScheduleChildren, Stop
+from durable import FSM, Await, Context, Done, Insert, Next, Retry, ScheduleChildren, Stop
+
+Ctx = Context[Any]
 
 {source}
 
@@ -12552,16 +11566,14 @@ def test_random_machines_come_to_the_same_end_in_two_processes_and_after_kills(g
 # Command line
 # ==================================================================================================
 
-# Command line
-
 
 class CliOrder(FSM, name="cli.Order", queue="orders"):
     @step
-    def start(self, ctx: durable.Context[Any]) -> Await:
+    def start(self, ctx: Ctx) -> Await:
         return Await("paid", then="ship", timeout=3600)
 
     @step
-    def ship(self, ctx: durable.Context[Any]) -> Done:
+    def ship(self, ctx: Ctx) -> Done:
         return Done({"amount": [signal.payload for signal in ctx.awaited]})
 
 
@@ -12572,15 +11584,15 @@ class Broken(FSM, name="cli.Broken"):
 
 class Parent(FSM, name="cli.Parent", queue="parents"):
     @step
-    def start(self, ctx: durable.Context[Any]) -> ScheduleChildren:
+    def start(self, ctx: Ctx) -> ScheduleChildren:
         return ScheduleChildren([Insert(Broken), Insert(CliOrder)], then="join")
 
     @step
-    def join(self, ctx: durable.Context[Any]) -> Done:
+    def join(self, ctx: Ctx) -> Done:
         return Done(len(ctx.children))
 
 
-SCRIPT_CLI = """
+CLI_SCRIPT = """
 import durable
 from durable import FSM, Engine
 
@@ -12596,8 +11608,6 @@ class Boom(FSM):
     def perform(self, args):
         raise durable.Cancel("boom")
 """
-
-LOOKING = ("list", "counts", "workers", "watch", "check")
 
 
 @attrs.frozen
@@ -12646,27 +11656,17 @@ def shop(tmp_path: Path) -> Path:
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user's script, whose stem is no other module's; forgotten afterwards."""
     path = tmp_path / "cli_jobs.py"
-    path.write_text(textwrap.dedent(SCRIPT_CLI), encoding="utf-8")
+    path.write_text(textwrap.dedent(CLI_SCRIPT), encoding="utf-8")
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield path
     sys.modules.pop("cli_jobs", None)
 
 
-@contextmanager
-def client(path: Path) -> Iterator[Engine]:
-    """An engine that runs nothing by itself."""
-    engine = Engine(path, queues={})
-    try:
-        yield engine
-    finally:
-        engine.stop()
-
-
-def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+def start(*words: object, **variables: str) -> subprocess.Popen[str]:
     """The command line as a process of its own, its standard error told apart."""
     return subprocess.Popen(
         [sys.executable, "-m", "durable", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(Path(durable.__file__).parent)} | environment,
+        env=environment() | variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -12680,15 +11680,7 @@ def get(path: Path, target: int | str) -> Instance:
         return engine.get(target)
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for CONDITION, looking often; a test that waits too long fails."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
-# --- looking
+# ---- Looking -------------------------------------------------------------------------------------
 
 
 def test_counts_as_json_are_what_the_method_returns(command: Command, shop: Path) -> None:
@@ -12703,7 +11695,7 @@ def test_list_as_json_has_the_fields_of_instance(command: Command, shop: Path) -
     found = command("list", shop, "--json").json
     assert [one["id"] for one in found] == [4, 3, 2, 1]
     assert all(set(one) == {field.name for field in attrs.fields(Instance)} for one in found)
-    assert dt.datetime.fromisoformat(found[0]["eligible_at"]) == get(shop, 4).eligible_at
+    assert datetime.fromisoformat(found[0]["eligible_at"]) == get(shop, 4).eligible_at
     assert found[1]["awaits"] == ["paid"]
 
 
@@ -12742,25 +11734,31 @@ def test_empty_lists_are_no_error(command: Command, shop: Path) -> None:
     assert command("workers", shop, "--json") == Said(0, "[]\n", "")
 
 
-@pytest.mark.parametrize("verb", [[verb] for verb in LOOKING] + [["show", "1"], ["wait", "1"]])
-def test_looking_refuses_a_missing_file(command: Command, tmp_path: Path, verb: list[str]) -> None:
-    """A verb that only looks makes no file: exit status 1, one line that names it."""
-    missing = tmp_path / "missing.db"
-    said = command(verb[0], missing, *verb[1:])
-    assert (said.status, said.out) == (1, "")
-    assert said.err.count("\n") == 1
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[[verb] for verb in ("list", "counts", "workers", "watch", "check", "gc")],
+        *[[verb, "1"] for verb in ("show", "wait", "cancel", "retry", "pause", "resume")],
+        ["signal", "1", "x"],
+    ],
+    ids=lambda words: str(words[0]),
+)
+def test_a_missing_file_is_refused(command: Command, tmp_path: Path, words: list[str]) -> None:
+    """A verb about what a file holds makes no file: exit status 1, one line that names it."""
+    said = command(words[0], tmp_path / "missing.db", *words[1:])
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
     assert "missing.db" in said.err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "words", [["signal", "1", "x"], ["cancel", "1"], ["retry", "1"], ["pause", "q"], ["resume", "q"], ["gc"]]
+    ("verb", "words"),
+    [("show", ["nobody"]), ("signal", ["order:1", "paid"]), ("retry", ["order:1"]), ("cancel", ["order:1"])],
 )
-def test_writing_refuses_a_missing_file(command: Command, tmp_path: Path, words: list[str]) -> None:
-    """Verbs about what a file holds never make the file."""
-    said = command(words[0], tmp_path / "missing.db", *words[1:])
-    assert (said.status, said.err.count("\n")) == (1, 1)
-    assert list(tmp_path.iterdir()) == []
+def test_a_refusal_is_one_line(command: Command, shop: Path, verb: str, words: list[str]) -> None:
+    """A target that is not there, or that had ended: exit status 1, one line on standard error."""
+    said = command(verb, shop, *words)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
 
 
 def test_looking_changes_nothing(command: Command, shop: Path) -> None:
@@ -12847,12 +11845,6 @@ def test_show_as_json_is_the_instance(command: Command, shop: Path) -> None:
     assert found["status"] == "awaiting_signal"
 
 
-def test_show_of_nobody(command: Command, shop: Path) -> None:
-    """A target that is not there: exit status 1, one line."""
-    said = command("show", shop, "nobody")
-    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
-
-
 def test_wait_prints_the_result(command: Command, shop: Path) -> None:
     """`wait` prints the result of what is done, as JSON."""
     assert command("wait", shop, "order:1").json == {"amount": []}
@@ -12887,7 +11879,7 @@ def test_check_names_problems(command: Command, shop: Path) -> None:
     assert said.out.strip()
 
 
-# --- writing
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def test_signal_sends(command: Command, shop: Path) -> None:
@@ -12897,12 +11889,6 @@ def test_signal_sends(command: Command, shop: Path) -> None:
     with client(shop) as engine:
         engine.drain(queue="orders")
     assert get(shop, "order:2").result == {"amount": [{"amount": 1}]}
-
-
-def test_signal_without_a_live_target_is_refused(command: Command, shop: Path) -> None:
-    """An ended instance is no target: exit status 1."""
-    said = command("signal", shop, "order:1", "paid")
-    assert (said.status, said.err.count("\n")) == (1, 1)
 
 
 def test_cancel_says_which_could_not(command: Command, shop: Path) -> None:
@@ -12924,11 +11910,6 @@ def test_retry_one_and_all(command: Command, shop: Path) -> None:
     assert get(shop, 2).status is Status.FAILED
     command("retry", shop, "--all", "--fsm", "cli.Broken")
     assert get(shop, 2).status is Status.RUNNABLE
-
-
-def test_retry_of_what_has_not_failed_is_refused(command: Command, shop: Path) -> None:
-    """Only a failed instance is retried; exit status 1."""
-    assert command("retry", shop, "order:1").status == 1
 
 
 @pytest.mark.parametrize("words", [[], ["2", "--all"]])
@@ -12961,7 +11942,7 @@ def test_snapshot_copies(command: Command, shop: Path, tmp_path: Path) -> None:
     assert command("snapshot", shop, copy).status == 1
 
 
-# --- the user's code
+# ---- The user's code -----------------------------------------------------------------------------
 
 
 def test_insert_by_script_names_the_class_as_python_would(command: Command, script: Path, tmp_path: Path) -> None:
@@ -12971,7 +11952,7 @@ def test_insert_by_script_names_the_class_as_python_would(command: Command, scri
     assert command("insert", f"{script}:Greet", *words).out == "1\n"
     it = get(database, "g")
     assert (it.fsm, it.state, it.priority, it.queue) == ("cli_jobs.Greet", {"name": "you"}, -3, "greetings")
-    assert it.eligible_at - it.inserted_at == dt.timedelta(seconds=60)
+    assert it.eligible_at - it.inserted_at == timedelta(seconds=60)
 
 
 def test_insert_a_function_job_of_a_module(
@@ -13071,7 +12052,7 @@ def test_a_target_may_have_an_engine_of_its_own(command: Command, script: Path, 
         assert command("drain", f"{script}{suffix}", "--database", database).status == 1
 
 
-# --- what is shown, and where
+# ---- What is shown, and where --------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
@@ -13199,7 +12180,7 @@ def test_watch_may_be_interrupted_before_it_has_seen_anything(shop: Path, monkey
     assert shown("watch", shop) == "\x1b[?1049h\x1b[?25l\x1b[?25h\x1b[?1049l"
 
 
-# --- processes
+# ---- Processes -----------------------------------------------------------------------------------
 
 
 def test_the_module_runs_as_a_program(script: Path, tmp_path: Path) -> None:
@@ -13246,7 +12227,7 @@ def napping(tmp_path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
     with start("run", script, *words, "--queue", "default=2", "other=1") as process:
         try:
-            until(mark.exists)
+            eventually(mark.exists)
             yield process
         finally:
             process.kill()
@@ -13269,11 +12250,14 @@ def test_sigterm_drains(tmp_path: Path) -> None:
 def test_the_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     """The second signal does not wait: the job is left as after a crash, and the next engine runs it again."""
     with napping(tmp_path, 600) as process:
-        process.send_signal(signal.SIGINT)
-        assert process.poll() is None
-        time.sleep(0.2)  # two signals of one kind that come at the same time are one
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=4)  # less than the time a drain takes
+
+        def has_left() -> bool:
+            process.send_signal(signal.SIGINT)  # two of one kind that come at the same time are one
+            return process.poll() is not None
+
+        assert not has_left()
+        eventually(has_left, within=4)  # less than the time a drain takes
+        process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert get(tmp_path / "nap.db", 1).status is Status.EXECUTING
 
@@ -13289,11 +12273,11 @@ def test_several_runs_share_a_file(command: Command, script: Path, tmp_path: Pat
 
     with client(database), start(*run) as one, start(*run) as two:
         try:
-            until(lambda: pids() == {one.pid, two.pid})
+            eventually(lambda: pids() == {one.pid, two.pid})
             one.kill()
             command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "you"}', "--key", "g")
             assert command("wait", database, "g", "--timeout", "20").json == "hello you"
-            until(lambda: pids() == {two.pid})
+            eventually(lambda: pids() == {two.pid})
         finally:
             one.kill()
             two.kill()
@@ -13306,9 +12290,8 @@ def test_watch_in_a_real_terminal(shop: Path) -> None:
     name = f"durable-{os.getpid()}"
     tmux = ["tmux", "-L", name]
     code = f"import sys, durable; sys.exit(durable.main(['watch', {str(shop)!r}]))"
-    path = {"PYTHONPATH": str(Path(durable.__file__).parent)}
     shell = [*tmux, "-f", os.devnull, "new-session", "-d", "-x", "80", "-y", "24", "sh"]
-    subprocess.run(shell, check=True, env=os.environ | path)
+    subprocess.run(shell, check=True, env=environment())
 
     def screen() -> str:
         return subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True).stdout
@@ -13318,10 +12301,10 @@ def test_watch_in_a_real_terminal(shop: Path) -> None:
 
     try:
         type_in(f'echo before; {sys.executable} -c "{code}"', "Enter")
-        until(lambda: "orders" in screen() and "before" not in screen())
+        eventually(lambda: "orders" in screen() and "before" not in screen())
         seen = screen()
         type_in("C-c")
-        until(lambda: "before" in screen())
+        eventually(lambda: "before" in screen())
     finally:
         subprocess.run([*tmux, "kill-server"], check=True)
     assert all(len(line) <= 80 for line in seen.splitlines())
@@ -13354,8 +12337,6 @@ def test_demo_needs_files(command: Command, tmp_path: Path) -> None:
 # ==================================================================================================
 # The wheel
 # ==================================================================================================
-
-_ROOT = Path(__file__).resolve().parent
 
 _CORRECT_PROGRAM = """\
 # pyright: strict
@@ -13424,7 +12405,7 @@ class _Installation:
 def installation(tmp_path_factory: pytest.TempPathFactory) -> _Installation:
     """Build checkout, source distribution and wheel each from the one before; install the wheel."""
     folder = tmp_path_factory.mktemp("installation")
-    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, _ROOT, cwd=folder)
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, HERE, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -13434,8 +12415,8 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> _Installation:
 
 def _run(*command: str | Path, cwd: Path, statuses: tuple[int, ...] = (0,)) -> str:
     """Run a command as a user would, without what the test run has in its environment; return its output."""
-    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "MYPYPATH", "VIRTUAL_ENV"}}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    variables = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "MYPYPATH", "VIRTUAL_ENV"}}
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode in statuses, f"{command}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -13459,7 +12440,7 @@ def _pyright_error_lines(python: Path, program: Path) -> set[int]:
 @pytest.mark.slow
 def test_the_wheel_has_the_module_and_its_copy_as_a_stub(installation: _Installation) -> None:
     """Type checkers read durable-stubs, which is durable.py as it is in the checkout, byte for byte."""
-    module = (_ROOT / "durable.py").read_bytes()
+    module = (HERE / "durable.py").read_bytes()
     with zipfile.ZipFile(installation.wheel) as archive:
         contents = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     assert contents == {"durable.py": module, "durable-stubs/__init__.pyi": module}
