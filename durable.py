@@ -3967,9 +3967,15 @@ class _Pool:
             bell.ring()
 
     @property
+    def will_beat(self) -> bool:
+        """Whether one of these threads is about to run a beat, unless its step blocks."""
+        return self._arriving > 0 or (self._is_quick and self._running > 0)
+
+    @property
     def is_to_be_watched(self) -> bool:
         """Whether rows, or outcomes, may come to wait behind a step that blocks after quick ones."""
-        return self._is_quick and self._running + len(self._ready) > 1
+        is_behind = self._running + len(self._ready) > 1 or (self._running > 0 and self._port.has_finished)
+        return self._is_quick and (is_behind or self._arriving > 0)
 
     def watch(self) -> None:
         """See whether a thread that was to take one row after the other has come to a step that blocks."""
@@ -4033,8 +4039,8 @@ class _Pool:
         """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
         with self._lock:
             self._arriving -= 1
-        if self._port.has_finished:
-            self._port.beat()
+        if self._port.has_finished and not self._port.beat():
+            self._port.ring()  # whoever is in a beat may have counted on this thread
 
     def _take(self, bell: _Bell) -> _Claim | None:
         """Take the next row, or line up for being roused."""
@@ -4071,7 +4077,7 @@ class _Port(typing.Protocol):
     @property
     def has_finished(self) -> bool: ...
     def finish(self, commit: _Commit) -> None: ...
-    def beat(self) -> None: ...
+    def beat(self) -> bool: ...
     def ring(self) -> None: ...
     def log_soon(self, what: str, error: BaseException) -> None: ...
     def drop(self, claim: _Claim) -> None: ...
@@ -5828,13 +5834,13 @@ class _Scheduler:
         """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
         return self._thread is not None and self._thread is not threading.current_thread()
 
-    def _beat_in_place(self) -> None:
+    def _beat_in_place(self) -> bool:
         """Run the beat of a started engine in this thread, unless one is under way: it saves two switches.
 
         Whoever runs one looks for what came meanwhile when it has let go of the lock, so nothing is left lying.
         """
         if not self._beat_lock.acquire(blocking=False):
-            return
+            return False
         try:
             if self._agenda.failure is None and not self.is_closed:
                 self._beat()
@@ -5843,6 +5849,7 @@ class _Scheduler:
         self.hub.flush()
         if time.monotonic() + self._sleep_s() < self._agenda.wakes_at - self.SLACK_S:
             self._bell.ring()
+        return True
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
@@ -5883,13 +5890,13 @@ class _Scheduler:
         """Have the scheduler's thread look for work."""
         self._bell.ring()
 
-    def beat(self) -> None:
-        """Commit what is finished, and claim, in a worker's thread."""
+    def beat(self) -> bool:
+        """Commit what is finished, and claim, in a worker's thread; False if a beat is under way, or failed."""
         try:
-            self._beat_in_place()
+            return self._beat_in_place()
         except Exception:  # noqa: BLE001 - the scheduler's own fault; its thread tries again
             _log.exception("%s: a beat failed; it is tried again", self.path)
-            self._bell.ring()
+            return False
 
     def drop(self, claim: _Claim) -> None:
         """A step that was disowned has ended after all: its outcome is stale."""
@@ -6185,20 +6192,29 @@ class _Scheduler:
 
     def _step(self) -> float:
         """Do what is due; return for how long there is nothing to do, in seconds."""
-        with self._beat_lock:
-            if self.is_closed:
-                return 0
-            self._do_chores()
-            if self._has_work():
-                self._beat()
-        self.hub.flush()
+        self._mind_steps()
+        if self._has_chores() or self._has_work():
+            with self._beat_lock:
+                if self.is_closed:
+                    return 0
+                self._do_chores()
+                if self._has_work():
+                    self._beat()
+            self.hub.flush()
         return self._sleep_s()
 
     def _has_work(self) -> bool:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
         if self._requests:
             return True
-        return bool(self._finished or self.is_due() or self._duties()) and time.monotonic() >= self._agenda.retry_at
+        is_due = self._has_outcomes() or self.is_due() or bool(self._duties())
+        return is_due and time.monotonic() >= self._agenda.retry_at
+
+    def _has_outcomes(self) -> bool:
+        """Whether there are outcomes to commit that no worker is about to: its beat has more of them at once."""
+        if not self._finished:
+            return False
+        return self._agenda.failure is not None or not any(pool.will_beat for pool in self._pools.values())
 
     def _sleep_s(self) -> float:
         """Time to the next instant that matters: a timer, a step's timeout, a look at other processes or at pools."""
@@ -6208,7 +6224,7 @@ class _Scheduler:
         instants = [self.peers.next_look_at(monotonic)]
         due_at = min(filter(None, (self._agenda.due_at, self.peers.heartbeat_at, self._agenda.gc_at)))
         instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
-        if self._finished or self._agenda.regroup is not None:
+        if self._has_outcomes() or self._agenda.regroup is not None:
             instants.append(self._agenda.retry_at)
         instants.append(self._timeouts.next_at)
         if any(pool.is_to_be_watched for pool in self._pools.values()):
@@ -6217,20 +6233,29 @@ class _Scheduler:
 
     # Chores
 
-    def _do_chores(self) -> None:
-        """What is to be done by the clock, none of it for a caller."""
+    def _mind_steps(self) -> None:
+        """Look after what runs, which is no matter of the beat's."""
         monotonic = time.monotonic()
         if self._timeouts.next_at <= monotonic:
             self._expire_steps(monotonic)
         for pool in self._pools.values():
             pool.watch()
+        self._notice_gap(self.desk.now())
+
+    def _has_chores(self) -> bool:
+        monotonic, agenda = time.monotonic(), self._agenda
+        is_sweeping = agenda.sweep_from is not None or self.desk.now() >= agenda.gc_at
+        return is_sweeping or monotonic >= self.peers.next_look_at(monotonic)
+
+    def _do_chores(self) -> None:
+        """What is to be done by the clock, none of it for a caller."""
+        monotonic = time.monotonic()
         if self._agenda.registrations != _registry.changes:
             self._agenda.registrations = _registry.changes
             self._agenda.due_at = self.desk.now()
         if monotonic >= self.peers.next_look_at(monotonic):
             self.peers.look(monotonic)
         now = self.desk.now()
-        self._notice_gap(now)
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
             self._agenda.sweep_from = (0, 0)
