@@ -407,8 +407,8 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _FINISH _SETTLE _ADVANCE _GIVE_BACK _CANCEL_REASON
-_OCCUPANT _CARRIER _EXECUTING _PARK _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE _UNPARK _BUCKET
+_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _FINISH _AGAIN _PROGRESS _ADVANCE _GIVE_BACK
+_CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE _UNPARK _BUCKET
 _READY_BUCKETS _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT
 _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
 """
@@ -11256,9 +11256,9 @@ def keeping_the_inbox(original: Any) -> Any:
 
 
 PLANTED_FAULTS: dict[str, Planting] = {
-    "an outcome is written under any claim": reworded("_SETTLE", "AND claim = ?", "AND ? IS NOT NULL"),
+    "an outcome is written under any claim": reworded("_PROGRESS", "AND claim = ?", "AND ? IS NOT NULL"),
     "an outcome is written though the instance was cancelled": reworded(
-        "_SETTLE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
+        "_PROGRESS", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
     ),
     "an end is written under any claim": reworded("_FINISH", "AND claim = ?", "AND ? IS NOT NULL"),
     "an end is written though the instance was cancelled": reworded(
@@ -11295,18 +11295,20 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "buckets fill over their burst": replaced(
         durable._Policy, "level", lambda self, level, since, now: level + max(0, now - since) * self.allowed
     ),
-    "the limits of a step stay with the next": bent(durable, "_progressed", column_kept("rate_limit")),
+    "the limits of a step stay with the next": reworded(
+        "_PROGRESS", "rate_limit = ?", "rate_limit = coalesce(?, rate_limit)"
+    ),
     "a job has an attempt too many": replaced(FSM, "_retry_or_stop", retry_once_more),
-    "progress does not reset the attempt": bent(durable, "_progressed", column_kept("attempt")),
-    "progress does not clear the error": bent(durable, "_progressed", column_kept("last_error")),
-    "a retry forgets what was awaited": bent(
-        durable, "_unchanged", lambda make: lambda row, now: make(row, now)._replace(awaits=None)
+    "progress does not reset the attempt": reworded("_PROGRESS", "attempt = 0, ", ""),
+    "progress does not clear the error": reworded("_PROGRESS", "last_error = NULL, ", ""),
+    "a retry forgets what was awaited": reworded(
+        "_AGAIN", "await_deadline = NULL", "await_deadline = NULL, awaits = NULL"
     ),
     "a crash is not an attempt": bent(durable, "_crashed", column_kept("attempt")),
     "crashes are forgotten one too late": bent(
         durable, "_crashed", lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a)
     ),
-    "only a done instance forgets its crashes": bent(durable, "_unchanged", column_kept("crashes")),
+    "only a done instance forgets its crashes": reworded("_AGAIN", "crashes = ?", "crashes = max(?, crashes)"),
     "paused queues are served": reworded(
         "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND"
     ),
