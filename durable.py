@@ -2106,25 +2106,25 @@ _UNDER_CLAIM = "WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_r
 _FINISH = f"""
 UPDATE durable_instances SET
     status = ?, result = ?, last_error = ?, traceback = ?, attempt = ?, crashes = ?, updated_at = ?,
-    awaits = NULL, await_deadline = NULL, joining = 0, worker = NULL, cancel_reason = NULL
+    awaits = NULL, joining = 0, worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 _AGAIN = f"""
 UPDATE durable_instances SET
     status = 'runnable', state = ?, attempt = ?, crashes = ?, eligible_at = ?, last_error = ?, traceback = ?,
-    updated_at = ?, await_deadline = NULL, worker = NULL, cancel_reason = NULL
+    updated_at = ?, worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 _PROGRESS = f"""
 UPDATE durable_instances SET
     status = ?, step = ?, state = ?, eligible_at = ?, concurrency_key = ?, rate_limit = ?, weight = ?, awaits = ?,
-    await_deadline = ?, joining = ?, updated_at = ?, attempt = 0, crashes = 0, last_error = NULL, traceback = NULL,
+    await_deadline = ?, joining = ?, updated_at = ?, last_error = NULL, traceback = NULL, attempt = 0, crashes = 0,
     worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
-# An inline step goes on under the next claim number, so that a late outcome of the step before it is stale.
+# An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
+# is not written, not even as it is: that would have every index that depends on it looked at.
 _ADVANCE = f"""
 UPDATE durable_instances SET
-    status = ?, step = ?, state = ?, eligible_at = ?, concurrency_key = ?, rate_limit = ?, weight = ?, awaits = ?,
-    await_deadline = ?, joining = ?, updated_at = ?, attempt = 0, crashes = 0, last_error = NULL, traceback = NULL,
-    claim = claim + 1
+    step = ?, state = ?, eligible_at = ?, concurrency_key = ?, rate_limit = ?, weight = ?, updated_at = ?,
+    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, awaits = NULL, joining = 0, claim = claim + 1
 {_UNDER_CLAIM}"""
 _CANCEL_REASON = """
 SELECT cancel_reason FROM durable_instances
@@ -2898,8 +2898,8 @@ class _Store:
 
     def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
-        rows = [(Status.EXECUTING, *one.change[1:], now, *one.held_by) for one in commits]
-        return self._change_each(_ADVANCE, rows)
+        first, end = _Progress._fields.index("step"), _Progress._fields.index("awaits")
+        return self._change_each(_ADVANCE, [(*one.change[first:end], now, *one.held_by) for one in commits])
 
     def _change_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> bool:
         """Run a statement for each of the rows; False if it has changed nothing for one.

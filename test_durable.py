@@ -11301,9 +11301,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "a job has an attempt too many": replaced(FSM, "_retry_or_stop", retry_once_more),
     "progress does not reset the attempt": reworded("_PROGRESS", "attempt = 0, ", ""),
     "progress does not clear the error": reworded("_PROGRESS", "last_error = NULL, ", ""),
-    "a retry forgets what was awaited": reworded(
-        "_AGAIN", "await_deadline = NULL", "await_deadline = NULL, awaits = NULL"
-    ),
+    "a retry forgets what was awaited": reworded("_AGAIN", "worker = NULL", "worker = NULL, awaits = NULL"),
     "a crash is not an attempt": bent(durable, "_crashed", column_kept("attempt")),
     "crashes are forgotten one too late": bent(
         durable, "_crashed", lambda crash: lambda row, *a: crash(row._replace(max_crashes=row.max_crashes + 1), *a)
