@@ -4237,6 +4237,11 @@ class _Hub:
             if not is_minded:
                 self._call_all()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether this is the thread that calls them."""
+        return self._thread is threading.current_thread()
+
     def start(self) -> None:
         self._is_running = True
 
@@ -4244,7 +4249,7 @@ class _Hub:
         """Call what is left, and end the thread."""
         self._is_running = False
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and not self.is_current:
             self._bell.ring()
             thread.join(timeout_s)
             if thread.is_alive():
@@ -5724,6 +5729,7 @@ class _Scheduler:
         self._life_lock = threading.Lock()
         self._life_owner: int | None = None
         self._drained = _Bell()
+        self._stopped = threading.Event()
         self._agenda = _Agenda(seen_at=self.desk.now())
         self.peers = _Peers(self)
         self.passed_on: set[str] = set()
@@ -6286,9 +6292,21 @@ class _Scheduler:
             self._stop_unstarted(drain_s)
             return
         with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
-            if self.is_stopping:
-                return
-            self.is_stopping = True
+            is_first, self.is_stopping = not self.is_stopping, True
+        if is_first:
+            try:
+                self._stop_started(drain_s)
+            finally:
+                self._stopped.set()
+        elif not self.is_within():
+            self._stopped.wait()
+
+    def is_within(self) -> bool:
+        """Whether this is a step of the engine's or a callback, which whoever stops it waits for."""
+        ctx = _current.get()
+        return self.hub.is_current or (ctx is not None and ctx._claim.desk is self.desk)
+
+    def _stop_started(self, drain_s: float) -> None:
         self._bell.ring()
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
         self._try_to_give_back(unstarted)
@@ -6599,9 +6617,17 @@ class Engine:
         """Stop claiming, let running steps commit for up to `timeout` (`drain_timeout` unless given), and close.
 
         What was claimed and has not started is given back at once, what has not ended by then afterwards. A second
-        call does nothing.
+        call does nothing but wait for the first. Called in a step or a callback of its own, it returns at once, and
+        the engine stops behind it.
         """
         timeout_s = None if timeout is None else _duration_ms(timeout, "timeout") / 1000
+        if self._core.is_started and self._core.is_within():
+            behind = contextvars.Context().run
+            threading.Thread(target=behind, args=(self._stop, timeout_s), name="durable-stop").start()
+        else:
+            self._stop(timeout_s)
+
+    def _stop(self, timeout_s: float | None) -> None:
         self._core.stop(timeout_s)
         if self._core.is_closed:
             self._release()
@@ -6882,8 +6908,8 @@ class Engine:
             copied.perform(functools.partial(_Beat.disband, queues=queues))
 
     def _release(self) -> None:
-        _unguard_file(self._guarded)
-        self._guarded = None
+        guarded, self._guarded = self._guarded, None
+        _unguard_file(guarded)
 
     def __repr__(self) -> str:
         return f"<Engine {self._core.options.name!r} on {self._path}>"
