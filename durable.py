@@ -44,7 +44,6 @@ import heapq
 import inspect
 import itertools
 import json
-import logging
 import math
 import operator
 import os
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import concurrent.futures
+    import logging
     import sqlite3
     import subprocess
 
@@ -110,7 +110,17 @@ __all__ = [
     "step",
 ]
 
-_log = logging.getLogger("durable")
+
+class _LazyLogger:
+    """The logger `durable`. The first record loads `logging`, which is a quarter of what an import would cost."""
+
+    def __getattr__(self, name: str) -> Any:
+        import logging
+
+        return getattr(logging.getLogger("durable"), name)
+
+
+_log = cast("logging.Logger", _LazyLogger())
 
 _Duration = int | float | dt.timedelta
 
@@ -4574,9 +4584,11 @@ class _Beat:
         if self.core.hub.wants(name):
             self.events.append(Event(name, measurements, metadata))
 
-    def log(self, level: int, message: str, *arguments: object, extra: dict[str, Any] | None = None) -> None:
+    def log(
+        self, log: Callable[..., None], message: str, *arguments: object, extra: dict[str, Any] | None = None
+    ) -> None:
         """Have something logged once the beat is committed; what handlers of the log do is not for its time."""
-        self.logs.append(functools.partial(_log.log, level, message, *arguments, extra=extra))
+        self.logs.append(functools.partial(log, message, *arguments, extra=extra))
 
     # Outcomes
 
@@ -4775,7 +4787,7 @@ class _Beat:
             case _Follower():
                 if self.store.insert(effect.row) is None:
                     self.log(
-                        logging.INFO,
+                        _log.info,
                         "instance %d: its insert of %s is dropped, the correlation key %r is taken",
                         row.id,
                         effect.row.fsm,
@@ -4789,7 +4801,7 @@ class _Beat:
                     self.signal(effect)
                 except NoTargetError as error:
                     details = _log_details(row)
-                    self.log(logging.INFO, "instance %d: its signal is dropped: %s", row.id, error, extra=details)
+                    self.log(_log.info, "instance %d: its signal is dropped: %s", row.id, error, extra=details)
 
     # Requests
 
@@ -5459,7 +5471,7 @@ class _Peers:
             self._judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
         if not beat.store.renew(worker_id, now, now + lease_ms):
             message = "engine %s was taken for dead; what it had claimed runs elsewhere"
-            beat.log(logging.WARNING, message, self._options.name)
+            beat.log(_log.warning, message, self._options.name)
             beat.store.register(self._row(now, lease_ms))
         if now >= self._judge_from:
             for worker in beat.store.workers():
@@ -5576,7 +5588,7 @@ class _Peers:
         cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
         count = beat.reap(worker.id, cause)
         message = "reclaimed %d instances of worker %s, pid %d: %s"
-        beat.log(logging.INFO, message, count, worker.name, worker.pid, how)
+        beat.log(_log.info, message, count, worker.name, worker.pid, how)
         beat.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
 
 
@@ -5908,7 +5920,7 @@ class _Scheduler:
         if is_new and not self.behaviours.is_coming(spec):
             beat.reported.add((row.fsm, row.version))
             message = "nothing here can run %s version %d: its instances wait"
-            beat.log(logging.WARNING, message, row.fsm, row.version)
+            beat.log(_log.warning, message, row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
 
     def take_unstarted(self, row: _Row) -> _Claim | None:
@@ -7294,6 +7306,8 @@ _LOG_LEVEL = _argument("--log-level", choices=_LEVELS, default="info", help="wha
 
 def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engine:
     """The engine that the command line means: TARGET's own, or a new one on --database. Now it logs, too."""
+    import logging
+
     if queues and not options.database:
         raise _UsageError("the queues of TARGET's own engine are its own: --queue goes with --database")
     module, engine = _load(options.target)

@@ -72,7 +72,7 @@ from contextlib import closing, contextmanager, redirect_stdout
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import apsw
 import apsw.ext
@@ -1117,6 +1117,27 @@ def test_defining_the_same_class_again_replaces_it(timed_engine: Engine) -> None
     assert timed_engine.result(target, timeout=0) == "performed anew"
 
 
+def test_what_a_function_defines_twice_under_one_name_does_not_run_in_the_place_of_the_other() -> None:
+    """Two closures of one name would be one class to the file: the first is refused once there is the second."""
+
+    def times(factor: int) -> Any:
+        @durable.job
+        def multiply(n: int) -> int:
+            return n * factor
+
+        return multiply
+
+    two, three = times(2), times(3)
+    plus, minus = (durable.job(calculation) for calculation in (lambda n: n + 1, lambda n: n - 1))
+    with temporary_engine() as engine:
+        for replaced in (two, plus):
+            with pytest.raises(TypeError, match="name="):
+                engine.insert(replaced, args={"n": 5})
+        ids = [engine.insert(latest, args={"n": 5}) for latest in (three, minus)]
+        engine.drain()
+        assert [engine.result(ident) for ident in ids] == [15, 4]
+
+
 def test_two_classes_cannot_claim_one_name_and_version(timed_engine: Engine) -> None:
     """A second class with the same `(name, version)` is a `TypeError`, and the first one stays."""
     first = define("Claimant", body=PERFORM, name="claimed")
@@ -1202,6 +1223,15 @@ def test_an_insert_value_takes_a_function_job(timed_engine: Engine) -> None:
     """`Insert(fetch, ...)` enqueues it."""
     timed_engine.insert_all([Insert(_fetch, args={"url": "x"}), Insert(_fetch, args={"url": "y"})])
     assert timed_engine.drain()["done"] == 2
+
+
+def test_a_method_is_no_job() -> None:
+    """A job is a function: nobody could give a method its `self`."""
+    with pytest.raises(TypeError, match="function, not a method"):
+
+        class Service:
+            @durable.job
+            def send(self, to: str) -> None: ...
 
 
 def test_a_function_job_ends_as_perform_would(timed_engine: Engine) -> None:
@@ -1569,11 +1599,11 @@ def test_a_class_that_a_decorator_makes_anew_keeps_its_options(make_engine: Make
     assert instance.result == "hello"
 
 
-@pytest.mark.parametrize("given_as", [Unwritable(), Leaf.__name__, 5], ids=repr)
+@pytest.mark.parametrize("given_as", [[Unwritable()], [Leaf.__name__], [5], 5, None, Leaf], ids=repr)
 def test_fsms_takes_nothing_but_machines_and_jobs(make_engine: MakeEngine, given_as: Any) -> None:
     """A bad option value is a `ValueError` that names the option."""
     with pytest.raises(ValueError, match="fsms"):
-        make_engine(fsms=[given_as])
+        make_engine(fsms=given_as)
 
 
 class AsyncBodies:
@@ -1632,6 +1662,32 @@ def test_async_steps_share_one_loop_and_the_queues_width(make_engine: MakeEngine
             timed_engine.result(target, timeout=30)
     assert len(crowd.threads) == 1
     assert crowd.peak <= 3
+
+
+def test_async_and_plain_steps_share_the_queues_width(make_engine: MakeEngine) -> None:
+    """Three at once are three, whichever they are."""
+    running, peak, lock = [0], [0], threading.Lock()
+
+    def come(by: int) -> None:
+        with lock:
+            running[0] += by
+            peak[0] = max(peak[0], running[0])
+
+    @durable.job
+    def plain() -> None:
+        come(1)
+        time.sleep(0.003)
+        come(-1)
+
+    @durable.job
+    async def on_the_loop() -> None:
+        come(1)
+        await asyncio.sleep(0.003)
+        come(-1)
+
+    with make_engine(queues={"default": 3}) as engine:
+        assert ended(engine, engine.insert_all([Insert(plain), Insert(on_the_loop)] * 30))
+    assert peak[0] == 3
 
 
 class Sleeper(FSM):
@@ -1878,6 +1934,38 @@ def test_each_problem_has_one_line(timed_engine: Engine) -> None:
         assert len([line for line in lines if line.strip().startswith(path)]) == 1
 
 
+NOT_A_NUMBER = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ({"plain": {"a": [1, NOT_A_NUMBER]}}, "plain.a[1]: JSON has no nan"),
+        ({"ratio": NOT_A_NUMBER}, "ratio: JSON has no nan"),
+        ({"plain": Unwritable()}, "plain: not a JSON value, "),
+        ({"level": True}, "level: not a valid "),
+        ({"level": 1.0}, "level: not a valid "),
+        ({"level": 3}, "level: not a valid "),
+    ],
+)
+def test_a_value_that_json_has_no_form_for_is_told_with_its_path(
+    timed_engine: Engine, state: dict[str, Any], problem: str
+) -> None:
+    """A state class may hold plain values; what of them can't be kept is said like any other problem."""
+
+    @attrs.frozen
+    class Mixed:
+        plain: object = None
+        ratio: float = 0.0
+        level: Literal[1, 2] = 1
+
+    job = job_of(Mixed)
+    assert timed_engine.get(timed_engine.insert(job, state={"plain": {"a": [1]}, "level": 2})).state["level"] == 2
+    with pytest.raises(StateError) as told:
+        timed_engine.insert(job, state=state)
+    assert str(told.value).startswith(problem)
+
+
 @pytest.mark.parametrize("outcome", [Next, Retry, Await, ScheduleChildren], ids=lambda outcome: outcome.__name__)
 @pytest.mark.parametrize("state", [{"order": "x"}, Order("x"), {1: 2}], ids=str)  # type: ignore[arg-type]
 def test_an_outcome_is_as_strict_as_an_insert(make_engine: MakeEngine, outcome: Any, state: Any) -> None:
@@ -1904,7 +1992,9 @@ class Tally:
     count: int = 0
 
 
-@pytest.mark.parametrize("outcome", [Next("last"), Retry(), ScheduleChildren([], then="last")], ids=repr)
+@pytest.mark.parametrize(
+    "outcome", [Next("last"), Retry(), Await("x", "last", timeout=0), ScheduleChildren([], "last")], ids=repr
+)
 def test_a_state_left_out_is_the_contexts_as_the_step_leaves_it(make_engine: MakeEngine, outcome: Any) -> None:
     """What a step does to a mutable `ctx.state` is kept with its outcome."""
 
@@ -1917,6 +2007,7 @@ def test_a_state_left_out_is_the_contexts_as_the_step_leaves_it(make_engine: Mak
     fsm = Tallied(run)
     timed_engine = make_engine(fsms=[fsm])
     target = timed_engine.insert(Tallied)
+    timed_engine.drain()
     timed_engine.drain()
     assert fsm.contexts[-1].state == Tally(1)
     assert timed_engine.get(target).state == {"count": 1}
@@ -2536,7 +2627,7 @@ BAD_OPTIONS: dict[str, list[object]] = {
     "retention": [-1, timedelta(days=-1)],
     "gc_interval": [-1],
     "synchronous": ["sometimes"],
-    "clock": [5],
+    "clock": [5, lambda: "noon", lambda: None, lambda zone: 0.0, lambda: float("nan")],
 }
 
 
@@ -2545,6 +2636,44 @@ def test_a_bad_option_is_a_value_error_that_names_it(make_engine: MakeEngine, op
     """Bad option values are a `ValueError` naming the option."""
     with pytest.raises(ValueError, match=option):
         make_engine(**{option: value})
+
+
+def test_durations_may_be_timedeltas(make_engine: MakeEngine) -> None:
+    """Wherever seconds are taken: in options, limits, classes, and waits."""
+    second = timedelta(seconds=1)
+    quick = define("Quick", body=PERFORM, timeout=second)
+    names = ("heartbeat_interval", "poll_interval", "drain_timeout", "retention", "gc_interval")
+    limits = {"api": RateLimit(5, per=second)}
+    with make_engine(lease_ttl=2 * second, rate_limits=limits, **dict.fromkeys(names, second)) as engine:
+        ident = engine.insert(quick, rate_limit="api", schedule_in=timedelta(milliseconds=1))
+        assert engine.result(ident, timeout=timedelta(seconds=PATIENCE)) == "performed"
+        engine.stop(timeout=second)
+
+
+def test_the_options_of_an_engine_have_the_defaults_of_the_contract() -> None:
+    """What is left out of `Engine(...)`, and of `wait`, is what the documentation says."""
+    defaults = {
+        "name": "durable",
+        "queues": {"default": 10},
+        "fsms": (),
+        "rate_limits": {},
+        "concurrency_limits": {},
+        "prefetch": 0,
+        "lease_ttl": 60,
+        "heartbeat_interval": 20,
+        "poll_interval": 0.05,
+        "drain_timeout": 5,
+        "retention": timedelta(days=1),
+        "gc_interval": 60,
+        "synchronous": "full",
+        "clock": time.time,
+    }
+    assert defaults == durable._ENGINE_DEFAULTS
+    assert inspect.signature(Engine.wait).parameters["timeout"].default == 5
+    assert inspect.signature(Engine.result).parameters["timeout"].default is None
+    crashes = define("Steady", body=PERFORM)._spec
+    assert crashes is not None
+    assert crashes.max_crashes == 20
 
 
 # ---- Opening -------------------------------------------------------------------------------------
@@ -2640,6 +2769,49 @@ def test_of_two_stops_at_once_one_stops_the_engine(engine: Engine, monkeypatch: 
         for one in stops:
             one.result(PATIENCE)
     assert len(signed_off) == 1
+
+
+def test_a_second_stop_waits_for_the_first(make_engine: MakeEngine, gate: Gate) -> None:
+    """Whoever has called `stop` may rely on the engine being stopped."""
+    engine = make_engine(fsms=[Holds(gate)])
+    engine.start()
+    ident = engine.insert(Holds)
+    assert gate.entered.wait(PATIENCE)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        first = threads.submit(engine.stop, PATIENCE)
+        eventually(lambda: engine._core.is_stopping)
+        second = threads.submit(engine.stop)
+        concurrent.futures.wait([second], timeout=0.1)
+        assert not second.done()
+        gate.leave.set()
+        second.result(PATIENCE)
+        assert engine._core.is_closed
+        first.result(PATIENCE)
+    assert make_engine().get(ident).status is Status.DONE
+
+
+@pytest.mark.parametrize("where", ["step", "async step", "callback"])
+def test_an_engine_that_is_stopped_by_its_own_step_or_callback_stops_behind_it(
+    make_engine: MakeEngine, where: str
+) -> None:
+    """It would wait for itself; so it goes on, its outcome is committed, and the engine is closed."""
+    engine = make_engine()
+
+    @durable.job(name=f"stops in a {where}")
+    def plain() -> None:
+        if where == "step":
+            engine.stop()
+
+    @durable.job(name="stops in a coroutine")
+    async def on_the_loop() -> None:
+        engine.stop()
+
+    if where == "callback":
+        engine.subscribe(lambda event: engine.stop(), "step.stop")
+    engine.start()
+    ident = engine.insert(on_the_loop if where == "async step" else plain)
+    eventually(lambda: engine._core.is_closed)
+    assert make_engine().get(ident).status is Status.DONE
 
 
 VERBS: dict[str, Callable[[Engine], object]] = {
@@ -2867,6 +3039,7 @@ def test_a_registered_name_means_its_highest_version(engine: Engine) -> None:
         (Echo, {"correlation_key": 7}, ValueError, "correlation_key"),
         (Echo, {"rate_limit": "nobody"}, UnknownLimitError, "nobody"),
         (Echo, {"rate_limit": "api", "weight": 11}, ValueError, "weight"),
+        (Echo, {"arg": {}}, TypeError, "unknown option 'arg'; allowed are state, args"),
         (object(), {}, TypeError, "object"),
     ],
 )
@@ -2908,6 +3081,16 @@ def test_insert_all_writes_all_or_nothing(engine: Engine) -> None:
     assert engine.find() == []
 
 
+def test_insert_all_says_which_of_them_it_refuses(engine: Engine) -> None:
+    """An error has a note with the place in the list; what is no list of `Insert`s is refused by name."""
+    with pytest.raises(StateError) as told:
+        engine.insert_all([Insert(Echo), Insert(Sums, state={"wanted": "x"})])
+    assert told.value.__notes__[0].startswith("in inserts[1], Insert(fsm=")
+    for wrong in (Insert(Echo), [Echo], 5):
+        with pytest.raises(ValueError, match="inserts must be"):
+            engine.insert_all(cast(Any, wrong))
+
+
 @pytest.mark.parametrize("count", [0, 1, 25_000])
 def test_insert_all_takes_any_number(engine: Engine, count: int) -> None:
     """One transaction, any size."""
@@ -2926,6 +3109,17 @@ def test_insert_nowait_gives_a_future_of_the_id(engine: Engine, started: bool) -
     ids = [future.result(timeout=PATIENCE) for future in futures]
     assert len(set(ids)) == 500
     assert [engine.get(ident).state["n"] for ident in ids] == list(range(500))
+
+
+def test_many_inserts_without_waiting_share_a_commit(engine: Engine) -> None:
+    """What comes while a commit is under way goes with the next one."""
+    inserts: list[int] = []
+    engine.subscribe(lambda event: inserts.append(event.measurements["inserts"]), "commit.stop")
+    with engine:
+        futures = [engine.insert_nowait(Echo, schedule_in=3600) for _ in range(500)]
+        concurrent.futures.wait(futures, PATIENCE)
+    assert sum(inserts) == 500
+    assert len(inserts) < 250
 
 
 def test_a_duplicate_insert_nowait_says_so_in_its_future(engine: Engine) -> None:
@@ -3351,6 +3545,31 @@ def test_find_pages_newest_first(engine: Engine) -> None:
     assert [row.id for row in engine.find(limit=2)] == pages[0][:2]
 
 
+def test_find_refuses_what_is_no_name(engine: Engine) -> None:
+    """A filter that nothing could pass by its type is a mistake."""
+    for name in ("queue", "correlation_key"):
+        with pytest.raises(ValueError, match=name):
+            engine.find(**cast(Any, {name: 5}))
+
+
+def test_records_have_the_fields_of_the_contract() -> None:
+    """`Instance`, `Worker`, `Signal` and `Event`, in this order; all are frozen."""
+    fields = {
+        Instance: "id fsm version step status state result last_error traceback attempt max_attempts crashes queue"
+        " priority eligible_at worker concurrency_key rate_limit weight parked_on awaits await_deadline parent_id"
+        " correlation_key inserted_at updated_at",
+        durable.Worker: "id name host pid queues started_at heartbeat_at lease_expires_at",
+        durable.Signal: "id name payload sent_at",
+        durable.Event: "name measurements metadata",
+    }
+    for cls, names in fields.items():
+        assert [field.name for field in attrs.fields(cls)] == names.split()
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            cls(*range(len(names.split()))).name = 1
+    assert issubclass(Status, enum.StrEnum)
+    assert [*Status] == ["runnable", "executing", "awaiting_signal", "awaiting_children", "done", "failed"]
+
+
 @pytest.mark.parametrize(
     ("filters", "expected"),
     [
@@ -3430,9 +3649,11 @@ def test_result_is_what_the_instance_ended_with(engine: Engine) -> None:
 
 
 def test_result_raises_when_its_time_is_up(engine: Engine) -> None:
-    """`TimeoutError` when the instance has not ended by then."""
-    with pytest.raises(TimeoutError):
+    """`TimeoutError` when the instance has not ended by then; it says so if nobody is there to run it."""
+    with pytest.raises(TimeoutError, match=r"is runnable, and no running engine serves its queue 'default'"):
         engine.result(engine.insert(Echo), timeout=0.01)
+    with engine, pytest.raises(TimeoutError, match=r"is runnable$"):
+        engine.result(engine.insert(Echo, schedule_in=60), timeout=0.01)
 
 
 def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
@@ -3506,8 +3727,31 @@ def test_cancel_of_a_running_step_drops_its_outcome(make_engine: MakeEngine, gat
         gate.leave.set()
         row = engine.wait(ident, timeout=PATIENCE, until="terminal")
     assert (row.status, row.last_error, row.result) == (Status.FAILED, "enough", None)
-    assert holds.cancelled[0] is False
-    assert holds.cancelled[1] is True or from_another
+    assert holds.cancelled == [False, True]
+
+
+@pytest.mark.parametrize("ends", ["by an exit", "given back"])
+def test_cancel_of_a_running_step_holds_however_it_ends(make_engine: MakeEngine, gate: Gate, ends: str) -> None:
+    """A cancelled step that crashes, or is given back, has failed for the reason of its cancelling."""
+
+    class Leaves(FSM, name="leaves when cancelled"):
+        @step
+        def start(self, ctx: Ctx) -> Done:
+            gate.entered.set()
+            gate.leave.wait(PATIENCE)
+            raise SystemExit
+
+    with make_engine(fsms=[Leaves()]) as engine:
+        ident = engine.insert(Leaves)
+        assert gate.entered.wait(PATIENCE)
+        assert engine.cancel(ident, "enough")
+        if ends == "by an exit":
+            gate.leave.set()
+            engine.wait(ident, PATIENCE, until="terminal")
+        engine.stop(0)
+        gate.leave.set()
+    row = make_engine().get(ident)
+    assert (row.status, row.last_error) == (Status.FAILED, "enough")
 
 
 @pytest.mark.parametrize(
@@ -3692,6 +3936,26 @@ def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, ga
     assert engine.result(ident) == "ran"
 
 
+def test_drain_may_be_called_where_an_event_loop_runs(make_engine: MakeEngine) -> None:
+    """As a test-suite on asyncio does: async steps run on a loop of their own, again and again."""
+    engine = make_engine()
+
+    @durable.job
+    async def on_the_loop() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    async def drain_twice() -> None:
+        for _ in range(2):
+            ident = engine.insert(on_the_loop)
+            assert engine.drain()["done"] == 1
+            assert engine.result(ident) == 1
+
+    asyncio.run(drain_twice())
+    assert engine.workers() == []
+    assert ask(engine, "select count(*) from durable_workers") == [(0,)]
+
+
 # ---- Operations ----------------------------------------------------------------------------------
 
 
@@ -3754,6 +4018,48 @@ def test_workers_are_the_running_engines_on_the_file(make_engine: MakeEngine) ->
         assert set(worker.queues) == {"default", "mail"}
         assert worker.started_at <= worker.heartbeat_at < worker.lease_expires_at
     assert looker.workers() == []
+
+
+def test_a_process_that_has_died_is_no_running_engine(make_engine: MakeEngine, tmp_path: Path, database: Path) -> None:
+    """Nobody has to run for that: its lock tells."""
+    looker = make_engine(queues={})
+    with start_script(tmp_path, DYING, database) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert [worker.pid for worker in looker.workers()] == [process.pid]
+        process.kill()
+        process.wait(PATIENCE)
+    assert looker.workers() == []
+    with make_engine(queues={"other": 1}) as engine:
+        eventually(lambda: [worker.pid for worker in engine.workers()] == [os.getpid()])
+
+
+BROKEN: dict[str, str] = {
+    "executing rows of a worker that is not registered": "update {i} set status = 'executing', worker = 'w'",
+    "rows waiting for a signal without saying which": "update {i} set status = 'awaiting_signal'",
+    "rows waiting for children of which none is live": "update {i} set status = 'awaiting_children'",
+    "ended rows with an inbox": """
+        update {i} set status = 'done'; insert into {s} (target, name, sent_at) values (1, 'x', 0)""",
+    "signals without an instance": "insert into {s} (target, name, sent_at) values (77, 'x', 0)",
+    "rows whose state, result or awaits is no JSON": "update {i} set state = '{{'",
+    "signals whose payload is no JSON": "insert into {s} (target, name, payload, sent_at) values (1, 'x', '{{', 0)",
+    "rows of a rate limit that is not in the file": "update {i} set rate_limit = 'nobody:1'",
+    "rows parked on something that is not theirs": "update {i} set parked_on = 'key:other'",
+    "rows parked on a bucket that will never wake them": "update {i} set rate_limit = 'api', parked_on = 'rate:api'",
+    "rows parked on a key that nobody holds": "update {i} set concurrency_key = 'k', parked_on = 'key:k'",
+    "counters below zero": "update {i} set attempt = -1",
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_check_finds_each_broken_invariant(make_engine: MakeEngine, problem: str) -> None:
+    """Every audit finds its fault, and names the instance."""
+    engine = make_engine(rate_limits={"api": RateLimit(1, per=1)})
+    engine.insert(Echo)
+    assert engine.check() == []
+    with closing(engine.connect()) as connection:
+        connection.execute(BROKEN[problem].format(i="durable_instances", s="durable_signals"))
+    assert any(re.match(re.escape(problem) + r".*: (1|77)$", found) for found in engine.check()), engine.check()
 
 
 def test_check_puts_a_broken_invariant_into_words(make_engine: MakeEngine) -> None:
@@ -3917,6 +4223,18 @@ def test_two_processes_share_the_work_and_run_nothing_twice(
         assert process.wait(PATIENCE) == 0
     assert ask(client, "select id from ran order by id") == [(ident,) for ident in ids]
     assert client.check() == []
+
+
+def test_work_of_an_unknown_version_waits_for_a_process_that_knows_it(engine: Engine) -> None:
+    """A version is a class of its own: another one does not run its rows."""
+    ident = engine.insert(Echo)
+    with closing(engine.connect()) as connection:
+        connection.execute("update durable_instances set version = 9")
+    unknown: list[dict[str, Any]] = []
+    engine.subscribe(lambda event: unknown.append(event.metadata), "fsm.unknown")
+    assert engine.drain() == Counter()
+    assert engine.get(ident).status is Status.RUNNABLE
+    assert [one["version"] for one in unknown] == [9]
 
 
 def test_work_of_an_unknown_class_waits_and_is_reported_once(engine: Engine, spawn: Spawn, database: Path) -> None:
@@ -6249,6 +6567,26 @@ class Exiting(FSM, max_crashes=3):
         return Done()
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+def test_whatever_is_no_exception_is_a_crash_and_is_told(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    """Exits and the like: with a traceback in the row, and in the log at WARNING."""
+
+    @durable.job(name=f"leaves by {error.__name__}")
+    def leaves(ctx: Ctx) -> str:
+        if ctx.attempt == 0:
+            raise error
+        return ctx.fsm
+
+    with make_engine() as engine:
+        ident = engine.insert(leaves, schedule_in=0)
+        assert engine.result(ident, PATIENCE) == f"leaves by {error.__name__}"
+    warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [fields(record)[2:] for record in warned] == [(ident, f"leaves by {error.__name__}", "perform", 0)]
+    assert "Traceback (most recent call last)" in logging.Formatter().format(warned[0])
+
+
 class AsyncExiting(FSM, max_crashes=3):
     """The same on the event loop."""
 
@@ -6299,6 +6637,9 @@ def test_job_fails_when_crashes_use_up_its_attempts(make_engine: MakeEngine) -> 
     engine.start()
     row = engine.wait(engine.insert(leaves), PATIENCE)
     assert (row.status, row.attempt, len(runs)) == ("failed", 2, 2)
+    assert str(row.last_error).startswith("crash: SystemExit")
+    assert str(row.last_error).endswith("given up after attempt 2 of 2")
+    assert "raise SystemExit" in str(row.traceback)
 
 
 def test_exit_out_of_drain_is_raised_on_after_its_commit(make_engine: MakeEngine) -> None:
@@ -6323,10 +6664,13 @@ class Slow(FSM, timeout=0.2):
 
     def __init__(self, desk: Desk | None = None) -> None:
         self.desk = desk or Desk()
+        self.told: list[bool] = []
 
     @step
     def start(self, ctx: Ctx) -> Done:
+        self.told.append(ctx.cancelled)
         self.desk.visit(ctx.id)
+        self.told.append(ctx.cancelled)
         ctx.insert(Visitor, queue="nobody")
         return Done("late")
 
@@ -6339,8 +6683,12 @@ class Slow(FSM, timeout=0.2):
 
 
 def test_overdue_thread_is_disowned_and_replaced(make_engine: MakeEngine, desk: Desk) -> None:
-    """A step over its `timeout` gets `TimeoutError` through `handle`, and its queue keeps its width."""
-    engine = make_engine(fsms=[Slow(desk)], queues={"default": 1})
+    """A step over its `timeout` gets `TimeoutError` through `handle`, and its queue keeps its width.
+
+    It may ask `ctx.cancelled` whether to go on.
+    """
+    slow = Slow(desk)
+    engine = make_engine(fsms=[slow], queues={"default": 1})
     heard = Heard(engine, "outcome.stale")
     engine.start()
     overdue = [engine.insert(Slow, concurrency_key="k") for _ in range(2)]
@@ -6350,6 +6698,7 @@ def test_overdue_thread_is_disowned_and_replaced(make_engine: MakeEngine, desk: 
     assert [(row.status, row.last_error) for row in rows] == [("failed", "TimeoutError in start")] * 2
     desk.close()
     heard.wait(2)
+    assert sorted(slow.told) == [False, False, True, True]
     assert engine.counts() == {"default": {"failed": 2, "done": 1}}
     assert engine.check() == []
 
@@ -6384,6 +6733,30 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
     engine.start()
     assert engine.result(engine.insert(Sleeper), PATIENCE) == 1
     assert cancelled.is_set()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_step_over_its_timeout_is_noticed_by_a_drain(make_engine: MakeEngine, is_async: bool) -> None:
+    """A plain step when it returns, a coroutine on the instant; its outcome is dropped."""
+
+    class Late(FSM, abstract=True):
+        def handle(self, error: Exception, ctx: Ctx) -> Stop:
+            return Stop(type(error).__name__)
+
+    class LatePlain(Late, name="late plain", timeout=0.01):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            time.sleep(0.05)
+            return Done()
+
+    class LateAsync(Late, name="late async", timeout=0.01):
+        async def step(self, name: str, ctx: Ctx) -> Done:
+            await asyncio.sleep(PATIENCE)
+            return Done()
+
+    engine = make_engine()
+    ident = engine.insert(LateAsync if is_async else LatePlain)
+    assert engine.drain() == {"steps": 1, "stop": 1}
+    assert engine.get(ident).last_error == "TimeoutError"
 
 
 # ---- Forks and forgotten engines -----------------------------------------------------------------
@@ -7033,8 +7406,14 @@ def test_damage_further_in_is_found_by_check_and_named_by_whoever_meets_it(
         overwrite(database, (page - 1) * size, b"\xa5" * size)
     engine = make_engine()
     assert engine.check() != []
-    with pytest.raises(durable.SchemaError, match=database.name):
-        engine.find(limit=3000)
+    for call in (
+        lambda: engine.find(limit=3000),
+        lambda: engine.get(1500),
+        lambda: engine.wait(1500, timeout=0),
+        lambda: engine.cancel(1500),
+    ):
+        with pytest.raises(durable.SchemaError, match=database.name):
+            call()
 
 
 # ---- Cleaning ------------------------------------------------------------------------------------
@@ -7064,14 +7443,19 @@ def test_old_terminal_rows_are_collected_and_no_others(make_engine: MakeEngine, 
 def test_one_sweep_collects_any_number(make_engine: MakeEngine, clock: Clock) -> None:
     """A sweep goes in batches, but to the end."""
     engine = make_engine(clock=clock, retention=10)
-    heard = Heard(engine, "gc.swept")
+    swept: list[int] = []
+    engine.subscribe(lambda event: swept.append(event.measurements["count"]), "gc.swept")
     engine.insert_all([Insert(Visitor, step="end")] * 3000)
     engine.start()
     eventually(lambda: engine.counts() == {"default": {"done": 3000}})
+    engine.stop()
     clock.now += 11
-    assert engine.gc() == 3000
-    assert engine.counts() == {}
-    assert heard.wait()
+    client = make_engine(clock=clock, retention=10, queues={})
+    client.subscribe(lambda event: swept.append(event.measurements["count"]), "gc.swept")
+    assert client.gc() == 3000
+    assert client.counts() == {}
+    assert sum(swept) == 3000
+    assert max(swept) <= 500
 
 
 def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
@@ -8921,9 +9305,13 @@ def test_what_a_dead_worker_held_is_told(
     kill_after(1, start_script(tmp_path, DYING, database))
     if name == "scheduler.reclaimed":
         engine.start()
-    told.take()
+    event = told.take()
+    assert event.measurements == {"count": 1}
     assert [(i.status, i.attempt, i.crashes) for i in engine.find()] == [("runnable", 1, 1)]
-    assert any("reclaim" in record.getMessage().lower() for record in caplog.records)
+    engine.stop()
+    reclaims = [record for record in caplog.records if "reclaimed" in record.getMessage()]
+    assert [record.levelname for record in reclaims] == ["INFO"]
+    assert told.names() == []
 
 
 def test_throttling_by_a_key_is_told(make_engine: MakeEngine) -> None:
@@ -12026,6 +12414,15 @@ def test_run_needs_one_engine(command: Command, script: Path) -> None:
     assert "--database" in said.err
 
 
+def test_run_says_so_when_the_script_has_run_its_engine_itself(command: Command, tmp_path: Path) -> None:
+    """A script whose top level is `with Engine(...)` has stopped it when it is loaded."""
+    path = tmp_path / "withe.py"
+    path.write_text(f"import durable\nwith durable.Engine({str(tmp_path / 'w.db')!r}) as engine: pass\n", "utf-8")
+    said = command("run", path)
+    assert said.status == 1
+    assert "was stopped when that was loaded" in said.err
+
+
 def test_drain_runs_what_is_due_and_no_more(command: Command, script: Path, tmp_path: Path) -> None:
     """`drain` leaves what is scheduled for later; --with-scheduled takes it too; status 1 if one failed."""
     database = tmp_path / "x.db"
@@ -12155,6 +12552,13 @@ def test_watch_ends_when_nothing_is_left(command: Command, shop: Path) -> None:
         engine.insert(CliOrder, step="ship", schedule_in=0.2)
         said = command("watch", shop, "--until-idle", "--interval", "0.01")
     assert "2 done  3 failed" in said.out.splitlines()[-1]
+
+
+def test_watch_waits_for_no_paused_queue(command: Command, shop: Path) -> None:
+    """Time alone does not bring on what somebody has to resume."""
+    command("cancel", shop, "3")
+    command("pause", shop, "later")
+    assert "1 runnable" in command("watch", shop, "--until-idle").out
 
 
 def test_watch_on_a_terminal_gives_the_screen_back(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
