@@ -4606,11 +4606,14 @@ class _Beat:
 
     def _settle_simple(self, run: Sequence[_Commit]) -> None:
         """Commit simple outcomes, those of each kind by one statement."""
+        if not run:
+            return
         leaving: list[_Commit] = []
         staying: list[_Commit] = []
         for commit in run:
             (staying if commit.is_inline and self._may_go_on(commit) else leaving).append(commit)
-        if not (self.store.settle_many(leaving, self.now) and self.store.advance_many(staying, self.now)):
+        is_held = self.store.settle_many(leaving, self.now) and self.store.advance_many(staying, self.now)
+        if not is_held:
             raise _StaleError
         for commit in leaving:
             self._left(commit, commit.change)
