@@ -1650,6 +1650,16 @@ class FSM:
         return Stop(reason)
 
 
+def _spec_of(fsm: object) -> _Spec:
+    """Read what a class, or that of a function job, has defined."""
+    cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
+    if not isinstance(cls, type) or not issubclass(cls, FSM):
+        raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
+    if cls._spec is None:
+        raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
+    return cls._spec
+
+
 def _resolve(fsm: object) -> _Spec:
     """Find what is meant by a class, a function job, or a registered name (its highest version)."""
     if isinstance(fsm, str):
@@ -1657,17 +1667,12 @@ def _resolve(fsm: object) -> _Spec:
         if not versions:
             raise UnknownFSMError(f"no class is registered as {fsm!r}; import the module that defines it")
         return _registry[fsm, max(versions)]
-    cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
-    if not isinstance(cls, type) or not issubclass(cls, FSM):
-        raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
-    spec = cls._spec
-    if spec is None:
-        raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
+    spec = _spec_of(fsm)
     known = _registry.get((spec.name, spec.version))
-    if known not in (None, spec) and "<" in cls.__qualname__:
+    if known not in (None, spec) and "<" in spec.cls.__qualname__:
         raise TypeError(
-            f"{cls.__qualname__} was defined anew since, so that its rows would run other code than its own: what a"
-            " function or a lambda defines more than once needs a name of its own each time (name=...)"
+            f"{spec.cls.__qualname__} was defined anew since, so that its rows would run other code than its own: what"
+            " a function or a lambda defines more than once needs a name of its own each time (name=...)"
         )
     return known or spec
 
@@ -3325,9 +3330,9 @@ class _LockFile:
             os.unlink(self._path)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor = -1
+        descriptor = self._release()  # first: two threads may be at it
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()  # a reaping that storage refused drops the lock for the next try
@@ -3956,7 +3961,7 @@ class _Pool:
     @property
     def is_to_be_watched(self) -> bool:
         """Whether rows, or outcomes, may come to wait behind a step that blocks after quick ones."""
-        is_behind = self._running + len(self._ready) > 1 or (self._running > 0 and self._port.has_finished)
+        is_behind = self._running > 1 or bool(self._ready) or (self._running > 0 and self._port.has_finished)
         return self._is_quick and (is_behind or self._arriving > 0)
 
     def watch(self) -> None:
@@ -4034,8 +4039,8 @@ class _Pool:
                     self._arriving += 1
                     bell.ring()
                 return None
+            self._running += 1  # first: whoever looks without the lock must not find neither
             claim = self._ready.popleft()
-            self._running += 1
             self._taken_at = time.perf_counter()
             has_more = bool(self._ready) and not self._is_quick and not claim.is_async
         if has_more:
@@ -4284,6 +4289,8 @@ class _Hub:
         self._wanted = frozenset().union(*(names for _, names in list(self._subscribers.values())))
 
     def _serve(self) -> None:
+        with self._lock:
+            pass  # whoever has started this thread has written it down by then
         while True:
             self._call_all()
             with self._lock:
@@ -4300,18 +4307,24 @@ class _Hub:
                 call = self._calls.popleft()
             except IndexError:
                 return
-            try:
+            with self._logging("%s failed", getattr(call, "func", call)):
                 call()
-            except (Exception, SystemExit):  # noqa: BLE001 - the user's code
-                _log.exception("%s failed", getattr(call, "func", call))
 
     def _tell(self, event: Event) -> None:
         for callback, names in list(self._subscribers.values()):
             if event.name in names:
-                try:
+                with self._logging("a subscriber to %r failed", event.name):
                     callback(event)
-                except (Exception, SystemExit):  # noqa: BLE001 - the user's callback
-                    _log.exception("a subscriber to %r failed", event.name)
+
+    @contextlib.contextmanager
+    def _logging(self, message: str, what: object) -> Iterator[None]:
+        """Log whatever the user's code raises, but for an interrupt of a thread that is not for this."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and not self.is_current:
+                raise
+            _log.exception(message, what)
 
 
 @functools.cache
@@ -4364,6 +4377,8 @@ class _Request:
         self.is_settled = True
         if self.future is None:
             cast(_Bell, self._bell).ring()
+        elif self.future.done():
+            pass  # by somebody whom it does not belong to
         elif self.error is not None:
             self.future.set_exception(self.error)
         else:
@@ -5275,8 +5290,11 @@ def _timeout_error(claim: _Claim) -> TimeoutError:
     return TimeoutError(f"step {claim.row.step!r} took over {claim.spec.timeout_s:g} s")
 
 
-def _call_in_thread(call: Callable[[], Any]) -> Any:
-    """Call something in a thread with this one's context variables, and return what it returns or raise."""
+def _call_in_thread(call: Callable[[], Any], cancel: Callable[[], None]) -> Any:
+    """Call something in a thread with this one's context variables, and return what it returns or raise.
+
+    An interrupt cancels it, and is raised on when it has ended.
+    """
     outcome: list[Any] = []
 
     def run() -> None:
@@ -5287,18 +5305,23 @@ def _call_in_thread(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:
+        cancel()
+        thread.join()
+        raise
     value, error = outcome[0]
     if error is not None:
         raise error
     return value
 
 
-def _run_outside_loop(call: Callable[[], Any]) -> Any:
+def _run_outside_loop(call: Callable[[], Any], cancel: Callable[[], None] = lambda: None) -> Any:
     """Call something that runs an event loop: here, or in a thread where one runs, since none can run in another."""
     import asyncio
 
-    return call() if asyncio._get_running_loop() is None else _call_in_thread(call)
+    return call() if asyncio._get_running_loop() is None else _call_in_thread(call, cancel)
 
 
 _inherited_files: set[tuple[int, int] | None] = set()
@@ -5434,7 +5457,8 @@ class _Peers:
         self._judge_from = 0
         try:
             core.perform(lambda beat: beat.store.register(self._row(beat.now, lease_ms)))
-            while self.look_for_dead() and not is_patient:
+            self.look_for_dead()
+            while not is_patient and self.look_for_dead():  # again: who looks at a dead one's lock holds it meanwhile
                 time.sleep(0.05)
             core.regroup_lines()
             _LockFile.remove_stale(core.path, [worker.id for worker in core.reader.workers()])
@@ -5445,6 +5469,10 @@ class _Peers:
 
     def leave(self, *, is_signed_off: bool) -> None:
         """Let the lock go; its file only if nothing is left in the database: unlocked, it tells of a dead worker."""
+        for _, taken in self._reapings.values():
+            if taken is not None:
+                taken.close()
+        self._reapings.clear()
         lock, self._lock_file = self._lock_file, None
         if lock is not None and is_signed_off:
             lock.remove()
@@ -5622,14 +5650,14 @@ class _Drain:
         """Run one row after the other until none is left that is due."""
         core = self._core
         while True:
-            core.beat_once(self._want)
+            is_unfinished = core.beat_once(self._want)
             if core.failure is not None:
                 raise core.failure
             has_more = self._make_objects()
             if self._ready:
                 self._check(self._ready[0], max_steps)
                 self._run(self._ready.popleft())
-            elif not (has_more or core.has_finished or core.is_due()):
+            elif not (has_more or is_unfinished or core.has_finished or core.is_due()):
                 return
 
     def withdraw(self) -> list[_Claim]:
@@ -5687,14 +5715,21 @@ class _Drain:
     def _run_async(self, claim: _Claim) -> _Commit:
         import asyncio
 
+        running: list[asyncio.Task[Any] | None] = []
+
         async def run() -> _Commit | Exception:
+            running.append(asyncio.current_task())
             try:
                 return await asyncio.wait_for(_execute_async(claim), claim.spec.timeout_s)
             except TimeoutError:
                 return _timeout_error(claim)
 
+        def cancel() -> None:
+            for task in filter(None, running):
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
         runner = self._runner = self._runner or asyncio.Runner()
-        result = _run_outside_loop(lambda: runner.run(run()))
+        result = _run_outside_loop(lambda: runner.run(run(), context=contextvars.copy_context()), cancel)
         return result if isinstance(result, _Commit) else contextvars.copy_context().run(_recover, claim, result)
 
 
@@ -5831,11 +5866,14 @@ class _Scheduler:
         try:
             if self._agenda.failure is None and not self.is_closed:
                 self._beat()
+        except BaseException:
+            self._bell.ring()  # for what came meanwhile, and what was put back
+            raise
         finally:
             self._beat_lock.release()
-        self.hub.flush()
         if time.monotonic() + self._sleep_s() < self._agenda.wakes_at - self.SLACK_S:
             self._bell.ring()
+        self.hub.flush()
         return True
 
     def _beat_for_callers(self) -> None:
@@ -5844,11 +5882,16 @@ class _Scheduler:
                 self._beat()
         self.hub.flush()
 
-    def beat_once(self, wants: Callable[[_Beat], None]) -> None:
-        """Run one beat, which claims what `wants` does; `failure` says whether storage refused it."""
+    def beat_once(self, wants: Callable[[_Beat], None]) -> bool:
+        """Run one beat, which claims what `wants` does; True if it has left something for the next.
+
+        `failure` says whether storage refused it.
+        """
         with self._beat_lock:
-            self._beat(wants)
+            self.check_open()
+            is_unfinished = self._beat(wants)
         self.hub.flush()
+        return is_unfinished
 
     # What pools and beats ask for
 
@@ -5933,8 +5976,11 @@ class _Scheduler:
 
     # The beat
 
-    def _beat(self, wants: Callable[[_Beat], None] | None = None) -> None:
-        """Run one transaction and tell everybody who waits for it. The caller holds the lock."""
+    def _beat(self, wants: Callable[[_Beat], None] | None = None) -> bool:
+        """Run one transaction and tell everybody who waits for it; True if it has left something for the next.
+
+        The caller holds the lock.
+        """
         commits = self._take_finished()
         requests = self._take_requests()
         try:
@@ -5945,7 +5991,7 @@ class _Scheduler:
                 self._requests.extendleft(reversed(requests))
                 raise
             self._report_failure(error, requests)
-            return
+            return False
         self.beat_at = time.monotonic()
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
@@ -5955,6 +6001,7 @@ class _Scheduler:
             self.log_soon("its write-ahead log could not be copied yet", refusal)
         if beat.interrupt is not None:
             raise beat.interrupt
+        return beat.is_unfinished
 
     def _take_finished(self) -> list[_Commit]:
         return [self._finished.popleft() for _ in range(len(self._finished))]
@@ -6158,8 +6205,16 @@ class _Scheduler:
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
         self.hub.start()
         context = self.context.copy()
-        self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._pools = {}
+            self.hub.stop()
+            self.peers.unwatch()
+            self._sign_off()
+            raise DurableError(f"the engine on {self.path} can't start: {error}") from error
+        self._thread = thread
         _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
 
     @property
@@ -6201,7 +6256,8 @@ class _Scheduler:
         """Whether there are outcomes to commit that no worker is about to: its beat has more of them at once."""
         if not self._finished:
             return False
-        return self._agenda.failure is not None or not any(pool.will_beat for pool in self._pools.values())
+        is_late = time.monotonic() - self.beat_at >= self.WATCH_S  # who was counted on may be held up
+        return is_late or self._agenda.failure is not None or not any(pool.will_beat for pool in self._pools.values())
 
     def _sleep_s(self) -> float:
         """Time to the next instant that matters: a timer, a step's timeout, a look at other processes or at pools."""
@@ -6214,6 +6270,8 @@ class _Scheduler:
         if self._has_outcomes() or self._agenda.regroup is not None:
             instants.append(self._agenda.retry_at)
         instants.append(self._timeouts.next_at)
+        if self._finished:
+            instants.append(max(self.beat_at + self.WATCH_S, self._agenda.retry_at))
         if any(pool.is_to_be_watched for pool in self._pools.values()):
             instants.append(monotonic + self.WATCH_S)
         return max(0.0, min(instants) - monotonic)
@@ -6284,9 +6342,14 @@ class _Scheduler:
         self._agenda.regroup = _Beat.sweep_lines
 
     def _regroup(self, beat: _Beat) -> None:
-        if self._agenda.regroup is not None:
-            self._agenda.regroup(beat)
-        beat.after.append(functools.partial(setattr, self._agenda, "regroup", None))
+        regroup = self._agenda.regroup
+        if regroup is not None:
+            regroup(beat)
+            beat.after.append(functools.partial(self._note_regrouped, regroup))
+
+    def _note_regrouped(self, regroup: Callable[[_Beat], object]) -> None:
+        if self._agenda.regroup is regroup:  # else it was asked for again, by the thread that reads the clock
+            self._agenda.regroup = None
 
     def _sweep(self, beat: _Beat) -> None:
         _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or (0, 0), self.SWEPT_AT_ONCE)
@@ -6427,7 +6490,8 @@ class _Scheduler:
         try:
             drain.close()
         finally:
-            self._sign_off()
+            if not self.is_closed:
+                self._sign_off()
             with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back as well
                 self._let_go(drain.withdraw())
             self._drain = None
@@ -6735,7 +6799,7 @@ class Engine:
         self._core.check_open()
         filters = {
             "status": None if status is None else _status(status),
-            "fsm": fsm if fsm is None or isinstance(fsm, str) else _resolve(fsm).name,
+            "fsm": fsm if fsm is None or isinstance(fsm, str) else _spec_of(fsm).name,
             "queue": None if queue is None else _text(queue, "queue"),
             "parent_id": _id_or_none(parent_id, "parent_id"),
             "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),

@@ -136,6 +136,8 @@ hypothesis.settings.load_profile(os.environ.get("DURABLE_TEST_PROFILE", "quick")
 PATIENCE = 60.0
 """Seconds after which something that should happen counts as lost; no test is meant to take them."""
 
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
+
 Ctx = Context[Any]
 
 
@@ -3489,6 +3491,95 @@ def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_en
     engine.result(cast(int, blocked), timeout=BEFORE_A_HEARTBEAT)
 
 
+class Promising:
+    """A pool with a thread that is about to run a beat, and does not."""
+
+    will_beat = True
+    is_to_be_watched = False
+
+
+def test_outcomes_are_left_to_a_worker_only_for_a_moment(engine: Engine) -> None:
+    """A worker that is about to commit them has more of them at once; it may be held up, though."""
+    core = engine._core
+    core._pools = cast(Any, {"default": Promising()})
+    core._finished.append(cast(Any, None))
+    core.beat_at = time.monotonic() + 60
+    assert not core._has_outcomes()
+    core.beat_at = time.monotonic()
+    assert core._sleep_s() <= core.WATCH_S
+    core.beat_at = time.monotonic() - core.WATCH_S
+    assert core._has_outcomes()
+    core._finished.clear()
+    core._pools = {}
+
+
+def test_a_row_that_is_just_being_taken_after_quick_ones_is_watched(engine: Engine) -> None:
+    """Between the end of one step and the start of the next nothing runs, and the next may block."""
+    pool = NoPool(1, engine._core)
+    pool._is_quick = True
+    assert not pool.is_to_be_watched
+    pool.submit([cast(Any, object())])
+    assert pool.is_to_be_watched
+
+
+def test_a_call_that_comes_during_a_beat_that_fails_is_answered(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat of a worker's that raises after its commit leaves the rest to the scheduler's thread at once."""
+    engine = make_engine(poll_interval=NEVER_POLL)
+    engine._core.peers.DEAD_LOOK_S = 3600.0
+    engine.start()
+    engine.result(engine.insert(Echo), timeout=PATIENCE)
+    publish, inside, go_on = engine._core._publish, threading.Event(), threading.Event()
+
+    def fail_once(beat: Any, requests: Any) -> None:
+        publish(beat, requests)
+        if threading.current_thread().name == "durable-worker" and not inside.is_set():
+            inside.set()
+            assert go_on.wait(PATIENCE)
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(engine._core, "_publish", fail_once)
+    engine.insert(Echo)
+    assert inside.wait(PATIENCE)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        call = threads.submit(engine.insert, Echo, queue="nobody")
+        eventually(lambda: engine._core._requests)
+        go_on.set()
+        assert call.result(BEFORE_A_HEARTBEAT)
+
+
+def test_an_engine_whose_thread_cannot_be_had_can_be_started_later(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`start` raises, leaves no trace in the file, and can be tried again."""
+    engine = make_engine()
+    with monkeypatch.context() as patch:
+        take_threads_away(patch)
+        patch.setattr(durable._LogWatch, "open", lambda *_: None)
+        with pytest.raises(DurableError, match="can't start"):
+            engine.start()
+    assert engine.workers() == []
+    with engine:
+        assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE) == {"n": 1}
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt, SystemExit])
+def test_a_callback_may_raise_what_it_likes(engine: Engine, error: type[BaseException]) -> None:
+    """The thread of the callbacks survives it."""
+    heard: list[int] = []
+
+    def listen(event: durable.Event) -> None:
+        heard.append(event.metadata["id"])
+        raise error
+
+    engine.subscribe(listen, "step.stop")
+    with engine:
+        ids = [engine.insert(Echo) for _ in range(3)]
+        assert ended(engine, ids)
+        eventually(lambda: len(heard) == 3)
+
+
 def test_a_class_defined_while_its_engine_is_idle_is_noticed_at_the_next_look(make_engine: MakeEngine) -> None:
     """Its rows wait for a process that knows it: from then on this one does."""
     engine = make_engine(poll_interval=0.05, heartbeat_interval=3000, lease_ttl=6000)
@@ -3550,6 +3641,14 @@ def test_find_refuses_what_is_no_name(engine: Engine) -> None:
     for name in ("queue", "correlation_key"):
         with pytest.raises(ValueError, match=name):
             engine.find(**cast(Any, {name: 5}))
+
+
+def test_find_takes_a_class_that_was_defined_anew(engine: Engine) -> None:
+    """Nothing runs by being looked for."""
+    old, new = (define("Anew.<locals>.Twice", body=PERFORM) for _ in range(2))
+    ident = engine.insert(new)
+    for fsm in (old, new):
+        assert [row.id for row in engine.find(fsm=fsm)] == [ident]
 
 
 def test_records_have_the_fields_of_the_contract() -> None:
@@ -3954,6 +4053,97 @@ def test_drain_may_be_called_where_an_event_loop_runs(make_engine: MakeEngine) -
     asyncio.run(drain_twice())
     assert engine.workers() == []
     assert ask(engine, "select count(*) from durable_workers") == [(0,)]
+
+
+@posix
+def test_an_interrupt_of_a_drain_where_an_event_loop_runs_cancels_its_step(make_engine: MakeEngine) -> None:
+    """Ctrl-C in a notebook: the step has ended when the interrupt is raised, and its crash is committed."""
+    ends: list[type[BaseException]] = []
+    engine = make_engine()
+
+    @durable.job
+    async def endless() -> None:
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            await asyncio.sleep(PATIENCE)
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+
+    ident = engine.insert(endless)
+
+    async def drain() -> None:
+        engine.drain()
+
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(drain())
+    loop.close()
+    assert ends == [asyncio.CancelledError]
+    assert (engine.get(ident).status, engine.get(ident).crashes) == (Status.RUNNABLE, 1)
+
+
+@pytest.mark.parametrize("is_within_loop", [False, True])
+def test_async_steps_of_a_drain_share_no_context_variables(make_engine: MakeEngine, is_within_loop: bool) -> None:
+    """Each has a copy of the caller's, as in a started engine."""
+    variable = contextvars.ContextVar("variable", default="clean")
+    seen: list[tuple[str, Any]] = []
+
+    @durable.job
+    async def sets() -> None:
+        ctx = Context.current()
+        seen.append((variable.get(), ctx and ctx.id))
+        variable.set("dirty")
+
+    engine = make_engine()
+    ids = engine.insert_all([Insert(sets)] * 3)
+
+    async def drain() -> None:
+        engine.drain()
+
+    asyncio.run(drain()) if is_within_loop else engine.drain()
+    assert seen == [("clean", ident) for ident in ids]
+    assert (variable.get(), Context.current()) == ("clean", None)
+
+
+def test_a_drain_that_was_stopped_meanwhile_says_so(make_engine: MakeEngine, gate: Gate) -> None:
+    """`stop` gives a drained step its time and closes; the drain then runs no beat on a closed file."""
+    engine = make_engine(fsms=[Holds(gate)])
+    ident = engine.insert(Holds)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        drain = threads.submit(engine.drain)
+        assert gate.entered.wait(PATIENCE)
+        engine.stop(0)
+        gate.leave.set()
+        assert isinstance(drain.exception(PATIENCE), EngineClosedError)
+    assert make_engine().get(ident).status is Status.RUNNABLE
+
+
+def test_a_drain_goes_on_though_another_thread_beats_in_between(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its own beat has left undone is not forgotten for what the other's has."""
+    engine = make_engine()
+    engine.insert_all([Insert(Echo, concurrency_key="k") for _ in range(2500)])
+    engine.insert(Echo)
+    engine.pause("default")
+    core, beat_once = engine._core, engine._core.beat_once
+    with make_engine(queues={"holder": 1}) as holder:
+        holder.insert(Waits, queue="holder")
+        ask(
+            engine,
+            "update durable_instances set status = 'executing', worker = ? where id = 1",
+            (holder._core.worker_id,),
+        )
+        engine.resume("default")
+
+        def beat_twice(wants: Any) -> bool:
+            is_unfinished = beat_once(wants)
+            core.perform(lambda beat: None)
+            return is_unfinished
+
+        monkeypatch.setattr(core, "beat_once", beat_twice)
+        assert engine.drain()["done"] == 1
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -5115,8 +5305,6 @@ class Heard:
         eventually(lambda: len(self.events) >= count)
         return self.events
 
-
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
 
 PLAIN = hypothesis.settings(
     deadline=None,
@@ -6467,6 +6655,32 @@ def test_lock_files_are_gone_with_their_engines(make_engine: MakeEngine, labour:
     assert list(labour.folder.glob("durable.db-worker-*")) == []
 
 
+def test_a_lock_is_closed_once_though_two_threads_are_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptor may be somebody else's by then."""
+    lock = durable._LockFile.create(str(tmp_path / "one.lock"))
+    close, closed = os.close, []
+
+    def close_and_close(descriptor: int) -> None:
+        closed.append(descriptor)
+        lock.close()
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", close_and_close)
+    lock.close()
+    monkeypatch.undo()
+    assert len(closed) == 1
+
+
+def test_an_engine_that_leaves_keeps_no_dead_workers_lock(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """What it could not reap, another engine can."""
+    peers = make_engine()._core.peers
+    path = str(tmp_path / "dead.lock")
+    peers._reapings["dead"] = durable._Request(lambda beat: None), durable._LockFile.create(path)
+    assert not durable._LockFile.is_dropped(path)
+    peers.leave(is_signed_off=False)
+    assert durable._LockFile.is_dropped(path)
+
+
 @posix
 def test_hung_process_loses_its_claims_when_its_lease_is_over(make_engine: MakeEngine, labour: Labour) -> None:
     """Who does not beat is dead at the end of its lease; its late outcome is dropped whole."""
@@ -7205,6 +7419,21 @@ def test_clock_that_is_set_back_while_the_disk_is_full_holds_nobody_up(
     clock.now += 61
     engine.result(waiting, PATIENCE)
     assert engine.check() == []
+
+
+def test_lines_that_are_to_be_formed_anew_meanwhile_are(engine: Engine) -> None:
+    """A clock that is set back while a beat forms the lines, for another reason, is not forgotten with it."""
+    core = engine._core
+    formed: list[str] = []
+
+    def form(beat: durable._Beat) -> None:
+        formed.append("first")
+        core._agenda.regroup = lambda beat: formed.append("second")
+
+    core._agenda.regroup = form
+    for _ in range(3):
+        core.perform(lambda beat: None)
+    assert formed == ["first", "second"]
 
 
 def test_class_that_is_met_on_a_full_disk_is_reported_when_it_is_back(
