@@ -11394,7 +11394,7 @@ class Theatre(RuleBasedStateMachine):
         for key in ("c1", "c2"):
             self.compare_key(key)
         self.compare_ledger()
-        assert {worker.id for worker in engine.workers()} == set(self.leases), "workers"
+        assert {worker.id for worker in engine._core.reader.workers()} == set(self.leases), "workers"
 
     def counts(self) -> dict[str, dict[str, int]]:
         counts: dict[str, dict[str, int]] = {}
