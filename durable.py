@@ -3664,6 +3664,11 @@ def _check_next(claim: _Claim, outcome: Next) -> None:
         _check_rate(key, outcome.weight, claim.desk.policy(_limit_name(key)))
 
 
+def _shown(ctx: Context[Any]) -> tuple[int, ...]:
+    """List the awaited signals that a step was shown: progress consumes these."""
+    return tuple(signal.id for signal in ctx.awaited) if ctx._claim.inbox else ()
+
+
 def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception | None = None) -> _Commit:
     """Hold an outcome against the class and its limits and apply it to the row; `error` is what it answers."""
     row, spec = claim.row, claim.spec
@@ -3692,8 +3697,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception 
             change = _move(claim, ctx, outcome)
         case Stop():
             change = _failed(row, *_describe_stop(outcome, error))
-    shown = tuple(signal.id for signal in ctx.awaited) if ctx.inbox else ()
-    return _Commit(claim, _kind(outcome), change, effects, shown, children, is_inline, _elapsed(claim))
+    return _Commit(claim, _kind(outcome), change, effects, _shown(ctx), children, is_inline, _elapsed(claim))
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -3751,8 +3755,10 @@ def _recover(claim: _Claim, error: Exception) -> _Commit:
 def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
     """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
     is_job = claim.spec.is_job
-    if is_job and type(returned) in _PLAIN_TYPES:
-        return _rule(claim, ctx, Done(returned))
+    if is_job and type(returned) in _PLAIN_TYPES:  # most jobs: as `_rule` would for Done, in two thirds of the time
+        effects = ctx._close()
+        change = _done(claim.row, _dump_value(returned, "result"))
+        return _Commit(claim, _KINDS[Done], change, effects, _shown(ctx), (), False, _elapsed(claim))
     if isinstance(returned, _OUTCOMES):
         is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
         return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
