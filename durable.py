@@ -6670,6 +6670,9 @@ class Engine:
     this process a `SharedFileError`.
     """
 
+    _WARN_S = 5.0
+    """After so long the log is told that somebody waits for what nobody is there to run."""
+
     def __init__(self, database: str | os.PathLike[str], **options: Unpack[_EngineOptions]) -> None:
         unknown = options.keys() - _ENGINE_DEFAULTS.keys()
         if unknown:
@@ -6839,9 +6842,8 @@ class Engine:
             return _load_value(ending.result)
         if ending.status == Status.FAILED:
             raise FailedError(ending.id, ending.last_error)
-        raise TimeoutError(
-            f"instance {ending.id} has not ended within {timeout!r} s, it is {self._standing(ending.id)}"
-        )
+        note = self._note_if_unserved(ending.id)
+        raise TimeoutError(f"instance {ending.id} has not ended within {timeout!r} s, it is {ending.status}{note}")
 
     def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
         """Call back with every `Event` of those names, or all; return a function that unsubscribes.
@@ -6960,22 +6962,30 @@ class Engine:
         core.check_open()
         deadline = time.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         instance = core.reader.locate(target)
+        warn_at = time.monotonic() + self._WARN_S
         with core.waiters.waiting(instance, statuses) as bell:
             while True:
-                found = look(instance)
-                left_s = deadline - time.monotonic()
-                if found.status in statuses or left_s <= 0:
+                found, monotonic = look(instance), time.monotonic()
+                if found.status in statuses or deadline <= monotonic:
                     return found
+                if warn_at <= monotonic:
+                    warn_at = math.inf
+                    self._warn_if_unserved(instance)
                 # The engine's own thread rings for commits, also for those of other processes; without it, look.
-                bell.wait(left_s if core.is_started else min(left_s, core.options.poll_s))
+                look_at = math.inf if core.is_started else monotonic + core.options.poll_s
+                bell.wait(min(deadline, warn_at, look_at) - monotonic)
                 core.check_open()
 
-    def _standing(self, instance: int) -> str:
-        """Say where an instance stands, and whether nobody is there to run it."""
+    def _warn_if_unserved(self, instance: int) -> None:
+        """Say in the log that somebody waits for what nobody is there to run."""
+        if note := self._note_if_unserved(instance):
+            _log.warning("instance %d is waited for: it is runnable%s", instance, note)
+
+    def _note_if_unserved(self, instance: int) -> str:
+        """Say whether a runnable instance has nobody to run it, for the end of a sentence."""
         found = self._core.reader.get(instance)
-        if found.status != Status.RUNNABLE or any(found.queue in one.queues for one in self.workers()):
-            return found.status
-        return f"{found.status}, and no running engine serves its queue {found.queue!r}"
+        is_served = found.status != Status.RUNNABLE or any(found.queue in one.queues for one in self.workers())
+        return "" if is_served else f", and no running engine serves its queue {found.queue!r}"
 
     def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
         policies = [_policy(name, limit) for name, limit in limits.items()]
@@ -7209,7 +7219,7 @@ def _moment(instant: dt.datetime) -> str:
 def _look(path: pathlib.Path) -> Iterator[_Reader]:
     """A reader on the file, which can't write; no file is made, and none left behind."""
     if not path.is_file():
-        raise DurableError(f"{path}: no such file")
+        raise DurableError(f"{path}: {'that is no file' if path.exists() else 'no such file'}")
     # To read without a WAL, SQLite makes one, and only a connection that might write takes it away at the end.
     has_wal = pathlib.Path(f"{path.resolve()}-wal").exists()
     reader = _Reader(str(path.resolve()), apsw.SQLITE_OPEN_READONLY if has_wal else apsw.SQLITE_OPEN_READWRITE)
@@ -7340,11 +7350,11 @@ def _load_script(path: pathlib.Path) -> types.ModuleType:
 
 def _blame(error: BaseException) -> str:
     """`error` in one line, with the user's line that raised it."""
-    import importlib
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if f.filename not in (__file__, importlib.__file__) and f.filename[0] != "<"]
+    own = tuple(os.path.dirname(os.path.abspath(os.__file__)) + os.sep + name for name in ("importlib", "pathlib"))
+    users = [f for f in frames if f.filename != __file__ and not f.filename.startswith((*own, "<"))]
     place = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
     return f"{type(error).__name__}: {error}{place}"
 
@@ -7539,7 +7549,11 @@ def _cli_list(reader: _Reader, options: argparse.Namespace) -> None:
 def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
     """Count the instances of every queue by status."""
     screen, counts = _Screen.of_stdout(), reader.counts()
-    rows = [(queue, *(tally.get(status, 0) for status in _BLOCKS)) for queue, tally in counts.items()]
+    paused = reader.paused()
+    rows = [
+        (f"{queue} (paused)" if queue in paused else queue, *(tally.get(status, 0) for status in _BLOCKS))
+        for queue, tally in counts.items()
+    ]
     screen.answer(counts, screen.table(("queue", *_BLOCKS), rows), as_json=options.json)
 
 

@@ -3755,6 +3755,19 @@ def test_result_raises_when_its_time_is_up(engine: Engine) -> None:
         engine.result(engine.insert(Echo, schedule_in=60), timeout=0.01)
 
 
+@pytest.mark.parametrize("queue", ["default", "checkout"])
+def test_who_waits_for_what_nobody_runs_is_told_in_the_log(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, queue: str
+) -> None:
+    """A queue that no engine was given is the likeliest mistake; who is merely slow is not complained of."""
+    monkeypatch.setattr(Engine, "_WARN_S", 0.01)
+    with make_engine() as engine, pytest.raises(TimeoutError):
+        engine.result(engine.insert(Echo, queue=queue, schedule_in=60), timeout=0.1)
+    told = [record.getMessage() for record in caplog.records if "is waited for" in record.getMessage()]
+    assert len(told) == (queue == "checkout")
+    assert all("no running engine serves its queue 'checkout'" in one for one in told)
+
+
 def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
     """Every method is thread-safe: each caller gets the answer to its own question."""
     answers: dict[int, object] = {}
@@ -12543,6 +12556,18 @@ def test_pause_and_resume(command: Command, shop: Path) -> None:
         assert engine.drain(queue="orders")["steps"] == 0
         command("resume", shop, "orders")
         assert engine.drain(queue="orders")["done"] == 1
+
+
+def test_counts_show_which_queue_is_paused(command: Command, shop: Path) -> None:
+    """To people: a row for each queue, with a column for each status."""
+    command("pause", shop, "later")
+    head, *rows = command("counts", shop).out.splitlines()
+    assert head.split() == ["queue", "done", "failed", "executing", "awaiting_children", "awaiting_signal", "runnable"]
+    assert [row.split() for row in rows] == [
+        ["default", "0", "1", "0", "0", "0", "0"],
+        ["later", "(paused)", "0", "0", "0", "0", "0", "1"],
+        ["orders", "1", "0", "0", "0", "1", "0"],
+    ]
 
 
 def test_gc_prints_how_many(command: Command, shop: Path) -> None:
