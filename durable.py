@@ -1650,6 +1650,10 @@ class FSM:
         return Stop(reason)
 
 
+_replaced: weakref.WeakSet[type] = weakref.WeakSet()
+"""Classes of functions and lambdas that were defined anew, once that was told."""
+
+
 def _spec_of(fsm: object) -> _Spec:
     """Read what a class, or that of a function job, has defined."""
     cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
@@ -1669,10 +1673,12 @@ def _resolve(fsm: object) -> _Spec:
         return _registry[fsm, max(versions)]
     spec = _spec_of(fsm)
     known = _registry.get((spec.name, spec.version))
-    if known not in (None, spec) and "<" in spec.cls.__qualname__:
-        raise TypeError(
-            f"{spec.cls.__qualname__} was defined anew since, so that its rows would run other code than its own: what"
-            " a function or a lambda defines more than once needs a name of its own each time (name=...)"
+    if known not in (None, spec) and "<" in spec.cls.__qualname__ and spec.cls not in _replaced:
+        _replaced.add(spec.cls)
+        _log.warning(
+            "%s was defined anew since, and that is what will run: give what a function or a lambda defines more than"
+            " once a name of its own each time (name=...)",
+            spec.name,
         )
     return known or spec
 
