@@ -760,9 +760,12 @@ def wakes(bench: Bench) -> Iterator[Figure]:
 
 @section
 def processes(bench: Bench) -> Iterator[Figure]:
-    """Two worker processes on one file, beside one; first what the machine itself makes of two."""
+    """Two worker processes on one file, beside one; first what the machine itself makes of two.
+
+    So many steps that waking the workers, and the last steps, which one of them ends alone, do not count.
+    """
     loops = int(5_000 / min(seconds(lambda: spin(1_000_000)) for _ in range(5)))
-    spins = [Insert(spin, args={"loops": loops})] * 200
+    spins = [Insert(spin, args={"loops": loops})] * 500
     yield bench.take_turns("bare processes that count", "/s", lambda: bare_pace(2), lambda: bare_pace(1))
     yield two_workers(bench, "steps of 5 ms of processor", spins, at_least=1.8)
     yield two_workers(bench, "steps that do nothing", noops(3_000))
