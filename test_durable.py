@@ -3624,6 +3624,19 @@ def test_get_by_key_is_the_occupant_else_the_newest_that_carries_it(engine: Engi
     assert engine.get("k").id == beside
 
 
+def test_every_verb_but_signal_takes_the_newest_that_carries_a_key(engine: Engine) -> None:
+    """Where nobody occupies it: `wait`, `result`, `cancel` and `retry` mean the same instance as `get`."""
+    old, new = (engine.insert(Fails, correlation_key="k", correlation_scope=[]) for _ in range(2))
+    assert engine.cancel("k", "enough")
+    assert engine.wait("k").id == engine.get("k").id == new
+    with pytest.raises(FailedError, match="enough"):
+        engine.result("k")
+    engine.retry("k")
+    assert [engine.get(ident).status for ident in (old, new)] == [Status.RUNNABLE, Status.RUNNABLE]
+    with pytest.raises(NoTargetError):
+        engine.signal("k", "go")
+
+
 def test_find_pages_newest_first(engine: Engine) -> None:
     """A list of `Instance`, newest first; `limit` is the page, `before=id` the next one."""
     ids = engine.insert_all([Insert(Echo)] * 250)
@@ -3778,6 +3791,38 @@ def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
 
         together(*[functools.partial(ask, n) for n in range(40)])
     assert answers == {n: {"n": n} for n in range(40)}
+
+
+def test_every_method_may_be_called_by_many_threads_at_once(make_engine: MakeEngine) -> None:
+    """Each thread minds its own instances, and all of them the file."""
+    engine = make_engine()
+
+    def use(number: int) -> None:
+        for turn in range(8):
+            ident, key = engine.insert(Echo, args={"n": turn}), f"{number}:{turn}"
+            assert engine.result(ident, timeout=PATIENCE) == {"n": turn}
+            waiter = engine.insert(Waits, correlation_key=key)
+            engine.signal(key, "go", turn)
+            assert engine.result(key, timeout=PATIENCE) == [turn]
+            (failed, other) = engine.insert_all([Insert(Fails), Insert(Waits)])
+            assert failed
+            assert other
+            engine.wait(failed, timeout=PATIENCE)
+            engine.retry(failed)
+            assert engine.cancel(other)
+            assert engine.insert_nowait(Echo).result(PATIENCE) > other
+            engine.pause(key)
+            engine.resume(key)
+            assert engine.get(waiter) in engine.find(limit=1000, fsm=Waits)
+            assert engine.check() == []
+            assert len(engine.workers()) == 1
+            assert engine.counts()
+            engine.gc()
+            engine.fire_timeouts()
+
+    with engine:
+        together(*(functools.partial(use, number) for number in range(8)))
+    assert make_engine().counts()["default"]["done"] == 8 * 8 * 3
 
 
 # ---- Cancel --------------------------------------------------------------------------------------
@@ -4294,6 +4339,20 @@ def test_a_snapshot_is_a_copy_that_repeats_no_side_effect(make_engine: MakeEngin
     assert copy.drain() == Counter()
     copy.resume("default")
     assert copy.drain()["done"] == 2
+
+
+def test_a_deadline_that_passes_in_a_snapshot_runs_nothing(
+    make_engine: MakeEngine, clock: Clock, tmp_path: Path
+) -> None:
+    """Its instance wakes, but its queue is paused."""
+    engine = make_engine(clock=clock)
+    ident = engine.insert(Waits, state={"timeout": 60})
+    engine.drain()
+    engine.snapshot(tmp_path / "copy.db")
+    clock.advance(61)
+    copy = make_engine(database=tmp_path / "copy.db", clock=clock)
+    assert copy.drain() == Counter()
+    assert copy.get(ident).status is Status.RUNNABLE
 
 
 # ---- Order and timers ----------------------------------------------------------------------------
@@ -4985,6 +5044,20 @@ def test_a_later_round_shows_the_children_of_earlier_ones_too(make_engine: MakeE
         [0, 1],
         [0, 1, 2],
     ]
+
+
+def test_a_child_that_was_collected_is_shown_no_more(make_engine: MakeEngine, clock: Clock) -> None:
+    """`ctx.children` are those still in the file: after the join they are kept no longer than other rows."""
+    children = ScheduleChildren([Insert(Echo), Insert(Echo)], "join")
+    engine, machine = scripted_engine(
+        make_engine, children, Await("more", "join", timeout=60), clock=clock, retention=10
+    )
+    engine.insert(Scripted)
+    engine.drain()
+    clock.advance(61)
+    assert engine.gc() == 2
+    engine.drain()
+    assert [len(shown) for shown in machine.children] == [0, 2, 0]
 
 
 def test_cancelling_a_parent_leaves_its_children_and_a_cancelled_child_wakes_it(make_engine: MakeEngine) -> None:
@@ -9274,9 +9347,11 @@ def test_attach_on_an_apsw_connection_is_harmless(bank: Engine, database: Path) 
 
 
 def test_connect_gives_a_connection_of_the_applications_own(bank: Engine, database: Path) -> None:
-    """`engine.connect()` is a new `apsw.Connection` each time, to the same file, and waits for locks."""
+    """`engine.connect()` is a new `apsw.Connection` each time, to the same file, set up as the engine's."""
+    settings = ("journal_mode", "synchronous", "foreign_keys")
     with closing(bank.connect()) as one, closing(bank.connect()) as two:
         assert isinstance(one, apsw.Connection)
+        assert [one.pragma(name) for name in settings] == [bank._core.store.db.pragma(name) for name in settings]
         assert one is not two
         assert Path(one.filename).samefile(database)
         one.execute("begin immediate; insert into note values ('one')")
