@@ -3429,8 +3429,6 @@ def _check_rate(key: str, weight: int, policy: _Policy | None) -> None:
 
 
 def _first_step(spec: _Spec, given: object) -> str:
-    if given is None:
-        return spec.initial
     try:
         name = _step_name(given)
         spec.code(name)
@@ -3453,21 +3451,22 @@ def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None
     if insert.max_attempts is not None and not spec.is_job:
         raise TypeError(f"max_attempts is for jobs only, and {spec.name} is a machine: leave it out")
     state = insert.state if insert.args is None else insert.args
-    rate_limit = _limit_key(insert.rate_limit, "rate_limit")
-    if rate_limit is not None:
+    rate_limit = None
+    if insert.rate_limit is not None:
+        rate_limit = cast(str, _limit_key(insert.rate_limit, "rate_limit"))
         _check_rate(rate_limit, insert.weight, policy_of(_limit_name(rate_limit)))
     key = insert.correlation_key
     return _NewRow(
         spec.name,
         spec.version,
-        _first_step(spec, insert.step),
+        spec.initial if insert.step is None else _first_step(spec, insert.step),
         _dump_state(spec.state, {} if state is None else state),
         spec.max_attempts if insert.max_attempts is None else _integer(insert.max_attempts, "max_attempts", 1),
         spec.max_crashes,
         spec.queue if insert.queue is None else _text(insert.queue, "queue"),
         insert.priority,
         _eligible_at(insert, now),
-        _limit_key(insert.concurrency_key, "concurrency_key"),
+        None if insert.concurrency_key is None else _limit_key(insert.concurrency_key, "concurrency_key"),
         rate_limit,
         insert.weight,
         None,
@@ -4397,8 +4396,9 @@ class _Request:
             self.future.set_result(self.value[0] if self.rows else self.value)
 
     def is_wanted(self) -> bool:
-        """Take the request up; False if its caller has cancelled it before that."""
-        return self.future is None or self.future.running() or self.future.set_running_or_notify_cancel()
+        """Take the request up; False if whoever has its future has cancelled it before that."""
+        future = cast("concurrent.futures.Future[Any]", self.future)
+        return future.running() or future.set_running_or_notify_cancel()
 
     def wait(self) -> None:
         cast(_Bell, self._bell).wait()
@@ -4592,20 +4592,28 @@ class _Beat:
 
     def run(
         self,
-        commits: Iterable[_Commit],
-        requests: Iterable[_Request],
+        commits: Sequence[_Commit],
+        requests: Sequence[_Request],
         wants: Callable[[_Beat], None],
     ) -> None:
-        """Do the work of a beat, in this order; `wants` claims."""
-        self._settle_all(commits)
-        self._serve(requests)
-        self._fire()
+        """Do the work of a beat, in this order; `wants` claims. A client's beats leave the timers to those who run."""
+        if commits:
+            self._settle_all(commits)
+        if requests:
+            self._serve(requests)
+        if self.core.is_running:
+            self._fire()
         self._release()
         wants(self)
         self._pass_on()
         if self._freed_keys or self._poked_buckets:
             self._release()
             self.is_unfinished = True
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to tell the log or the subscribers."""
+        return bool(self.events or self.logs or self.failures)
 
     def tell(self, name: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
         if self.core.hub.wants(name):
@@ -4633,8 +4641,6 @@ class _Beat:
 
     def _settle_simple(self, run: Sequence[_Commit]) -> None:
         """Commit simple outcomes, those of each kind by one statement."""
-        if not run:
-            return
         leaving: list[_Commit] = []
         staying: list[_Commit] = []
         for commit in run:
@@ -6019,10 +6025,12 @@ class _Scheduler:
         return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def _take_requests(self) -> list[_Request]:
+        own = [_Request(action) for action in self._duties()]
+        if not self._requests:
+            return own
         count = min(len(self._requests), self.REQUESTS_AT_ONCE)
         requests = [self._requests.popleft() for _ in range(count)]
-        own = (_Request(action) for action in self._duties())
-        return [*(request for request in requests if request.is_wanted()), *own]
+        return [request for request in requests if request.future is None or request.is_wanted()] + own
 
     def _duties(self) -> list[Callable[[_Beat], Any]]:
         """What a beat has to do before it claims, whoever runs it; it is due until a commit has done it."""
@@ -6063,7 +6071,7 @@ class _Scheduler:
                 continue
             beat.refused.extend(refused)
             duration = time.perf_counter() - started
-            if commits or beat.inserted:
+            if (commits or beat.inserted) and self.hub.wants("commit.stop"):
                 beat.tell("commit.stop", {"outcomes": len(commits), "inserts": beat.inserted, "duration": duration}, {})
             return beat
 
@@ -6097,9 +6105,10 @@ class _Scheduler:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
         self.passed_on = beat.passed_on
-        self._reported |= beat.reported
-        self._let_go(beat.left)
-        self._dispatch(beat)
+        if beat.left:
+            self._let_go(beat.left)
+        if beat.claims or beat.refused:
+            self._dispatch(beat)
         for request in requests:
             request.settle()
         for act in beat.after:
@@ -6108,10 +6117,17 @@ class _Scheduler:
             self._drain.tally.update(beat.kinds)
         if self.waiters:
             self.waiters.notify(beat.settled)
+        if self.behaviours.wanted:
+            for cls in self.behaviours.take_wanted():
+                self._make_behaviour(cls)
+        if beat.has_news:
+            self._tell(beat)
+
+    def _tell(self, beat: _Beat) -> None:
+        """Have the log and the subscribers told of what a beat has brought."""
+        self._reported |= beat.reported
         for row, change in beat.failures:
             self.hub.post(functools.partial(_log_failure, row, change))
-        for cls in self.behaviours.take_wanted():
-            self._make_behaviour(cls)
         for log in beat.logs:
             self.hub.post(log)
         self.hub.publish(beat.events)
@@ -6232,6 +6248,11 @@ class _Scheduler:
     @property
     def is_started(self) -> bool:
         return self._thread is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this engine runs steps: started, or in a drain."""
+        return bool(self._pools) or self._drain is not None
 
     def _serve(self) -> None:
         while not self.is_closed:
