@@ -11736,10 +11736,14 @@ def stale_outcomes(at: Any) -> None:
             at.give_back_held(stale)
         at.tick(at._theatre.hands[stale])
         at.run_held(1 - stale, Next("middle"))
-    at.claim_all(0)
-    at.fall_silent(1)
-    at.claim_all(1)
-    at.run_held(0, Done(1))
+    at.acts(Done(1))
+    for fsm, act in ((Puppet, Done(1)), (Puppet, Retry(0)), (NewPuppet, Next("middle"))):
+        at.insert(fsm)
+        at.claim_all(0)
+        at.fall_silent(1)
+        at.claim_all(1)
+        at.run_held(0, act)
+        at.run_held(1, Done(1))
 
 
 @rehearsed
@@ -11752,14 +11756,19 @@ def cancelling(at: Any) -> None:
     at.claim_all(0)
     at.cancel(2, 0)
     at.run_held(0, Next("middle"))
-    at.retry(2, 1)
-    at.claim_all(0)
-    at.cancel(2, 0)
-    at.run_held(0, Done(1))
+    for act in (Done(1), Retry(0)):
+        at.retry(2, 1)
+        at.claim_all(0)
+        at.cancel(2, 0)
+        at.run_held(0, act)
     at.retry(2, 1)
     at.claim_all(0)
     at.cancel(2, 0)
     at.give_back_held(0)
+    at.insert(NewPuppet)
+    at.claim_all(0)
+    at.cancel(2, 0)
+    at.run_held(0, Next("middle"))
 
 
 @rehearsed
@@ -11968,6 +11977,14 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "an end is written under any claim": reworded("_FINISH", "AND claim = ?", "AND ? IS NOT NULL"),
     "an end is written though the instance was cancelled": reworded(
         "_FINISH", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
+    ),
+    "a retry is written under any claim": reworded("_AGAIN", "AND claim = ?", "AND ? IS NOT NULL"),
+    "a retry is written though the instance was cancelled": reworded(
+        "_AGAIN", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
+    ),
+    "an inline step goes on under any claim": reworded("_ADVANCE", "AND claim = ?", "AND ? IS NOT NULL"),
+    "an inline step goes on though the instance was cancelled": reworded(
+        "_ADVANCE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
     ),
     "claims are given back by whoever held them once": reworded("_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL"),
     "awaited signals are not consumed": replaced(durable._Store, "consume", nothing),
