@@ -5958,11 +5958,13 @@ class _Scheduler:
             self._bell.ring()
 
     def execute_async(self, claim: _Claim, pool: _Pool) -> None:
-        self._loop().submit(claim, pool)
+        loop = self._loop()
+        if loop is not None:
+            loop.submit(claim, pool)
 
-    def _loop(self) -> _EventLoop:
-        """Return the event loop; a system that has no more threads or files is asked again until it has."""
-        while True:
+    def _loop(self) -> _EventLoop | None:
+        """Return the event loop; a system that has no more threads or files is asked again, until this is closed."""
+        while not self.is_closed:
             try:
                 with self._request_lock:
                     if self._event_loop is None:
@@ -5971,6 +5973,7 @@ class _Scheduler:
             except (RuntimeError, OSError) as error:
                 self.log_soon("the event loop could not be started", error)
             time.sleep(0.5)
+        return None
 
     def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
         return self.behaviours.find(name, version)
@@ -6542,8 +6545,12 @@ def _stop_all() -> None:
     """Give back what engines left running hold, while their threads still can."""
     for scheduler in list(_schedulers):
         if not scheduler.is_closed and scheduler.is_started:
-            warnings.warn(f"engine {scheduler.options.name!r} on {scheduler.path} was not stopped", ResourceWarning, 1)
-            scheduler.stop(0)
+            try:
+                warnings.warn(
+                    f"engine {scheduler.options.name!r} on {scheduler.path} was not stopped", ResourceWarning, 1
+                )
+            finally:  # also where warnings are errors
+                scheduler.stop(0)
 
 
 atexit.register(_stop_all)
@@ -7039,12 +7046,17 @@ class Engine:
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
         if core is not None and not core.is_closed:
-            warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
-            # A thread of its own may be collecting it under a lock, or while it starts, which "Dummy-" stands for.
-            if threading.current_thread().name.startswith(("durable-", "Dummy-")):
-                threading.Thread(target=self.stop, args=(0,), name="durable-stop", daemon=True).start()
-            else:
-                self.stop(0)
+            try:
+                warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
+            finally:  # also where warnings are errors
+                self._stop_forgotten()
+
+    def _stop_forgotten(self) -> None:
+        # A thread of its own may be collecting it under a lock, or while it starts, which "Dummy-" stands for.
+        if threading.current_thread().name.startswith(("durable-", "Dummy-")):
+            threading.Thread(target=self.stop, args=(0,), name="durable-stop", daemon=True).start()
+        else:
+            self.stop(0)
 
 
 def _cursor_of(connection: Any) -> Any:

@@ -3430,6 +3430,29 @@ def test_an_async_step_waits_for_the_files_of_its_event_loop(
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
 
 
+def test_an_engine_that_closes_asks_for_no_event_loop_any_more(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none was to be had; the row is given back."""
+    asked = threading.Event()
+
+    def refuse(*_: Any) -> None:
+        asked.set()
+        raise OSError(errno.EMFILE, "no more files")
+
+    monkeypatch.setattr(durable._EventLoop, "__init__", refuse)
+
+    @durable.job
+    async def on_the_loop() -> None: ...
+
+    with make_engine() as engine:
+        ident = engine.insert(on_the_loop)
+        assert asked.wait(PATIENCE)
+        engine.stop(0)
+    eventually(lambda: not [one for one in threading.enumerate() if one.name == "durable-worker"])
+    assert make_engine().get(ident).status is Status.RUNNABLE
+
+
 class Moody(FSM):
     """A job that is quick, or stays until it is let go."""
 
@@ -7105,6 +7128,21 @@ def test_forgotten_engine_warns(database: Path) -> None:
     engines = {Engine(database)}
     with pytest.warns(ResourceWarning, match="durable"):
         engines.pop()
+
+
+def test_forgotten_engine_is_stopped_also_where_warnings_are_errors(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the warning is an error that nobody can catch; the engine ends all the same."""
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    engines = {durable.Engine(database)}
+    (core,) = [engine._core for engine in engines]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engines.pop()
+    assert [one.exc_type for one in raised] == [ResourceWarning]
+    assert core.is_closed
 
 
 def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
