@@ -286,6 +286,14 @@ def _boolean(value: object, name: str, error: type[Exception] = ValueError) -> b
     return value
 
 
+def _refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str = "") -> None:
+    """Check the names of options."""
+    names = list(allowed)
+    unknown = set(given).difference(names)
+    if unknown:
+        raise TypeError(f"{where}unknown option {min(unknown)!r}; allowed are {', '.join(names)}")
+
+
 def _limit_key(value: object, name: str, error: type[Exception] = ValueError) -> str | None:
     """Read a key of a limit: `"stripe"`, or `("stripe", tenant)`, stored `stripe:tenant`."""
     if value is None:
@@ -634,12 +642,10 @@ class _InsertOptions(TypedDict, total=False):
 def _make_insert(fsm: Any, options: _InsertOptions) -> Insert:
     try:
         return Insert(fsm, **options)
-    except TypeError:
-        unknown = options.keys() - _InsertOptions.__annotations__.keys()
-        if unknown:
-            allowed = ", ".join(_InsertOptions.__annotations__)
-            raise TypeError(f"unknown option {min(unknown)!r}; allowed are {allowed}") from None
-        raise
+    except TypeError as error:  # names are looked at only now: an insert has no time to lose
+        refusal = error
+    _refuse_unknown(options, _InsertOptions.__annotations__)
+    raise refusal
 
 
 # ==================================================================================================
@@ -1458,10 +1464,7 @@ class _Spec(NamedTuple):
 
 def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
     """Check the class keywords and add those that the nearest base has; a name is never inherited."""
-    unknown = options.keys() - _FSMOptions.__annotations__.keys()
-    if unknown:
-        allowed = ", ".join(["abstract", *_FSMOptions.__annotations__])
-        raise TypeError(f"{cls.__qualname__}: unknown option {min(unknown)!r}; allowed are {allowed}")
+    _refuse_unknown(options, ["abstract", *_FSMOptions.__annotations__], f"{cls.__qualname__}: ")
     inherited: dict[str, Any] = next(
         (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
     )
@@ -1694,16 +1697,16 @@ class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
 
 def _parameter_names(function: types.FunctionType) -> list[str]:
     """List a function's parameters; those that no dict could name are refused."""
-    parameters = inspect.signature(function).parameters.values()
-    if "self" in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if "self" in parameters:
         raise TypeError(f"{function.__qualname__}: a job is a function, not a method: it can't have a parameter `self`")
-    for parameter in parameters:
+    for parameter in parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(
                 f"{function.__qualname__}: a job's parameters must have names, not be positional-only,"
                 f" *args or **kwargs: {parameter}"
             )
-    return [parameter.name for parameter in parameters]
+    return list(parameters)
 
 
 def _arguments_class(function: types.FunctionType, names: list[str]) -> type:
@@ -6708,9 +6711,7 @@ class Engine:
     """After so long the log is told that somebody waits for what nobody is there to run."""
 
     def __init__(self, database: str | os.PathLike[str], **options: Unpack[_EngineOptions]) -> None:
-        unknown = options.keys() - _ENGINE_DEFAULTS.keys()
-        if unknown:
-            raise TypeError(f"unknown option {min(unknown)!r}; allowed are {', '.join(_ENGINE_DEFAULTS)}")
+        _refuse_unknown(options, _ENGINE_DEFAULTS)
         given: _EngineOptions = {**_ENGINE_DEFAULTS, **options}
         checked = _read_options(given)
         behaviours = _Behaviours(given["fsms"])
