@@ -56,7 +56,7 @@ import typing
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypedDict, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Unpack, cast, overload
 
 import apsw
 import attrs
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     import logging
     import sqlite3
     import subprocess
+    from typing import NamedTuple as _NamedTuple
+    from typing import TypedDict as _TypedDict
 
 __all__ = [
     "Await",
@@ -121,6 +123,29 @@ class _LazyLogger:
 
 
 _log = cast("logging.Logger", _LazyLogger())
+
+
+if not TYPE_CHECKING:
+    # What `typing` has under these names compiles every annotation of every field, for a fifth of what an import costs.
+
+    class _NamedTupleMeta(type):
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            defaults = [body.pop(field) for field in fields if field in body]
+            base = collections.namedtuple(name, fields, defaults=defaults)
+            return type(name, (base,), {**body, "__slots__": ()})
+
+    class _NamedTuple(metaclass=_NamedTupleMeta):
+        """A tuple whose fields have names and, for the type checker, types."""
+
+    class _TypedDict:
+        """A dict whose keys have, for the type checker, types: its `__annotations__`."""
+
+        def __init_subclass__(cls, total=True):
+            super().__init_subclass__()
+
 
 _Duration = int | float | dt.timedelta
 
@@ -411,7 +436,7 @@ class RateLimit:
             raise ValueError(f"burst times per must be under 2 ** 61 token-milliseconds, not {self!r}")
 
 
-class _Policy(NamedTuple):
+class _Policy(_NamedTuple):
     """A rate limit as the file keeps it.
 
     Levels are whole numbers, in units of 1/per_ms of a token, so that refilling for a millisecond adds exactly
@@ -621,7 +646,7 @@ class Insert:
         _integer(self.priority, "priority", -_MAX_INTEGER)
 
 
-class _InsertOptions(TypedDict, total=False):
+class _InsertOptions(_TypedDict, total=False):
     """The options of `Insert`, for the methods that pass them on."""
 
     state: Any
@@ -795,7 +820,7 @@ _JOB_OUTCOMES = (Retry, Done, Stop)
 # ==================================================================================================
 
 
-class _Codec(NamedTuple):
+class _Codec(_NamedTuple):
     """How a scalar type is written to JSON and read from it: in these forms and no others, nothing is coerced."""
 
     write: Callable[[Any], Any]
@@ -1235,20 +1260,20 @@ _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
 
 
-class _Follower(NamedTuple):
+class _Follower(_NamedTuple):
     """An instance to insert in the commit."""
 
     row: _NewRow
 
 
-class _Statement(NamedTuple):
+class _Statement(_NamedTuple):
     """The user's own SQL, to run in the commit."""
 
     sql: str
     bindings: tuple[Any, ...] | dict[str, Any]
 
 
-class _Message(NamedTuple):
+class _Message(_NamedTuple):
     """A signal to deliver: in a step's commit, or in one of its own."""
 
     target: int | str
@@ -1403,7 +1428,7 @@ def step(method: _AnyStep) -> _AnyStep:
     return method
 
 
-class _FSMOptions(TypedDict, total=False):
+class _FSMOptions(_TypedDict, total=False):
     """The class keywords of `FSM`."""
 
     name: str
@@ -1430,14 +1455,14 @@ _PERFORM = "perform"
 """The one step of a job."""
 
 
-class _Code(NamedTuple):
+class _Code(_NamedTuple):
     """A step's code, as the engine calls it."""
 
     call: Callable[[Any, Context[Any]], Any]
     is_async: bool
 
 
-class _Spec(NamedTuple):
+class _Spec(_NamedTuple):
     """What a class defines, read once when it is created."""
 
     cls: type[FSM]
@@ -1789,7 +1814,7 @@ def job(function: Any = None, /, **options: Any) -> Any:
 # ==================================================================================================
 
 
-class _NewRow(NamedTuple):
+class _NewRow(_NamedTuple):
     """The columns of an instance to insert, in the order in which the statement binds them."""
 
     fsm: str
@@ -1811,7 +1836,7 @@ class _NewRow(NamedTuple):
     updated_at: int
 
 
-class _Row(NamedTuple):
+class _Row(_NamedTuple):
     """What the engine reads of an instance to run and to move it."""
 
     id: int
@@ -1848,7 +1873,7 @@ class _Row(NamedTuple):
 # them is kept, or cleared by the statement.
 
 
-class _Progress(NamedTuple):
+class _Progress(_NamedTuple):
     """A row that comes to another step, with a clean slate: no error, no attempts, no limits but those given."""
 
     status: str
@@ -1863,7 +1888,7 @@ class _Progress(NamedTuple):
     joining: int
 
 
-class _Again(NamedTuple):
+class _Again(_NamedTuple):
     """A row whose step runs again, with the limits and the awaited signals that it has."""
 
     state: str
@@ -1878,7 +1903,7 @@ class _Again(NamedTuple):
         return Status.RUNNABLE
 
 
-class _Finish(NamedTuple):
+class _Finish(_NamedTuple):
     """A row that ends."""
 
     status: str
@@ -2592,7 +2617,7 @@ def _make_signal(row: Sequence[Any]) -> Signal:
     return Signal(identity, name, _load_value(payload), _instant(sent_at))
 
 
-class _Ending(NamedTuple):
+class _Ending(_NamedTuple):
     """How an instance ended, if its status says that it has."""
 
     id: int
@@ -3587,7 +3612,7 @@ class _Claim:
 _queue_of = operator.attrgetter("row.queue")
 
 
-class _Commit(NamedTuple):
+class _Commit(_NamedTuple):
     """What a step leaves to be committed."""
 
     claim: _Claim
@@ -4166,46 +4191,59 @@ class _EventLoop:
             self._port.drop(claim)
 
 
+class _Waiter:
+    """A thread that waits for an instance to get into one of some statuses."""
+
+    __slots__ = ("bell", "ending", "instance", "until")
+
+    def __init__(self, instance: int, until: tuple[Status, ...]) -> None:
+        self.instance = instance
+        self.until = until
+        self.bell = _Bell()
+        self.ending: _Finish | None = None
+        """How it has ended, if the commit that ended it was this engine's: nobody has to read that again."""
+
+
 class _Waiters:
     """Threads that wait for instances to get somewhere; they are woken by the commit that brings them there."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bells: dict[int, list[tuple[tuple[Status, ...], _Bell]]] = {}
+        self._of: dict[int, list[_Waiter]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._bells)
+        return bool(self._of)
 
     @contextlib.contextmanager
-    def waiting(self, instance: int, until: tuple[Status, ...]) -> Iterator[_Bell]:
-        bell = _Bell()
-        entry = until, bell
+    def waiting(self, instance: int, until: tuple[Status, ...]) -> Iterator[_Waiter]:
+        waiter = _Waiter(instance, until)
         with self._lock:
-            self._bells.setdefault(instance, []).append(entry)
+            self._of.setdefault(instance, []).append(waiter)
         try:
-            yield bell
+            yield waiter
         finally:
             with self._lock:
-                entries = self._bells[instance]
-                entries.remove(entry)
-                if not entries:
-                    del self._bells[instance]
+                waiters = self._of[instance]
+                waiters.remove(waiter)
+                if not waiters:
+                    del self._of[instance]
 
     def ids(self) -> list[int]:
         with self._lock:
-            return list(self._bells)
+            return list(self._of)
 
-    def notify(self, statuses: Iterable[tuple[int, str]]) -> None:
-        for instance, status in statuses:
-            for until, bell in tuple(self._bells.get(instance, ())):  # who wakes leaves the list
-                if status in until:
-                    bell.ring()
+    def notify(self, settled: Iterable[tuple[int, str, _Finish | None]]) -> None:
+        for instance, status, ending in settled:
+            for waiter in tuple(self._of.get(instance, ())):  # who wakes leaves the list
+                if status in waiter.until:
+                    waiter.ending = ending
+                    waiter.bell.ring()
 
     def wake_all(self) -> None:
         with self._lock:
-            for entries in self._bells.values():
-                for _, bell in entries:
-                    bell.ring()
+            for waiters in self._of.values():
+                for waiter in waiters:
+                    waiter.bell.ring()
 
 
 class _Hub:
@@ -4570,7 +4608,8 @@ class _Beat:
         self.failures: list[tuple[_Row, _Finish]] = []
         self.kinds: list[str] = []
         self.after: list[Callable[[], None]] = []
-        self.settled: list[tuple[int, str]] = []
+        self.settled: list[tuple[int, str, _Finish | None]] = []
+        """Rows that a waiter may wait for, and how they have ended, if it was by a step."""
         self.events: list[Event] = []
         self.logs: list[Callable[[], None]] = []
         self.next_at: int | None = None
@@ -4769,7 +4808,8 @@ class _Beat:
         self.claims.append(_Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, inbox))
         if self._wants_steps:
             self._tell_step(commit)
-        self.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
+        if self.core.hub.wants("inline.continue"):
+            self.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
 
     def _left(self, commit: _Commit, change: _Change) -> None:
         """Note what a row that has left `executing` sets free, and who waits for it."""
@@ -4778,11 +4818,12 @@ class _Beat:
         self.kinds.append(commit.kind)
         if self._wants_steps:
             self._tell_step(commit)
-        self._departed(row, change.status)
-        if isinstance(change, _Finish) and change.status == Status.FAILED:
-            self.failures.append((row, change))
+        ending = change if isinstance(change, _Finish) else None
+        self._departed(row, change.status, ending)
+        if ending is not None and ending.status == Status.FAILED:
+            self.failures.append((row, ending))
 
-    def _departed(self, row: _Row, status: str) -> None:
+    def _departed(self, row: _Row, status: str, ending: _Finish | None = None) -> None:
         if row.concurrency_key is not None:
             self._freed_keys.add(row.concurrency_key)
         if status in _TERMINAL:
@@ -4791,7 +4832,7 @@ class _Beat:
             if row.parent_id is not None:
                 self._parents.add(row.parent_id)
         if status != Status.RUNNABLE:
-            self.settled.append((row.id, status))
+            self.settled.append((row.id, status, ending))
 
     def _may_have_signals(self) -> bool:
         """Whether there is any signal in the file: most files have none, so one look saves one for each row."""
@@ -5230,7 +5271,7 @@ def _log_failure(row: _Row, change: _Finish) -> None:
 # ==================================================================================================
 
 
-class _Options(NamedTuple):
+class _Options(_NamedTuple):
     """The options of an engine, checked; durations in the unit that the name says."""
 
     name: str
@@ -5787,7 +5828,8 @@ class _Scheduler:
         self._request_lock = threading.Lock()
         self._requests: collections.deque[_Request] = collections.deque()
         self._finished: collections.deque[_Commit] = collections.deque()
-        self._held: dict[tuple[int, int], _Claim] = {}
+        self._held: dict[int, _Claim] = {}
+        """What this engine has claimed, by id."""
         self._in_flight: collections.Counter[str] = collections.Counter()
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
@@ -5892,10 +5934,21 @@ class _Scheduler:
             raise
         finally:
             self._beat_lock.release()
-        if time.monotonic() + self._sleep_s() < self._agenda.wakes_at - self.SLACK_S:
+        if self._sleeps_too_long():
             self._bell.ring()
         self.hub.flush()
         return True
+
+    def _sleeps_too_long(self) -> bool:
+        """Whether a beat in another thread has brought on what the scheduler's thread must wake up for earlier."""
+        agenda = self._agenda
+        if self._requests or self._finished or agenda.due_at is not None or agenda.regroup is not None:
+            sleep_s = self._sleep_s()
+        elif any(pool.is_to_be_watched for pool in self._pools.values()):
+            sleep_s = self.WATCH_S
+        else:
+            return False
+        return time.monotonic() + sleep_s < agenda.wakes_at - self.SLACK_S
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
@@ -5928,6 +5981,10 @@ class _Scheduler:
     def failure(self) -> Exception | None:
         """What storage said last, until it works again."""
         return self._agenda.failure
+
+    def holds(self, instance: int) -> bool:
+        """Whether this engine has claimed it, and its outcome is still to be committed."""
+        return instance in self._held
 
     @property
     def is_in_beat(self) -> bool:
@@ -6140,7 +6197,9 @@ class _Scheduler:
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
         for claim in claims:
-            if self._held.pop((claim.row.id, claim.row.claim), None) is not None:
+            held = self._held.get(claim.row.id)
+            if held is not None and held.row.claim == claim.row.claim:
+                del self._held[claim.row.id]
                 self._in_flight[claim.row.queue] -= 1
         if self.is_stopping and not self._held:
             self._drained.ring()
@@ -6167,8 +6226,11 @@ class _Scheduler:
     def _dispatch(self, beat: _Beat) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
         by_queue: dict[str, list[_Claim]] = {}
+        if not self._held.keys().isdisjoint(claim.row.id for claim in beat.claims):
+            # Lost to another engine and claimed again, while its step runs here.
+            self._let_go([self._held[claim.row.id] for claim in beat.claims if claim.row.id in self._held])
         for claim in beat.claims:
-            self._held[claim.row.id, claim.row.claim] = claim
+            self._held[claim.row.id] = claim
             by_queue.setdefault(claim.row.queue, []).append(claim)
         for queue, claims in by_queue.items():
             self._in_flight[queue] += len(claims)
@@ -6356,7 +6418,8 @@ class _Scheduler:
         if self.waiters:
             ids = self.waiters.ids()
             gone = dict.fromkeys(ids, Status.DONE.value)  # who waits for a collected row is to find out
-            self.waiters.notify({**gone, **self.reader.statuses(ids)}.items())
+            found = {**gone, **self.reader.statuses(ids)}
+            self.waiters.notify((instance, status, None) for instance, status in found.items())
 
     def _withdraw_cancelled(self) -> None:
         """Fail claimed rows that another process cancelled before they started."""
@@ -6595,7 +6658,7 @@ def _at_least_1(value: object, name: str) -> int:
     return _integer(value, name, 1)
 
 
-class _EngineOptions(TypedDict, total=False):
+class _EngineOptions(_TypedDict, total=False):
     """The options of `Engine`."""
 
     name: str
@@ -6707,6 +6770,8 @@ class Engine:
     this process a `SharedFileError`.
     """
 
+    _UNSEEN_S = 0.1
+    """For how long to trust that an instance which this engine runs has not ended elsewhere."""
     _WARN_S = 5.0
     """After so long the log is told that somebody waits for what nobody is there to run."""
 
@@ -6864,7 +6929,8 @@ class Engine:
         """
         if until not in _UNTIL:
             raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
-        return self._wait(target, self._core.reader.get, _UNTIL[until], timeout)
+        reader = self._core.reader
+        return self._wait(target, lambda waiter: reader.get(waiter.instance), _UNTIL[until], timeout)
 
     def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
         """Wait for an instance to end and return its result.
@@ -6872,13 +6938,19 @@ class Engine:
         Raises `FailedError` with its `last_error`, `TimeoutError` after `timeout` seconds (None: never), and
         `NotFoundError`.
         """
-        ending = self._wait(target, self._core.reader.ending, _TERMINAL, timeout)
+        ending = self._wait(target, self._ending, _TERMINAL, timeout)
         if ending.status == Status.DONE:
             return _load_value(ending.result)
         if ending.status == Status.FAILED:
             raise FailedError(ending.id, ending.last_error)
         note = self._note_if_unserved(ending.id)
         raise TimeoutError(f"instance {ending.id} has not ended within {timeout!r} s, it is {ending.status}{note}")
+
+    def _ending(self, waiter: _Waiter) -> _Ending:
+        told = waiter.ending
+        if told is None:
+            return self._core.reader.ending(waiter.instance)
+        return _Ending(waiter.instance, told.status, told.result, told.last_error)
 
     def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
         """Call back with every `Event` of those names, or all; return a function that unsubscribes.
@@ -6990,7 +7062,7 @@ class Engine:
     # Helpers
 
     def _wait(
-        self, target: int | str, look: Callable[[int], _Look], statuses: tuple[Status, ...], timeout: _Duration | None
+        self, target: int | str, look: Callable[[_Waiter], _Look], until: tuple[Status, ...], timeout: _Duration | None
     ) -> _Look:
         """Look at an instance until it is in one of the statuses, or the timeout is over."""
         core = self._core
@@ -6998,17 +7070,19 @@ class Engine:
         deadline = time.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         instance = core.reader.locate(target)
         warn_at = time.monotonic() + self._WARN_S
-        with core.waiters.waiting(instance, statuses) as bell:
+        with core.waiters.waiting(instance, until) as waiter:
+            if core.holds(instance):  # most likely there is nothing to see yet
+                waiter.bell.wait(max(0.0, min(deadline - time.monotonic(), self._UNSEEN_S)))
             while True:
-                found, monotonic = look(instance), time.monotonic()
-                if found.status in statuses or deadline <= monotonic:
+                found, monotonic = look(waiter), time.monotonic()
+                if found.status in until or deadline <= monotonic:
                     return found
                 if warn_at <= monotonic:
                     warn_at = math.inf
                     self._warn_if_unserved(instance)
                 # The engine's own thread rings for commits, also for those of other processes; without it, look.
                 look_at = math.inf if core.is_started else monotonic + core.options.poll_s
-                bell.wait(min(deadline, warn_at, look_at) - monotonic)
+                waiter.bell.wait(min(deadline, warn_at, look_at) - monotonic)
                 core.check_open()
 
     def _warn_if_unserved(self, instance: int) -> None:
@@ -7159,7 +7233,7 @@ def _jsonable(value: object) -> object:
     return value.isoformat() if isinstance(value, dt.datetime) else attrs.asdict(cast(Any, value), recurse=False)
 
 
-class _Screen(NamedTuple):
+class _Screen(_NamedTuple):
     """What can be shown where a verb writes."""
 
     live: bool  # a terminal that moves its cursor when told to
@@ -7290,7 +7364,7 @@ _Run = Callable[..., int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
 
 
-class _Verb(NamedTuple):
+class _Verb(_NamedTuple):
     """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
 
     run: _Run
@@ -7608,7 +7682,7 @@ _HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND conc
 _CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
 
 
-class _Case(NamedTuple):
+class _Case(_NamedTuple):
     """One instance, for `show`: where it stands, why, and the verb that helps."""
 
     reader: _Reader
@@ -7871,7 +7945,7 @@ def _over(tally: Mapping[str, int]) -> int:
     return tally.get(Status.DONE, 0) + tally.get(Status.FAILED, 0)
 
 
-class _Glance(NamedTuple):
+class _Glance(_NamedTuple):
     """What `watch` saw at one moment."""
 
     now: dt.datetime
@@ -7884,7 +7958,7 @@ class _Glance(NamedTuple):
         return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
 
 
-class _Film(NamedTuple):
+class _Film(_NamedTuple):
     """The latest glances at a file: what a rate needs."""
 
     reader: _Reader

@@ -324,7 +324,7 @@ def test_nothing_refers_to_what_stands_below_it() -> None:
     stripped = AnnotationsOut().visit(ast.parse(SOURCE))
     defined: set[str] = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
     forward = []
-    for node in stripped.body:
+    for node in itertools.chain.from_iterable(one.body if isinstance(one, ast.If) else [one] for one in stripped.body):
         names = set(bound_names(node))
         code = ast.unparse(ast.Module([node], []))
         used = set(global_names(symtable.symtable(code, "durable", "exec")))
