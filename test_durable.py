@@ -3791,6 +3791,72 @@ def test_result_raises_when_its_time_is_up(engine: Engine) -> None:
         engine.result(engine.insert(Echo, schedule_in=60), timeout=0.01)
 
 
+class HoldsInTurn(FSM):
+    """Holds at the first of its gates that nobody has come to; what it comes to is that gate's number, or an error."""
+
+    def __init__(self, *gates: Gate) -> None:
+        self.gates = gates
+
+    def perform(self, args: dict[str, Any]) -> int:
+        number = next(number for number, gate in enumerate(self.gates, 1) if not gate.entered.is_set())
+        self.gates[number - 1].hold()
+        if args.get("fails"):
+            raise Cancel("broken")
+        return number
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_result_of_what_runs_here_is_told_and_not_read(make_engine: MakeEngine, gate: Gate, fails: bool) -> None:
+    """The commit that ends an instance has all that `result` returns or raises: no look goes before or after it."""
+    with make_engine(fsms=[HoldsInTurn(gate)]) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_UNSEEN_S", PATIENCE)
+        patch.setattr(engine._core.reader, "ending", lambda _: pytest.fail("it looked"))
+        ident = engine.insert(HoldsInTurn, args={"fails": fails})
+        assert gate.entered.wait(PATIENCE)
+        threading.Timer(0.05, gate.leave.set).start()
+        with pytest.raises(FailedError, match="broken") if fails else contextlib.nullcontext():
+            assert engine.result(ident, timeout=PATIENCE) == 1
+
+
+def steal(engine: Engine, ident: int, status: str) -> None:
+    """Do to a claimed row what another engine does that took this one for dead."""
+    with contextlib.closing(engine.connect()) as connection:
+        connection.execute(
+            "update durable_instances set status = ?, worker = null, result = '7' where id = ?", (status, ident)
+        )
+
+
+def test_what_ended_elsewhere_is_seen_while_its_step_runs_here(make_engine: MakeEngine, gate: Gate) -> None:
+    """That this engine runs an instance does not mean that nobody else has ended it."""
+    with make_engine(fsms=[HoldsInTurn(gate)], poll_interval=NEVER_POLL) as engine:
+        ident = engine.insert(HoldsInTurn)
+        assert gate.entered.wait(PATIENCE)
+        steal(engine, ident, "done")
+        with engine._core._beat_lock:
+            engine._core.peers.look(time.monotonic())  # before anybody waits: nobody is told
+        assert engine.result(ident, timeout=PATIENCE) == 7
+        gate.leave.set()
+
+
+def test_what_was_lost_is_claimed_again_while_its_first_run_goes_on(make_engine: MakeEngine, gate: Gate) -> None:
+    """The late outcome of the first run is stale, and neither run is counted in flight for ever."""
+    second = Gate()
+    with make_engine(fsms=[HoldsInTurn(gate, second)]) as engine:
+        stale = Recorder(engine, "outcome.stale")
+        ident = engine.insert(HoldsInTurn)
+        assert gate.entered.wait(PATIENCE)
+        steal(engine, ident, "runnable")
+        assert second.entered.wait(PATIENCE)
+        gate.leave.set()
+        assert stale.take().metadata["id"] == ident
+        assert engine._core.holds(ident)
+        assert engine._core._in_flight.total() == 1
+        second.leave.set()
+        assert engine.result(ident, timeout=PATIENCE) == 2
+        assert not engine._core.holds(ident)
+        assert engine._core._in_flight.total() == 0
+
+
 @pytest.mark.parametrize("queue", ["default", "checkout"])
 def test_who_waits_for_what_nobody_runs_is_told_in_the_log(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, queue: str
