@@ -31,6 +31,7 @@ import concurrent.futures
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -428,11 +429,10 @@ def latency(bench: Bench) -> Iterator[Figure]:
     """An insert into an idle engine, beside bare commits of one row."""
     with beside_floor(bench) as (engine, floor):
         samples = [latencies_ms(engine, floor) for _ in range(bench.rounds)]
-    commit, handler, result = zip(*samples, strict=True)
-    two, wake = [2 * ms for ms in commit], [a - b for a, b in zip(handler, commit, strict=True)]
-    yield Figure("insert to result, beside two commits", "ms", result, two, at_least=0.8)
+    commit, handler, result, wake = zip(*samples, strict=True)
+    yield Figure("insert to result, beside two commits", "ms", result, [2 * ms for ms in commit], at_least=0.8)
     yield Figure("insert to handler, beside one commit", "ms", handler, commit)
-    yield Figure("wake: insert to handler less a commit", "ms", wake, at_most=0.2)
+    yield Figure("wake: from the insert's return to the handler", "ms", wake, at_most=0.2)
 
 
 @contextlib.contextmanager
@@ -447,28 +447,33 @@ def beside_floor(bench: Bench) -> Iterator[tuple[Engine, Floor]]:
         yield engine, floor
 
 
-def latencies_ms(engine: Engine, floor: Floor, samples: int = 60) -> tuple[float, float, float]:
-    """Of a bare commit, from insert to handler, and from insert to result; medians, taken in turns."""
-    seen: list[tuple[float, float, float]] = []
+def latencies_ms(engine: Engine, floor: Floor, samples: int = 60) -> list[float]:
+    """Of a bare commit, from insert to handler and to result, and from its return; medians, taken in turns."""
+    seen: list[tuple[float, float, float, float]] = []
     for _ in range(samples):
         commit = rested_s(floor.insert)
         time.sleep(REST_S)
         began = now()
-        ran_at = engine.result(engine.insert(clock), PATIENCE_S)
-        seen.append((commit, ran_at - began, now() - began))
-    commit, handler, result = (1000 * statistics.median(column) for column in zip(*seen, strict=True))
-    return commit, handler, result
+        inserted, committed = engine.insert(clock), now()
+        ran_at = engine.result(inserted, PATIENCE_S)
+        seen.append((commit, ran_at - began, now() - began, ran_at - committed))
+    return [1000 * statistics.median(column) for column in zip(*seen, strict=True)]
 
 
 @section
 def steps(bench: Bench) -> Iterator[Figure]:
-    """Steps a second of machines of five, beside as many jobs."""
+    """Steps a second of machines of five, beside as many jobs.
 
-    def five(fsm: type[FSM]) -> Work:
-        return running(lambda engine: 5 * pace(engine, [Insert(fsm, state=ARGS)] * 600))
+    So many that most commits write over what the log has room for: while it grows, each of them takes longer.
+    """
 
-    yield bench.compare("queued between steps", "steps/s", five(Five), rate(noops(3_000)), at_least=1.0)
-    yield bench.compare("inline=True", "steps/s", five(FiveInline), rate(noops(3_000)), at_least=1.3)
+    def five(fsm: type[FSM], ahead: int) -> Work:
+        machines = rate([Insert(fsm, state=ARGS)] * 2_000, prefetch=ahead)
+        return lambda path: 5 * machines(path)
+
+    for what, fsm, least in (("queued between steps", Five, 1.0), ("inline=True", FiveInline, 1.3)):
+        yield bench.compare(what, "steps/s", five(fsm, 0), rate(noops(10_000)), at_least=least)
+        yield bench.compare(f"{what}, 100 ahead", "steps/s", five(fsm, 100), rate(noops(10_000), prefetch=100))
 
 
 @section
@@ -745,7 +750,7 @@ def memory(bench: Bench) -> Iterator[Figure]:
 
 @section
 def wakes(bench: Bench) -> Iterator[Figure]:
-    """From an insert in this process to its handler in another one, which looks every 50 ms at rest."""
+    """From an insert's return in this process to its handler in another one, which looks every 50 ms at rest."""
     with bench.file() as path, Engine(path, queues={}) as engine, workers(engine, path, 1):
 
         def wake_ms(pause_s: float) -> float:
@@ -968,11 +973,16 @@ def measure(sections: Iterable[Section], bench: Bench) -> Iterator[tuple[Section
             yield run, figure
 
 
+def heading(run: Section) -> str:
+    """What a section says of itself."""
+    return inspect.cleandoc(run.__doc__ or "")
+
+
 def show(figures: Iterable[tuple[Section, Figure]]) -> None:
     """Print the table, each row as soon as it is known."""
     print(f"  {'':<42}{'ours':>25} {'':<7}{'floor':>25}  {'ratio':>18}  bar")
     for run, rows in itertools.groupby(figures, key=lambda pair: pair[0]):
-        print(f"\n{run.__name__}: {run.__doc__}")
+        print(f"\n{run.__name__}: {heading(run)}")
         for _, figure in rows:
             print(figure.line(), flush=True)
 
@@ -985,7 +995,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sections = [peers] if options.peers else [SECTIONS[name] for name in options.only or SECTIONS]
     if options.list:
-        print(*(f"{run.__name__:<10} {run.__doc__}" for run in sections), sep="\n")
+        print(*(f"{run.__name__:<10} {heading(run).splitlines()[0]}" for run in sections), sep="\n")
         return 0
     with tempfile.TemporaryDirectory(dir=options.directory, ignore_cleanup_errors=True) as directory:
         figures = measure(sections, Bench(Path(directory), options.full))

@@ -1471,6 +1471,7 @@ class _Spec(_NamedTuple):
     queue: str
     initial: str
     state: type | None
+    blank: str | None
     max_attempts: int | None
     max_crashes: int
     timeout_s: float | None
@@ -1583,14 +1584,15 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
     if not is_job and any_step is None and values["initial"] not in steps:
         known = ", ".join(map(repr, steps))
         raise TypeError(f"{where}: initial={values['initial']!r} is none of its steps {known}: name one of them")
-    timeout = values["timeout"]
+    timeout, state = values["timeout"], _read_state_class(cls, values)
     return _Spec(
         cls=cls,
         name=_text(values.get("name", f"{_module_name(cls.__module__)}.{where}"), f"{where}: name", TypeError),
         version=_integer(values["version"], f"{where}: version", 1, TypeError),
         queue=_text(values["queue"], f"{where}: queue", TypeError),
         initial=_PERFORM if is_job else _text(values["initial"], f"{where}: initial", TypeError),
-        state=_read_state_class(cls, values),
+        state=state,
+        blank="{}" if state is not None and not attrs.fields(state) else None,
         max_attempts=_integer(values["max_attempts"], f"{where}: max_attempts", 1, TypeError) if is_job else None,
         max_crashes=_integer(values["max_crashes"], f"{where}: max_crashes", 1, TypeError),
         timeout_s=None if timeout is None else _positive_ms(timeout, f"{where}: timeout", TypeError) / 1000,
@@ -3488,7 +3490,7 @@ def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None
         spec.name,
         spec.version,
         spec.initial if insert.step is None else _first_step(spec, insert.step),
-        _dump_state(spec.state, {} if state is None else state),
+        _dump_state(spec.state, {} if state is None else state, spec.blank),
         spec.max_attempts if insert.max_attempts is None else _integer(insert.max_attempts, "max_attempts", 1),
         spec.max_crashes,
         spec.queue if insert.queue is None else _text(insert.queue, "queue"),
