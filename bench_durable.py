@@ -203,6 +203,8 @@ class Floor:
                      ORDER BY priority, eligible_at, id LIMIT ?2) RETURNING id, claim, state"""
     OUTCOME = """UPDATE work SET status = 'done', result = ?, worker = NULL, updated_at = ?
         WHERE id = ? AND status = 'executing' AND claim = ?"""
+    ADVANCE = """UPDATE work SET step = ?, state = ?, claim = claim + 1, updated_at = ?
+        WHERE id = ? AND status = 'executing' AND claim = ?"""
 
     def __init__(self, path: Path, indexes: int) -> None:
         self.connection = apsw.Connection(str(path))
@@ -230,12 +232,30 @@ class Floor:
         self.insert(jobs)
         began, batch = now(), self.turn([], in_flight)
         while batch:
-            done = [(json.dumps(json.loads(row[2]).get("result")), *row[:2]) for row in batch]
-            batch = self.turn(done, in_flight)
+            batch = self.turn(batch, in_flight)
         return jobs / (now() - began)
 
-    def turn(self, done: list[tuple[str, int, int]], in_flight: int) -> list[tuple[Any, ...]]:
+    def march(self, machines: int, in_flight: int) -> float:
+        """Insert machines of five steps, which keep their claim from one to the next; steps a second."""
+        self.insert(machines)
+        began, batch = now(), self.turn([], in_flight)
+        while batch:
+            for step in "2345":
+                batch = self.advance(batch, step)
+            batch = self.turn(batch, in_flight)
+        return 5 * machines / (now() - began)
+
+    def advance(self, batch: list[tuple[Any, ...]], step: str) -> list[tuple[Any, ...]]:
+        """Commit the next step of each, and its state, in place."""
+        at = int(time.time() * 1000)
+        rows = [(step, json.dumps(json.loads(state)), at, key, claim) for key, claim, state in batch]
+        with self.transaction():
+            self.connection.executemany(self.ADVANCE, rows)
+        return [(key, claim + 1, state) for key, claim, state in batch]
+
+    def turn(self, batch: list[tuple[Any, ...]], in_flight: int) -> list[tuple[Any, ...]]:
         """Commit the outcomes of the last batch together with the claim of the next."""
+        done = [(json.dumps(json.loads(state).get("result")), key, claim) for key, claim, state in batch]
         began, at = now(), int(time.time() * 1000)
         with self.transaction():
             self.connection.executemany(self.OUTCOME, [(result, at, *row) for result, *row in done])
@@ -474,6 +494,10 @@ def steps(bench: Bench) -> Iterator[Figure]:
     for what, fsm, least in (("queued between steps", Five, 1.0), ("inline=True", FiveInline, 1.3)):
         yield bench.compare(what, "steps/s", five(fsm, 0), rate(noops(10_000)), at_least=least)
         yield bench.compare(f"{what}, 100 ahead", "steps/s", five(fsm, 100), rate(noops(10_000), prefetch=100))
+    march, drain = partial(Floor.march, machines=2_000), partial(Floor.drain, jobs=10_000)
+    for ahead in (0, 100):
+        what = f"the skeleton's own inline, {10 + ahead} in flight"
+        yield bench.compare(what, "steps/s", *(bare(partial(run, in_flight=10 + ahead)) for run in (march, drain)))
 
 
 @section
