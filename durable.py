@@ -1942,7 +1942,7 @@ def _transition(
         case Next():
             if outcome.concurrency_key is not KEEP:
                 key = _limit_key(outcome.concurrency_key, "concurrency_key")
-            rate = _limit_key(outcome.rate_limit, "rate_limit")
+            rate = None if outcome.rate_limit is None else _limit_key(outcome.rate_limit, "rate_limit")
             return _Progress(Status.RUNNABLE, outcome.step, state, now, key, rate, outcome.weight, None, None, 0)
         case Retry():
             eligible_at, attempt = _later(now, outcome.delay), row.attempt + outcome.counted
@@ -2940,17 +2940,24 @@ class _Store:
 
     def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Write outcomes, each under its claim; False if one of these claims holds no more, or was cancelled."""
-        return all(
-            self._change_each(
-                sql, [(*one.change, now, *one.held_by) for one in commits if isinstance(one.change, kind)]
-            )
-            for kind, sql in ((_Finish, _FINISH), (_Progress, _PROGRESS), (_Again, _AGAIN))
+        rows: dict[type[_Change], list[tuple[Any, ...]]] = {_Finish: [], _Progress: [], _Again: []}
+        for one in commits:
+            row = one.claim.row
+            rows[type(one.change)].append((*one.change, now, row.id, row.claim, None))
+        return (
+            self._change_each(_FINISH, rows[_Finish])
+            and self._change_each(_PROGRESS, rows[_Progress])
+            and self._change_each(_AGAIN, rows[_Again])
         )
 
     def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
         first, end = _Progress._fields.index("step"), _Progress._fields.index("awaits")
-        return self._change_each(_ADVANCE, [(*one.change[first:end], now, *one.held_by) for one in commits])
+        rows = []
+        for one in commits:
+            row = one.claim.row
+            rows.append((*one.change[first:end], now, row.id, row.claim, None))
+        return self._change_each(_ADVANCE, rows)
 
     def _change_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> bool:
         """Run a statement for each of the rows; False if it has changed nothing for one.
@@ -3627,11 +3634,6 @@ class _Commit(_NamedTuple):
     duration: float = 0.0
 
     @property
-    def held_by(self) -> tuple[int, int, None]:
-        """The row, the claim that it must be held by, and no reason to cancel it: what the guard binds."""
-        return self.claim.row.id, self.claim.row.claim, None
-
-    @property
     def is_simple(self) -> bool:
         """Whether one statement writes it, which asks nothing and is followed by nothing."""
         return not (self.effects or self.shown or self.change.status in _PARKED or (self.is_inline and self.is_asking))
@@ -3644,15 +3646,9 @@ class _Commit(_NamedTuple):
         return is_new_key or change.rate_limit is not None
 
 
-_KINDS = {Next: "next", Retry: "retry", Await: "await", ScheduleChildren: "children", Done: "done", Stop: "stop"}
 _CRASH = "crash"
 _PLAIN_TYPES = frozenset({type(None), str, int, float, bool, dict, list})
 """What most jobs return; the rest of what they may is looked at more closely."""
-
-
-def _kind(outcome: _Outcome) -> str:
-    """Name an outcome, or a subclass of one."""
-    return _KINDS.get(type(outcome)) or next(kind for cls, kind in _KINDS.items() if isinstance(outcome, cls))
 
 
 def _log_details(row: _Row) -> dict[str, Any]:
@@ -3712,27 +3708,33 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception 
     children: tuple[_NewRow, ...] = ()
     is_inline = False
     match outcome:
-        case Done():
-            change = _done(row, _dump_value(outcome.result, "result"))
         case Next():
+            kind = "next"
             _check_next(claim, outcome)
             change = _move(claim, ctx, outcome)
             is_inline = spec.inline if outcome.inline is None else outcome.inline
+        case Done():
+            kind = "done"
+            change = _done(row, _dump_value(outcome.result, "result"))
         case Retry():
+            kind = "retry"
             change = _move(claim, ctx, outcome)
             if error is not None:
                 reason = _error_text(_reason_of(error))
                 change = cast(_Again, change)._replace(last_error=reason, traceback=_traceback_text(error))
         case Await():
+            kind = "await"
             spec.code(outcome.then)
             change = _move(claim, ctx, outcome)
         case ScheduleChildren():
+            kind = "children"
             spec.code(outcome.then)
             children = tuple(claim.desk.new_row(child)._replace(parent_id=row.id) for child in outcome.children)
             change = _move(claim, ctx, outcome)
         case Stop():
+            kind = "stop"
             change = _failed(row, *_describe_stop(outcome, error))
-    return _Commit(claim, _kind(outcome), change, effects, _shown(ctx), children, is_inline, _elapsed(claim))
+    return _Commit(claim, kind, change, effects, _shown(ctx), children, is_inline, _elapsed(claim))
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -3770,7 +3772,7 @@ def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
 def _stop(claim: _Claim, error: BaseException) -> _Commit:
     """End an instance as failed for an error that nobody is left to ask about."""
     change = _failed(claim.row, _error_text(error), _traceback_text(error))
-    return _Commit(claim, _KINDS[Stop], change, duration=_elapsed(claim))
+    return _Commit(claim, "stop", change, duration=_elapsed(claim))
 
 
 def _recover(claim: _Claim, error: Exception) -> _Commit:
@@ -3793,7 +3795,7 @@ def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Excep
     if is_job and type(returned) in _PLAIN_TYPES:  # most jobs: as `_rule` would for Done, in two thirds of the time
         effects = ctx._close()
         change = _done(claim.row, _dump_value(returned, "result"))
-        return _Commit(claim, _KINDS[Done], change, effects, _shown(ctx), (), False, _elapsed(claim))
+        return _Commit(claim, "done", change, effects, _shown(ctx), (), False, _elapsed(claim))
     if isinstance(returned, _OUTCOMES):
         is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
         return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
