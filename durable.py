@@ -1572,6 +1572,10 @@ def _read_steps(cls: type[FSM]) -> tuple[dict[str, _Code], _Code | None]:
     return {name: _Code(method, inspect.iscoroutinefunction(method)) for name, method in methods.items()}, None
 
 
+_NO_ARGUMENTS = attrs.make_class("State", {}, frozen=True)
+"""The state of a function job without parameters. There is one text of it, and nothing else to be checked."""
+
+
 def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
     """Read what a class defines; whatever could not run is a TypeError here."""
     where = cls.__qualname__
@@ -1592,7 +1596,7 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         queue=_text(values["queue"], f"{where}: queue", TypeError),
         initial=_PERFORM if is_job else _text(values["initial"], f"{where}: initial", TypeError),
         state=state,
-        blank="{}" if state is not None and not attrs.fields(state) else None,
+        blank="{}" if state is _NO_ARGUMENTS else None,
         max_attempts=_integer(values["max_attempts"], f"{where}: max_attempts", 1, TypeError) if is_job else None,
         max_crashes=_integer(values["max_crashes"], f"{where}: max_crashes", 1, TypeError),
         timeout_s=None if timeout is None else _positive_ms(timeout, f"{where}: timeout", TypeError) / 1000,
@@ -1753,7 +1757,7 @@ def _arguments_class(function: types.FunctionType, names: list[str]) -> type:
         for name in names
         if name != "ctx"
     }
-    return attrs.make_class("State", fields, frozen=True)
+    return attrs.make_class("State", fields, frozen=True) if fields else _NO_ARGUMENTS
 
 
 def _function_perform(function: types.FunctionType, names: list[str]) -> Callable[[Any, Any, Any], Any]:
@@ -4198,14 +4202,14 @@ class _EventLoop:
 class _Waiter:
     """A thread that waits for an instance to get into one of some statuses."""
 
-    __slots__ = ("bell", "ending", "instance", "until")
+    __slots__ = ("bell", "done", "instance", "until")
 
     def __init__(self, instance: int, until: tuple[Status, ...]) -> None:
         self.instance = instance
         self.until = until
         self.bell = _Bell()
-        self.ending: _Finish | None = None
-        """How it has ended, if the commit that ended it was this engine's: nobody has to read that again."""
+        self.done: _Finish | None = None
+        """How it is done, if this engine's commit did it: nobody has to read that. One that failed may run again."""
 
 
 class _Waiters:
@@ -4237,10 +4241,10 @@ class _Waiters:
             return list(self._of)
 
     def notify(self, settled: Iterable[tuple[int, str, _Finish | None]]) -> None:
-        for instance, status, ending in settled:
+        for instance, status, done in settled:
             for waiter in tuple(self._of.get(instance, ())):  # who wakes leaves the list
                 if status in waiter.until:
-                    waiter.ending = ending
+                    waiter.done = done
                     waiter.bell.ring()
 
     def wake_all(self) -> None:
@@ -4613,7 +4617,7 @@ class _Beat:
         self.kinds: list[str] = []
         self.after: list[Callable[[], None]] = []
         self.settled: list[tuple[int, str, _Finish | None]] = []
-        """Rows that a waiter may wait for, and how they have ended, if it was by a step."""
+        """Rows that a waiter may wait for, and how they are done."""
         self.events: list[Event] = []
         self.logs: list[Callable[[], None]] = []
         self.next_at: int | None = None
@@ -4822,12 +4826,12 @@ class _Beat:
         self.kinds.append(commit.kind)
         if self._wants_steps:
             self._tell_step(commit)
-        ending = change if isinstance(change, _Finish) else None
-        self._departed(row, change.status, ending)
-        if ending is not None and ending.status == Status.FAILED:
-            self.failures.append((row, ending))
+        done = change if isinstance(change, _Finish) and change.status == Status.DONE else None
+        self._departed(row, change.status, done)
+        if isinstance(change, _Finish) and done is None:
+            self.failures.append((row, change))
 
-    def _departed(self, row: _Row, status: str, ending: _Finish | None = None) -> None:
+    def _departed(self, row: _Row, status: str, done: _Finish | None = None) -> None:
         if row.concurrency_key is not None:
             self._freed_keys.add(row.concurrency_key)
         if status in _TERMINAL:
@@ -4836,7 +4840,7 @@ class _Beat:
             if row.parent_id is not None:
                 self._parents.add(row.parent_id)
         if status != Status.RUNNABLE:
-            self.settled.append((row.id, status, ending))
+            self.settled.append((row.id, status, done))
 
     def _may_have_signals(self) -> bool:
         """Whether there is any signal in the file: most files have none, so one look saves one for each row."""
@@ -5832,8 +5836,9 @@ class _Scheduler:
         self._request_lock = threading.Lock()
         self._requests: collections.deque[_Request] = collections.deque()
         self._finished: collections.deque[_Commit] = collections.deque()
-        self._held: dict[int, _Claim] = {}
-        """What this engine has claimed, by id."""
+        self._held: dict[tuple[int, int], _Claim] = {}
+        """What this engine has claimed, by id and claim: what it has lost may be claimed again while it still runs."""
+        self._held_ids: set[int] = set()
         self._in_flight: collections.Counter[str] = collections.Counter()
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
@@ -5987,8 +5992,8 @@ class _Scheduler:
         return self._agenda.failure
 
     def holds(self, instance: int) -> bool:
-        """Whether this engine has claimed it, and its outcome is still to be committed."""
-        return instance in self._held
+        """Whether this engine has claimed it, and its outcome is still to be committed; not of one claimed twice."""
+        return instance in self._held_ids
 
     @property
     def is_in_beat(self) -> bool:
@@ -6201,9 +6206,8 @@ class _Scheduler:
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
         for claim in claims:
-            held = self._held.get(claim.row.id)
-            if held is not None and held.row.claim == claim.row.claim:
-                del self._held[claim.row.id]
+            if self._held.pop((claim.row.id, claim.row.claim), None) is not None:
+                self._held_ids.discard(claim.row.id)
                 self._in_flight[claim.row.queue] -= 1
         if self.is_stopping and not self._held:
             self._drained.ring()
@@ -6230,11 +6234,9 @@ class _Scheduler:
     def _dispatch(self, beat: _Beat) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
         by_queue: dict[str, list[_Claim]] = {}
-        if not self._held.keys().isdisjoint(claim.row.id for claim in beat.claims):
-            # Lost to another engine and claimed again, while its step runs here.
-            self._let_go([self._held[claim.row.id] for claim in beat.claims if claim.row.id in self._held])
         for claim in beat.claims:
-            self._held[claim.row.id] = claim
+            self._held[claim.row.id, claim.row.claim] = claim
+            self._held_ids.add(claim.row.id)
             by_queue.setdefault(claim.row.queue, []).append(claim)
         for queue, claims in by_queue.items():
             self._in_flight[queue] += len(claims)
@@ -6951,10 +6953,10 @@ class Engine:
         raise TimeoutError(f"instance {ending.id} has not ended within {timeout!r} s, it is {ending.status}{note}")
 
     def _ending(self, waiter: _Waiter) -> _Ending:
-        told = waiter.ending
-        if told is None:
+        done = waiter.done
+        if done is None:
             return self._core.reader.ending(waiter.instance)
-        return _Ending(waiter.instance, told.status, told.result, told.last_error)
+        return _Ending(waiter.instance, done.status, done.result, None)
 
     def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
         """Call back with every `Event` of those names, or all; return a function that unsubscribes.
@@ -7077,6 +7079,7 @@ class Engine:
         with core.waiters.waiting(instance, until) as waiter:
             if core.holds(instance):  # most likely there is nothing to see yet
                 waiter.bell.wait(max(0.0, min(deadline - time.monotonic(), self._UNSEEN_S)))
+                core.check_open()
             while True:
                 found, monotonic = look(waiter), time.monotonic()
                 if found.status in until or deadline <= monotonic:

@@ -3800,22 +3800,65 @@ class HoldsInTurn(FSM):
     def perform(self, args: dict[str, Any]) -> int:
         number = next(number for number, gate in enumerate(self.gates, 1) if not gate.entered.is_set())
         self.gates[number - 1].hold()
-        if args.get("fails"):
+        if number in args.get("fails", []):
             raise Cancel("broken")
         return number
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_result_of_what_runs_here_is_told_and_not_read(make_engine: MakeEngine, gate: Gate, fails: bool) -> None:
-    """The commit that ends an instance has all that `result` returns or raises: no look goes before or after it."""
+def test_result_of_what_runs_here_is_told_and_not_read(make_engine: MakeEngine, gate: Gate) -> None:
+    """The commit that ends an instance has what `result` returns: no look at the file goes before or after it."""
     with make_engine(fsms=[HoldsInTurn(gate)]) as engine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_UNSEEN_S", PATIENCE)
         patch.setattr(engine._core.reader, "ending", lambda _: pytest.fail("it looked"))
-        ident = engine.insert(HoldsInTurn, args={"fails": fails})
+        ident = engine.insert(HoldsInTurn)
         assert gate.entered.wait(PATIENCE)
         threading.Timer(0.05, gate.leave.set).start()
-        with pytest.raises(FailedError, match="broken") if fails else contextlib.nullcontext():
-            assert engine.result(ident, timeout=PATIENCE) == 1
+        assert engine.result(ident, timeout=PATIENCE) == 1
+
+
+def test_a_failure_that_was_retried_by_then_is_told_to_nobody(make_engine: MakeEngine, gate: Gate) -> None:
+    """Only what is done is final: who is woken for a failure finds that the instance runs again, and waits on."""
+    second = Gate()
+    with make_engine(fsms=[HoldsInTurn(gate, second)]) as engine, pytest.MonkeyPatch.context() as patch:
+        notify = engine._core.waiters.notify
+
+        def retry_first(settled: Any) -> None:
+            if any(status == Status.FAILED for _, status, _ in settled):
+                steal(engine, ident, "runnable")
+            notify(settled)
+
+        patch.setattr(engine._core.waiters, "notify", retry_first)
+        ident = engine.insert(HoldsInTurn, args={"fails": [1]})
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            result = pool.submit(engine.result, ident, PATIENCE)
+            assert gate.entered.wait(PATIENCE)
+            eventually(lambda: engine._core.waiters)
+            gate.leave.set()
+            second.leave.set()
+            assert result.result() == 2
+
+
+def test_who_waits_for_what_runs_here_is_told_at_once_that_the_engine_stops(
+    make_engine: MakeEngine, gate: Gate
+) -> None:
+    """Also if closing the engine takes its time, and nothing is to be seen in the file."""
+    with make_engine(fsms=[HoldsInTurn(gate)], drain_timeout=0) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_UNSEEN_S", PATIENCE)
+        ident = engine.insert(HoldsInTurn)
+        assert gate.entered.wait(PATIENCE)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            result = pool.submit(engine.result, ident)
+            eventually(lambda: engine._core.waiters)
+            stop_hub, told = engine._core.hub.stop, []
+
+            def stop_slowly() -> None:
+                told.append(bool(concurrent.futures.wait([result], 3).done))
+                stop_hub()
+
+            patch.setattr(engine._core.hub, "stop", stop_slowly)
+            engine.stop()
+            assert told == [True]
+            assert isinstance(result.exception(0), EngineClosedError)
 
 
 def steal(engine: Engine, ident: int, status: str) -> None:
@@ -3839,22 +3882,24 @@ def test_what_ended_elsewhere_is_seen_while_its_step_runs_here(make_engine: Make
 
 
 def test_what_was_lost_is_claimed_again_while_its_first_run_goes_on(make_engine: MakeEngine, gate: Gate) -> None:
-    """The late outcome of the first run is stale, and neither run is counted in flight for ever."""
+    """Both runs take up a place until they have ended; the late outcome of the first is stale."""
     second = Gate()
-    with make_engine(fsms=[HoldsInTurn(gate, second)]) as engine:
+    with make_engine(fsms=[HoldsInTurn(gate, second)], queues={"default": 2}) as engine:
         stale = Recorder(engine, "outcome.stale")
         ident = engine.insert(HoldsInTurn)
         assert gate.entered.wait(PATIENCE)
         steal(engine, ident, "runnable")
         assert second.entered.wait(PATIENCE)
+        other = engine.insert(Echo)
+        assert engine.get(other).status is Status.RUNNABLE
         gate.leave.set()
         assert stale.take().metadata["id"] == ident
-        assert engine._core.holds(ident)
+        assert engine.result(other, timeout=PATIENCE) == {}
         assert engine._core._in_flight.total() == 1
         second.leave.set()
         assert engine.result(ident, timeout=PATIENCE) == 2
-        assert not engine._core.holds(ident)
         assert engine._core._in_flight.total() == 0
+        assert not engine._core.holds(ident)
 
 
 @pytest.mark.parametrize("queue", ["default", "checkout"])
