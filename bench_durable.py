@@ -1,6 +1,6 @@
 """Measure `durable`, each piece of work beside the least that anything with its guarantee has to do.
 
-    python bench_durable.py                       every section, in under two minutes
+    python bench_durable.py                       every section, in under three minutes
     python bench_durable.py --list                the sections, a line each
     python bench_durable.py --only drain steps    some of them
     python bench_durable.py --full                larger files and more rounds
