@@ -8314,9 +8314,13 @@ class Worst(random.Random):
 
 
 def flat(worker: subprocess.Popen[str]) -> tuple[int, int]:
-    """The memory of a process in pages, and how many files it has open."""
+    """The memory of a process in pages, and how many files it has open, those of the steps that run left out."""
     pages = Path(f"/proc/{worker.pid}/statm").read_text().split()[1]
-    return int(pages), len(list(Path(f"/proc/{worker.pid}/fd").iterdir()))
+    names = []
+    for descriptor in Path(f"/proc/{worker.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed by now
+            names.append(descriptor.readlink().name)
+    return int(pages), sum(re.fullmatch(r"\d+\.(lock|effects)", name) is None for name in names)
 
 
 @pytest.mark.long
@@ -8351,7 +8355,7 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
     end = flat(steady)
     assert begun
     assert end[0] - begun[0] < 8000, "memory grows"
-    assert abs(end[1] - begun[1]) <= 3, "descriptors leak"
+    assert end[1] - begun[1] <= 2 * 4, "descriptors leak"  # each of four threads may have come to read since
     errors = labour.errors()
     (labour.folder / "stderr").write_text("")
     assert "locked" not in errors
