@@ -1237,6 +1237,28 @@ def test_a_function_job_is_named_as_a_class_would_be(timed_engine: Engine) -> No
     assert by_function.fsm == by_class.fsm == f"{__name__}._fetch"
 
 
+def test_a_state_without_fields_is_asked_all_the_same(engine: Engine) -> None:
+    """Only a function without parameters has a schema of which nothing can be wrong."""
+
+    class Refuses(FSM):
+        @attrs.frozen
+        class State:
+            def __attrs_post_init__(self) -> None:
+                raise ValueError("never")
+
+        def perform(self, args: State) -> None: ...
+
+    @durable.job
+    def nothing() -> None: ...
+
+    with pytest.raises(StateError, match="never"):
+        engine.insert(Refuses)
+    with pytest.raises(StateError, match="unknown key"):
+        engine.insert(nothing, args={"n": 1})
+    assert engine.find() == []
+    assert engine.get(engine.insert(nothing)).state == {}
+
+
 def test_an_insert_value_takes_a_function_job(timed_engine: Engine) -> None:
     """`Insert(fetch, ...)` enqueues it."""
     timed_engine.insert_all([Insert(_fetch, args={"url": "x"}), Insert(_fetch, args={"url": "y"})])
