@@ -44,6 +44,7 @@ import heapq
 import inspect
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -56,7 +57,7 @@ import typing
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypedDict, Unpack, cast, overload
 
 import apsw
 import attrs
@@ -68,11 +69,8 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import concurrent.futures
-    import logging
     import sqlite3
     import subprocess
-    from typing import NamedTuple as _NamedTuple
-    from typing import TypedDict as _TypedDict
 
 __all__ = [
     "Await",
@@ -113,39 +111,7 @@ __all__ = [
 ]
 
 
-class _LazyLogger:
-    """The logger `durable`. The first record loads `logging`, which is a quarter of what an import would cost."""
-
-    def __getattr__(self, name: str) -> Any:
-        import logging
-
-        return getattr(logging.getLogger("durable"), name)
-
-
-_log = cast("logging.Logger", _LazyLogger())
-
-
-if not TYPE_CHECKING:
-    # What `typing` has under these names compiles the annotation of every field: a fifth of what an import would cost.
-
-    class _NamedTupleMeta(type):
-        def __new__(cls, name, bases, body):
-            if not bases:
-                return super().__new__(cls, name, bases, body)
-            fields = body["__annotations__"]
-            defaults = [body.pop(field) for field in fields if field in body]
-            base = collections.namedtuple(name, fields, defaults=defaults)
-            return type(name, (base,), {**body, "__slots__": ()})
-
-    class _NamedTuple(metaclass=_NamedTupleMeta):
-        """A tuple whose fields have names and, for the type checker, types."""
-
-    class _TypedDict:
-        """A dict whose keys have, for the type checker, types: its `__annotations__`."""
-
-        def __init_subclass__(cls, total=True):
-            super().__init_subclass__()
-
+_log = logging.getLogger("durable")
 
 _Duration = int | float | dt.timedelta
 
@@ -334,33 +300,14 @@ def _limit_name(key: str) -> str:
     return key.partition(":")[0]
 
 
-def _make_encode(*, ensure_ascii: bool) -> Callable[[object], str]:
-    """Make a function that writes JSON.
-
-    `JSONEncoder.encode` makes its encoder in C anew for each value: 1.7 us for a small dict, in place of 0.7.
-    """
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, allow_nan=False, separators=(",", ":"))
-    escape = json.encoder.encode_basestring_ascii if ensure_ascii else json.encoder.encode_basestring
-    try:
-        write = cast(Any, json.encoder).c_make_encoder(
-            None, encoder.default, escape, None, ":", ",", False, False, False
-        )
-    except (AttributeError, TypeError):  # it is CPython's own
-        return encoder.encode
-    return lambda value: "".join(write(value, 0))
-
-
-_encode = _make_encode(ensure_ascii=False)
-_encode_ascii = _make_encode(ensure_ascii=True)
-_scan = cast(Callable[[str, int], tuple[Any, int]], cast(Any, json.JSONDecoder()).scan_once)
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_encode_ascii = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_raw_decode = json.JSONDecoder().raw_decode
 
 
 def _decode(text: str) -> Any:
     """Read JSON that this module wrote, without white space around it to look for, in a third of the time."""
-    try:
-        return _scan(text, 0)[0]
-    except StopIteration:
-        raise json.JSONDecodeError("Expecting value", text, 0) from None
+    return _raw_decode(text)[0]
 
 
 def _json(value: object) -> str:
@@ -436,7 +383,7 @@ class RateLimit:
             raise ValueError(f"burst times per must be under 2 ** 61 token-milliseconds, not {self!r}")
 
 
-class _Policy(_NamedTuple):
+class _Policy(NamedTuple):
     """A rate limit as the file keeps it.
 
     Levels are whole numbers, in units of 1/per_ms of a token, so that refilling for a millisecond adds exactly
@@ -646,7 +593,7 @@ class Insert:
         _integer(self.priority, "priority", -_MAX_INTEGER)
 
 
-class _InsertOptions(_TypedDict, total=False):
+class _InsertOptions(TypedDict, total=False):
     """The options of `Insert`, for the methods that pass them on."""
 
     state: Any
@@ -820,7 +767,7 @@ _JOB_OUTCOMES = (Retry, Done, Stop)
 # ==================================================================================================
 
 
-class _Codec(_NamedTuple):
+class _Codec(NamedTuple):
     """How a scalar type is written to JSON and read from it: in these forms and no others, nothing is coerced."""
 
     write: Callable[[Any], Any]
@@ -1260,20 +1207,20 @@ _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
 
 
-class _Follower(_NamedTuple):
+class _Follower(NamedTuple):
     """An instance to insert in the commit."""
 
     row: _NewRow
 
 
-class _Statement(_NamedTuple):
+class _Statement(NamedTuple):
     """The user's own SQL, to run in the commit."""
 
     sql: str
     bindings: tuple[Any, ...] | dict[str, Any]
 
 
-class _Message(_NamedTuple):
+class _Message(NamedTuple):
     """A signal to deliver: in a step's commit, or in one of its own."""
 
     target: int | str
@@ -1428,7 +1375,7 @@ def step(method: _AnyStep) -> _AnyStep:
     return method
 
 
-class _FSMOptions(_TypedDict, total=False):
+class _FSMOptions(TypedDict, total=False):
     """The class keywords of `FSM`."""
 
     name: str
@@ -1455,14 +1402,14 @@ _PERFORM = "perform"
 """The one step of a job."""
 
 
-class _Code(_NamedTuple):
+class _Code(NamedTuple):
     """A step's code, as the engine calls it."""
 
     call: Callable[[Any, Context[Any]], Any]
     is_async: bool
 
 
-class _Spec(_NamedTuple):
+class _Spec(NamedTuple):
     """What a class defines, read once when it is created."""
 
     cls: type[FSM]
@@ -1821,7 +1768,7 @@ def job(function: Any = None, /, **options: Any) -> Any:
 # ==================================================================================================
 
 
-class _NewRow(_NamedTuple):
+class _NewRow(NamedTuple):
     """The columns of an instance to insert, in the order in which the statement binds them."""
 
     fsm: str
@@ -1843,7 +1790,7 @@ class _NewRow(_NamedTuple):
     updated_at: int
 
 
-class _Row(_NamedTuple):
+class _Row(NamedTuple):
     """What the engine reads of an instance to run and to move it."""
 
     id: int
@@ -1880,7 +1827,7 @@ class _Row(_NamedTuple):
 # them is kept, or cleared by the statement.
 
 
-class _Progress(_NamedTuple):
+class _Progress(NamedTuple):
     """A row that comes to another step, with a clean slate: no error, no attempts, no limits but those given."""
 
     status: str
@@ -1895,7 +1842,7 @@ class _Progress(_NamedTuple):
     joining: int
 
 
-class _Again(_NamedTuple):
+class _Again(NamedTuple):
     """A row whose step runs again, with the limits and the awaited signals that it has."""
 
     state: str
@@ -1910,7 +1857,7 @@ class _Again(_NamedTuple):
         return Status.RUNNABLE
 
 
-class _Finish(_NamedTuple):
+class _Finish(NamedTuple):
     """A row that ends."""
 
     status: str
@@ -2629,7 +2576,7 @@ def _make_signal(row: Sequence[Any]) -> Signal:
     return Signal(identity, name, _load_value(payload), _instant(sent_at))
 
 
-class _Ending(_NamedTuple):
+class _Ending(NamedTuple):
     """How an instance ended, if its status says that it has."""
 
     id: int
@@ -3643,7 +3590,7 @@ class _Claim:
 _queue_of = operator.attrgetter("row.queue")
 
 
-class _Commit(_NamedTuple):
+class _Commit(NamedTuple):
     """What a step leaves to be committed."""
 
     claim: _Claim
@@ -5297,20 +5244,91 @@ def _log_failure(row: _Row, change: _Finish) -> None:
 # ==================================================================================================
 
 
-class _Options(_NamedTuple):
+def _at_least_1(value: object, name: str) -> int:
+    return _integer(value, name, 1)
+
+
+def _by_name(value: object, option: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """Check an option that is a dict by name."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{option} must be a dict, not {value!r}")
+    for name, one in value.items():
+        check(one, f"{option}[{_text(name, f'a name in {option}')!r}]")
+    return dict(value)
+
+
+def _by_limit_name(value: object, option: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """Check an option that is a dict by a limit's name, which holds no colon: that parts it from its partitions."""
+    checked = _by_name(value, option, check)
+    for name in checked:
+        if ":" in name:
+            raise ValueError(f"{option} are by name, the part of a key before the first ':', not {name!r}")
+    return checked
+
+
+def _check_rate_limit(value: object, name: str) -> None:
+    if not isinstance(value, RateLimit):
+        raise ValueError(f"{name} must be a RateLimit, not {value!r}")
+
+
+def _check_synchronous(value: object, _: str) -> str:
+    if value not in ("full", "normal", "extra", "off"):
+        raise ValueError(f"synchronous must be one of full, normal, extra, off, not {value!r}")
+    return str(value)
+
+
+def _check_clock(clock: Any, _: str) -> Callable[[], float]:
+    try:
+        now = clock()
+    except TypeError:
+        now = None
+    if not isinstance(now, int | float) or not math.isfinite(now):
+        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r}")
+    return cast(Callable[[], float], clock)
+
+
+def _option(default: object, check: Callable[..., Any], *arguments: Any, alias: str | None = None) -> Any:
+    """Make the field of an option that is read by that function, which gets its name as users know it."""
+
+    def convert(value: Any, field: attrs.Attribute[Any]) -> Any:
+        return check(value, field.alias, *arguments)
+
+    return attrs.field(default=default, converter=attrs.Converter(convert, takes_field=True), alias=alias)
+
+
+def _seconds(value: object, name: str) -> float:
+    return _duration_ms(value, name) / 1000
+
+
+def _positive_seconds(value: object, name: str) -> float:
+    return _positive_ms(value, name) / 1000
+
+
+@attrs.frozen(kw_only=True)
+class _Options:
     """The options of an engine, checked; durations in the unit that the name says."""
 
-    name: str
-    queues: dict[str, int]
-    rate_limits: dict[str, RateLimit]
-    concurrency_limits: dict[str, int]
-    prefetch: int
-    lease_ms: int
-    heartbeat_ms: int
-    poll_s: float
-    drain_s: float
-    retention_ms: int
-    gc_ms: int
+    name: str = _option("durable", _text)
+    queues: dict[str, int] = _option({"default": 10}, _by_name, _at_least_1)
+    fsms: Iterable[object] = ()
+    rate_limits: dict[str, RateLimit] = _option({}, _by_limit_name, _check_rate_limit)
+    concurrency_limits: dict[str, int] = _option({}, _by_limit_name, _at_least_1)
+    prefetch: int = _option(0, _integer, 0)
+    lease_ms: int = _option(60, _positive_ms, alias="lease_ttl")
+    heartbeat_ms: int = _option(20, _positive_ms, alias="heartbeat_interval")
+    poll_s: float = _option(0.05, _positive_seconds, alias="poll_interval")
+    drain_s: float = _option(5, _seconds, alias="drain_timeout")
+    retention_ms: int = _option(dt.timedelta(days=1), _duration_ms, alias="retention")
+    gc_ms: int = _option(60, _positive_ms, alias="gc_interval")
+    synchronous: str = _option("full", _check_synchronous)
+    clock: Callable[[], float] = _option(time.time, _check_clock)
+
+    def __attrs_post_init__(self) -> None:
+        if self.heartbeat_ms >= self.lease_ms:
+            lease_s, heartbeat_s = self.lease_ms / 1000, self.heartbeat_ms / 1000
+            raise ValueError(
+                f"heartbeat_interval must be less than lease_ttl, {lease_s:g} seconds, not {heartbeat_s:g}"
+            )
 
 
 class _Behaviours:
@@ -5835,12 +5853,12 @@ class _Scheduler:
     REQUESTS_AT_ONCE = 5000
     SWEPT_AT_ONCE = 500
 
-    def __init__(self, path: str, options: _Options, behaviours: _Behaviours, synchronous: str, clock: Any) -> None:
+    def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
         self.options = options
         self.path = path
-        self.store = _Store(path, synchronous)
+        self.store = _Store(path, options.synchronous)
         self.reader = _Reader(path)
-        self.desk = _Desk(self.reader, clock)
+        self.desk = _Desk(self.reader, options.clock)
         self.hub = _Hub()
         self.waiters = _Waiters()
         self.worker_id = os.urandom(8).hex()
@@ -6654,35 +6672,9 @@ if hasattr(os, "register_at_fork"):
 _Look = typing.TypeVar("_Look", Instance, _Ending)
 
 _UNTIL = {"settled": _TERMINAL + _PARKED, "terminal": _TERMINAL}
-_SYNCHRONOUS = ("full", "normal", "extra", "off")
 
 
-def _options_of_names(value: object, name: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """Check an option that is a dict by name; a name holds no colon, which parts it from its partitions."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a dict, not {value!r}")
-    for key, one in value.items():
-        _text(key, f"a name in {name}")
-        check(one, f"{name}[{key!r}]")
-    return dict(value)
-
-
-def _check_no_colon(names: Iterable[str], option: str) -> None:
-    for name in names:
-        if ":" in name:
-            raise ValueError(f"{option} are by name, the part of a key before the first ':', not {name!r}")
-
-
-def _check_rate_limit(value: object, name: str) -> None:
-    if not isinstance(value, RateLimit):
-        raise ValueError(f"{name} must be a RateLimit, not {value!r}")
-
-
-def _at_least_1(value: object, name: str) -> int:
-    return _integer(value, name, 1)
-
-
-class _EngineOptions(_TypedDict, total=False):
+class _EngineOptions(TypedDict, total=False):
     """The options of `Engine`."""
 
     name: str
@@ -6699,61 +6691,6 @@ class _EngineOptions(_TypedDict, total=False):
     gc_interval: _Duration
     synchronous: str
     clock: Callable[[], float]
-
-
-_ENGINE_DEFAULTS: _EngineOptions = {
-    "name": "durable",
-    "queues": {"default": 10},
-    "fsms": (),
-    "rate_limits": {},
-    "concurrency_limits": {},
-    "prefetch": 0,
-    "lease_ttl": 60,
-    "heartbeat_interval": 20,
-    "poll_interval": 0.05,
-    "drain_timeout": 5,
-    "retention": dt.timedelta(days=1),
-    "gc_interval": 60,
-    "synchronous": "full",
-    "clock": time.time,
-}
-
-
-def _check_clock(clock: object) -> None:
-    try:
-        now = cast(Callable[[], object], clock)()
-    except TypeError:
-        now = None
-    if not isinstance(now, int | float) or not math.isfinite(now):
-        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r}")
-
-
-def _read_options(given: _EngineOptions) -> _Options:
-    """Check an engine's options; a bad one is a ValueError that names it."""
-    options = _Options(
-        name=_text(given["name"], "name"),
-        queues=_options_of_names(given["queues"], "queues", _at_least_1),
-        rate_limits=_options_of_names(given["rate_limits"], "rate_limits", _check_rate_limit),
-        concurrency_limits=_options_of_names(given["concurrency_limits"], "concurrency_limits", _at_least_1),
-        prefetch=_integer(given["prefetch"], "prefetch", 0),
-        lease_ms=_positive_ms(given["lease_ttl"], "lease_ttl"),
-        heartbeat_ms=_positive_ms(given["heartbeat_interval"], "heartbeat_interval"),
-        poll_s=_positive_ms(given["poll_interval"], "poll_interval") / 1000,
-        drain_s=_duration_ms(given["drain_timeout"], "drain_timeout") / 1000,
-        retention_ms=_duration_ms(given["retention"], "retention"),
-        gc_ms=_positive_ms(given["gc_interval"], "gc_interval"),
-    )
-    _check_no_colon(options.rate_limits, "rate_limits")
-    _check_no_colon(options.concurrency_limits, "concurrency_limits")
-    if options.heartbeat_ms >= options.lease_ms:
-        raise ValueError(
-            f"heartbeat_interval must be less than lease_ttl, {given['lease_ttl']!r} seconds,"
-            f" not {given['heartbeat_interval']!r}"
-        )
-    if given["synchronous"] not in _SYNCHRONOUS:
-        raise ValueError(f"synchronous must be one of {', '.join(_SYNCHRONOUS)}, not {given['synchronous']!r}")
-    _check_clock(given["clock"])
-    return options
 
 
 def _id_or_none(value: object, name: str) -> int | None:
@@ -6800,16 +6737,14 @@ class Engine:
     """After so long the log is told that somebody waits for what nobody is there to run."""
 
     def __init__(self, database: str | os.PathLike[str], **options: Unpack[_EngineOptions]) -> None:
-        _refuse_unknown(options, _ENGINE_DEFAULTS)
-        given: _EngineOptions = {**_ENGINE_DEFAULTS, **options}
-        checked = _read_options(given)
-        behaviours = _Behaviours(given["fsms"])
+        _refuse_unknown(options, _EngineOptions.__annotations__)
+        checked = _Options(**cast(Any, options))
+        behaviours = _Behaviours(checked.fsms)
         self._path = _database_path(database)
-        self._synchronous = given["synchronous"]
         _refuse_inherited(self._path)
         self._guarded = _guard_file(self._path)
         try:
-            self._core = _Scheduler(self._path, checked, behaviours, self._synchronous, given["clock"])
+            self._core = _Scheduler(self._path, checked, behaviours)
             if self._guarded is None:  # the file is new
                 self._guarded = _guard_file(self._path)
             self._save_rate_limits(checked.rate_limits)
@@ -7062,7 +6997,7 @@ class Engine:
         """Return a connection to the file for the application's own use, with the engine's settings."""
         self._core.check_open()
         with _driver_errors(self._path):
-            return _configure(_connect(self._path), self._synchronous)
+            return _configure(_connect(self._path), self._core.options.synchronous)
 
     def snapshot(self, path: str | os.PathLike[str]) -> None:
         """Copy the file as it is at one instant, while workers run.
@@ -7131,7 +7066,7 @@ class Engine:
         closing = contextlib.closing
         with _driver_errors(path), closing(source), closing(copy), copy.backup("main", source, "main") as backup:
             backup.step(-1)
-        with contextlib.closing(_Scheduler(path, self._core.options, _Behaviours(()), "full", time.time)) as copied:
+        with contextlib.closing(_Scheduler(path, _Options(), _Behaviours(()))) as copied:
             workers = copied.reader.workers()
             queues = {*copied.reader.queues(), *self._core.options.queues, *(q for one in workers for q in one.queues)}
             copied.perform(functools.partial(_Beat.disband, queues=queues))
@@ -7258,7 +7193,7 @@ def _jsonable(value: object) -> object:
     return value.isoformat() if isinstance(value, dt.datetime) else attrs.asdict(cast(Any, value), recurse=False)
 
 
-class _Screen(_NamedTuple):
+class _Screen(NamedTuple):
     """What can be shown where a verb writes."""
 
     live: bool  # a terminal that moves its cursor when told to
@@ -7389,7 +7324,7 @@ _Run = Callable[..., int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
 
 
-class _Verb(_NamedTuple):
+class _Verb(NamedTuple):
     """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
 
     run: _Run
@@ -7707,7 +7642,7 @@ _HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND conc
 _CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
 
 
-class _Case(_NamedTuple):
+class _Case(NamedTuple):
     """One instance, for `show`: where it stands, why, and the verb that helps."""
 
     reader: _Reader
@@ -7970,7 +7905,7 @@ def _over(tally: Mapping[str, int]) -> int:
     return tally.get(Status.DONE, 0) + tally.get(Status.FAILED, 0)
 
 
-class _Glance(_NamedTuple):
+class _Glance(NamedTuple):
     """What `watch` saw at one moment."""
 
     now: dt.datetime
@@ -7983,7 +7918,7 @@ class _Glance(_NamedTuple):
         return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
 
 
-class _Film(_NamedTuple):
+class _Film(NamedTuple):
     """The latest glances at a file: what a rate needs."""
 
     reader: _Reader

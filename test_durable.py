@@ -400,7 +400,7 @@ def test_readme_examples_do_what_they_show(code: str, shown: str, tmp_path: Path
 
 def test_readme_names_every_option() -> None:
     """The README has every option of an engine and of a class."""
-    for name in (*durable._ENGINE_DEFAULTS, *durable._FSMOptions.__annotations__, "abstract"):
+    for name in (*durable._EngineOptions.__annotations__, *durable._FSMOptions.__annotations__, "abstract"):
         assert f"`{name}`" in README, name
 
 
@@ -2708,7 +2708,8 @@ def test_the_options_of_an_engine_have_the_defaults_of_the_contract() -> None:
         "synchronous": "full",
         "clock": time.time,
     }
-    assert defaults == durable._ENGINE_DEFAULTS
+    assert defaults == {field.alias: field.default for field in attrs.fields(durable._Options)}
+    assert list(defaults) == list(durable._EngineOptions.__annotations__)
     assert inspect.signature(Engine.wait).parameters["timeout"].default == 5
     assert inspect.signature(Engine.result).parameters["timeout"].default is None
     crashes = define("Steady", body=PERFORM)._spec
