@@ -310,6 +310,11 @@ def _decode(text: str) -> Any:
     return _raw_decode(text)[0]
 
 
+def _load_value(text: str | None) -> Any:
+    """Read a result or a payload: None stands as SQL's NULL."""
+    return None if text is None else _decode(text)
+
+
 def _json(value: object) -> str:
     """Write JSON as readable text; what UTF-8 can't write (a lone surrogate) is escaped."""
     text = _encode(value)
@@ -421,6 +426,9 @@ def _policy(name: str, limit: RateLimit) -> _Policy:
 # ==================================================================================================
 
 
+_Record = typing.TypeVar("_Record", bound="attrs.AttrsInstance")
+
+
 class Status(enum.StrEnum):
     """Where an instance stands; `done` and `failed` are terminal."""
 
@@ -451,6 +459,11 @@ class _Keep(enum.Enum):
 
 KEEP = _Keep.KEEP
 """`Next(concurrency_key=KEEP)`: the instance keeps the key that it has."""
+
+
+def _columns(record: type[attrs.AttrsInstance]) -> str:
+    """List the columns of a record for a statement: its fields have their names."""
+    return ", ".join(field.name for field in attrs.fields(record))
 
 
 @attrs.frozen
@@ -507,6 +520,35 @@ class Worker:
     started_at: dt.datetime
     heartbeat_at: dt.datetime
     lease_expires_at: dt.datetime
+
+
+_READS: dict[str, Callable[[Any], Any]] = {
+    "Any": _load_value,
+    "Status": Status,
+    "dict[str, int]": _decode,
+    "dt.datetime": _instant,
+    "dt.datetime | None": _instant_or_none,
+    "tuple[str, ...]": lambda names: () if names is None else tuple(_decode(names)),
+}
+"""How a column is read for a field that is annotated so; others are as the file has them."""
+
+
+def _maker_of(record: type[_Record]) -> Callable[[Sequence[Any]], _Record]:
+    """Make the function that makes such a record of its columns, in the order of its fields."""
+    reads = [(at, _READS[field.type]) for at, field in enumerate(attrs.fields(record)) if field.type in _READS]
+
+    def make(row: Sequence[Any]) -> _Record:
+        values = list(row)
+        for at, read in reads:
+            values[at] = read(values[at])
+        return record(*values)
+
+    return make
+
+
+_make_signal = _maker_of(Signal)
+_make_instance = _maker_of(Instance)
+_make_worker = _maker_of(Worker)
 
 
 @attrs.frozen
@@ -1189,10 +1231,6 @@ def _dump_value(value: object, name: str) -> str | None:
         return _json(_strict().unstructure(value))
     except Exception as error:
         raise OutcomeError(f"{name} can't be written as JSON: {_brief(value)} ({_error_text(error)})") from error
-
-
-def _load_value(text: str | None) -> Any:
-    return None if text is None else _decode(text)
 
 
 # ==================================================================================================
@@ -1909,33 +1947,22 @@ def _transition(
 
 def _advanced(row: _Row, change: _Progress) -> _Row:
     """Say how the row stands when it goes on inline: under the next claim, at the new step."""
-    attempt = crashes = joining = has_inbox = 0
-    last_error = traceback = cancel_reason = awaits = None
-    return _Row(
-        row.id,
-        row.fsm,
-        row.version,
-        change.step,
-        change.state,
-        last_error,
-        traceback,
-        attempt,
-        row.max_attempts,
-        crashes,
-        row.max_crashes,
-        row.queue,
-        row.priority,
-        change.eligible_at,
-        row.claim + 1,
-        cancel_reason,
-        change.concurrency_key,
-        change.rate_limit,
-        change.weight,
-        awaits,
-        joining,
-        row.parent_id,
-        row.correlation_key,
-        has_inbox,
+    return row._replace(
+        step=change.step,
+        state=change.state,
+        last_error=None,
+        traceback=None,
+        attempt=0,
+        crashes=0,
+        eligible_at=change.eligible_at,
+        claim=row.claim + 1,
+        cancel_reason=None,
+        concurrency_key=change.concurrency_key,
+        rate_limit=change.rate_limit,
+        weight=change.weight,
+        awaits=None,
+        joining=0,
+        has_inbox=0,
     )
 
 
@@ -2078,59 +2105,50 @@ CREATE VIEW durable_view_workers AS SELECT
 _MIGRATIONS: tuple[str, ...] = (_SCHEMA,)
 """The script at position n brings a file from version n to n + 1."""
 
-_ROW = """
-    i.id, i.fsm, i.version, i.step, i.state, i.last_error, i.traceback, i.attempt, i.max_attempts, i.crashes,
-    i.max_crashes, i.queue, i.priority, i.eligible_at, i.claim, i.cancel_reason, i.concurrency_key, i.rate_limit,
-    i.weight, i.awaits, i.joining, i.parent_id, i.correlation_key,
-    EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id)
-"""
+_ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
+    "i.has_inbox", "EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id)"
+)
 _ROW_TO_CLAIM = _ROW.replace("i.claim,", "i.claim + 1,")
 """The row as it will be under the claim that is about to be made."""
-_INSTANCE = """
-    id, fsm, version, step, status, state, result, last_error, traceback, attempt, max_attempts, crashes, queue,
-    priority, eligible_at, worker, concurrency_key, rate_limit, weight, parked_on, awaits, await_deadline, parent_id,
-    correlation_key, inserted_at, updated_at
-"""
+_INSTANCE = _columns(Instance)
 
 _BULK = 16
 """So many rows are one statement, where one will do: it opens the indexes once for all, 2 us a row in place of 3.5."""
 _One = typing.TypeVar("_One")
 
 # The guard column's index decides on duplicates, so no look-up goes before an insert.
-_INSERT = """
-INSERT INTO durable_instances (
-    fsm, version, step, state, max_attempts, max_crashes, queue, priority, eligible_at, concurrency_key, rate_limit,
-    weight, parent_id, correlation_key, correlation_scope, inserted_at, updated_at
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-_INSERT_MANY = _INSERT + f", ({', '.join('?' * len(_NewRow._fields))})" * (_BULK - 1)
+_VALUES = f"({', '.join('?' * len(_NewRow._fields))})"
+_INSERT = f"INSERT INTO durable_instances ({', '.join(_NewRow._fields)}) VALUES {_VALUES}"
+_INSERT_MANY = _INSERT + f", {_VALUES}" * (_BULK - 1)
 _INSERT_UNIQUE = f"{_INSERT} ON CONFLICT (correlation_guard) WHERE correlation_guard IS NOT NULL DO NOTHING"
 _OCCUPANT = "SELECT id, status FROM durable_instances WHERE correlation_guard = ?"
 _CARRIER = "SELECT max(id) FROM durable_instances WHERE correlation_key = ?"
 _LIMIT = "SELECT name, allowed, per_ms, burst FROM durable_limits WHERE name = ?"
 
+
+def _settings(change: type[_Change], *left_out: str) -> str:
+    """Set the columns of a change to the values that it binds."""
+    return ", ".join(f"{name} = ?" for name in change._fields if name not in left_out)
+
+
 # The guard: only the claim that produced an outcome may write it, and not if the instance was cancelled meanwhile.
 _UNDER_CLAIM = "WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS ?"
 _FINISH = f"""
-UPDATE durable_instances SET
-    status = ?, result = ?, last_error = ?, traceback = ?, attempt = ?, crashes = ?, updated_at = ?,
+UPDATE durable_instances SET {_settings(_Finish)}, updated_at = ?,
     awaits = NULL, joining = 0, worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 _AGAIN = f"""
-UPDATE durable_instances SET
-    status = 'runnable', state = ?, attempt = ?, crashes = ?, eligible_at = ?, last_error = ?, traceback = ?,
-    updated_at = ?, worker = NULL, cancel_reason = NULL
+UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
+    worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 _PROGRESS = f"""
-UPDATE durable_instances SET
-    status = ?, step = ?, state = ?, eligible_at = ?, concurrency_key = ?, rate_limit = ?, weight = ?, awaits = ?,
-    await_deadline = ?, joining = ?, updated_at = ?, last_error = NULL, traceback = NULL, attempt = 0, crashes = 0,
-    worker = NULL, cancel_reason = NULL
+UPDATE durable_instances SET {_settings(_Progress)}, updated_at = ?,
+    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 # An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
 # is not written, not even as it is: that would have every index that depends on it looked at.
 _ADVANCE = f"""
-UPDATE durable_instances SET
-    step = ?, state = ?, eligible_at = ?, concurrency_key = ?, rate_limit = ?, weight = ?, updated_at = ?,
+UPDATE durable_instances SET {_settings(_Progress, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
     last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, awaits = NULL, joining = 0, claim = claim + 1
 {_UNDER_CLAIM}"""
 _CANCEL_REASON = """
@@ -2230,7 +2248,7 @@ _WAKE = """
 UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
 WHERE id = ?2 AND status = 'awaiting_signal' AND EXISTS (SELECT 1 FROM json_each(awaits) WHERE value = ?3)
 """
-_INBOX = "SELECT id, name, payload, sent_at FROM durable_signals WHERE target = ? AND consumed = 0 ORDER BY id"
+_INBOX = f"SELECT {_columns(Signal)} FROM durable_signals WHERE target = ? AND consumed = 0 ORDER BY id"
 _UNSEEN = """
 SELECT 1 FROM durable_signals
 WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
@@ -2289,10 +2307,7 @@ ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, lease_expir
 """
 _RENEW = "UPDATE durable_workers SET heartbeat_at = ?, lease_expires_at = ? WHERE id = ?"
 _UNREGISTER = "DELETE FROM durable_workers WHERE id = ?"
-_WORKERS = """
-SELECT id, name, host, pid, queues, started_at, heartbeat_at, lease_expires_at FROM durable_workers
-ORDER BY started_at, id
-"""
+_WORKERS = f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id"
 _CLAIMED_BY = f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id"
 
 # A finished child waits for its parent's join: `joining` stays set until the step after the join makes progress.
@@ -2541,24 +2556,6 @@ def _parked_queues(connection: apsw.Connection, parked_on: str) -> Iterator[str]
         yield queue
 
 
-def _make_instance(row: Sequence[Any]) -> Instance:
-    """Make the public record of a row, in the order of `_INSTANCE`."""
-    values = list(row)
-    values[4] = Status(values[4])
-    values[5], values[6] = _decode(values[5]), _load_value(values[6])
-    values[14], values[21] = _instant(values[14]), _instant_or_none(values[21])
-    values[20] = tuple(_decode(values[20])) if values[20] is not None else ()
-    values[24], values[25] = _instant(values[24]), _instant(values[25])
-    return Instance(*values)
-
-
-def _make_worker(row: Sequence[Any]) -> Worker:
-    values = list(row)
-    values[4] = _decode(values[4])
-    values[5:] = map(_instant, values[5:])
-    return Worker(*values)
-
-
 def _keep_for_ever(connections: list[apsw.Connection]) -> None:
     """Keep connections from being closed, even by the interpreter's end.
 
@@ -2569,11 +2566,6 @@ def _keep_for_ever(connections: list[apsw.Connection]) -> None:
 
     for connection in connections:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-
-
-def _make_signal(row: Sequence[Any]) -> Signal:
-    identity, name, payload, sent_at = row
-    return Signal(identity, name, _load_value(payload), _instant(sent_at))
 
 
 class _Ending(NamedTuple):
