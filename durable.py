@@ -28,7 +28,7 @@ the step again: at least once. Effects inside the file (`Context.execute`) happe
 Read from top to bottom; nothing refers to what stands below it:
 
     Errors, Values, Limits, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Files, Execution, Threads,
-    Beat, Scheduler, Engine, Command line
+    Beat, Scheduler, Engine, Tools
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ import typing
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypedDict, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypedDict, Unpack, cast, overload
 
 import apsw
 import attrs
@@ -66,11 +66,9 @@ import cattrs.cols
 import cattrs.gen
 
 if TYPE_CHECKING:
-    import argparse
     import asyncio
     import concurrent.futures
     import sqlite3
-    import subprocess
 
 __all__ = [
     "Await",
@@ -2580,9 +2578,8 @@ class _Ending(NamedTuple):
 class _Reader:
     """Reads what is committed, on connections of its own that can't write and never block a beat."""
 
-    def __init__(self, path: str, flags: int = apsw.SQLITE_OPEN_READWRITE) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self._flags = flags
         self._idle: list[apsw.Connection] = []
         self._all: list[apsw.Connection] = []
         self._is_closed = False
@@ -2596,13 +2593,16 @@ class _Reader:
             try:
                 connection = self._idle.pop()
             except IndexError:
-                connection = _connect(self.path, self._flags)
+                connection = self._open()
                 connection.execute("PRAGMA query_only = ON")
                 self._all.append(connection)
             try:
                 yield connection
             finally:
                 self._put_back(connection)
+
+    def _open(self) -> apsw.Connection:
+        return _connect(self.path, apsw.SQLITE_OPEN_READWRITE)
 
     def _put_back(self, connection: apsw.Connection) -> None:
         if self._is_closed:
@@ -3342,9 +3342,9 @@ class _LockFile:
         self.close()  # a reaping that storage refused drops the lock for the next try
 
 
-def _living_workers(reader: _Reader) -> list[Worker]:
-    """List the workers on a file, but for those that have died and wait for an engine to notice."""
-    return [one for one in reader.workers() if not _LockFile.is_dropped(_LockFile.path_of(reader.path, one.id))]
+def _living(path: str, workers: Iterable[Worker]) -> list[Worker]:
+    """Leave out those of a file's workers that have died and wait for an engine to notice."""
+    return [one for one in workers if not _LockFile.is_dropped(_LockFile.path_of(path, one.id))]
 
 
 class _LogWatch:
@@ -6699,6 +6699,25 @@ def _status(value: object) -> Status:
         raise ValueError(f"status must be one of {', '.join(Status)}, not {value!r}") from None
 
 
+def _checked_filters(
+    status: Any = None,
+    fsm: Any = None,
+    queue: Any = None,
+    parent_id: Any = None,
+    correlation_key: Any = None,
+    before: Any = None,
+) -> dict[str, Any]:
+    """Check what `find` is to look for."""
+    return {
+        "status": None if status is None else _status(status),
+        "fsm": fsm if fsm is None or isinstance(fsm, str) else _spec_of(fsm).name,
+        "queue": None if queue is None else _text(queue, "queue"),
+        "parent_id": _id_or_none(parent_id, "parent_id"),
+        "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
+        "before": _id_or_none(before, "before"),
+    }
+
+
 class Engine:
     """Runs machines and jobs on one SQLite file, and lets anybody insert, signal, wait and look.
 
@@ -6857,14 +6876,7 @@ class Engine:
     ) -> list[Instance]:
         """Return the newest instances that pass all filters, newest first; `before=id` pages."""
         self._core.check_open()
-        filters = {
-            "status": None if status is None else _status(status),
-            "fsm": fsm if fsm is None or isinstance(fsm, str) else _spec_of(fsm).name,
-            "queue": None if queue is None else _text(queue, "queue"),
-            "parent_id": _id_or_none(parent_id, "parent_id"),
-            "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
-            "before": _id_or_none(before, "before"),
-        }
+        filters = _checked_filters(status, fsm, queue, parent_id, correlation_key, before)
         return self._core.reader.find(filters, _at_least_1(limit, "limit"))
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -6978,7 +6990,7 @@ class Engine:
     def workers(self) -> list[Worker]:
         """Return the engines that run on this file; one whose process has died is none of them."""
         self._core.check_open()
-        return _living_workers(self._core.reader)
+        return _living(self._path, self._core.reader.workers())
 
     def check(self) -> list[str]:
         """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound."""
@@ -7145,1110 +7157,87 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
 
 
 # ==================================================================================================
-# Command line
+# Tools
 # ==================================================================================================
 
-# How a status looks in a bar, as a block and as a letter, from what is over to what is still to come.
-_BLOCKS = {
-    Status.DONE: "█#",
-    Status.FAILED: "▚x",
-    Status.EXECUTING: "▓=",
-    Status.AWAITING_CHILDREN: "▒~",
-    Status.AWAITING_SIGNAL: "▒~",
-    Status.RUNNABLE: "░.",
-}
-_COLOURS = dict(zip(_BLOCKS, ("32", "31", "33", "35", "34", "36"), strict=True)) | {"bold": "1", "dim": "2"}
 
+class tools:  # noqa: N801 - a namespace, named as a module is
+    """What programs that stand around this module, as the command line does, may use of it beside `__all__`.
 
-class _UsageError(Exception):
-    """A command line that cannot be meant: exit status 2."""
+    It is for them and not for applications. All of it stands here, with its documentation:
 
-
-def _plain(value: object) -> str:
-    """`value` on one line, without anything that would steer a terminal."""
-    text = "-" if value is None or value == "" else str(value)
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _fit(text: str, width: int, *, right: bool = False) -> str:
-    """`text` in exactly `width` columns of a terminal, where a letter may take two."""
-    from apsw.unicode import text_width, text_width_substr
-
-    if text_width(text) > width:
-        text = text_width_substr(text, width - 1)[1] + "…"
-    padding = " " * (width - text_width(text))
-    return padding + text if right else text + padding
-
-
-def _jsonable(value: object) -> object:
-    """What JSON has no form for: an instant, as ISO text, or a record, as an object."""
-    return value.isoformat() if isinstance(value, dt.datetime) else attrs.asdict(cast(Any, value), recurse=False)
-
-
-class _Screen(NamedTuple):
-    """What can be shown where a verb writes."""
-
-    live: bool  # a terminal that moves its cursor when told to
-    colour: bool
-    blocks: bool  # the encoding has block characters
-
-    @classmethod
-    def of_stdout(cls) -> _Screen:
-        """What standard output can show: plain lines, unless it is a terminal."""
-        import io
-
-        live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        if live and os.name == "nt":
-            os.system("")  # makes the Windows console understand escape sequences
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a letter that can't be shown is no reason to show nothing
-        blocks = str(sys.stdout.encoding).lower().startswith("utf")
-        return cls(live, live and not os.environ.get("NO_COLOR"), blocks)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Columns and lines; a pipe takes lines of any length."""
-        import shutil
-
-        columns, lines = shutil.get_terminal_size()
-        return (columns, lines) if self.live else (1_000_000, 1_000_000)
-
-    def json(self, value: object, indent: int | None = None) -> str:
-        return json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks)
-
-    def answer(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
-        """Print `value` for a program, or the `lines` that tell it to people."""
-        print(self.json(value, indent=2) if as_json else "\n".join(lines), flush=True)
-
-    def paint(self, text: str, style: str) -> str:
-        """`text` in the colour of a status, bold or dim, if there are colours."""
-        return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m" if self.colour else text
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-        """`rows` under `head`, the widest columns cut to fit: numbers to the right, a status in its colour."""
-        from apsw.unicode import text_width
-
-        cells = [[_plain(cell) for cell in row] for row in rows]
-        widths = [max(map(text_width, column)) for column in zip(head, *cells, strict=True)]
-        room = self.size[0] - 2 * (len(widths) - 1)
-        while sum(widths) > room and max(widths) > 4:
-            widths[widths.index(max(widths))] -= 1
-        yield self.paint("  ".join(map(_fit, head, widths)).rstrip(), "bold")
-        for row, texts in zip(rows, cells, strict=True):
-            line = []
-            for cell, text, width in zip(row, texts, widths, strict=True):
-                text = _fit(text, width, right=isinstance(cell, int))
-                line.append(self.paint(text, cell) if isinstance(cell, Status) else text)
-            yield "  ".join(line).rstrip()
-
-    def bar(self, tally: Mapping[str, int], width: int) -> str:
-        """The statuses of `tally` as stretches of one bar; the smallest can still be seen."""
-        total = sum(tally.values()) or 1
-        cells = {status: max(bool(tally.get(status)), width * tally.get(status, 0) // total) for status in _BLOCKS}
-        cells[max(cells, key=cells.__getitem__)] += width - sum(cells.values())
-        which = 0 if self.blocks else 1
-        return "".join(self.paint(_BLOCKS[status][which] * n, status) for status, n in cells.items() if n)
-
-    def spark(self, values: Sequence[float]) -> str:
-        """`values` as a row of small columns."""
-        levels, peak = "▁▂▃▄▅▆▇█" if self.blocks else "_.-=+*#@", max(values, default=0) or 1
-        return "".join(levels[min(7, int(8 * max(0, value) / peak))] for value in values)
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
-
-
-def _span(seconds: float) -> str:
-    """A length of time in its largest unit: `40 ms`, `3.2 s`, `12 min`, `5 h`, `9 d`."""
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size:
-            return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}".replace(".0 ", " ")
-    return f"{seconds * 1000:.0f} ms"
-
-
-def _distance(instant: dt.datetime) -> str:
-    """How far off `instant` is: `3 min ago`, `in 2 h`."""
-    seconds = (instant - _now()).total_seconds()
-    return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} ago"
-
-
-def _moment(instant: dt.datetime) -> str:
-    """`instant` on the reader's own clock, and how far off it is."""
-    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({_distance(instant)})"
-
-
-# ---- what verbs are made of
-
-
-@contextlib.contextmanager
-def _look(path: pathlib.Path) -> Iterator[_Reader]:
-    """A reader on the file, which can't write; no file is made, and none left behind."""
-    if not path.is_file():
-        raise DurableError(f"{path}: {'that is no file' if path.exists() else 'no such file'}")
-    # To read without a WAL, SQLite makes one, and only a connection that might write takes it away at the end.
-    has_wal = pathlib.Path(f"{path.resolve()}-wal").exists()
-    reader = _Reader(str(path.resolve()), apsw.SQLITE_OPEN_READONLY if has_wal else apsw.SQLITE_OPEN_READWRITE)
-    try:
-        with reader.reading() as connection:
-            if not _file_version(connection, reader.path):
-                raise SchemaError(f"{path} is no database of durable's")
-        yield reader
-    finally:
-        reader.close()
-
-
-@contextlib.contextmanager
-def _client(path: pathlib.Path, *, may_create: bool = False, **options: Any) -> Iterator[Engine]:
-    """An engine on the file that runs nothing."""
-    if not may_create:
-        with _look(path):  # refuses a file that is missing, or is none of durable's
-            pass
-    engine = Engine(path, queues={}, **options)
-    try:
-        yield engine
-    finally:
-        engine.stop()
-
-
-_Opener = Callable[[pathlib.Path], contextlib.AbstractContextManager[Any]]
-_Run = Callable[..., int | None]
-_Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
-
-
-class _Verb(NamedTuple):
-    """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
-
-    run: _Run
-    opens: _Opener | None
-    about: tuple[str | _Argument, ...]
-
-    def __call__(self, options: argparse.Namespace) -> int:
-        if self.opens is None:
-            return self.run(options) or 0
-        with self.opens(options.file) as opened:
-            return self.run(opened, options) or 0
-
-
-_VERBS: dict[str, _Verb] = {}
-
-
-def _argument(*names: str, **options: Any) -> _Argument:
-    return names, options
-
-
-_FILE = _argument("file", type=pathlib.Path, metavar="FILE", help="the database")
-
-
-def _verb(*about: str | _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
-    """Make a function a verb: `_cli_list` is `list`, its docstring the help, what it returns the exit status."""
-
-    def register(run: _Run) -> _Run:
-        _VERBS[run.__name__.removeprefix("_cli_")] = _Verb(run, opens, (_FILE, *about) if opens else about)
-        return run
-
-    return register
-
-
-def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of `names` that the command line gives a value."""
-    return {name: value for name, value in vars(options).items() if name in names and value is not None}
-
-
-def _json_argument(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise _UsageError(f"not JSON: {text!r}: {error}") from error
-
-
-def _target_argument(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() else text
-
-
-def _queue_argument(text: str) -> tuple[str, int]:
-    name, _, width = text.rpartition("=")
-    if not (name and width.isascii() and width.isdigit()):
-        raise _UsageError(f"not NAME=N: {text!r}")
-    return name, int(width)
-
-
-def _instant_argument(text: str) -> dt.datetime:
-    try:
-        return dt.datetime.fromisoformat(text).astimezone()  # without a zone: on this machine's clock
-    except ValueError as error:
-        raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
-
-
-_TARGET = functools.partial(
-    _argument, type=_target_argument, metavar="TARGET", help="an id (all digits) or a correlation key"
-)
-_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
-_JSON = _argument("--json", action="store_true", help="for programs")
-_FILTERS = (
-    _argument("--fsm", metavar="NAME", help="only of this class, by its name in the file"),
-    _argument("--queue", help="only in this queue"),
-    _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
-)
-
-
-# ---- run, drain, insert: with the user's code
-
-
-def _load_script(path: pathlib.Path) -> types.ModuleType:
-    """The script under its stem, so that its classes have the names that `python SCRIPT` gives them."""
-    path = path.resolve(strict=True)
-    known = sys.modules.get(path.stem)
-    if known and getattr(known, "__file__", None) == str(path):
-        return known
-    if known or path.stem in sys.stdlib_module_names:
-        raise DurableError(f"another module is called {path.stem!r}; the script needs a name of its own")
-    sys.path.insert(0, str(path.parent))
-    module = sys.modules[path.stem] = types.ModuleType(path.stem)
-    module.__file__ = str(path)
-    try:
-        exec(compile(path.read_bytes(), path, "exec"), vars(module))
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
-    return module
-
-
-def _blame(error: BaseException) -> str:
-    """`error` in one line, with the user's line that raised it."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    own = tuple(os.path.dirname(os.path.abspath(os.__file__)) + os.sep + name for name in ("importlib", "pathlib"))
-    users = [f for f in frames if f.filename != __file__ and not f.filename.startswith((*own, "<"))]
-    place = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def _load(target: str) -> tuple[types.ModuleType, Any]:
-    """The module that `target` means, and what it calls the name behind the colon; None without one."""
-    import importlib
-
-    name, _, attribute = target.rpartition(":")
-    if not name or not attribute.replace(".", "_").isidentifier():  # no colon, or that of `C:\jobs.py`
-        name, attribute = target, ""
-    try:
-        if name.endswith(".py") or pathlib.Path(name).is_file():
-            module = _load_script(pathlib.Path(name))
-        else:
-            sys.path.insert(0, os.getcwd())  # as `python -m` does
-            module = importlib.import_module(name)
-        return module, operator.attrgetter(attribute)(module) if attribute else None
-    except DurableError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise DurableError(f"{target} cannot be loaded: {_blame(error)}") from error
-
-
-_CODE = (
-    _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script"),
-    _argument("--database", type=pathlib.Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"),
-)
-_LEVELS = ("debug", "info", "warning", "error")
-_LOG_LEVEL = _argument("--log-level", choices=_LEVELS, default="info", help="what to log (info)")
-
-
-def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engine:
-    """The engine that the command line means: TARGET's own, or a new one on --database. Now it logs, too."""
-    import logging
-
-    if queues and not options.database:
-        raise _UsageError("the queues of TARGET's own engine are its own: --queue goes with --database")
-    module, engine = _load(options.target)
-    if options.database and engine is None:
-        if not _registry:
-            raise DurableError(f"{options.target} defines no machine and no job")
-        engine = Engine(options.database, queues=queues or {spec.queue: 10 for spec in _registry.values()})
-    else:
-        engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
-        if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
-            raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
-        engine = engines[0]
-        if engine._core.is_closed:
-            raise DurableError(
-                f"the engine of {options.target} was stopped when that was loaded: make it, but do not run it"
-            )
-    # For a person at a terminal, unless the user's code has set up logging of its own.
-    form = "%(asctime)s %(levelname)-7s %(message)s"
-    logging.basicConfig(level=options.log_level.upper(), format=form, datefmt="%X")
-    return engine
-
-
-@_verb(
-    "durable run jobs.py",
-    "durable run shop.worker:engine",
-    "durable run jobs.py --database shop.db --queue default=10 checkout=5",
-    *_CODE,
-    _argument(
-        "--queue",
-        type=_queue_argument,
-        nargs="+",
-        action="extend",
-        metavar="NAME=N",
-        help="run N steps of queue NAME at once; others not at all",
-    ),
-    _LOG_LEVEL,
-)
-def _cli_run(options: argparse.Namespace) -> None:
-    """Run an engine until SIGINT or SIGTERM.
-
-    TARGET's own engine, or a new one on --database with all classes of TARGET, in their own queues unless
-    --queue says which, and how many steps of each at once. Several may run on one file. The first signal
-    asks for a drain: what runs may end, nothing new begins. The second leaves at once.
+    * `Reader`: a look at a file, without user code, that changes nothing
+    * `registry`: what the classes known in this process define, by name and version
+    * `is_stopped`: whether an engine was stopped
     """
-    import signal
 
-    def leave(number: int, _frame: object) -> None:
-        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
-
-    engine = _engine_for(options, dict(options.queue or ()))
-    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
-    signal.signal(signal.SIGTERM, leave)
-    if sys.platform == "win32":
-        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
-    engine.run()
-
-
-@_verb(
-    "durable drain jobs.py --database shop.db",
-    *_CODE,
-    _argument("--queue", help="only this queue"),
-    _argument("--with-scheduled", action="store_true", help="also what is scheduled for later"),
-    _LOG_LEVEL,
-)
-def _cli_drain(options: argparse.Namespace) -> int:
-    """Run what is due in this process, print the tally, end.
-
-    Exit status 1 if an instance failed.
-    """
-    engine = _engine_for(options, {})
-    try:
-        tally = engine.drain(queue=options.queue, with_scheduled=options.with_scheduled, max_steps=sys.maxsize)
-    finally:
-        engine.stop()
-    print(", ".join(f"{count} {kind}" for kind, count in tally.items() if count) or "nothing was due")
-    return 1 if tally["stop"] else 0
-
-
-@_verb(
-    """durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'""",
-    """durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60""",
-    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
-    _argument("--database", type=pathlib.Path, metavar="FILE", required=True, help="made if it is missing"),
-    _argument("--state", "--args", type=_json_argument, metavar="JSON", help="its state, a job's arguments"),
-    _argument("--key", dest="correlation_key", metavar="KEY", help="a business key, unique among the live"),
-    _argument("--in", dest="schedule_in", type=float, metavar="SECONDS", help="not before"),
-    _argument("--at", dest="schedule_at", type=_instant_argument, metavar="INSTANT", help="not before"),
-    _argument("--queue", help="another queue than its class's"),
-    _argument("--priority", type=int, metavar="N", help="lower goes first (0)"),
-    _argument("--step", help="another first step"),
-    _argument("--concurrency-key", metavar="KEY", help="what it shares its turns with"),
-    _argument("--rate-limit", metavar="NAME", help="the bucket that pays for it"),
-    _argument("--weight", type=int, metavar="N", help="how many tokens it costs (1)"),
-    _argument("--max-attempts", type=int, metavar="N", help="of a job (20)"),
-)
-def _cli_insert(options: argparse.Namespace) -> None:
-    """Insert an instance and print its id."""
-    if ":" not in options.target:
-        raise _UsageError(f"not TARGET:CLASS: {options.target!r}")
-    _, fsm = _load(options.target)
-    with _client(options.database, may_create=True) as engine:
-        print(engine.insert(fsm, **_given(options, attrs.fields_dict(Insert))))
-
-
-# ---- list, counts, workers, show, wait, check: looking, with a file that is only read
-
-
-def _remark(it: Instance) -> str:
-    """What one asks next about an instance: its error, what it waits for, what came of it."""
-    match it.status:
-        case Status.DONE:
-            return "" if it.result is None else json.dumps(it.result, ensure_ascii=False)
-        case Status.AWAITING_SIGNAL:
-            return " ".join(it.awaits) + (f", {_distance(it.await_deadline)}" if it.await_deadline else "")
-        case Status.RUNNABLE if it.parked_on:
-            return f"parked on {it.parked_on}"
-        case Status.RUNNABLE if it.eligible_at > _now():
-            return f"due {_distance(it.eligible_at)}  {it.last_error or ''}"
-    return it.last_error or ""
-
-
-def _instances(screen: _Screen, found: Iterable[Instance]) -> Iterator[str]:
-    rows = [
-        (it.id, it.fsm, it.step, it.status, it.queue, it.correlation_key, _distance(it.updated_at), _remark(it))
-        for it in found
-    ]
-    return screen.table(("id", "fsm", "step", "status", "queue", "key", "changed", "remark"), rows)
-
-
-def _workers(screen: _Screen, found: Iterable[Worker]) -> Iterator[str]:
-    rows = []
-    for it in found:
-        queues = " ".join(f"{queue}={width}" for queue, width in it.queues.items())
-        rows.append((it.name, it.host, it.pid, queues, _distance(it.started_at), _distance(it.heartbeat_at), it.id))
-    return screen.table(("worker", "host", "pid", "queues", "started", "heartbeat", "id"), rows)
-
-
-@_verb(
-    "durable list shop.db --status failed",
-    "durable list shop.db --fsm jobs.Resize --json",
-    *_FILTERS,
-    _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
-    _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
-    _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
-    _argument("--limit", type=int, default=100, metavar="N", help="so many at most (100)"),
-    _JSON,
-    opens=_look,
-)
-def _cli_list(reader: _Reader, options: argparse.Namespace) -> None:
-    """List instances, newest first."""
-    screen, found = _Screen.of_stdout(), reader.find(_given(options, _FIND_BY), options.limit)
-    screen.answer(found, _instances(screen, found), as_json=options.json)
-
-
-@_verb("durable counts shop.db", _JSON, opens=_look)
-def _cli_counts(reader: _Reader, options: argparse.Namespace) -> None:
-    """Count the instances of every queue by status."""
-    screen, counts = _Screen.of_stdout(), reader.counts()
-    paused = reader.paused()
-    rows = [
-        (f"{queue} (paused)" if queue in paused else queue, *(tally.get(status, 0) for status in _BLOCKS))
-        for queue, tally in counts.items()
-    ]
-    screen.answer(counts, screen.table(("queue", *_BLOCKS), rows), as_json=options.json)
-
-
-@_verb("durable workers shop.db", _JSON, opens=_look)
-def _cli_workers(reader: _Reader, options: argparse.Namespace) -> None:
-    """List the engines that run on FILE."""
-    screen, found = _Screen.of_stdout(), _living_workers(reader)
-    screen.answer(found, _workers(screen, found), as_json=options.json)
-
-
-_HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND concurrency_key = ? LIMIT 5"
-_CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
-
-
-class _Case(NamedTuple):
-    """One instance, for `show`: where it stands, why, and the verb that helps."""
-
-    reader: _Reader
-    file: pathlib.Path
-    it: Instance
-
-    def verb(self, name: str, *words: object) -> str:
-        """A command on the file, to be copied into a shell."""
-        import shlex
-
-        file = ["MODULE", "--database", self.file] if name == "run" else [self.file]
-        return shlex.join(map(str, ["durable", name, *file, *words]))
-
-    def plight(self) -> tuple[str, str]:
-        """What the instance waits for; and the verb that helps, if one does."""
-        it = self.it
-        match it.status:
-            case Status.RUNNABLE:
-                return self.why_it_does_not_run()
-            case Status.EXECUTING:
-                return self.who_runs_it()
-            case Status.AWAITING_SIGNAL:
-                end = f"until {_moment(it.await_deadline)}" if it.await_deadline else "without a deadline"
-                return f"the signal {' or '.join(it.awaits)}, {end}", self.verb("signal", it.id, it.awaits[0], "{}")
-            case Status.AWAITING_CHILDREN:
-                return "the end of its children", self.verb("list", "--parent", it.id)
-            case Status.FAILED:
-                return "somebody to retry it", self.verb("retry", it.id)
-        return "", ""
-
-    def why_it_does_not_run(self) -> tuple[str, str]:
-        """What stands between a runnable instance and a worker."""
-        it = self.it
-        if it.queue in self.reader.paused():
-            return f"its queue {it.queue} to be resumed", self.verb("resume", it.queue)
-        if it.parked_on == f"key:{it.concurrency_key}":
-            holders = [id_ for (id_,) in self.reader._rows(_HOLDERS, (it.concurrency_key,))]
-            others = " ".join(["held by", *(f"#{id_}" for id_ in holders)]) if holders else "free by now"
-            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", holders[0]) if holders else ""
-        if it.parked_on:
-            return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
-        if it.eligible_at > _now():
-            return f"its time, {_moment(it.eligible_at)}", ""
-        if not any(it.queue in worker.queues for worker in _living_workers(self.reader)):
-            return f"an engine that runs the queue {it.queue}", self.verb("run")
-        return "a free place, or an engine that knows its class", self.verb("workers")
-
-    def who_runs_it(self) -> tuple[str, str]:
-        """The worker that has the instance, if it lives."""
-        for worker in _living_workers(self.reader):
-            if worker.id == self.it.worker and worker.lease_expires_at > _now():
-                heard = _distance(worker.heartbeat_at)
-                where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
-                if self.reader.is_cancelled(self.it.id):
-                    return f"{where}; it has been asked to end", self.verb("workers")
-                return where, self.verb("cancel", self.it.id)
-        return "an engine to take it from a worker that is gone", self.verb("run")
-
-    def facts(self) -> Iterator[tuple[str, object]]:
-        """The story, a line each."""
-        it, (reason, verb) = self.it, self.plight()
-        of_how_many = f" of {it.max_attempts}" if it.max_attempts else ""
-        yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
-        yield "since", _moment(it.updated_at)
-        yield "waits for", reason
-        yield "try", verb
-        yield "crashes", it.crashes
-        yield "key", it.correlation_key
-        yield "queue", f"{it.queue}, priority {it.priority}"
-        yield "turns", it.concurrency_key
-        yield "pays", it.rate_limit and f"{it.weight} of {it.rate_limit}"
-        yield "child of", it.parent_id
-        yield "inserted", _moment(it.inserted_at)
-        yield "state", json.dumps(it.state, ensure_ascii=False)
-        yield "result", it.status is Status.DONE and json.dumps(it.result, ensure_ascii=False)
-
-    def tell(self, screen: _Screen) -> Iterator[str]:
-        """All of it: the facts, the last error, the signals, and of the children ten, those that failed if any did."""
-        it, mine = self.it, {"parent_id": self.it.id}
-        title = screen.paint(_plain(f"{it.fsm} #{it.id}"), "bold")
-        yield f"{title}  version {it.version}  {screen.paint(it.status, it.status)}"
-        yield from (f"  {screen.paint(_fit(label, 9), 'dim')}  {_plain(fact)}" for label, fact in self.facts() if fact)
-        if it.last_error:
-            yield from ("", screen.paint("last error", "bold"))
-            yield from (screen.paint(f"  {_plain(line)}", Status.FAILED) for line in it.last_error.splitlines())
-            yield from (screen.paint(f"  {_plain(line)}", "dim") for line in (it.traceback or "").splitlines())
-        if signals := self.reader.signals(it.id):
-            rows = [(each.id, each.name, json.dumps(each.payload), _distance(each.sent_at)) for each in signals]
-            yield from ("", *screen.table(("signal", "name", "payload", "sent"), rows))
-        if tally := self.reader._rows(_CHILD_COUNTS, (it.id,)):
-            counts = ", ".join(screen.paint(f"{count} {status}", status) for status, count in tally)
-            yield from ("", f"{screen.paint('children', 'bold')}  {counts}")
-            failed = self.reader.find(mine | {"status": Status.FAILED}, 10)
-            yield from _instances(screen, failed or self.reader.find(mine, 10))
-
-
-@_verb("durable show shop.db 42", "durable show shop.db order:42", _TARGET("target"), _JSON, opens=_look)
-def _cli_show(reader: _Reader, options: argparse.Namespace) -> None:
-    """Tell the story of one instance.
-
-    Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
-    """
-    screen, it = _Screen.of_stdout(), reader.get(options.target)
-    screen.answer(it, _Case(reader, options.file, it).tell(screen), as_json=options.json)
-
-
-@_verb(
-    "durable wait shop.db order:42 --timeout 60",
-    _TARGET("target"),
-    _argument("--timeout", type=float, default=math.inf, metavar="S", help="give up after S seconds"),
-    opens=_look,
-)
-def _cli_wait(reader: _Reader, options: argparse.Namespace) -> None:
-    """Wait until an instance is done and print its result as JSON.
-
-    Exit status 1 if it failed, or has not ended after --timeout seconds.
-    """
-    end, it = time.monotonic() + options.timeout, reader.get(options.target)
-    while it.status not in _TERMINAL and time.monotonic() < end:
-        time.sleep(0.02)
-        it = reader.get(it.id)
-    if it.status is not Status.DONE:
-        stands = f"failed: {it.last_error}" if it.status is Status.FAILED else f"is still {it.status}"
-        raise DurableError(f"#{it.id} {stands}")
-    print(_Screen.of_stdout().json(it.result))
-
-
-@_verb("durable check shop.db", _JSON, opens=_look)
-def _cli_check(reader: _Reader, options: argparse.Namespace) -> int:
-    """Audit the file; exit status 1 if it has problems."""
-    screen, problems = _Screen.of_stdout(), reader.check()
-    screen.answer(problems, map(_plain, problems or ["sound"]), as_json=options.json)
-    return 1 if problems else 0
-
-
-# ---- signal, cancel, retry, pause, resume, gc, snapshot: what the methods do
-
-
-def _complain(error: BaseException) -> None:
-    """`error` on standard error, in one line."""
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    print(f"durable: {_plain(text or type(error).__name__)}", file=sys.stderr)
-
-
-def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -> int:
-    """Call `act` with every target; say what is refused, and go on with the next. The exit status."""
-    status = 0
-    for target in targets:
-        try:
-            act(target)
-        except DurableError as error:
-            _complain(error)
-            status = 1
-    return status
-
-
-@_verb(
-    """durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7""",
-    _TARGET("target"),
-    _argument("name", metavar="NAME", help="the signal's name"),
-    _argument("payload", type=_json_argument, nargs="?", metavar="JSON", help="its payload (null)"),
-    _argument("--dedup-key", metavar="K", help="send it once, however often this is repeated"),
-    opens=_client,
-)
-def _cli_signal(engine: Engine, options: argparse.Namespace) -> None:
-    """Send a signal to a live instance."""
-    engine.signal(options.target, options.name, options.payload, dedup_key=options.dedup_key)
-
-
-@_verb(
-    "durable cancel shop.db 42 order:43 --reason 'out of stock'",
-    _TARGET("targets", nargs="+"),
-    _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
-    opens=_client,
-)
-def _cli_cancel(engine: Engine, options: argparse.Namespace) -> int:
-    """Fail instances; what a running step does is dropped."""
-
-    def cancel(target: int | str) -> None:
-        if not engine.cancel(target, options.reason):
-            raise DurableError(f"{target} had ended already")
-
-    return _on_each(options.targets, cancel)
-
-
-def _all_failed(engine: Engine, filters: Mapping[str, Any]) -> list[int]:
-    """The ids of what has failed, oldest first."""
-    ids: list[int] = []
-    while page := engine.find(status=Status.FAILED, limit=1000, before=ids[-1] if ids else None, **filters):
-        ids += [instance.id for instance in page]
-    return ids[::-1]
-
-
-@_verb(
-    "durable retry shop.db 42",
-    "durable retry shop.db --all --fsm jobs.Resize",
-    _TARGET("targets", nargs="*"),
-    _argument("--all", action="store_true", help="whatever failed and passes the filters"),
-    *_FILTERS,
-    opens=_client,
-)
-def _cli_retry(engine: Engine, options: argparse.Namespace) -> int:
-    """Run failed instances again from the step they failed in."""
-    if bool(options.targets) == options.all:
-        raise _UsageError("retry takes either TARGETs or --all")
-    return _on_each(options.targets or _all_failed(engine, _given(options, _FIND_BY)), engine.retry)
-
-
-@_verb("durable pause shop.db checkout", _QUEUE, opens=_client)
-def _cli_pause(engine: Engine, options: argparse.Namespace) -> None:
-    """Let no engine claim from a queue; what runs, ends."""
-    engine.pause(options.queue)
-
-
-@_verb("durable resume shop.db checkout", _QUEUE, opens=_client)
-def _cli_resume(engine: Engine, options: argparse.Namespace) -> None:
-    """Let a paused queue run again."""
-    engine.resume(options.queue)
-
-
-@_verb(
-    "durable gc shop.db --retention 3600",
-    _FILE,
-    _argument("--retention", type=float, default=86_400.0, metavar="S", help="keep the last S seconds (a day)"),
-)
-def _cli_gc(options: argparse.Namespace) -> None:
-    """Delete what ended before the retention and print how many rows that were."""
-    with _client(options.file, retention=options.retention) as engine:
-        print(engine.gc())
-
-
-@_verb(
-    "durable snapshot shop.db backup.db",
-    _argument("copy", type=pathlib.Path, metavar="COPY", help="the copy; it must not exist"),
-    opens=_client,
-)
-def _cli_snapshot(engine: Engine, options: argparse.Namespace) -> None:
-    """Copy the file while engines run on it; every queue of the copy is paused."""
-    engine.snapshot(options.copy)
-
-
-# ---- watch: the live view
-
-
-# Each part reads the partial index that it names in its condition.
-_WAITS = """
-SELECT count(*), 'parked: ' || parked_on, NULL FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
-UNION ALL SELECT count(*), 'signal: ' || (SELECT group_concat(value, ' or ') FROM json_each(awaits)),
-    min(await_deadline) FROM durable_instances
-    WHERE (status = 'awaiting_signal' OR status = 'awaiting_children') AND awaits IS NOT NULL GROUP BY awaits
-UNION ALL SELECT count(*), 'time: ' || queue, min(eligible_at) FROM durable_instances
-    WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
-ORDER BY 1 DESC LIMIT 5
-"""
-_LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 3"
-_ARMED = "SELECT 1 FROM durable_instances WHERE await_deadline IS NOT NULL LIMIT 1"
-
-
-def _over(tally: Mapping[str, int]) -> int:
-    return tally.get(Status.DONE, 0) + tally.get(Status.FAILED, 0)
-
-
-class _Glance(NamedTuple):
-    """What `watch` saw at one moment."""
-
-    now: dt.datetime
-    counts: dict[str, dict[str, int]]
-    failures: list[Instance]
-
-    def tally(self, queue: str | None = None) -> collections.Counter[str]:
-        """The counts of one queue, or of all in one."""
-        queues = self.counts if queue is None else [queue]
-        return sum((collections.Counter(self.counts.get(name)) for name in queues), collections.Counter())
-
-
-class _Film(NamedTuple):
-    """The latest glances at a file: what a rate needs."""
-
-    reader: _Reader
-    file: pathlib.Path
-    glances: collections.deque[_Glance]
-
-    def look(self) -> None:
-        """Take one more glance."""
-        failures = [self.reader.get(id_) for (id_,) in self.reader._rows(_LATEST_FAILURES)]
-        self.glances.append(_Glance(_now(), self.reader.counts(), failures))
-
-    def is_idle(self) -> bool:
-        """Whether nothing is left that time alone would bring on."""
-        counts, paused = self.glances[-1].counts, self.reader.paused()
-        is_running = any(tally.get(Status.EXECUTING) for tally in counts.values())
-        is_waiting = any(tally.get(Status.RUNNABLE) for queue, tally in counts.items() if queue not in paused)
-        return not (is_running or is_waiting or self.reader._rows(_ARMED))
-
-    def rate(self, queue: str | None = None) -> float:
-        """How many ended per second, over the film; a collection, which lowers the counts, is no rate."""
-        first, last = self.glances[0], self.glances[-1]
-        seconds = (last.now - first.now).total_seconds() or 1
-        return max(0, _over(last.tally(queue)) - _over(first.tally(queue))) / seconds
-
-    def title(self, screen: _Screen) -> str:
-        """The file, how fast all of it goes, and the time."""
-        ended = [_over(glance.tally()) for glance in self.glances]
-        spark = screen.spark([after - before for before, after in itertools.pairwise(ended)])
-        right = f"{self.rate():,.1f}/s  {self.glances[-1].now.astimezone():%H:%M:%S}"
-        left = _fit(f"durable  {_plain(self.file)}", max(9, screen.size[0] - len(spark + right) - 2))
-        return f"{screen.paint(left, 'bold')} {screen.paint(spark, Status.DONE)} {right}"
-
-    def queue(self, screen: _Screen, queue: str) -> str:
-        """A queue's bar with its rate."""
-        tally, rate = self.glances[-1].tally(queue), self.rate(queue)
-        left = f"{_span(tally[Status.RUNNABLE] / rate)} left" if rate and tally[Status.RUNNABLE] else ""
-        note = "paused" if queue in self.reader.paused() else left
-        right = f"{_over(tally) / tally.total():4.0%} {rate:9,.1f}/s  {note}"
-        return f"{_fit(_plain(queue), 12)}  {screen.bar(tally, max(9, screen.size[0] - 44))}  {right}"
-
-    def frame(self, screen: _Screen) -> list[str]:
-        """All that a terminal of this size can show."""
-        last, lines, frame = self.glances[-1], screen.size[1], [self.title(screen), ""]
-        for queue, tally in last.counts.items():
-            frame.append(self.queue(screen, queue))
-            if 2 * len(last.counts) < lines - 12:  # else the bars alone, to leave room for the rest
-                counts = [screen.paint(f"{tally[it]:,} {it}", it) for it in _BLOCKS if tally.get(it)]
-                frame.append(" " * 14 + "  ".join(counts))
-        failed = [(it.id, it.fsm, it.step, _distance(it.updated_at), it.last_error) for it in last.failures]
-        waits = self.reader._rows(_WAITS, (int(last.now.timestamp() * 1000),))
-        waiting = [(count, what, first and _distance(_instant(first))) for count, what, first in waits]
-        for table in (
-            screen.table(("failed", "fsm", "step", "when", "why"), failed),
-            screen.table(("waiting", "for", "first"), waiting),
-            _workers(screen, _living_workers(self.reader)),
-        ):
-            head, *rows = table
-            frame += ["", head, *rows] if rows else []
-        return frame[: lines - 1]
-
-    def news(self) -> Iterator[str]:
-        """What a pipe is told: the counts if they have changed, and the failures not told before."""
-        last, before = self.glances[-1], self.glances[-2] if len(self.glances) > 1 else None
-        clock, tally = f"{last.now.astimezone():%H:%M:%S}", last.tally()
-        if before is None or before.counts != last.counts:
-            counts = "  ".join(f"{tally[status]} {status}" for status in _BLOCKS if tally[status])
-            yield f"{clock}  {counts or 'empty'}  {self.rate():.1f}/s"
-        for it in reversed(last.failures):
-            if before is None or it not in before.failures:
-                yield _plain(f"{clock}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
-
-
-@_verb(
-    "durable watch shop.db",
-    "durable watch shop.db --until-idle > progress.log",
-    _argument("--until-idle", action="store_true", help="end when nothing is left that time alone would bring on"),
-    _argument("--interval", type=float, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
-    opens=_look,
-)
-def _cli_watch(reader: _Reader, options: argparse.Namespace) -> None:
-    """Watch the queues live; Ctrl-C ends it.
-
-    In a pipe: a line for each change of the counts and each failure.
-    """
-    screen, film = _Screen.of_stdout(), _Film(reader, options.file, collections.deque(maxlen=24))
-    with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
-        if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
-            print("\x1b[?1049h\x1b[?25l", end="")
-            at_end.callback(print, "\x1b[?25h\x1b[?1049l", end="", flush=True)
-        while True:
-            begun = time.monotonic()
-            film.look()
-            if screen.live:  # over the frame before, line by line: nothing flickers
-                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in film.frame(screen)), end="\x1b[J", flush=True)
-            else:
-                print(end="".join(f"{line}\n" for line in film.news()), flush=True)
-            if options.until_idle and film.is_idle():
-                break
-            # To count a large file takes time: a tenth of this process's, at most.
-            time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
-    if screen.live and film.glances:
-        print("\n".join(film.frame(screen)))
-
-
-# ---- demo: real files, a real kill
-
-
-_DEMO_WIDTH, _DEMO_PREFETCH = 8, 24
-_DEMO_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import durable; durable._run_demo_worker(sys.argv[2])"
-
-
-def _demo_files(directory: pathlib.Path) -> list[str]:
-    """The files under `directory` that can be read and whose names can be written down."""
-    found = []
-    for parent, below, names in os.walk(directory):
-        below[:] = sorted(name for name in below if name not in ("__pycache__", "site-packages"))
-        paths = (os.path.join(parent, name) for name in sorted(names))
-        found += [path for path in paths if path.isprintable() and os.path.isfile(path) and os.access(path, os.R_OK)]
-    return found
-
-
-def _fingerprint(path: str) -> dict[str, Any]:
-    """A file's length and sha256."""
-    import hashlib
-
-    with open(path, "rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
-
-
-def _sum_up(prints: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Many fingerprints in one, in whatever order they come."""
-    import hashlib
-
-    found = list(prints)
-    digests = "".join(sorted(one["sha256"] for one in found)).encode()
-    total = sum(one["bytes"] for one in found)
-    return {"files": len(found), "bytes": total, "sha256": hashlib.sha256(digests).hexdigest()}
-
-
-def _define_demo() -> type[FSM]:
-    """The demo's machine and its job, made when they are wanted: they are in no application's registry."""
-
-    class Fingerprint(FSM, name="durable.demo.Fingerprint", queue="files", max_attempts=3):
-        """One file. Each run is written to a log outside the database too, where a second run shows."""
-
-        def perform(self, args: dict[str, Any], ctx: Context[Any]) -> dict[str, Any]:
-            with open(args["log"], "ab", buffering=0) as log:
-                log.write(b"%d\n" % ctx.id)
-            time.sleep(args["pause"])
-            return _fingerprint(args["path"])
-
-    class Survey(FSM, name="durable.demo.Survey", queue="surveys"):
-        """All files: a job for each, and the sum of what they found."""
-
-        @step
-        def start(self, ctx: Context[Any]) -> ScheduleChildren:
-            children = [Insert(Fingerprint, state={"path": path, **ctx.state["run"]}) for path in ctx.state["paths"]]
-            return ScheduleChildren(children, then="join", state={})
-
-        @step
-        def join(self, ctx: Context[Any]) -> Done:
-            return Done(_sum_up(child.result for child in ctx.children if child.status is Status.DONE))
-
-    return Survey
-
-
-def _run_demo_worker(database: str) -> None:
-    """What the demo's worker processes run, until their standard input ends: when the demo does, however."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo itself
-    _define_demo()
-    queues = {"surveys": 1, "files": _DEMO_WIDTH}
-    with Engine(database, name="demo", queues=queues, prefetch=_DEMO_PREFETCH):
-        sys.stdin.read()
-
-
-class _Demo:
-    """The demo's course: its files, the worker processes it starts and kills, what it tells."""
-
-    def __init__(self, home: pathlib.Path, directory: pathlib.Path, files: list[str]) -> None:
-        self.home = home
-        self.directory = directory
-        self.files = files
-        self.screen = _Screen.of_stdout()
-        self.begun = time.perf_counter()
-        self.samples: list[tuple[float, int]] = []  # seconds since then, and files done
-
-    def play(self) -> int:
-        """Everything, and the exit status."""
-        few = len(self.files) < 500  # then each takes its time, so that there is something to kill
-        pause = min(0.25, _DEMO_WIDTH / len(self.files)) if few else 0.0
-        state = {"paths": self.files, "run": {"log": str(self.home / "runs.log"), "pause": pause}}
-        with _client(self.home / "demo.db", may_create=True) as engine:
-            id_ = engine.insert(_define_demo(), state=state)
-        self.tell(f"a job for each file under {self.directory}, {len(self.files):,} in all")
-        with _look(self.home / "demo.db") as reader:
-            with self.worker() as doomed:
-                self.watch(reader, doomed, lambda done: done >= len(self.files) // 2)
-                doomed.kill()
-            done, killed_at = _over(reader.counts()["files"]), self.samples[-1][0]
-            self.tell(f"process {doomed.pid} is killed after {done:,} files, with others in its hands")
-            with self.worker() as heir:
-                self.watch(reader, heir, lambda _: reader.get(id_).status in _TERMINAL)
-            return self.compare(reader.get(id_), killed_at)
-
-    @contextlib.contextmanager
-    def worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A process that runs the queues until it is told to end, or killed; in the end it is gone."""
-        import subprocess
-
-        command = (sys.executable, "-P", "-c", _DEMO_WORKER, os.path.dirname(__file__), str(self.home / "demo.db"))
-        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-            self.tell(f"process {process.pid} starts: {_DEMO_WIDTH} at a time, every commit synced to disk")
-            yield process
-
-    def watch(self, reader: _Reader, process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> None:
-        """Show the progress until `enough` says so of the files done."""
-        while process.poll() is None:
-            tally = reader.counts().get("files", {})
-            done = _over(tally)
-            self.samples.append((time.perf_counter() - self.begun, done))
-            if tally and enough(done):
-                return
-            if self.screen.live:
-                bar = self.screen.bar(tally or {Status.RUNNABLE: 1}, max(9, self.screen.size[0] - 36))
-                print(f"\r{' ' * 11}{bar}  {done:,} of {len(self.files):,}\x1b[K", end="", flush=True)
-            time.sleep(0.02)
-        raise DurableError(f"the worker process ended early, with status {process.returncode}")
-
-    def tell(self, text: str) -> None:
-        """A line of the timeline, over the bar."""
-        clear = "\r\x1b[K" if self.screen.live else ""
-        print(f"{clear}{time.perf_counter() - self.begun:7.2f} s  {_plain(text)}", flush=True)
-
-    def compare(self, survey: Instance, killed_at: float) -> int:
-        """The machine's sum against that of a plain loop, and what the kill cost."""
-        runs, most = (self.home / "runs.log").read_bytes().split(), _DEMO_WIDTH + _DEMO_PREFETCH
-        self.tell(f"joined; {len(runs) - len(set(runs))} files were fingerprinted twice (at most {most} can be)")
-        plain = _sum_up(map(_fingerprint, self.files))
-        self.tell(f"a plain loop: {plain['bytes']:,} bytes, sha256 {plain['sha256'][:16]}…")
-        same = survey.result == plain
-        self.tell("the same, in spite of the kill" if same else f"NOT the same: {survey.result or survey.last_error}")
-        print("", *self.chart(killed_at), sep="\n")
-        return 0 if same else 1
-
-    def chart(self, killed_at: float) -> Iterator[str]:
-        """Files per second over the time, with the kill."""
-        (first, _), (last, _) = self.samples[0], self.samples[-1]
-        slot = last / 60
-        done = [max(n for at, n in self.samples if at <= max(slot * i, first)) for i in range(61)]
-        pace = [after - before for before, after in itertools.pairwise(done)]
-        line, kill = self.screen.spark(pace), min(59, int(killed_at / slot))
-        mark = self.screen.paint("✗" if self.screen.blocks else "X", Status.FAILED)
-        yield f"{' ' * 11}{line[:kill]}{mark}{line[kill + 1 :]}"
-        yield f"{' ' * 11}files per second over the time, {max(pace) / slot:,.0f} at most"
-
-
-@_verb(
-    "durable demo",
-    "durable demo ~/Pictures",
-    _argument("directory", type=pathlib.Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"),
-)
-def _cli_demo(options: argparse.Namespace) -> int:
-    """See the engine at work on real files, and survive a kill.
-
-    A machine starts a job for each file under DIRECTORY, which fingerprints it, and joins them. Half-way the
-    worker process is killed; a new one goes on. At the end the sum is compared with that of a plain loop.
-    """
-    import sysconfig
-    import tempfile
-
-    directory = (options.directory or pathlib.Path(sysconfig.get_path("stdlib"))).resolve(strict=True)
-    files = _demo_files(directory)
-    if not files:
-        raise DurableError(f"{directory}: no files there")
-    with tempfile.TemporaryDirectory(prefix="durable-demo-", ignore_cleanup_errors=True) as home:
-        return _Demo(pathlib.Path(home), directory, files).play()
-
-
-# ---- the entry
-
-
-_OVERVIEW = """Durable state machines and jobs in one SQLite file.
-
-durable demo                              see it at work
-durable run jobs.py --database shop.db    run what jobs.py defines
-durable watch shop.db                     what goes on
-durable show shop.db order:42             one instance, and what helps it"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The command line as `_VERBS` has it."""
-    import argparse
-    import importlib.metadata
-
-    class Parser(argparse.ArgumentParser):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-        def error(self, message: str) -> typing.NoReturn:
-            """Leave it to `main` to say it, in one line."""
-            raise _UsageError(f"{message} (see {self.prog} --help)")
-
-    parser = Parser(prog="durable", description=_OVERVIEW)
-    installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
-    version = installed[0] if installed else "(not installed)"  # a copied module is of no distribution
-    parser.add_argument("--version", action="version", version=f"durable {version}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for name, verb in _VERBS.items():
-        about = inspect.cleandoc(verb.run.__doc__ or "")
-        examples = "\n".join(it for it in verb.about if isinstance(it, str))
-        command = verbs.add_parser(name, help=about.partition("\n")[0], description=f"{about}\n\n{examples}")
-        command.set_defaults(verb=verb)
-        for names, how in (it for it in verb.about if not isinstance(it, str)):
-            command.add_argument(*names, **how)
-    return parser
+    class Reader(_Reader):
+        """A look at a file that can't write to it, makes none, and leaves nothing beside it; a context manager.
+
+        `get`, `find`, `counts`, `workers` and `check` are those of `Engine`; `children` and `signals` of an instance,
+        `paused` queues, and `is_cancelled`, whether an instance was asked to end, are for who tells its story. `rows`
+        runs a SELECT of one's own on the tables, `reading` lends the connection for several in one transaction.
+        Raises `DurableError` where there is no such file, `SchemaError` where it is no database of durable's.
+        """
+
+        def __init__(self, file: str | os.PathLike[str]) -> None:
+            if not os.path.isfile(file):
+                raise DurableError(f"{file}: {'that is no file' if os.path.exists(file) else 'no such file'}")
+            super().__init__(_database_path(file))
+            try:
+                with self.reading() as connection:
+                    version = _file_version(connection, self.path)
+                if version == 0:
+                    raise SchemaError(f"{file} is no database of durable's")
+                if version < _SCHEMA_VERSION:
+                    raise SchemaError(f"{file} has schema version {version}: open an engine on it once to migrate it")
+            except BaseException:
+                self.close()
+                raise
+
+        def _open(self) -> apsw.Connection:
+            # To read without a WAL, SQLite makes one, and only a connection that might write takes it away at the end.
+            has_wal = os.path.exists(f"{self.path}-wal")
+            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if has_wal else apsw.SQLITE_OPEN_READWRITE)
+
+        def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
+            """Return the newest instances that pass all filters, by the names that `Engine.find` has for them."""
+            return super().find(_checked_filters(**filters), _at_least_1(limit, "limit"))
+
+        def workers(self) -> list[Worker]:
+            """Return the engines that run on the file; one whose process has died is none of them."""
+            return _living(self.path, super().workers())
+
+        def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+            """Run one SELECT."""
+            return self._rows(sql, bindings)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+    registry: ClassVar[Mapping[tuple[str, int], _Spec]] = types.MappingProxyType(_registry)
+
+    @staticmethod
+    def is_stopped(engine: Engine) -> bool:
+        """Whether `stop` has closed the engine."""
+        return engine._core.is_closed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `durable ARGV…` and return its exit status; `durable --help` has the verbs."""
+    """Run the command line `durable ARGV…`, which is in the package `durable_tools`, and return its exit status."""
+    import importlib
+
     try:
-        try:
-            options = _parser().parse_args(argv)
-        except SystemExit:  # --help and --version have said it all
-            status = 0
-        else:
-            status = options.verb(options)
-        sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
-        return status
-    except BrokenPipeError:  # who read has seen enough; at exit Python would write the rest again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        command_line = importlib.import_module("durable_tools.cli")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("durable_tools"):
+            raise
+        print("durable: the command line is a package beside this module: pip install durable-fsm", file=sys.stderr)
         return 1
-    except (_UsageError, DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
-        _complain(error)
-        return 2 if isinstance(error, _UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
+    return cast(int, command_line.main(argv))
 
 
 if __name__ == "__main__":

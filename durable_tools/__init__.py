@@ -1,0 +1,4 @@
+"""What stands around `durable`: the command line and its demo.
+
+They use the public names of `durable` and what `durable.tools` lists, and nothing else of it; it knows nothing of them.
+"""

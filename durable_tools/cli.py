@@ -1,0 +1,804 @@
+"""The command line: `durable`, or `python -m durable`.
+
+Each verb is a function: its docstring is its help, its decorator has its arguments. Those that only look open their
+file with `durable.tools.Reader`, which can't write; the others are clients of the file, or run an engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import datetime as dt
+import functools
+import importlib.metadata
+import inspect
+import json
+import logging
+import math
+import operator
+import os
+import shlex
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import apsw
+import attrs
+
+import durable
+from durable import DurableError, Engine, Insert, Instance, Status, Worker, tools
+from durable_tools.screen import BLOCKS, Screen, distance, ended, fit, moment, now, plain
+
+_TERMINAL = frozenset(Status) - durable.LIVE
+
+
+class _UsageError(Exception):
+    """A command line that cannot be meant: exit status 2."""
+
+
+# ---- what verbs are made of
+
+
+@contextlib.contextmanager
+def _client(path: Path, *, may_create: bool = False, **options: Any) -> Iterator[Engine]:
+    """An engine on the file that runs nothing."""
+    if not may_create:
+        tools.Reader(path).close()  # refuses a file that is missing, or is none of durable's
+    engine = Engine(path, queues={}, **options)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+_Opener = Callable[[Path], contextlib.AbstractContextManager[Any]]
+_Run = Callable[..., int | None]
+_Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
+
+
+class _Verb(NamedTuple):
+    """A verb: what it does, what it opens its file with, and about it: commands to copy, and its arguments."""
+
+    run: _Run
+    opens: _Opener | None
+    about: tuple[str | _Argument, ...]
+
+    def __call__(self, options: argparse.Namespace) -> int:
+        if self.opens is None:
+            return self.run(options) or 0
+        with self.opens(options.file) as opened:
+            return self.run(opened, options) or 0
+
+
+VERBS: dict[str, _Verb] = {}
+
+
+def _argument(*names: str, **options: Any) -> _Argument:
+    return names, options
+
+
+_FILE = _argument("file", type=Path, metavar="FILE", help="the database")
+
+
+def _verb(*about: str | _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
+    """Make a function a verb: `_list` is `list`, its docstring the help, what it returns the exit status."""
+
+    def register(run: _Run) -> _Run:
+        VERBS[run.__name__.removeprefix("_")] = _Verb(run, opens, (_FILE, *about) if opens else about)
+        return run
+
+    return register
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of `names` that the command line gives a value."""
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
+
+
+def _json_argument(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _UsageError(f"not JSON: {text!r}: {error}") from error
+
+
+def _target_argument(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _queue_argument(text: str) -> tuple[str, int]:
+    name, _, width = text.rpartition("=")
+    if not (name and width.isascii() and width.isdigit()):
+        raise _UsageError(f"not NAME=N: {text!r}")
+    return name, int(width)
+
+
+def _instant_argument(text: str) -> dt.datetime:
+    try:
+        return dt.datetime.fromisoformat(text).astimezone()  # without a zone: on this machine's clock
+    except ValueError as error:
+        raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
+
+
+_TARGET = functools.partial(
+    _argument, type=_target_argument, metavar="TARGET", help="an id (all digits) or a correlation key"
+)
+_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
+_JSON = _argument("--json", action="store_true", help="for programs")
+_FIND_BY = ("status", "fsm", "queue", "parent_id", "correlation_key", "before")
+_FILTERS = (
+    _argument("--fsm", metavar="NAME", help="only of this class, by its name in the file"),
+    _argument("--queue", help="only in this queue"),
+    _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
+)
+
+
+# ---- run, drain, insert: with the user's code
+
+
+def _load_script(path: Path) -> types.ModuleType:
+    """The script under its stem, so that its classes have the names that `python SCRIPT` gives them."""
+    path = path.resolve(strict=True)
+    known = sys.modules.get(path.stem)
+    if known and getattr(known, "__file__", None) == str(path):
+        return known
+    if known or path.stem in sys.stdlib_module_names:
+        raise DurableError(f"another module is called {path.stem!r}; the script needs a name of its own")
+    sys.path.insert(0, str(path.parent))
+    module = sys.modules[path.stem] = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _blame(error: BaseException) -> str:
+    """`error` in one line, with the user's line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = tuple(os.path.dirname(os.path.abspath(os.__file__)) + os.sep + name for name in ("importlib", "pathlib"))
+    users = [f for f in frames if f.filename != __file__ and not f.filename.startswith((*own, "<"))]
+    place = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _load(target: str) -> tuple[types.ModuleType, Any]:
+    """The module that `target` means, and what it calls the name behind the colon; None without one."""
+    name, _, attribute = target.rpartition(":")
+    if not name or not attribute.replace(".", "_").isidentifier():  # no colon, or that of `C:\jobs.py`
+        name, attribute = target, ""
+    try:
+        if name.endswith(".py") or Path(name).is_file():
+            module = _load_script(Path(name))
+        else:
+            sys.path.insert(0, os.getcwd())  # as `python -m` does
+            module = importlib.import_module(name)
+        return module, operator.attrgetter(attribute)(module) if attribute else None
+    except DurableError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise DurableError(f"{target} cannot be loaded: {_blame(error)}") from error
+
+
+_CODE = (
+    _argument("target", metavar="TARGET", help="a module, module:engine, or the path of a script"),
+    _argument("--database", type=Path, metavar="FILE", help="make an engine on FILE for TARGET's classes"),
+)
+_LEVELS = ("debug", "info", "warning", "error")
+_LOG_LEVEL = _argument("--log-level", choices=_LEVELS, default="info", help="what to log (info)")
+
+
+def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engine:
+    """The engine that the command line means: TARGET's own, or a new one on --database. Now it logs, too."""
+    if queues and not options.database:
+        raise _UsageError("the queues of TARGET's own engine are its own: --queue goes with --database")
+    module, engine = _load(options.target)
+    if options.database and engine is None:
+        if not tools.registry:
+            raise DurableError(f"{options.target} defines no machine and no job")
+        engine = Engine(options.database, queues=queues or {spec.queue: 10 for spec in tools.registry.values()})
+    else:
+        engines = [engine] if engine else [value for value in vars(module).values() if isinstance(value, Engine)]
+        if options.database or len(engines) != 1 or not isinstance(engines[0], Engine):
+            raise DurableError(f"{options.target} is not one engine: say MODULE:ENGINE, or MODULE and --database FILE")
+        engine = engines[0]
+        if tools.is_stopped(engine):
+            raise DurableError(
+                f"the engine of {options.target} was stopped when that was loaded: make it, but do not run it"
+            )
+    # For a person at a terminal, unless the user's code has set up logging of its own.
+    form = "%(asctime)s %(levelname)-7s %(message)s"
+    logging.basicConfig(level=options.log_level.upper(), format=form, datefmt="%X")
+    return engine
+
+
+@_verb(
+    "durable run jobs.py",
+    "durable run shop.worker:engine",
+    "durable run jobs.py --database shop.db --queue default=10 checkout=5",
+    *_CODE,
+    _argument(
+        "--queue",
+        type=_queue_argument,
+        nargs="+",
+        action="extend",
+        metavar="NAME=N",
+        help="run N steps of queue NAME at once; others not at all",
+    ),
+    _LOG_LEVEL,
+)
+def _run(options: argparse.Namespace) -> None:
+    """Run an engine until SIGINT or SIGTERM.
+
+    TARGET's own engine, or a new one on --database with all classes of TARGET, in their own queues unless
+    --queue says which, and how many steps of each at once. Several may run on one file. The first signal
+    asks for a drain: what runs may end, nothing new begins. The second leaves at once.
+    """
+
+    def leave(number: int, _frame: object) -> None:
+        os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
+
+    engine = _engine_for(options, dict(options.queue or ()))
+    signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
+    signal.signal(signal.SIGTERM, leave)
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
+    engine.run()
+
+
+@_verb(
+    "durable drain jobs.py --database shop.db",
+    *_CODE,
+    _argument("--queue", help="only this queue"),
+    _argument("--with-scheduled", action="store_true", help="also what is scheduled for later"),
+    _LOG_LEVEL,
+)
+def _drain(options: argparse.Namespace) -> int:
+    """Run what is due in this process, print the tally, end.
+
+    Exit status 1 if an instance failed.
+    """
+    engine = _engine_for(options, {})
+    try:
+        tally = engine.drain(queue=options.queue, with_scheduled=options.with_scheduled, max_steps=sys.maxsize)
+    finally:
+        engine.stop()
+    print(", ".join(f"{count} {kind}" for kind, count in tally.items() if count) or "nothing was due")
+    return 1 if tally["stop"] else 0
+
+
+@_verb(
+    """durable insert jobs.py:fetch --database shop.db --args '{"url": "https://example.org"}'""",
+    """durable insert shop.jobs:Checkout --database shop.db --key order:42 --state '{"order": 42}' --in 60""",
+    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
+    _argument("--database", type=Path, metavar="FILE", required=True, help="made if it is missing"),
+    _argument("--state", "--args", type=_json_argument, metavar="JSON", help="its state, a job's arguments"),
+    _argument("--key", dest="correlation_key", metavar="KEY", help="a business key, unique among the live"),
+    _argument("--in", dest="schedule_in", type=float, metavar="SECONDS", help="not before"),
+    _argument("--at", dest="schedule_at", type=_instant_argument, metavar="INSTANT", help="not before"),
+    _argument("--queue", help="another queue than its class's"),
+    _argument("--priority", type=int, metavar="N", help="lower goes first (0)"),
+    _argument("--step", help="another first step"),
+    _argument("--concurrency-key", metavar="KEY", help="what it shares its turns with"),
+    _argument("--rate-limit", metavar="NAME", help="the bucket that pays for it"),
+    _argument("--weight", type=int, metavar="N", help="how many tokens it costs (1)"),
+    _argument("--max-attempts", type=int, metavar="N", help="of a job (20)"),
+)
+def _insert(options: argparse.Namespace) -> None:
+    """Insert an instance and print its id."""
+    if ":" not in options.target:
+        raise _UsageError(f"not TARGET:CLASS: {options.target!r}")
+    _, fsm = _load(options.target)
+    with _client(options.database, may_create=True) as engine:
+        print(engine.insert(fsm, **_given(options, attrs.fields_dict(Insert))))
+
+
+# ---- list, counts, workers, show, wait, check: looking, with a file that is only read
+
+
+def _remark(it: Instance) -> str:
+    """What one asks next about an instance: its error, what it waits for, what came of it."""
+    match it.status:
+        case Status.DONE:
+            return "" if it.result is None else json.dumps(it.result, ensure_ascii=False)
+        case Status.AWAITING_SIGNAL:
+            return " ".join(it.awaits) + (f", {distance(it.await_deadline)}" if it.await_deadline else "")
+        case Status.RUNNABLE if it.parked_on:
+            return f"parked on {it.parked_on}"
+        case Status.RUNNABLE if it.eligible_at > now():
+            return f"due {distance(it.eligible_at)}  {it.last_error or ''}"
+    return it.last_error or ""
+
+
+def _instance_table(screen: Screen, found: Iterable[Instance]) -> Iterator[str]:
+    rows = [
+        (it.id, it.fsm, it.step, it.status, it.queue, it.correlation_key, distance(it.updated_at), _remark(it))
+        for it in found
+    ]
+    return screen.table(("id", "fsm", "step", "status", "queue", "key", "changed", "remark"), rows)
+
+
+def _worker_table(screen: Screen, found: Iterable[Worker]) -> Iterator[str]:
+    rows = []
+    for it in found:
+        queues = " ".join(f"{queue}={width}" for queue, width in it.queues.items())
+        rows.append((it.name, it.host, it.pid, queues, distance(it.started_at), distance(it.heartbeat_at), it.id))
+    return screen.table(("worker", "host", "pid", "queues", "started", "heartbeat", "id"), rows)
+
+
+@_verb(
+    "durable list shop.db --status failed",
+    "durable list shop.db --fsm jobs.Resize --json",
+    *_FILTERS,
+    _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
+    _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
+    _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
+    _argument("--limit", type=int, default=100, metavar="N", help="so many at most (100)"),
+    _JSON,
+    opens=tools.Reader,
+)
+def _list(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """List instances, newest first."""
+    screen, found = Screen.of_stdout(), reader.find(_given(options, _FIND_BY), options.limit)
+    screen.answer(found, _instance_table(screen, found), as_json=options.json)
+
+
+@_verb("durable counts shop.db", _JSON, opens=tools.Reader)
+def _counts(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """Count the instances of every queue by status."""
+    screen, counts = Screen.of_stdout(), reader.counts()
+    paused = reader.paused()
+    rows = [
+        (f"{queue} (paused)" if queue in paused else queue, *(tally.get(status, 0) for status in BLOCKS))
+        for queue, tally in counts.items()
+    ]
+    screen.answer(counts, screen.table(("queue", *BLOCKS), rows), as_json=options.json)
+
+
+@_verb("durable workers shop.db", _JSON, opens=tools.Reader)
+def _workers(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """List the engines that run on FILE."""
+    screen, found = Screen.of_stdout(), reader.workers()
+    screen.answer(found, _worker_table(screen, found), as_json=options.json)
+
+
+_HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND concurrency_key = ? LIMIT 5"
+_CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
+
+
+class _Case(NamedTuple):
+    """One instance, for `show`: where it stands, why, and the verb that helps."""
+
+    reader: tools.Reader
+    file: Path
+    it: Instance
+
+    def verb(self, name: str, *words: object) -> str:
+        """A command on the file, to be copied into a shell."""
+        file = ["MODULE", "--database", self.file] if name == "run" else [self.file]
+        return shlex.join(map(str, ["durable", name, *file, *words]))
+
+    def plight(self) -> tuple[str, str]:
+        """What the instance waits for; and the verb that helps, if one does."""
+        it = self.it
+        match it.status:
+            case Status.RUNNABLE:
+                return self.why_it_does_not_run()
+            case Status.EXECUTING:
+                return self.who_runs_it()
+            case Status.AWAITING_SIGNAL:
+                end = f"until {moment(it.await_deadline)}" if it.await_deadline else "without a deadline"
+                return f"the signal {' or '.join(it.awaits)}, {end}", self.verb("signal", it.id, it.awaits[0], "{}")
+            case Status.AWAITING_CHILDREN:
+                return "the end of its children", self.verb("list", "--parent", it.id)
+            case Status.FAILED:
+                return "somebody to retry it", self.verb("retry", it.id)
+        return "", ""
+
+    def why_it_does_not_run(self) -> tuple[str, str]:
+        """What stands between a runnable instance and a worker."""
+        it = self.it
+        if it.queue in self.reader.paused():
+            return f"its queue {it.queue} to be resumed", self.verb("resume", it.queue)
+        if it.parked_on == f"key:{it.concurrency_key}":
+            holders = [id_ for (id_,) in self.reader.rows(_HOLDERS, (it.concurrency_key,))]
+            others = " ".join(["held by", *(f"#{id_}" for id_ in holders)]) if holders else "free by now"
+            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", holders[0]) if holders else ""
+        if it.parked_on:
+            return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
+        if it.eligible_at > now():
+            return f"its time, {moment(it.eligible_at)}", ""
+        if not any(it.queue in worker.queues for worker in self.reader.workers()):
+            return f"an engine that runs the queue {it.queue}", self.verb("run")
+        return "a free place, or an engine that knows its class", self.verb("workers")
+
+    def who_runs_it(self) -> tuple[str, str]:
+        """The worker that has the instance, if it lives."""
+        for worker in self.reader.workers():
+            if worker.id == self.it.worker and worker.lease_expires_at > now():
+                heard = distance(worker.heartbeat_at)
+                where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
+                if self.reader.is_cancelled(self.it.id):
+                    return f"{where}; it has been asked to end", self.verb("workers")
+                return where, self.verb("cancel", self.it.id)
+        return "an engine to take it from a worker that is gone", self.verb("run")
+
+    def facts(self) -> Iterator[tuple[str, object]]:
+        """The story, a line each."""
+        it, (reason, verb) = self.it, self.plight()
+        of_how_many = f" of {it.max_attempts}" if it.max_attempts else ""
+        yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
+        yield "since", moment(it.updated_at)
+        yield "waits for", reason
+        yield "try", verb
+        yield "crashes", it.crashes
+        yield "key", it.correlation_key
+        yield "queue", f"{it.queue}, priority {it.priority}"
+        yield "turns", it.concurrency_key
+        yield "pays", it.rate_limit and f"{it.weight} of {it.rate_limit}"
+        yield "child of", it.parent_id
+        yield "inserted", moment(it.inserted_at)
+        yield "state", json.dumps(it.state, ensure_ascii=False)
+        yield "result", it.status is Status.DONE and json.dumps(it.result, ensure_ascii=False)
+
+    def tell(self, screen: Screen) -> Iterator[str]:
+        """All of it: the facts, the last error, the signals, and of the children ten, those that failed if any did."""
+        it, mine = self.it, {"parent_id": self.it.id}
+        title = screen.paint(plain(f"{it.fsm} #{it.id}"), "bold")
+        yield f"{title}  version {it.version}  {screen.paint(it.status, it.status)}"
+        yield from (f"  {screen.paint(fit(label, 9), 'dim')}  {plain(fact)}" for label, fact in self.facts() if fact)
+        if it.last_error:
+            yield from ("", screen.paint("last error", "bold"))
+            yield from (screen.paint(f"  {plain(line)}", Status.FAILED) for line in it.last_error.splitlines())
+            yield from (screen.paint(f"  {plain(line)}", "dim") for line in (it.traceback or "").splitlines())
+        if signals := self.reader.signals(it.id):
+            rows = [(each.id, each.name, json.dumps(each.payload), distance(each.sent_at)) for each in signals]
+            yield from ("", *screen.table(("signal", "name", "payload", "sent"), rows))
+        if tally := self.reader.rows(_CHILD_COUNTS, (it.id,)):
+            counts = ", ".join(screen.paint(f"{count} {status}", status) for status, count in tally)
+            yield from ("", f"{screen.paint('children', 'bold')}  {counts}")
+            failed = self.reader.find(mine | {"status": Status.FAILED}, 10)
+            yield from _instance_table(screen, failed or self.reader.find(mine, 10))
+
+
+@_verb("durable show shop.db 42", "durable show shop.db order:42", _TARGET("target"), _JSON, opens=tools.Reader)
+def _show(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """Tell the story of one instance.
+
+    Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
+    """
+    screen, it = Screen.of_stdout(), reader.get(options.target)
+    screen.answer(it, _Case(reader, options.file, it).tell(screen), as_json=options.json)
+
+
+@_verb(
+    "durable wait shop.db order:42 --timeout 60",
+    _TARGET("target"),
+    _argument("--timeout", type=float, default=math.inf, metavar="S", help="give up after S seconds"),
+    opens=tools.Reader,
+)
+def _wait(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """Wait until an instance is done and print its result as JSON.
+
+    Exit status 1 if it failed, or has not ended after --timeout seconds.
+    """
+    end, it = time.monotonic() + options.timeout, reader.get(options.target)
+    while it.status not in _TERMINAL and time.monotonic() < end:
+        time.sleep(0.02)
+        it = reader.get(it.id)
+    if it.status is not Status.DONE:
+        stands = f"failed: {it.last_error}" if it.status is Status.FAILED else f"is still {it.status}"
+        raise DurableError(f"#{it.id} {stands}")
+    print(Screen.of_stdout().json(it.result))
+
+
+@_verb("durable check shop.db", _JSON, opens=tools.Reader)
+def _check(reader: tools.Reader, options: argparse.Namespace) -> int:
+    """Audit the file; exit status 1 if it has problems."""
+    screen, problems = Screen.of_stdout(), reader.check()
+    screen.answer(problems, map(plain, problems or ["sound"]), as_json=options.json)
+    return 1 if problems else 0
+
+
+# ---- signal, cancel, retry, pause, resume, gc, snapshot: what the methods do
+
+
+def _complain(error: BaseException) -> None:
+    """`error` on standard error, in one line."""
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    print(f"durable: {plain(text or type(error).__name__)}", file=sys.stderr)
+
+
+def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -> int:
+    """Call `act` with every target; say what is refused, and go on with the next. The exit status."""
+    status = 0
+    for target in targets:
+        try:
+            act(target)
+        except DurableError as error:
+            _complain(error)
+            status = 1
+    return status
+
+
+@_verb(
+    """durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7""",
+    _TARGET("target"),
+    _argument("name", metavar="NAME", help="the signal's name"),
+    _argument("payload", type=_json_argument, nargs="?", metavar="JSON", help="its payload (null)"),
+    _argument("--dedup-key", metavar="K", help="send it once, however often this is repeated"),
+    opens=_client,
+)
+def _signal(engine: Engine, options: argparse.Namespace) -> None:
+    """Send a signal to a live instance."""
+    engine.signal(options.target, options.name, options.payload, dedup_key=options.dedup_key)
+
+
+@_verb(
+    "durable cancel shop.db 42 order:43 --reason 'out of stock'",
+    _TARGET("targets", nargs="+"),
+    _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
+    opens=_client,
+)
+def _cancel(engine: Engine, options: argparse.Namespace) -> int:
+    """Fail instances; what a running step does is dropped."""
+
+    def cancel(target: int | str) -> None:
+        if not engine.cancel(target, options.reason):
+            raise DurableError(f"{target} had ended already")
+
+    return _on_each(options.targets, cancel)
+
+
+def _all_failed(engine: Engine, filters: Mapping[str, Any]) -> list[int]:
+    """The ids of what has failed, oldest first."""
+    ids: list[int] = []
+    while page := engine.find(status=Status.FAILED, limit=1000, before=ids[-1] if ids else None, **filters):
+        ids += [instance.id for instance in page]
+    return ids[::-1]
+
+
+@_verb(
+    "durable retry shop.db 42",
+    "durable retry shop.db --all --fsm jobs.Resize",
+    _TARGET("targets", nargs="*"),
+    _argument("--all", action="store_true", help="whatever failed and passes the filters"),
+    *_FILTERS,
+    opens=_client,
+)
+def _retry(engine: Engine, options: argparse.Namespace) -> int:
+    """Run failed instances again from the step they failed in."""
+    if bool(options.targets) == options.all:
+        raise _UsageError("retry takes either TARGETs or --all")
+    return _on_each(options.targets or _all_failed(engine, _given(options, _FIND_BY)), engine.retry)
+
+
+@_verb("durable pause shop.db checkout", _QUEUE, opens=_client)
+def _pause(engine: Engine, options: argparse.Namespace) -> None:
+    """Let no engine claim from a queue; what runs, ends."""
+    engine.pause(options.queue)
+
+
+@_verb("durable resume shop.db checkout", _QUEUE, opens=_client)
+def _resume(engine: Engine, options: argparse.Namespace) -> None:
+    """Let a paused queue run again."""
+    engine.resume(options.queue)
+
+
+@_verb(
+    "durable gc shop.db --retention 3600",
+    _FILE,
+    _argument("--retention", type=float, default=86_400.0, metavar="S", help="keep the last S seconds (a day)"),
+)
+def _gc(options: argparse.Namespace) -> None:
+    """Delete what ended before the retention and print how many rows that were."""
+    with _client(options.file, retention=options.retention) as engine:
+        print(engine.gc())
+
+
+@_verb(
+    "durable snapshot shop.db backup.db",
+    _argument("copy", type=Path, metavar="COPY", help="the copy; it must not exist"),
+    opens=_client,
+)
+def _snapshot(engine: Engine, options: argparse.Namespace) -> None:
+    """Copy the file while engines run on it; every queue of the copy is paused."""
+    engine.snapshot(options.copy)
+
+
+# ---- watch: the live view
+
+
+# Each part reads the partial index that it names in its condition.
+_WAITS = """
+SELECT count(*), 'parked: ' || parked_on FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
+UNION ALL SELECT count(*), 'signal: ' || (SELECT group_concat(value, ' or ') FROM json_each(awaits))
+    FROM durable_instances WHERE (status = 'awaiting_signal' OR status = 'awaiting_children') AND awaits IS NOT NULL
+    GROUP BY awaits
+UNION ALL SELECT count(*), 'time: ' || queue FROM durable_instances
+    WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
+ORDER BY 1 DESC LIMIT 5
+"""
+_LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 3"
+_ARMED = "SELECT 1 FROM durable_instances WHERE await_deadline IS NOT NULL LIMIT 1"
+
+
+class _Watch:
+    """The latest looks at a file, which is what a rate needs, and how they are shown."""
+
+    def __init__(self, reader: tools.Reader, file: Path) -> None:
+        self._reader = reader
+        self._file = file
+        self.looks: collections.deque[tuple[dt.datetime, dict[str, dict[str, int]]]] = collections.deque(maxlen=24)
+        self._failures: list[Instance] = []
+        self._told: tuple[object, list[Instance]] = None, []
+
+    def look(self) -> None:
+        """Look once more."""
+        self._failures = [self._reader.get(id_) for (id_,) in self._reader.rows(_LATEST_FAILURES)]
+        self.looks.append((now(), self._reader.counts()))
+
+    def is_idle(self) -> bool:
+        """Whether nothing is left that time alone would bring on."""
+        counts, paused = self.looks[-1][1], self._reader.paused()
+        is_running = any(tally.get(Status.EXECUTING) for tally in counts.values())
+        is_waiting = any(tally.get(Status.RUNNABLE) for queue, tally in counts.items() if queue not in paused)
+        return not (is_running or is_waiting or self._reader.rows(_ARMED))
+
+    def _rate(self, *queues: str) -> float:
+        """How many of the queues' instances ended per second; a collection, which lowers the counts, is no rate."""
+        (begun, first), (at, last) = self.looks[0], self.looks[-1]
+        count = sum(ended(last[queue]) - ended(first.get(queue, {})) for queue in queues)
+        return max(0, count) / ((at - begun).total_seconds() or 1)
+
+    def frame(self, screen: Screen) -> list[str]:
+        """All that a terminal of this size can show."""
+        (at, counts), (columns, lines), paused = self.looks[-1], screen.size, self._reader.paused()
+        right = f"  {self._rate(*counts):,.1f}/s  {at.astimezone():%H:%M:%S}"
+        frame = [screen.paint(fit(f"durable  {plain(self._file)}", max(9, columns - len(right))), "bold") + right, ""]
+        for queue, tally in counts.items():
+            note = f"{ended(tally) / sum(tally.values()):4.0%} {self._rate(queue):9,.1f}/s"
+            bar = screen.bar(tally, max(9, columns - 42))
+            frame.append(f"{fit(plain(queue), 12)}  {bar}  {note}  {'paused' if queue in paused else ''}")
+            if 2 * len(counts) < lines - 12:  # else the bars alone, to leave room for the rest
+                parts = [screen.paint(f"{tally[it]:,} {it}", it) for it in BLOCKS if tally.get(it)]
+                frame.append(" " * 14 + "  ".join(parts))
+        failed = [(it.id, it.fsm, it.step, distance(it.updated_at), it.last_error) for it in self._failures]
+        for head, *rows in (
+            screen.table(("failed", "fsm", "step", "when", "why"), failed),
+            screen.table(("waiting", "for"), self._reader.rows(_WAITS, (int(at.timestamp() * 1000),))),
+            _worker_table(screen, self._reader.workers()),
+        ):
+            frame += ["", head, *rows] if rows else []
+        return frame[: lines - 1]
+
+    def news(self) -> Iterator[str]:
+        """What a pipe is told: the counts if they have changed, and the failures not told before."""
+        at, counts = self.looks[-1]
+        clock, (counts_told, failures_told) = f"{at.astimezone():%H:%M:%S}", self._told
+        self._told = counts, self._failures
+        if counts != counts_told:
+            total = sum(map(collections.Counter, counts.values()), collections.Counter())
+            tally = "  ".join(f"{total[status]} {status}" for status in BLOCKS if total[status])
+            yield f"{clock}  {tally or 'empty'}  {self._rate(*counts):.1f}/s"
+        for it in reversed(self._failures):
+            if it not in failures_told:
+                yield plain(f"{clock}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
+
+
+@_verb(
+    "durable watch shop.db",
+    "durable watch shop.db --until-idle > progress.log",
+    _argument("--until-idle", action="store_true", help="end when nothing is left that time alone would bring on"),
+    _argument("--interval", type=float, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
+    opens=tools.Reader,
+)
+def _watch(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """Watch the queues live; Ctrl-C ends it.
+
+    In a pipe: a line for each change of the counts and each failure.
+    """
+    screen, watch = Screen.of_stdout(), _Watch(reader, options.file)
+    with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
+        if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
+            print("\x1b[?1049h\x1b[?25l", end="")
+            at_end.callback(print, "\x1b[?25h\x1b[?1049l", end="", flush=True)
+        while True:
+            begun = time.monotonic()
+            watch.look()
+            if screen.live:  # over the frame before, line by line: nothing flickers
+                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in watch.frame(screen)), end="\x1b[J", flush=True)
+            else:
+                print(end="".join(f"{line}\n" for line in watch.news()), flush=True)
+            if options.until_idle and watch.is_idle():
+                break
+            # To count a large file takes time: a tenth of this process's, at most.
+            time.sleep(max(options.interval, 10 * (time.monotonic() - begun)))
+    if screen.live and watch.looks:
+        print("\n".join(watch.frame(screen)))
+
+
+@_verb(
+    "durable demo",
+    "durable demo ~/Pictures",
+    _argument("directory", type=Path, nargs="?", metavar="DIRECTORY", help="(this Python's library)"),
+)
+def _demo(options: argparse.Namespace) -> int:
+    """See the engine at work on real files, and survive a kill.
+
+    A machine starts a job for each file under DIRECTORY, which fingerprints it, and joins them. Half-way the
+    worker process is killed; a new one goes on. At the end the sum is compared with that of a plain loop.
+    """
+    from durable_tools.demo import Demo  # here, so that its classes are in no application's registry
+
+    directory = (options.directory or Path(sysconfig.get_path("stdlib"))).resolve(strict=True)
+    with tempfile.TemporaryDirectory(prefix="durable-demo-", ignore_cleanup_errors=True) as home:
+        return Demo(directory, Path(home), Screen.of_stdout()).play()
+
+
+# ---- the entry
+
+
+_OVERVIEW = """Durable state machines and jobs in one SQLite file.
+
+durable demo                              see it at work
+durable run jobs.py --database shop.db    run what jobs.py defines
+durable watch shop.db                     what goes on
+durable show shop.db order:42             one instance, and what helps it"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line as `VERBS` has it."""
+
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+        def error(self, message: str) -> NoReturn:
+            """Leave it to `main` to say it, in one line."""
+            raise _UsageError(f"{message} (see {self.prog} --help)")
+
+    parser = Parser(prog="durable", description=_OVERVIEW)
+    installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
+    version = installed[0] if installed else "(not installed)"  # a copied module is of no distribution
+    parser.add_argument("--version", action="version", version=f"durable {version}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        about = inspect.cleandoc(verb.run.__doc__ or "")
+        examples = "\n".join(it for it in verb.about if isinstance(it, str))
+        command = verbs.add_parser(name, help=about.partition("\n")[0], description=f"{about}\n\n{examples}")
+        command.set_defaults(verb=verb)
+        for names, how in (it for it in verb.about if not isinstance(it, str)):
+            command.add_argument(*names, **how)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `durable ARGV…` and return its exit status; `durable --help` has the verbs."""
+    try:
+        try:
+            options = _parser().parse_args(argv)
+        except SystemExit:  # --help and --version have said it all
+            status = 0
+        else:
+            status = options.verb(options)
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
+        return status
+    except BrokenPipeError:  # who read has seen enough; at exit Python would write the rest again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (_UsageError, DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
+        _complain(error)
+        return 2 if isinstance(error, _UsageError) else 1
+    except KeyboardInterrupt:
+        return 130

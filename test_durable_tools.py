@@ -1,0 +1,925 @@
+"""Tests of durable_tools: the command line and its demo.
+
+In this order:
+
+* The package
+* Looking
+* Writing
+* The user's code
+* What is shown, and where
+* Processes
+
+What the tests of durable have for all tests, these use too.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stdout
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import apsw
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import durable
+import durable_tools
+from durable import FSM, Await, Cancel, Done, Engine, Insert, Instance, ScheduleChildren, Status, step
+from durable_tools import cli, screen
+from test_durable import Ctx, banners, client, code_lines, contents, environment, eventually, run_script
+
+
+class CliOrder(FSM, name="cli.Order", queue="orders"):
+    @step
+    def start(self, ctx: Ctx) -> Await:
+        return Await("paid", then="ship", timeout=3600)
+
+    @step
+    def ship(self, ctx: Ctx) -> Done:
+        return Done({"amount": [signal.payload for signal in ctx.awaited]})
+
+
+class Broken(FSM, name="cli.Broken"):
+    def perform(self, args: dict[str, Any]) -> None:
+        raise Cancel("the disk\nis on fire \x1b[31m")
+
+
+class Parent(FSM, name="cli.Parent", queue="parents"):
+    @step
+    def start(self, ctx: Ctx) -> ScheduleChildren:
+        return ScheduleChildren([Insert(Broken), Insert(CliOrder)], then="join")
+
+    @step
+    def join(self, ctx: Ctx) -> Done:
+        return Done(len(ctx.children))
+
+
+CLI_SCRIPT = """
+import durable
+from durable import FSM, Engine
+
+class Greet(FSM, queue="greetings"):
+    def perform(self, args):
+        return f"hello {args['name']}"
+
+@durable.job
+def add(a: int, b: int = 1) -> int:
+    return a + b
+
+class Boom(FSM):
+    def perform(self, args):
+        raise durable.Cancel("boom")
+"""
+
+
+@attrs.frozen
+class Said:
+    """What a command said and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line, in this process."""
+
+    def run(*words: object) -> Said:
+        capsys.readouterr()
+        status = cli.main([str(word) for word in words])
+        said = capsys.readouterr()
+        return Said(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A file with one instance of each kind: 1 done, 2 failed, 3 awaiting a signal, 4 scheduled."""
+    path = tmp_path / "shop.db"
+    with client(path) as engine:
+        engine.insert(CliOrder, correlation_key="order:1", step="ship")
+        engine.insert(Broken, correlation_key="broken:1")
+        engine.insert(CliOrder, correlation_key="order:2")
+        engine.insert(Broken, schedule_in=3600, queue="later")
+        engine.drain(with_scheduled=False)
+    return path
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's script, whose stem is no other module's; forgotten afterwards."""
+    path = tmp_path / "cli_jobs.py"
+    path.write_text(textwrap.dedent(CLI_SCRIPT), encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield path
+    sys.modules.pop("cli_jobs", None)
+
+
+def start(*words: object, **variables: str) -> subprocess.Popen[str]:
+    """The command line as a process of its own, its standard error told apart."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "durable", *map(str, words)],
+        env=environment() | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def get(path: Path, target: int | str) -> Instance:
+    """TARGET as the file has it."""
+    with client(path) as engine:
+        return engine.get(target)
+
+
+# ---- The package ---------------------------------------------------------------------------------
+
+MODULES = sorted(Path(durable_tools.__file__).parent.glob("*.py"))
+SURFACE = {*durable.__all__, "tools"}
+TOOLS = {name for name in vars(durable.tools) if not name.startswith("_")}
+
+
+def test_the_contents_of_these_tests_are_their_banners() -> None:
+    """The docstring of the tests lists their sections, in the order in which they stand."""
+    assert banners(Path(__file__)) == contents(__doc__)
+
+
+def test_what_tools_may_use_is_listed_where_it_stands() -> None:
+    """`durable.tools` is no part of `__all__`; its docstring has a line for each of its names, and no other."""
+    assert "tools" not in durable.__all__
+    assert set(re.findall(r"^ +\* `(\w+)`:", durable.tools.__doc__ or "", re.MULTILINE)) == TOOLS
+
+
+def names_used_of_durable(tree: ast.Module) -> Iterator[str]:
+    """Yield what a module imports from durable or reads of it, `tools.` before what it reads of the tools."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "durable":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("durable", "tools", "durable.tools"):
+            yield node.attr if ast.unparse(node.value) == "durable" else f"tools.{node.attr}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[path.stem for path in MODULES])
+def test_a_tool_uses_nothing_private_of_durable(path: Path) -> None:
+    """Of durable it has the public names and those of `durable.tools`; of objects that are not its own, no private."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert set(names_used_of_durable(tree)) <= SURFACE | {f"tools.{name}" for name in TOOLS}
+    private = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match("_(?!_)", node.attr)
+        and ast.unparse(node.value) not in ("self", "os")
+    ]
+    assert private == []
+
+
+def test_durable_imports_none_of_its_tools() -> None:
+    """The arrows go one way: not even within a function; the command line is loaded by name when it is asked for."""
+    for node in ast.walk(ast.parse(Path(durable.__file__).read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.Import | ast.ImportFrom) and "durable_tools" in ast.unparse(node))
+
+
+def test_durable_alone_says_how_to_get_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the module was dropped into a folder without the package: one line on standard error, status 1."""
+    monkeypatch.delitem(sys.modules, "durable_tools.cli")
+    monkeypatch.setitem(sys.modules, "durable_tools", None)
+    assert durable.main(["list", "x.db"]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "pip install durable-fsm" in said.err
+
+
+def test_durable_alone_works(tmp_path: Path) -> None:
+    """The one file, dropped into a folder of its own, is the engine."""
+    shutil.copy(durable.__file__, tmp_path)
+    program = """
+        import sys
+        sys.modules["durable_tools"] = None
+        import durable
+
+        @durable.job
+        def add(a: int, b: int) -> int:
+            return a + b
+
+        with durable.Engine("alone.db") as engine:
+            print(engine.result(engine.insert(add, args=dict(a=1, b=2))), durable.__file__)
+        """
+    assert run_script(tmp_path, textwrap.dedent(program)).split() == ["3", str(tmp_path / "durable.py")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[path.stem for path in MODULES])
+def test_no_function_of_a_tool_is_long(path: Path) -> None:
+    """No function has over 40 lines of code."""
+    source = path.read_text(encoding="utf-8")
+    lines = code_lines(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert sum(at in lines for at in range(node.lineno + 1, node.end_lineno or 0)) <= 40, node.name
+
+
+# ---- Looking -------------------------------------------------------------------------------------
+
+
+def test_counts_as_json_are_what_the_method_returns(command: Command, shop: Path) -> None:
+    """`counts --json` is the object that `Engine.counts()` returns."""
+    with client(shop) as engine:
+        expected = engine.counts()
+    assert command("counts", shop, "--json").json == expected
+
+
+def test_list_as_json_has_the_fields_of_instance(command: Command, shop: Path) -> None:
+    """`list --json` is an array of objects keyed by Instance's fields, instants as ISO text."""
+    found = command("list", shop, "--json").json
+    assert [one["id"] for one in found] == [4, 3, 2, 1]
+    assert all(set(one) == {field.name for field in attrs.fields(Instance)} for one in found)
+    assert datetime.fromisoformat(found[0]["eligible_at"]) == get(shop, 4).eligible_at
+    assert found[1]["awaits"] == ["paid"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        (["--status", "failed"], [2]),
+        (["--fsm", "cli.Broken"], [4, 2]),
+        (["--queue", "later"], [4]),
+        (["--key", "order:1"], [1]),
+        (["--limit", "2"], [4, 3]),
+        (["--before", "3"], [2, 1]),
+        (["--parent", "1"], []),
+    ],
+)
+def test_list_filters(command: Command, shop: Path, filters: list[str], ids: list[int]) -> None:
+    """Each filter of `list` narrows it as `find` does, newest first."""
+    assert [one["id"] for one in command("list", shop, "--json", *filters).json] == ids
+
+
+def test_list_for_people_says_what_became_of_each(command: Command, shop: Path) -> None:
+    """A line for each instance, with its error, what it waits for, or its result; nothing steers the terminal."""
+    said = command("list", shop)
+    head, scheduled, parked, failed, done = said.out.splitlines()
+    assert head.split()[:4] == ["id", "fsm", "step", "status"]
+    assert "due in 60 min" in scheduled or "due in 1 h" in scheduled
+    assert "paid, in" in parked
+    assert "the disk is on fire" in failed
+    assert '{"amount": []}' in done
+    assert "\x1b" not in said.out
+
+
+def test_empty_lists_are_no_error(command: Command, shop: Path) -> None:
+    """Nothing found is the head of a table, or an empty array, and exit status 0."""
+    assert command("list", shop, "--queue", "nowhere").status == 0
+    assert command("workers", shop, "--json") == Said(0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[[verb] for verb in ("list", "counts", "workers", "watch", "check", "gc")],
+        *[[verb, "1"] for verb in ("show", "wait", "cancel", "retry", "pause", "resume")],
+        ["signal", "1", "x"],
+    ],
+    ids=lambda words: str(words[0]),
+)
+def test_a_missing_file_is_refused(command: Command, tmp_path: Path, words: list[str]) -> None:
+    """A verb about what a file holds makes no file: exit status 1, one line that names it."""
+    said = command(words[0], tmp_path / "missing.db", *words[1:])
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "missing.db" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [("show", ["nobody"]), ("signal", ["order:1", "paid"]), ("retry", ["order:1"]), ("cancel", ["order:1"])],
+)
+def test_a_refusal_is_one_line(command: Command, shop: Path, verb: str, words: list[str]) -> None:
+    """A target that is not there, or that had ended: exit status 1, one line on standard error."""
+    said = command(verb, shop, *words)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+
+
+def test_looking_changes_nothing(command: Command, shop: Path) -> None:
+    """The verbs that look leave the file as it was, byte for byte, and no other beside it."""
+    before = shop.read_bytes()
+    for words in (["list"], ["counts"], ["workers"], ["check"], ["show", "2"], ["wait", "1"]):
+        assert command(words[0], shop, *words[1:]).status == 0
+    assert shop.read_bytes() == before
+    assert list(shop.parent.iterdir()) == [shop]
+
+
+def test_a_file_of_somebody_else_is_left_alone(command: Command, tmp_path: Path) -> None:
+    """A database without durable's tables is refused, by the verbs that write too, and gets none."""
+    path = tmp_path / "other.db"
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    before = path.read_bytes()
+    for words in (["list"], ["gc"], ["pause", "q"]):
+        said = command(words[0], path, *words[1:])
+        assert (said.status, said.err.count("\n")) == (1, 1)
+    assert path.read_bytes() == before
+
+
+def test_looking_refuses_what_is_no_database(command: Command, tmp_path: Path) -> None:
+    """A file that is no database is refused in one line."""
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary " * 1000, encoding="utf-8")
+    said = command("list", path)
+    assert (said.status, said.err.count("\n")) == (1, 1)
+
+
+def test_show_says_what_an_instance_waits_for(command: Command, shop: Path) -> None:
+    """A parked instance: the signal, until when, its inbox, and the command that sends the signal."""
+    with client(shop) as engine:
+        engine.signal("order:2", "note", {"to": "someone"}, dedup_key="n-1")
+    out = command("show", shop, "order:2").out
+    assert "cli.Order #3" in out
+    assert "the signal paid, until" in out
+    assert f"durable signal {shop} 3 paid" in out
+    assert '{"to":"someone"}' in out.replace(": ", ":")
+
+
+def test_show_has_the_traceback_and_the_verb_that_helps(command: Command, shop: Path) -> None:
+    """A failed instance: its last error, where it was raised, and `retry`."""
+    out = command("show", shop, "2").out
+    assert "the disk" in out
+    assert f"durable retry {shop} 2" in out
+    assert "\x1b" not in out
+
+
+def test_show_tells_why_a_runnable_instance_does_not_run(command: Command, shop: Path) -> None:
+    """A date, a paused queue, a queue without an engine: each has its own sentence."""
+    with client(shop) as engine:
+        engine.insert(CliOrder, correlation_key="order:3")
+    assert "its time, " in command("show", shop, "4").out
+    assert "an engine that runs the queue orders" in command("show", shop, "order:3").out
+    command("pause", shop, "orders")
+    assert f"durable resume {shop} orders" in command("show", shop, "order:3").out
+
+
+def test_show_quotes_the_file_in_the_commands_it_suggests(command: Command, tmp_path: Path) -> None:
+    """A path with a space in it is quoted, so that the command can be copied into a shell."""
+    path = tmp_path / "my shop.db"
+    with client(path) as engine:
+        engine.insert(CliOrder)
+    assert f"durable run MODULE --database '{path}'" in command("show", path, "1").out
+
+
+def test_show_counts_children_and_lists_the_failed_first(command: Command, tmp_path: Path) -> None:
+    """A parent: how many children stand how, those that failed by name."""
+    path = tmp_path / "family.db"
+    with client(path) as engine:
+        engine.insert(Parent, correlation_key="p")
+        engine.drain()
+    out = command("show", path, "p").out
+    assert "1 failed, 1 awaiting_signal" in out or "1 awaiting_signal, 1 failed" in out
+    assert "cli.Broken" in out
+
+
+def test_show_as_json_is_the_instance(command: Command, shop: Path) -> None:
+    """`show --json` is one object with Instance's fields."""
+    found = command("show", shop, "order:2", "--json").json
+    assert set(found) == {field.name for field in attrs.fields(Instance)}
+    assert found["status"] == "awaiting_signal"
+
+
+def test_wait_prints_the_result(command: Command, shop: Path) -> None:
+    """`wait` prints the result of what is done, as JSON."""
+    assert command("wait", shop, "order:1").json == {"amount": []}
+
+
+def test_wait_fails_with_the_instance(command: Command, shop: Path) -> None:
+    """`wait` for what failed: exit status 1, the error in one line on standard error."""
+    said = command("wait", shop, "2")
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "the disk; is on fire" in said.err
+
+
+def test_wait_runs_out(command: Command, shop: Path) -> None:
+    """A wait that runs out: exit status 1, and how the instance stands."""
+    said = command("wait", shop, "3", "--timeout", "0")
+    assert said.status == 1
+    assert "awaiting_signal" in said.err
+
+
+def test_check_finds_a_sound_file_sound(command: Command, shop: Path) -> None:
+    """`check` says so and gives 0; as JSON it is the empty list."""
+    assert command("check", shop) == Said(0, "sound\n", "")
+    assert command("check", shop, "--json").json == []
+
+
+def test_check_names_problems(command: Command, shop: Path) -> None:
+    """`check` of a file that breaks an invariant: the problem in words, exit status 1."""
+    with client(shop) as engine, closing(engine.connect()) as connection:
+        connection.execute("INSERT INTO durable_signals (target, name, sent_at) VALUES (999, 'lost', 0)")
+    said = command("check", shop)
+    assert said.status == 1
+    assert said.out.strip()
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+
+def test_signal_sends(command: Command, shop: Path) -> None:
+    """`signal FILE TARGET NAME JSON` is `Engine.signal`, deduplicated by --dedup-key."""
+    for _ in range(2):
+        assert command("signal", shop, "order:2", "paid", '{"amount": 1}', "--dedup-key", "e1").status == 0
+    with client(shop) as engine:
+        engine.drain(queue="orders")
+    assert get(shop, "order:2").result == {"amount": [{"amount": 1}]}
+
+
+def test_cancel_says_which_could_not(command: Command, shop: Path) -> None:
+    """Every target gets its turn; one that had ended is said, and makes the exit status 1."""
+    said = command("cancel", shop, "order:1", "order:2", "--reason", "sold out")
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert "order:1" in said.err
+    assert get(shop, 3).last_error == "sold out"
+    assert command("cancel", shop, "4").status == 0
+
+
+def test_retry_one_and_all(command: Command, shop: Path) -> None:
+    """`retry TARGET` runs it again; `--all` whatever failed and passes the filters."""
+    assert command("retry", shop, "2").status == 0
+    assert get(shop, 2).status is Status.RUNNABLE
+    with client(shop) as engine:
+        engine.drain(with_scheduled=False)
+    command("retry", shop, "--all", "--queue", "elsewhere")
+    assert get(shop, 2).status is Status.FAILED
+    command("retry", shop, "--all", "--fsm", "cli.Broken")
+    assert get(shop, 2).status is Status.RUNNABLE
+
+
+@pytest.mark.parametrize("words", [[], ["2", "--all"]])
+def test_retry_takes_targets_or_all(command: Command, shop: Path, words: list[str]) -> None:
+    """Neither or both of TARGET and --all is a usage error."""
+    assert command("retry", shop, *words).status == 2
+
+
+def test_pause_and_resume(command: Command, shop: Path) -> None:
+    """A paused queue is kept in the file, until it is resumed."""
+    command("signal", shop, "3", "paid")
+    command("pause", shop, "orders")
+    with client(shop) as engine:
+        assert engine.drain(queue="orders")["steps"] == 0
+        command("resume", shop, "orders")
+        assert engine.drain(queue="orders")["done"] == 1
+
+
+def test_counts_show_which_queue_is_paused(command: Command, shop: Path) -> None:
+    """To people: a row for each queue, with a column for each status."""
+    command("pause", shop, "later")
+    head, *rows = command("counts", shop).out.splitlines()
+    assert head.split() == ["queue", "done", "failed", "executing", "awaiting_children", "awaiting_signal", "runnable"]
+    assert [row.split() for row in rows] == [
+        ["default", "0", "1", "0", "0", "0", "0"],
+        ["later", "(paused)", "0", "0", "0", "0", "0", "1"],
+        ["orders", "1", "0", "0", "0", "1", "0"],
+    ]
+
+
+def test_gc_prints_how_many(command: Command, shop: Path) -> None:
+    """`gc` deletes what ended longer than the retention ago."""
+    assert command("gc", shop).out == "0\n"
+    assert command("gc", shop, "--retention", "0").out == "2\n"
+
+
+def test_snapshot_copies(command: Command, shop: Path, tmp_path: Path) -> None:
+    """`snapshot` makes a second file with the same instances; it does not overwrite."""
+    copy = tmp_path / "copy.db"
+    assert command("snapshot", shop, copy).status == 0
+    assert command("counts", copy, "--json").json == command("counts", shop, "--json").json
+    assert command("snapshot", shop, copy).status == 1
+
+
+# ---- The user's code -----------------------------------------------------------------------------
+
+
+def test_insert_by_script_names_the_class_as_python_would(command: Command, script: Path, tmp_path: Path) -> None:
+    """A class of a script is stored under the script's stem, as `python SCRIPT` stores it."""
+    database = tmp_path / "x.db"
+    words = ("--database", database, "--state", '{"name": "you"}', "--key", "g", "--priority", "-3", "--in", "60")
+    assert command("insert", f"{script}:Greet", *words).out == "1\n"
+    it = get(database, "g")
+    assert (it.fsm, it.state, it.priority, it.queue) == ("cli_jobs.Greet", {"name": "you"}, -3, "greetings")
+    assert it.eligible_at - it.inserted_at == timedelta(seconds=60)
+
+
+def test_insert_a_function_job_of_a_module(
+    command: Command, script: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A module is found from the current directory; a function job is inserted by its name."""
+    monkeypatch.chdir(script.parent)
+    database = tmp_path / "x.db"
+    assert command("insert", "cli_jobs:add", "--database", database, "--args", '{"a": 2}').status == 0
+    assert command("drain", "cli_jobs", "--database", database).out == "1 steps, 1 done\n"
+    assert command("wait", database, "1").json == 3
+
+
+def test_insert_refuses_a_duplicate(command: Command, script: Path, tmp_path: Path) -> None:
+    """A key that is taken: exit status 1 and one line."""
+    words = ("insert", f"{script}:Greet", "--database", tmp_path / "x.db", "--key", "k", "--state", '{"name": "x"}')
+    assert command(*words).status == 0
+    said = command(*words)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["no-such-verb"],
+        ["list"],
+        ["list", "x.db", "--status", "happy"],
+        ["signal", "x.db", "1", "paid", "{bad"],
+        ["insert", "m:C", "--database", "x.db", "--state", "{bad"],
+        ["insert", "m:C"],
+        ["insert", "json", "--database", "x.db"],
+        ["run", "jobs", "--database", "x.db", "--queue", "default"],
+        ["run", "jobs", "--queue", "default=3"],
+        ["insert", "m:C", "--database", "x.db", "--at", "tomorrow"],
+    ],
+)
+def test_usage_errors(command: Command, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line that cannot be meant, bad JSON among it: exit status 2, one line, no file."""
+    monkeypatch.chdir(tmp_path)
+    said = command(*words)
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [("1 / 0", "ZeroDivisionError"), ("import nowhere_at_all", "nowhere_at_all"), ("(", "SyntaxError")],
+)
+def test_code_that_cannot_be_loaded(command: Command, tmp_path: Path, code: str, says: str) -> None:
+    """A script that raises: exit status 1, one line with the error and its place."""
+    path = tmp_path / "cli_wrong.py"
+    path.write_text(code, encoding="utf-8")
+    said = command("run", path, "--database", tmp_path / "x.db")
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert says in said.err
+    assert "cli_wrong.py" in said.err
+
+
+def test_a_script_must_not_hide_another_module(command: Command, tmp_path: Path) -> None:
+    """A script called as a module that is there already is refused, not loaded over it."""
+    path = tmp_path / "json.py"
+    path.write_text("", encoding="utf-8")
+    assert "name of its own" in command("run", path, "--database", tmp_path / "x.db").err
+
+
+def test_run_needs_one_engine(command: Command, script: Path) -> None:
+    """A module without an engine, and no --database: exit status 1, and what to do."""
+    said = command("run", script)
+    assert said.status == 1
+    assert "--database" in said.err
+
+
+def test_run_says_so_when_the_script_has_run_its_engine_itself(command: Command, tmp_path: Path) -> None:
+    """A script whose top level is `with Engine(...)` has stopped it when it is loaded."""
+    path = tmp_path / "withe.py"
+    path.write_text(f"import durable\nwith durable.Engine({str(tmp_path / 'w.db')!r}) as engine: pass\n", "utf-8")
+    said = command("run", path)
+    assert said.status == 1
+    assert "was stopped when that was loaded" in said.err
+
+
+def test_drain_runs_what_is_due_and_no_more(command: Command, script: Path, tmp_path: Path) -> None:
+    """`drain` leaves what is scheduled for later; --with-scheduled takes it too; status 1 if one failed."""
+    database = tmp_path / "x.db"
+    command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "x"}', "--in", "60")
+    assert command("drain", script, "--database", database) == Said(0, "nothing was due\n", "")
+    assert command("drain", script, "--database", database, "--with-scheduled").out == "1 steps, 1 done\n"
+    command("insert", f"{script}:Boom", "--database", database)
+    said = command("drain", script, "--database", database, "--log-level", "error")
+    assert (said.status, said.out) == (1, "1 steps, 1 stop\n")
+
+
+@pytest.mark.parametrize("suffix", ["", ":engine", ":tools.engine"])
+def test_a_target_may_have_an_engine_of_its_own(command: Command, script: Path, tmp_path: Path, suffix: str) -> None:
+    """A module's only engine, or the one that is named: it runs, and --database beside a name is refused."""
+    database = tmp_path / "own.db"
+    code = f"engine = Engine({str(database)!r}, queues={{}})\nclass tools:\n    engine = engine\n"
+    with script.open("a", encoding="utf-8") as file:
+        file.write(code)
+    with client(database) as engine:
+        engine.insert(Broken)
+    said = command("drain", f"{script}{suffix}")
+    assert (said.status, said.out) == (1, "1 steps, 1 stop\n")
+    if suffix:
+        assert command("drain", f"{script}{suffix}", "--database", database).status == 1
+
+
+# ---- What is shown, and where --------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(*words: object) -> str:
+    """What a command shows on a terminal."""
+    with redirect_stdout(Terminal()) as terminal:
+        cli.main([str(word) for word in words])
+    return terminal.getvalue()
+
+
+def test_colour_only_on_a_terminal(command: Command, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has colours, a pipe none, nor has a terminal whose owner wants none."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31m" in shown("list", shop)
+    assert "\x1b" not in command("list", shop).out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in shown("list", shop)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 ms"), (0.04, "40 ms"), (1, "1 s"), (3.25, "3.2 s"), (59, "59 s"), (3600, "1 h"), (90_000, "1 d")],
+)
+def test_lengths_of_time_read_well(seconds: float, text: str) -> None:
+    """A length of time is in its largest unit, with a decimal only where it is short of ten."""
+    assert screen.span(seconds) == text
+
+
+@given(st.dictionaries(st.sampled_from(Status), st.integers(0, 10**9)), st.integers(9, 200))
+def test_a_bar_has_its_width_and_shows_every_status(tally: dict[str, int], width: int) -> None:
+    """However small its share, a status that is there is seen; the bar is as wide as asked for."""
+    bar = screen.Screen(live=False, colour=False, blocks=True).bar(tally, width)
+    assert len(bar) == width
+    assert {screen.BLOCKS[Status(status)][0] for status, count in tally.items() if count} <= set(bar)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_tables_fit_the_terminal(shop: Path, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """No line is longer than the terminal is wide; letters that take two columns count as two."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with client(shop) as engine:
+        engine.insert(CliOrder, correlation_key="注文" * 60)
+    lines = shown("list", shop).splitlines()
+    assert len(lines) == 6
+    assert all(len(line) + sum(letter in "注文" for letter in line) <= columns for line in lines)
+
+
+def test_output_survives_a_poor_encoding(shop: Path) -> None:
+    """Where the encoding lacks a letter it is replaced; bars and JSON keep to ASCII."""
+    with client(shop) as engine:
+        engine.insert(CliOrder, correlation_key="注文")
+    for words in (["list"], ["list", "--json"], ["watch", "--interval", "0.01"]):
+        with start(words[0], shop, *words[1:], PYTHONIOENCODING="ascii") as process:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            process.terminate()
+            assert process.communicate()[1] == ""
+
+
+def test_help_has_examples(command: Command) -> None:
+    """Every verb's help has a command to copy."""
+    for verb in cli.VERBS:
+        said = command(verb, "--help")
+        assert said.status == 0
+        assert f"\ndurable {verb} " in said.out
+
+
+def test_version(command: Command) -> None:
+    """`--version` says what is installed."""
+    said = command("--version")
+    assert said.status == 0
+    assert said.out.startswith("durable ")
+
+
+def test_watch_in_a_pipe_says_what_changed(command: Command, shop: Path) -> None:
+    """A line with the counts and one for each of the latest failures, and no escape sequences."""
+    command("cancel", shop, "3", "4")
+    said = command("watch", shop, "--until-idle")
+    assert said.status == 0
+    assert "1 done  3 failed" in said.out
+    assert "#2 cli.Broken failed in perform: the disk" in said.out
+    assert "\x1b" not in said.out
+
+
+def test_watch_ends_when_nothing_is_left(command: Command, shop: Path) -> None:
+    """`--until-idle` waits for what an engine does meanwhile; who waits for a signal without end keeps nobody."""
+    command("cancel", shop, "3", "4")
+    with Engine(shop, queues={"orders": 1}) as engine:
+        engine.insert(CliOrder, step="ship", schedule_in=0.2)
+        said = command("watch", shop, "--until-idle", "--interval", "0.01")
+    assert "2 done  3 failed" in said.out.splitlines()[-1]
+
+
+def test_watch_waits_for_no_paused_queue(command: Command, shop: Path) -> None:
+    """Time alone does not bring on what somebody has to resume."""
+    command("cancel", shop, "3")
+    command("pause", shop, "later")
+    assert "1 runnable" in command("watch", shop, "--until-idle").out
+
+
+def test_watch_on_a_terminal_gives_the_screen_back(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second screen is left, the cursor shown again, and the last frame stays to be read."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with client(shop) as engine:
+        engine.cancel(3)
+        engine.cancel(4)
+    text = shown("watch", shop, "--until-idle")
+    first, last = text.split("\x1b[?25h\x1b[?1049l")
+    assert first.startswith("\x1b[?1049h\x1b[?25l\x1b[H")
+    assert "orders" in last
+    assert "cli.Broken" in last
+
+
+def test_watch_may_be_interrupted_before_it_has_seen_anything(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during the first look, which takes its time on a large file: the screen is given back, and no more."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(durable.tools.Reader, "counts", interrupted)
+    assert shown("watch", shop) == "\x1b[?1049h\x1b[?25l\x1b[?25h\x1b[?1049l"
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def test_the_module_runs_as_a_program(script: Path, tmp_path: Path) -> None:
+    """`python -m durable` knows the classes of a script that imports `durable`: the module is not there twice."""
+    database = tmp_path / "x.db"
+    with start("insert", f"{script}:add", "--database", database, "--args", '{"a": 1}') as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "1\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGPIPE there")
+def test_a_reader_that_leaves_early_is_no_error(shop: Path) -> None:
+    """`durable list … | head -1` says nothing on standard error."""
+    with client(shop) as engine:
+        engine.insert_all([Insert(Broken) for _ in range(500)])
+    with start("list", shop, "--json", "--limit", "500") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+SLEEPER = """
+import time, durable
+from pathlib import Path
+
+@durable.job
+def nap(seconds: float, mark: str) -> str:
+    Path(mark).touch()
+    time.sleep(seconds)
+    return "rested"
+"""
+
+
+@contextmanager
+def napping(tmp_path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """`durable run` in the middle of a job that takes SECONDS; database nap.db, job 1."""
+    script, mark = tmp_path / "cli_naps.py", tmp_path / "mark"
+    script.write_text(SLEEPER, encoding="utf-8")
+    words = ("--database", tmp_path / "nap.db")
+    arguments = json.dumps({"seconds": seconds, "mark": str(mark)})
+    with start("insert", f"{script}:nap", *words, "--args", arguments) as process:
+        process.communicate()
+    with start("run", script, *words, "--queue", "default=2", "other=1") as process:
+        try:
+            eventually(mark.exists)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+def test_sigterm_drains(tmp_path: Path) -> None:
+    """The first signal lets running steps end: the job is done when the process is, with status 0 and a log."""
+    with napping(tmp_path, 1.0) as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "INFO" in err
+    assert get(tmp_path / "nap.db", 1).result == "rested"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
+def test_the_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    """The second signal does not wait: the job is left as after a crash, and the next engine runs it again."""
+    with napping(tmp_path, 600) as process:
+
+        def has_left() -> bool:
+            process.send_signal(signal.SIGINT)  # two of one kind that come at the same time are one
+            return process.poll() is not None
+
+        assert not has_left()
+        eventually(has_left, within=4)  # less than the time a drain takes
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert get(tmp_path / "nap.db", 1).status is Status.EXECUTING
+
+
+@pytest.mark.slow
+def test_several_runs_share_a_file(command: Command, script: Path, tmp_path: Path) -> None:
+    """Two `run`s on one file share its work; `workers` lists both, and one that is killed is seen to be gone."""
+    database = tmp_path / "x.db"
+    run = ("run", script, "--database", database)
+
+    def pids() -> set[int]:
+        return {worker["pid"] for worker in command("workers", database, "--json").json}
+
+    with client(database), start(*run) as one, start(*run) as two:
+        try:
+            eventually(lambda: pids() == {one.pid, two.pid})
+            one.kill()
+            command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "you"}', "--key", "g")
+            assert command("wait", database, "g", "--timeout", "20").json == "hello you"
+            eventually(lambda: pids() == {two.pid})
+        finally:
+            one.kill()
+            two.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux for a terminal")
+def test_watch_in_a_real_terminal(shop: Path) -> None:
+    """At 80 columns by 24 lines: bars, counts, the latest failure, what is waited for; the screen is given back."""
+    name = f"durable-{os.getpid()}"
+    tmux = ["tmux", "-L", name]
+    code = f"import sys; from durable_tools import cli; sys.exit(cli.main(['watch', {str(shop)!r}]))"
+    shell = [*tmux, "-f", os.devnull, "new-session", "-d", "-x", "80", "-y", "24", "sh"]
+    subprocess.run(shell, check=True, env=environment())
+
+    def screen() -> str:
+        return subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True).stdout
+
+    def type_in(*keys: str) -> None:
+        subprocess.run([*tmux, "send-keys", *keys], check=True)
+
+    try:
+        type_in(f'echo before; {sys.executable} -c "{code}"', "Enter")
+        eventually(lambda: "orders" in screen() and "before" not in screen())
+        seen = screen()
+        type_in("C-c")
+        eventually(lambda: "before" in screen())
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=True)
+    assert all(len(line) <= 80 for line in seen.splitlines())
+    assert "the disk is on fire" in seen
+    assert "signal: paid" in seen
+    assert "█" in seen
+
+
+def test_demo_survives_a_real_kill(tmp_path: Path) -> None:
+    """`demo` kills its worker process half-way, goes on with another, and gets what a plain loop gets."""
+    files = tmp_path / "files"
+    for number in range(60):
+        path = files / str(number % 3) / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"file {number}", encoding="utf-8")
+    with start("demo", files) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "60 in all" in out
+    assert "is killed after" in out
+    assert out.count(" starts: ") == 2
+    assert "the same" in out
+
+
+def test_demo_needs_files(command: Command, tmp_path: Path) -> None:
+    """An empty directory shows nothing: exit status 1."""
+    assert command("demo", tmp_path).status == 1
