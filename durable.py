@@ -205,8 +205,10 @@ class EngineClosedError(DurableError):
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MILLISECOND = dt.timedelta(milliseconds=1)
+_START_OF_TIME = -62_135_596_800_000
+"""The first millisecond that a `datetime` of UTC can hold; what is earlier, east of Greenwich, is cut to it."""
 _END_OF_TIME = 253_402_300_799_999
-"""The last millisecond that a `datetime` can hold; later instants mean 'never' and are cut to it."""
+"""The last one; later instants mean 'never' and are cut to it."""
 
 _MAX_INTEGER = 2**63 - 1
 
@@ -230,16 +232,20 @@ def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) 
 
 
 def _instant_ms(value: object, name: str) -> int:
-    """Read a timezone-aware datetime as milliseconds since the epoch, rounded up."""
+    """Read a timezone-aware datetime as milliseconds since the epoch, rounded up, within what can be shown in UTC."""
     if not isinstance(value, dt.datetime):
         raise ValueError(f"{name} must be a timezone-aware datetime, not {value!r}")
     if value.utcoffset() is None:
         raise ValueError(f"{name} must be timezone-aware, not the naive {value!r}")
-    return min(-((_EPOCH - value) // _MILLISECOND), _END_OF_TIME)
+    return max(_START_OF_TIME, min(-((_EPOCH - value) // _MILLISECOND), _END_OF_TIME))
 
 
 def _instant(milliseconds: int) -> dt.datetime:
-    return _EPOCH + milliseconds * _MILLISECOND
+    """Show an instant of the file; one beyond the calendar as its nearest end, so that looking never fails."""
+    try:
+        return _EPOCH + milliseconds * _MILLISECOND
+    except OverflowError:  # of a clock that counted in other units, or of another hand
+        return _EPOCH + (_END_OF_TIME if milliseconds > 0 else _START_OF_TIME) * _MILLISECOND
 
 
 def _instant_or_none(milliseconds: int | None) -> dt.datetime | None:
@@ -5274,8 +5280,8 @@ def _check_clock(clock: Any, _: str) -> Callable[[], float]:
         now = clock()
     except TypeError:
         now = None
-    if not isinstance(now, int | float) or not math.isfinite(now):
-        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r}")
+    if not isinstance(now, int | float) or not _START_OF_TIME <= now * 1000 <= _END_OF_TIME:
+        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r} ({now!r})")
     return cast(Callable[[], float], clock)
 
 

@@ -773,10 +773,65 @@ def test_an_instant_may_stand_in_any_zone(timed_engine: Engine, clock: Clock) ->
     assert shown.utcoffset() == timedelta(0)
 
 
-def test_an_instant_may_be_the_last_there_is(timed_engine: Engine) -> None:
-    """`datetime.max`, which is no whole millisecond, can be stored and shown."""
-    last = datetime.max.replace(tzinfo=UTC)
-    assert last - timed_engine.get(timed_engine.insert(Leaf, schedule_at=last)).eligible_at < timedelta(milliseconds=1)
+ENDS_OF_THE_CALENDAR = [datetime.min, datetime.max]  # noqa: DTZ901 - each test puts them into zones
+ZONES = [UTC, timezone(timedelta(hours=14)), timezone(-timedelta(hours=12))]
+
+
+@pytest.mark.parametrize("zone", ZONES, ids=str)
+@pytest.mark.parametrize("end", ENDS_OF_THE_CALENDAR, ids=["first", "last"])
+def test_an_instant_may_be_the_first_or_the_last_there_is(timed_engine: Engine, end: datetime, zone: Any) -> None:
+    """What the calendar of a zone holds can be given; what that of UTC does not is shown as its nearest instant."""
+    target = timed_engine.insert(Leaf, schedule_at=end.replace(tzinfo=zone), correlation_key="k")
+    shown = timed_engine.get(target)
+    assert abs(shown.eligible_at - end.replace(tzinfo=UTC)) <= timedelta(hours=14)
+    assert timed_engine.find() == [shown]
+    assert timed_engine.counts() == {"leaves": {"runnable": 1}}
+
+
+zones = st.sampled_from(ZONES)
+aware_datetimes = st.one_of(
+    st.datetimes(timezones=zones),
+    st.datetimes(max_value=datetime.min + timedelta(days=1), timezones=zones),  # noqa: DTZ901 - as above
+    st.datetimes(min_value=datetime.max - timedelta(days=1), timezones=zones),  # noqa: DTZ901
+)
+
+
+@given(at=aware_datetimes)
+def test_every_instant_that_is_given_is_shown(shared_engine: tuple[Engine, Machine, Job, Clock], at: datetime) -> None:
+    """To the millisecond, or at the end of the calendar that it is beyond."""
+    timed_engine = shared_engine[0]
+    shown = timed_engine.get(timed_engine.insert(Leaf, schedule_at=at, queue="shown")).eligible_at
+    within = max(
+        datetime.min.replace(tzinfo=UTC) - at, at - datetime.max.replace(tzinfo=UTC), timedelta(milliseconds=1)
+    )
+    assert abs(shown - at) <= within
+
+
+def test_a_parent_sees_a_child_at_the_end_of_the_calendar(play: Play) -> None:
+    """`ctx.children` shows whatever instant a child has."""
+    start = datetime.min.replace(tzinfo=timezone(timedelta(hours=1)))
+    machine = Machine(
+        ScheduleChildren([Insert(Leaf, schedule_at=start)], then="join"), lambda ctx: Done(len(ctx.children))
+    )
+    assert play(machine).result == 1
+
+
+@pytest.mark.parametrize("milliseconds", [-(2**63), 2**63 - 1])
+def test_an_instant_beyond_the_calendar_is_shown_as_its_end(timed_engine: Engine, milliseconds: int) -> None:
+    """Looking at a file never fails for an instant in it, whatever clock or hand has written it."""
+    target = timed_engine.insert(Waits, state={})
+    timed_engine.drain()
+    timed_engine.signal(target, "another")
+    with closing(timed_engine.connect()) as connection:
+        for table, columns in {
+            "instances": "eligible_at await_deadline inserted_at updated_at",
+            "signals": "sent_at",
+        }.items():
+            for column in columns.split():
+                connection.execute(f"UPDATE durable_{table} SET {column} = ?", (milliseconds,))
+    shown = timed_engine.get(target)
+    assert {shown.inserted_at.year, cast(datetime, shown.await_deadline).year} == {1 if milliseconds < 0 else 9999}
+    assert timed_engine._core.reader.signals(target)[0].sent_at == shown.inserted_at
 
 
 def test_the_file_holds_instants_as_integer_milliseconds(timed_engine: Engine, clock: Clock) -> None:
@@ -2674,7 +2729,15 @@ BAD_OPTIONS: dict[str, list[object]] = {
     "retention": [-1, timedelta(days=-1)],
     "gc_interval": [-1],
     "synchronous": ["sometimes"],
-    "clock": [5, lambda: "noon", lambda: None, lambda zone: 0.0, lambda: float("nan")],
+    "clock": [
+        5,
+        lambda: "noon",
+        lambda: None,
+        lambda zone: 0.0,
+        lambda: float("nan"),
+        lambda: 1.7e12,
+        lambda: -1e11,
+    ],
 }
 
 

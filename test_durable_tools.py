@@ -24,9 +24,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,18 @@ import durable
 import durable_tools
 from durable import FSM, Await, Cancel, Done, Engine, Insert, Instance, ScheduleChildren, Status, step
 from durable_tools import cli, screen
-from test_durable import Ctx, banners, client, code_lines, contents, environment, eventually, run_script
+from test_durable import (
+    ENDS_OF_THE_CALENDAR,
+    Clock,
+    Ctx,
+    banners,
+    client,
+    code_lines,
+    contents,
+    environment,
+    eventually,
+    run_script,
+)
 
 
 class CliOrder(FSM, name="cli.Order", queue="orders"):
@@ -113,6 +125,19 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return Said(status, said.out, said.err)
 
     return run
+
+
+@pytest.fixture
+def local_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Put this machine into a time zone, where the system lets a process do so."""
+
+    def put(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        getattr(time, "tzset", lambda: None)()
+
+    yield put
+    monkeypatch.undo()
+    getattr(time, "tzset", lambda: None)()
 
 
 @pytest.fixture
@@ -402,6 +427,22 @@ def test_show_counts_children_and_lists_the_failed_first(command: Command, tmp_p
     assert "cli.Broken" in out
 
 
+@pytest.mark.parametrize("zone", ["UTC0", "JST-9", "EST5"])
+@pytest.mark.parametrize("end", ENDS_OF_THE_CALENDAR, ids=["first", "last"])
+def test_show_tells_of_instants_at_the_ends_of_the_calendar(
+    command: Command, tmp_path: Path, local_zone: Callable[[str], None], end: datetime, zone: str
+) -> None:
+    """Where this machine's own calendar does not reach so far, it is shown by UTC."""
+    local_zone(zone)
+    path = tmp_path / "ends.db"
+    instant = end.replace(tzinfo=UTC, microsecond=0)
+    with client(path, clock=Clock((instant - datetime.fromtimestamp(0, UTC)).total_seconds())) as engine:
+        engine.insert(Broken, schedule_at=instant)
+    for verb in ("show", "list"):
+        said = command(verb, path, *["1"] * (verb == "show"))
+        assert (said.status, said.err) == (0, ""), verb
+
+
 def test_show_as_json_is_the_instance(command: Command, shop: Path) -> None:
     """`show --json` is one object with Instance's fields."""
     found = command("show", shop, "order:2", "--json").json
@@ -635,6 +676,19 @@ def test_a_target_may_have_an_engine_of_its_own(command: Command, script: Path, 
     assert (said.status, said.out) == (1, "1 steps, 1 stop\n")
     if suffix:
         assert command("drain", f"{script}{suffix}", "--database", database).status == 1
+
+
+@pytest.mark.parametrize("zone", ["UTC0", "JST-9", "EST5"])
+def test_an_instant_on_the_command_line_may_be_at_an_end_of_the_calendar(
+    command: Command, script: Path, tmp_path: Path, local_zone: Callable[[str], None], zone: str
+) -> None:
+    """With a zone it is taken; without one, what this machine's clock can't place is refused in one line."""
+    local_zone(zone)
+    insert = ["insert", f"{script}:Greet", "--database", tmp_path / "at.db", "--state", '{"name": "Ann"}', "--at"]
+    for end in ENDS_OF_THE_CALENDAR:
+        assert command(*insert, f"{end.isoformat()}+00:00").status == 0
+        said = command(*insert, end.isoformat())
+        assert said.status == 0 or (said.status, said.out, said.err.count("\n")) == (2, "", 1)
 
 
 # ---- What is shown, and where --------------------------------------------------------------------

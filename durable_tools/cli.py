@@ -123,8 +123,9 @@ def _queue_argument(text: str) -> tuple[str, int]:
 
 def _instant_argument(text: str) -> dt.datetime:
     try:
-        return dt.datetime.fromisoformat(text).astimezone()  # without a zone: on this machine's clock
-    except ValueError as error:
+        instant = dt.datetime.fromisoformat(text)
+        return instant if instant.tzinfo else instant.astimezone()  # without a zone: on this machine's clock
+    except (ValueError, OverflowError, OSError) as error:
         raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import io
 import json
@@ -128,7 +129,9 @@ def distance(instant: dt.datetime) -> str:
 
 def moment(instant: dt.datetime) -> str:
     """`instant` on the reader's own clock, and how far off it is."""
-    return f"{instant.astimezone():%Y-%m-%d %H:%M:%S} ({distance(instant)})"
+    with contextlib.suppress(OverflowError, ValueError, OSError):  # the calendar's last hours are beyond it elsewhere
+        instant = instant.astimezone()
+    return f"{instant:%Y-%m-%d %H:%M:%S} ({distance(instant)})"
 
 
 def ended(tally: Mapping[str, int]) -> int:
