@@ -213,9 +213,17 @@ _END_OF_TIME = 253_402_300_799_999
 _MAX_INTEGER = 2**63 - 1
 
 
+def _is_decimal(value: object) -> bool:
+    """Whether a value is a finite Decimal; who has none need not load the module."""
+    module = sys.modules.get("decimal")
+    return module is not None and isinstance(value, module.Decimal) and value.is_finite()
+
+
 def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
     """Read a duration, seconds or a timedelta, as whole milliseconds, rounded up so that nothing fires early."""
     seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    if not isinstance(seconds, int | float) and _is_decimal(seconds):
+        seconds = float(cast(Any, seconds))
     is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if not is_number or not math.isfinite(cast(float, seconds)) or cast(float, seconds) < 0:
         raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {value!r}")
@@ -1660,18 +1668,30 @@ class FSM:
             _register(cls._spec)
 
     def backoff(self, attempt: int) -> _Duration:
-        """Seconds to wait after the attempt of that number, counted from 0, failed."""
+        """Seconds to wait after the attempt of that number, counted from 0, failed.
+
+        A number (a Decimal will do) or a timedelta. What is none, or an error, stops the instance; its `last_error`
+        keeps the step's own error beside that.
+        """
         return min(float(2 ** min(attempt, 16)), 300.0)
 
     def handle(self, error: Exception, ctx: Context[Any]) -> Any:
-        """Rule on an error of a step with an outcome: `Stop(error)` for a machine, the retry rule for a job."""
+        """Rule on an error of a step with an outcome: `Stop(error)` for a machine, the retry rule for a job.
+
+        Asked once for each run that fails, and not for one that no longer counts: of a step over its `timeout` it gets
+        the TimeoutError, and nothing that the step still comes to. asyncio's CancelledError is an error of the step's
+        where nobody has cancelled it.
+        """
         return self._retry_or_stop(error, ctx) if ctx._claim.spec.is_job else Stop(error)
 
     def _retry_or_stop(self, reason: str | BaseException, ctx: Context[Any]) -> Retry | Stop:
         row = ctx._claim.row
-        if row.attempt + 1 < (row.max_attempts or 0):
+        if row.attempt + 1 >= (row.max_attempts or 0):
+            return Stop(reason)
+        try:
             return Retry(self.backoff(row.attempt))
-        return Stop(reason)
+        except Exception as error:  # noqa: BLE001 - the user's code: what was wrong with the step must not be lost for it
+            return Stop(f"{_error_text(reason)}; and backoff({row.attempt}) is no delay: {_error_text(error)}")
 
 
 _replaced: weakref.WeakSet[type] = weakref.WeakSet()
@@ -3548,7 +3568,7 @@ class _Claim:
         behaviour: object,
         desk: _Desk,
         inbox: tuple[Signal, ...],
-        error: Exception | None = None,
+        error: BaseException | None = None,
     ) -> None:
         self.row = row
         self.spec = spec
@@ -3569,7 +3589,7 @@ class _Claim:
         code = self.spec.steps.get(self.row.step, self.spec.any_step)
         return code is not None and code.is_async
 
-    def failed_with(self, error: Exception) -> _Claim:
+    def failed_with(self, error: BaseException) -> _Claim:
         failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
         failed.started_at = self.started_at
         return failed
@@ -3623,19 +3643,20 @@ def _log_details(row: _Row) -> dict[str, Any]:
 
 
 def _log_attempt(row: _Row, what: str, error: BaseException) -> None:
-    _log.warning(
-        "instance %d (%s) failed in step %r, attempt %d: %s",
-        row.id,
-        row.fsm,
-        row.step,
-        row.attempt,
-        what,
-        exc_info=error,
-        extra=_log_details(row),
-    )
+    message = "instance %d (%s) failed in step %r, attempt %d: %s"
+    details = _log_details(row)
+    try:
+        _log.warning(message, row.id, row.fsm, row.step, row.attempt, what, exc_info=error, extra=details)
+    except Exception as refusal:  # noqa: BLE001 - a handler's or a filter's; the step's outcome is not to be lost for it
+        threading.excepthook(threading.ExceptHookArgs((type(refusal), refusal, refusal.__traceback__, None)))
 
 
-def _describe_stop(outcome: Stop, error: Exception | None) -> tuple[str, str | None]:
+def _log_late(row: _Row, error: BaseException) -> None:
+    message = "instance %d (%s): step %r, over its timeout, has come to an error, which counts no more: %s"
+    _log.info(message, row.id, row.fsm, row.step, _error_text(error), exc_info=error, extra=_log_details(row))
+
+
+def _describe_stop(outcome: Stop, error: BaseException | None) -> tuple[str, str | None]:
     reason = outcome.reason
     source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
     return _error_text(reason), None if source is None else _traceback_text(source)
@@ -3645,7 +3666,7 @@ def _elapsed(claim: _Claim) -> float:
     return time.perf_counter() - claim.started_at
 
 
-def _reason_of(error: Exception) -> str | BaseException:
+def _reason_of(error: BaseException) -> str | BaseException:
     return error.reason if isinstance(error, Fail | Cancel) else error
 
 
@@ -3667,7 +3688,7 @@ def _shown(ctx: Context[Any]) -> tuple[int, ...]:
     return tuple(signal.id for signal in ctx.awaited) if ctx._claim.inbox else ()
 
 
-def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: Exception | None = None) -> _Commit:
+def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseException | None = None) -> _Commit:
     """Hold an outcome against the class and its limits and apply it to the row; `error` is what it answers."""
     row, spec = claim.row, claim.spec
     effects = ctx._close()
@@ -3717,15 +3738,48 @@ def _rule_of_job(claim: _Claim, ctx: Context[Any], error: Fail | Cancel) -> Retr
     return cast(FSM, claim.behaviour)._retry_or_stop(error.reason, ctx)
 
 
-def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
-    is_job = claim.spec.is_job
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether the engine's storage has failed, and not the step which asked it for something."""
+    return isinstance(error, DurableError) and isinstance(error.__cause__, _STORE_FAILURES)
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Whether something is lacking, where no code of the user's was called: no fault of what a step has returned."""
+    return isinstance(error, OSError | ImportError | MemoryError | apsw.Error) or _is_of_storage(error)
+
+
+def _is_of_step(error: BaseException) -> bool:
+    """Whether what came out of the user's code is an error of it, for `handle`; else it is a crash.
+
+    asyncio's CancelledError, which is no Exception, is one.
+    """
+    asyncio_errors = sys.modules.get("asyncio.exceptions")
+    is_cancelled = asyncio_errors is not None and isinstance(error, getattr(asyncio_errors, "CancelledError", ()))
+    return is_cancelled or (isinstance(error, Exception) and not _is_of_storage(error))
+
+
+def _stop(claim: _Claim, error: BaseException) -> _Commit:
+    """End an instance as failed for an error that nobody is left to ask about."""
+    change = _failed(claim.row, _error_text(error), _traceback_text(error))
+    return _Commit(claim, "stop", change, duration=_elapsed(claim))
+
+
+def _ask_handle(claim: _Claim, ctx: Context[Any], error: BaseException) -> Any:
+    """Return what the user's `handle` answers, or the `_Commit` that ends the instance for what it raises."""
     _current.set(ctx)
     try:
-        returned = cast(FSM, claim.behaviour).handle(error, ctx)
-    except (Fail, Cancel) as ruling:
-        if not is_job:
+        return cast(FSM, claim.behaviour).handle(cast(Exception, error), ctx)
+    except BaseException as second:
+        if not _is_of_step(second):
             raise
-        returned = ruling
+        return second if claim.spec.is_job and isinstance(second, Fail | Cancel) else _stop(claim, second)
+
+
+def _handled(claim: _Claim, ctx: Context[Any], error: BaseException) -> _Commit:
+    is_job = claim.spec.is_job
+    returned = _ask_handle(claim, ctx, error)
+    if isinstance(returned, _Commit):
+        return returned
     if is_job and isinstance(returned, Fail | Cancel):
         ctx._close()
         return _rule(claim, ctx, _rule_of_job(claim, ctx, returned), returned)
@@ -3736,13 +3790,7 @@ def _handled(claim: _Claim, ctx: Context[Any], error: Exception) -> _Commit:
     return _rule(claim, ctx, returned, error)
 
 
-def _stop(claim: _Claim, error: BaseException) -> _Commit:
-    """End an instance as failed for an error that nobody is left to ask about."""
-    change = _failed(claim.row, _error_text(error), _traceback_text(error))
-    return _Commit(claim, "stop", change, duration=_elapsed(claim))
-
-
-def _recover(claim: _Claim, error: Exception) -> _Commit:
+def _recover(claim: _Claim, error: BaseException) -> _Commit:
     """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
     claim = claim.failed_with(error)  # so that a commit that is refused does not come back to `handle`
     if not isinstance(error, Cancel):
@@ -3752,12 +3800,13 @@ def _recover(claim: _Claim, error: Exception) -> _Commit:
         if claim.spec.is_job and isinstance(error, Fail | Cancel):
             return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
         return _handled(claim, ctx, error)
-    except Exception as second:  # noqa: BLE001 - the user's `handle`: whatever it raises ends the instance
+    except Exception as second:
+        if _is_shortage(second):
+            raise
         return _stop(claim, second)
 
 
-def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Exception:
-    """Read what a step returned; an error that is the step's own, returned or found in it, goes to `handle`."""
+def _read_returned(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseException:
     is_job = claim.spec.is_job
     if is_job and type(returned) in _PLAIN_TYPES:  # most jobs: as `_rule` would for Done, in two thirds of the time
         effects = ctx._close()
@@ -3776,9 +3825,20 @@ def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | Excep
     return returned if isinstance(returned, Fail | Cancel) else _rule(claim, ctx, Done(returned))
 
 
-def _execute(claim: _Claim) -> _Commit:
-    """Run a claimed row's step to the record of its commit. User code runs here, and in `_execute_async`.
+def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseException:
+    """Read what a step returned; what can't be written, or is an error, is returned for `handle`."""
+    try:
+        return _read_returned(claim, ctx, returned)
+    except Exception as error:
+        if _is_shortage(error):
+            raise
+        return error
 
+
+def _execute(claim: _Claim) -> _Commit | BaseException:
+    """Run a claimed row's step to the record of its commit, or to an error for `_recover`.
+
+    User code runs here, in `_execute_async` and in `_ask_handle`; what else is raised is the engine's own, and a crash.
     The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
     """
     claim.started_at = time.perf_counter()
@@ -3787,31 +3847,72 @@ def _execute(claim: _Claim) -> _Commit:
     try:
         code = claim.spec.code(claim.row.step)
         ctx = claim.open()
-        _current.set(ctx)
-        verdict = _verdict(claim, ctx, code.call(claim.behaviour, ctx))
-    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
-        return _recover(claim, error)
-    return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
+    except Exception as error:
+        if _is_shortage(error):
+            raise
+        return error
+    _current.set(ctx)
+    try:
+        returned = code.call(claim.behaviour, ctx)
+    except BaseException as error:
+        if not _is_of_step(error):
+            raise
+        return error
+    return _verdict(claim, ctx, returned)
 
 
-async def _execute_async(claim: _Claim) -> _Commit | Exception:
-    """Run an `async def` step; what it failed with is returned, for `handle` to be called in a thread."""
+async def _execute_async(claim: _Claim) -> _Commit | BaseException:
+    """Run an `async def` step likewise; a CancelledError is raised, for only the caller knows who has cancelled it."""
     claim.started_at = time.perf_counter()
     try:
         code = claim.spec.code(claim.row.step)
         ctx = claim.open()
-        _current.set(ctx)
-        return _verdict(claim, ctx, await code.call(claim.behaviour, ctx))
-    except Exception as error:  # noqa: BLE001 - the user's code: every error is for `handle`
+    except Exception as error:
+        if _is_shortage(error):
+            raise
         return error
+    _current.set(ctx)
+    try:
+        returned = await code.call(claim.behaviour, ctx)
+    except Exception as error:
+        if _is_of_storage(error):
+            raise
+        return error
+    return _verdict(claim, ctx, returned)
+
+
+_PAUSE_MS = 1000
+"""After so long a step is tried again that the engine itself could not run."""
 
 
 def _crash(claim: _Claim, error: BaseException) -> _Commit:
-    """Record that a step crashed: SystemExit and the like are not for `handle`."""
-    cause = f"crash: {_error_text(error)} out of step {claim.row.step!r}"
-    _log_attempt(claim.row, cause, error)
-    change = _crashed(claim.row, cause, claim.desk.now(), _traceback_text(error))
+    """Record that a step crashed: SystemExit and the like are not for `handle`.
+
+    An error of the engine's own around it, for want of files or memory, or of storage, is nobody's attempt: the step
+    runs again a little later, and no limit counts that.
+    """
+    row, now = claim.row, claim.desk.now()
+    is_own = isinstance(error, Exception)
+    cause = f"crash: {_error_text(error)} {'around' if is_own else 'out of'} step {row.step!r}"
+    _log_attempt(row, cause, error)
+    trace = None
+    with contextlib.suppress(OSError, ImportError, MemoryError):  # it may be these that are wanting
+        trace = _traceback_text(error)
+    change: _Change
+    if is_own and row.cancel_reason is None:
+        change = _Again(row.state, row.attempt, row.crashes, now + _PAUSE_MS, cause, trace)
+    else:
+        change = _crashed(row, cause, now, trace)
     return _Commit(claim, _CRASH, change, duration=_elapsed(claim))
+
+
+def _load_what_steps_need() -> None:
+    """Load now what a step would be the first to need: by then there may be no file, or no right, to load it with."""
+    import traceback  # noqa: F401 - for errors
+
+    _lenient()
+    if any(spec.has_async for spec in list(_registry.values())):
+        import asyncio  # noqa: F401 - it takes 30 ms, so only where there is a use for it
 
 
 # ==================================================================================================
@@ -3904,7 +4005,7 @@ class _Pool:
                 self._ready.remove(claim)
         return claim
 
-    def disown(self, claim: _Claim, error: Exception) -> bool:
+    def disown(self, claim: _Claim, error: BaseException) -> bool:
         """Let a step that is over its timeout go: its thread is replaced, its late outcome dropped."""
         with self._lock:
             if claim.is_finished or claim.is_disowned:
@@ -3916,10 +4017,10 @@ class _Pool:
         self.rouse()
         return True
 
-    def finish(self, claim: _Claim, commit: _Commit) -> bool:
+    def finish(self, claim: _Claim, commit: _Commit | None) -> bool:
         """Take what a step in one of these threads has come to. False if the step was disowned."""
         with self._lock:
-            if not self._end(claim):
+            if not self._end(claim) or commit is None:
                 return False
             self._port.finish(commit)
             was_quick = self._is_quick
@@ -3935,12 +4036,12 @@ class _Pool:
             self._port.ring()
         return True
 
-    def finish_async(self, claim: _Claim, result: _Commit | Exception) -> bool:
+    def finish_async(self, claim: _Claim, result: _Commit | BaseException) -> bool:
         """Take the result of a step on the event loop: a commit, or an error for `handle`. False if disowned."""
         with self._lock:
             if not self._end(claim):
                 return False
-            if isinstance(result, Exception):
+            if isinstance(result, BaseException):
                 self._ready.appendleft(claim.failed_with(result))
             else:
                 self._port.finish(result)
@@ -4057,13 +4158,26 @@ class _Pool:
             self.rouse()
         return claim
 
-    def _run(self, claim: _Claim) -> _Commit:
+    def _run(self, claim: _Claim) -> _Commit | None:
+        """Run a step; None if it has come to an error too late, which is nothing to `handle`."""
         try:
             if claim.spec.timeout_s is not None and claim.error is None:
                 self._port.watch(claim, self)
-            return _execute(claim)
+            verdict = _execute(claim)
+            if isinstance(verdict, _Commit):
+                return verdict
+            if not self._has_ended_in_time(claim):
+                _log_late(claim.row, verdict)
+                return None
+            return _recover(claim, verdict)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like: the thread survives
             return _crash(claim, error)
+
+    def _has_ended_in_time(self, claim: _Claim) -> bool:
+        """Whether a step was not disowned; from now on it can't be: `handle` is no part of its `timeout`."""
+        with self._lock:
+            claim.is_finished = not claim.is_disowned
+            return claim.is_finished
 
 
 class _Port(typing.Protocol):
@@ -4150,12 +4264,16 @@ class _EventLoop:
             self._tasks[claim] = self._loop.create_task(self._run(claim, pool))
 
     async def _run(self, claim: _Claim, pool: _Pool) -> None:
+        import asyncio
+
+        result: _Commit | BaseException
         try:
             result = await _execute_async(claim)
         except BaseException as error:
             if self._is_closing:
                 raise  # the row is given back, its step was cancelled and not abandoned
-            result = _crash(claim, error)
+            # One that was cancelled for its timeout is disowned: what it comes to is dropped.
+            result = error if isinstance(error, asyncio.CancelledError) else _crash(claim, error)
         finally:
             self._tasks.pop(claim, None)
         if not pool.finish_async(claim, result):
@@ -5800,28 +5918,24 @@ class _Drain:
     def _run(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
         self.tally["steps"] += claim.error is None
+        run = self._run_async if claim.is_async else self._run_plain
+        context = contextvars.copy_context()
         try:
-            self._core.finish(self._run_async(claim) if claim.is_async else self._run_plain(claim))
+            self._core.finish(self._rule(claim, context, run(claim, context)))
         except BaseException as error:
             self._core.finish(_crash(claim, error))
             self._core.beat_once(lambda beat: None)
             raise
 
-    def _run_plain(self, claim: _Claim) -> _Commit:
-        """Run a plain step. Nothing can interrupt it here, so that its timeout is noticed when it returns."""
-        context = contextvars.copy_context()
-        commit = context.run(_execute, claim)
-        timeout_s = claim.spec.timeout_s
-        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
-            return context.run(_recover, claim, _timeout_error(claim))
-        return commit
+    def _run_plain(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
+        return context.run(_execute, claim)
 
-    def _run_async(self, claim: _Claim) -> _Commit:
+    def _run_async(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
         import asyncio
 
         running: list[asyncio.Task[Any] | None] = []
 
-        async def run() -> _Commit | Exception:
+        async def run() -> _Commit | BaseException:
             running.append(asyncio.current_task())
             try:
                 return await asyncio.wait_for(_execute_async(claim), claim.spec.timeout_s)
@@ -5833,8 +5947,18 @@ class _Drain:
                 task.get_loop().call_soon_threadsafe(task.cancel)
 
         runner = self._runner = self._runner or asyncio.Runner()
-        result = _run_outside_loop(lambda: runner.run(run(), context=contextvars.copy_context()), cancel)
-        return result if isinstance(result, _Commit) else contextvars.copy_context().run(_recover, claim, result)
+        try:
+            result = _run_outside_loop(lambda: runner.run(run(), context=context), cancel)
+        except asyncio.CancelledError as error:  # by nobody here: an interrupt comes as KeyboardInterrupt
+            return error
+        return cast("_Commit | BaseException", result)
+
+    def _rule(self, claim: _Claim, context: contextvars.Context, verdict: _Commit | BaseException) -> _Commit:
+        """Hold a step against its timeout, which is noticed only now that it has returned, and ask `handle`."""
+        timeout_s = claim.spec.timeout_s
+        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
+            verdict = _timeout_error(claim)
+        return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
 
 
 class _Scheduler:
@@ -6073,7 +6197,7 @@ class _Scheduler:
                     if self._event_loop is None:
                         self._event_loop = _EventLoop(self)
                     return self._event_loop
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, ImportError) as error:
                 self.log_soon("the event loop could not be started", error)
             time.sleep(0.5)
         return None
@@ -6336,6 +6460,7 @@ class _Scheduler:
             self._life_lock.release()
 
     def _start(self) -> None:
+        _load_what_steps_need()
         self.context = contextvars.copy_context()
         self.peers.join_and_watch()
         self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
@@ -6622,6 +6747,7 @@ class _Scheduler:
         with self._alone():
             self._drain = drain = _Drain(self, queue, with_scheduled=with_scheduled)
             try:
+                _load_what_steps_need()
                 self.peers.join(drain.LEASE_MS, is_patient=False)
                 drain.run(max_steps)
             finally:

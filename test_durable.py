@@ -199,6 +199,12 @@ class Clock:
         return datetime.fromtimestamp(self.now + seconds, UTC)
 
 
+def execute(claim: durable._Claim) -> durable._Commit:
+    """Run a claimed row's step, and ask `handle` where it comes to an error."""
+    verdict = durable._execute(claim)
+    return verdict if isinstance(verdict, durable._Commit) else durable._recover(claim, verdict)
+
+
 @pytest.fixture
 def clock() -> Clock:
     """A clock in the test's hands."""
@@ -497,7 +503,7 @@ def statements_of_beats(engine: Engine, beats: int) -> list[collections.Counter[
         with core._beat_lock:
             core._beat()
         for claim in list(core._held.values()):
-            core._finished.append(contextvars.copy_context().run(durable._execute, claim))
+            core._finished.append(contextvars.copy_context().run(execute, claim))
     core.store.db.exec_trace = None
     return counts
 
@@ -576,7 +582,7 @@ class Recording(FSM, abstract=True):
         self.runs = list(runs)
         self.handler = handler
         self.contexts: list[Ctx] = []
-        self.errors: list[Exception] = []
+        self.errors: list[BaseException] = []
         self.handled: list[Ctx] = []
 
     def play(self, ctx: Ctx) -> Any:
@@ -800,11 +806,11 @@ aware_datetimes = st.one_of(
 def test_every_instant_that_is_given_is_shown(shared_engine: tuple[Engine, Machine, Job, Clock], at: datetime) -> None:
     """To the millisecond, or at the end of the calendar that it is beyond."""
     timed_engine = shared_engine[0]
-    shown = timed_engine.get(timed_engine.insert(Leaf, schedule_at=at, queue="shown")).eligible_at
-    within = max(
-        datetime.min.replace(tzinfo=UTC) - at, at - datetime.max.replace(tzinfo=UTC), timedelta(milliseconds=1)
-    )
-    assert abs(shown - at) <= within
+    target = timed_engine.insert(Leaf, schedule_at=at)
+    shown = timed_engine.get(target).eligible_at
+    timed_engine.cancel(target)
+    beyond = max(datetime.min.replace(tzinfo=UTC) - at, at - datetime.max.replace(tzinfo=UTC), timedelta())
+    assert abs(shown - at) <= beyond + timedelta(milliseconds=1)
 
 
 def test_a_parent_sees_a_child_at_the_end_of_the_calendar(play: Play) -> None:
@@ -1462,7 +1468,9 @@ class Impatient(Job):
         return self.delay(attempt)
 
 
-@pytest.mark.parametrize("unit", [float, lambda delay: timedelta(seconds=delay)], ids=["seconds", "timedelta"])
+@pytest.mark.parametrize(
+    "unit", [float, Decimal, lambda delay: timedelta(seconds=delay)], ids=["seconds", "decimal", "timedelta"]
+)
 def test_a_job_may_have_its_own_backoff(stage: Stage, clock: Clock, unit: Callable[[float], Any]) -> None:
     """`backoff(attempt)`, 0-based, is overridable, and gives a duration."""
     job = Impatient(*[Fail("no")] * 3)
@@ -1474,14 +1482,31 @@ def test_a_job_may_have_its_own_backoff(stage: Stage, clock: Clock, unit: Callab
         assert timed_engine.get(target).eligible_at == clock.instant(10 + attempt)
 
 
-@pytest.mark.parametrize("run", [Fail("no"), Raising(ValueError("no"))], ids=["fail", "error"])
-@pytest.mark.parametrize("delay", [None, -1, "soon", math.nan], ids=repr)
-def test_a_backoff_that_is_no_delay_fails_the_instance(play: Play, run: Any, delay: Any) -> None:
-    """Nothing a `backoff` returns stops the engine: the instance fails, and says why."""
+@pytest.mark.parametrize(("run", "own"), [(Fail("no"), "no"), (Raising(ValueError("no")), "ValueError: no")], ids=str)
+@pytest.mark.parametrize(
+    "delay",
+    [None, -0.01, "soon", True, math.nan, math.inf, Decimal("NaN"), Decimal("sNaN"), Decimal(-1), [1]],
+    ids=repr,
+)
+def test_a_backoff_that_is_no_delay_stops_the_instance_and_says_both(
+    play: Play, run: Any, own: str, delay: Any
+) -> None:
+    """What a `backoff` returns amiss ends the instance; its last error has the step's own and what came of it."""
     job = Impatient(run)
     job.delay = lambda attempt: delay
     instance = play(job)
-    assert (instance.status, bool(instance.last_error)) == (Status.FAILED, True)
+    assert (instance.status, len(job.contexts)) == (Status.FAILED, 1)
+    assert re.match(
+        rf"{own}; and backoff\(0\) is no delay: OutcomeError: .*{re.escape(repr(delay))}", instance.last_error or ""
+    )
+    assert ("in __call__" in (instance.traceback or "")) == isinstance(run, Raising)
+
+
+def test_a_backoff_that_raises_stops_the_instance_and_says_both(play: Play) -> None:
+    """An error of `backoff` does not hide the step's own."""
+    job = Impatient(Raising(ValueError("no")))
+    job.delay = lambda attempt: cast("dict[int, Any]", {})[attempt]
+    assert play(job).last_error == "ValueError: no; and backoff(0) is no delay: KeyError: 0"
 
 
 MOVES: dict[str, object] = {
@@ -1617,6 +1642,63 @@ def test_fail_from_a_jobs_handle_is_bounded_by_max_attempts(play: Play) -> None:
     job = Job(*[Raising(KeyError("k"))] * 3, handler=Fail("worse"))
     assert play(job, max_attempts=2).status == Status.FAILED
     assert len(job.contexts) == 2
+
+
+class Cancelling(Recording):
+    """A machine whose first run ends by a CancelledError that nobody has asked for."""
+
+    def step(self, name: str, ctx: Ctx) -> Any:
+        self.contexts.append(ctx)
+        if len(self.contexts) > 1:
+            return Done("handled")
+        raise asyncio.CancelledError("of its own")
+
+
+class CancellingAsync(Cancelling):
+    """The same on an event loop, by something that it waits for."""
+
+    async def step(self, name: str, ctx: Ctx) -> Any:
+        self.contexts.append(ctx)
+        if len(self.contexts) > 1:
+            return Done("handled")
+        waited_for: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waited_for.cancel("of its own")
+        return await waited_for
+
+
+class CancellingItself(CancellingAsync):
+    """The same by its own task, as library code may."""
+
+    async def step(self, name: str, ctx: Ctx) -> Any:
+        self.contexts.append(ctx)
+        if len(self.contexts) > 1:
+            return Done("handled")
+        cast("asyncio.Task[Any]", asyncio.current_task()).cancel("of its own")
+        return await asyncio.sleep(PATIENCE)
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["drain", "started"])
+@pytest.mark.parametrize("cls", [Cancelling, CancellingAsync, CancellingItself])
+def test_a_cancelled_error_that_nobody_asked_for_goes_to_handle(
+    stage: Stage, cls: type[Recording], is_started: bool
+) -> None:
+    """It is an error of the step's, whatever Python derives it from: no crash, and it is not run again unasked."""
+    fsm = cls(handler=Retry())
+    engine = stage(fsm)
+    target = engine.insert(cls)
+    if is_started:
+        engine.start()
+    else:
+        assert engine.drain() == Counter(steps=2, retry=1, done=1)
+    assert engine.result(target, PATIENCE) == "handled"
+    assert [(type(error), str(error)) for error in fsm.errors] == [(asyncio.CancelledError, "of its own")]
+    assert [(ctx.attempt, engine.get(target).crashes) for ctx in fsm.contexts] == [(0, 0), (1, 0)]
+
+
+def test_a_cancelled_error_out_of_handle_stops_the_instance(play: Play) -> None:
+    """As any error of `handle` does."""
+    instance = play(Cancelling(handler=Raising(asyncio.CancelledError("again"))))
+    assert (instance.status, instance.last_error) == (Status.FAILED, "CancelledError: again")
 
 
 def test_handle_is_shown_no_signals_and_no_children(play: Play) -> None:
@@ -7110,7 +7192,7 @@ class Exiting(FSM, max_crashes=3):
         return Done()
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_whatever_is_no_exception_is_a_crash_and_is_told(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
@@ -7197,6 +7279,182 @@ def test_exit_out_of_drain_is_raised_on_after_its_commit(make_engine: MakeEngine
     engine.drain()
     assert engine.get(who).status == "done"
     assert engine.check() == []
+
+
+WITHOUT_FILES = """
+import datetime, enum, os, pathlib, resource, sys
+import attrs
+from durable import FSM, Done, Engine, Fail, Next, step
+
+class Color(enum.Enum):
+    RED = "red"
+
+@attrs.frozen
+class Order:
+    number: int
+    at: datetime.datetime = datetime.datetime(2020, 1, 1)
+    data: bytes = b"data"
+    path: pathlib.Path = pathlib.Path("here")
+    color: Color = Color.RED
+    some: dict[str, set[str] | None] = {}
+
+class Job(FSM, state=Order):
+    def perform(self, args, ctx):
+        if ctx.attempt == 0:
+            raise ValueError("once")
+        if ctx.attempt == 1:
+            raise Fail("twice")
+        return args.number
+
+    def backoff(self, attempt):
+        return 0
+
+class Machine(FSM, state=Order):
+    @step
+    def start(self, ctx):
+        return Next("end", Order(2))
+
+    @step
+    def end(self, ctx):
+        return Done(ctx.state.number)
+
+class Async(FSM):
+    async def perform(self, args):
+        return 3
+
+file, verb = sys.argv[1:]
+engine = Engine(file, queues={"default": 1, "async": 1})
+if verb == "insert":
+    engine.pause("default")
+    engine.pause("async")
+    engine.insert(Job, state={"number": 1})
+    engine.insert(Machine, state={"number": 1})
+    engine.insert(Async, queue="async")
+    engine.stop()
+    sys.exit()
+
+class Unreachable:
+    def find_spec(self, name, path=None, target=None):
+        raise OSError(24, "Too many open files", name)
+
+engine.start()
+loaded = set(sys.modules)
+sys.meta_path.insert(0, Unreachable())
+before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) - 1, most))
+engine.resume("default")
+engine.resume("async")
+found = [engine.wait(one, 30) for one in (1, 2)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+found.append(engine.wait(3, 30))  # the event loop had no descriptors, and is asked for again
+print([(one.status.value, one.result, one.attempt, one.crashes) for one in found])
+print(sorted(set(sys.modules) - loaded))
+engine.stop()
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="it counts the open files of the process")
+def test_steps_need_no_file_that_was_not_open_when_the_engine_started(tmp_path: Path, database: Path) -> None:
+    """A process without descriptors left, or without the right to read Python's library, runs its steps as ever."""
+    run_script(tmp_path, WITHOUT_FILES, database, "insert")
+    said = run_script(tmp_path, WITHOUT_FILES, database, "run").splitlines()
+    assert said == ["[('done', 1, 2, 0), ('done', 2, 0, 0), ('done', 3, 0, 0)]", "[]"]
+
+
+class Curious(FSM, abstract=True):
+    """Looks at its children while the disk can't be read, the first time."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self.attempts: list[int] = []
+        self.errors: list[Exception] = []
+
+    def look(self, ctx: Ctx) -> Done:
+        self.attempts.append(ctx.attempt)
+        if len(self.attempts) == 1:
+            self.disk.fail(*FAULTS["read"])
+        try:
+            return Done(len(ctx.children))
+        finally:
+            self.disk.heal()
+
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
+        self.errors.append(error)
+        return super().handle(error, ctx)
+
+
+class CuriousMachine(Curious, name="curious machine"):
+    def step(self, name: str, ctx: Ctx) -> Done:
+        return self.look(ctx)
+
+
+class CuriousJob(Curious, name="curious job", max_attempts=1, max_crashes=1):
+    def perform(self, args: Any, ctx: Ctx) -> Done:
+        return self.look(ctx)
+
+
+class CuriousAsync(Curious, name="curious async", max_crashes=1):
+    async def step(self, name: str, ctx: Ctx) -> Done:
+        return self.look(ctx)
+
+
+@pytest.mark.parametrize("cls", [CuriousMachine, CuriousJob, CuriousAsync])
+def test_a_step_that_the_engine_fails_is_run_again_and_nothing_is_counted(
+    disk: Disk, make_engine: MakeEngine, clock: Clock, cls: Any
+) -> None:
+    """Storage that fails under a step is no error of it: it runs again a second later, with no limit used up."""
+    fsm = cls(disk)
+    engine = make_engine(fsms=[fsm], clock=clock)
+    who = engine.insert(cls)
+    with pytest.raises(DurableError) as caught:
+        engine.drain()
+    assert is_storage_failure(caught.value)
+    row = engine.get(who)
+    assert (row.status, row.attempt, row.crashes, row.eligible_at) == ("runnable", 0, 0, clock.instant(1))
+    assert str(row.last_error).startswith("crash: ")
+    engine.drain()
+    assert (engine.get(who).status, fsm.attempts, fsm.errors) == ("done", [0, 0], [])
+    assert engine.check() == []
+
+
+def test_a_started_engine_runs_a_step_again_that_it_has_failed(disk: Disk, make_engine: MakeEngine) -> None:
+    """The same in a worker's thread, which survives it."""
+    fsm = CuriousJob(disk)
+    engine = make_engine(fsms=[fsm], queues={"default": 1})
+    engine.start()
+    row = engine.wait(engine.insert(CuriousJob), PATIENCE)
+    assert (row.status, fsm.attempts, fsm.errors) == ("done", [0, 0], [])
+
+
+def test_a_log_that_raises_costs_no_outcome(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a filter or handler of the application's raises is told where errors of threads are; `handle` rules."""
+    told: list[type[BaseException] | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
+
+    def refuse(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.WARNING:
+            raise RuntimeError("no place to log to")
+        return True
+
+    class Failing(FSM, max_attempts=3):
+        def perform(self, args: dict[str, Any], ctx: Ctx) -> str:
+            if ctx.attempt == 0:
+                raise SystemExit if args["kind"] == "exit" else ValueError
+            return "through"
+
+        def backoff(self, attempt: int) -> float:
+            return 0
+
+    logger = logging.getLogger("durable")
+    logger.addFilter(refuse)
+    try:
+        engine = make_engine(queues={"default": 1})
+        engine.start()
+        assert engine.result(engine.insert(Failing, state={"kind": "exit"}), PATIENCE) == "through"
+        assert engine.result(engine.insert(Failing, state={"kind": "error"}), PATIENCE) == "through"
+    finally:
+        logger.removeFilter(refuse)
+    assert told == [RuntimeError] * 2
 
 
 # ---- Time-outs -----------------------------------------------------------------------------------
@@ -7300,6 +7558,72 @@ def test_a_step_over_its_timeout_is_noticed_by_a_drain(make_engine: MakeEngine, 
     ident = engine.insert(LateAsync if is_async else LatePlain)
     assert engine.drain() == {"steps": 1, "stop": 1}
     assert engine.get(ident).last_error == "TimeoutError"
+
+
+class LateError(FSM, name="late error", timeout=0.2):
+    """Is over its timeout, and comes to an error then."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.handled: list[str] = []
+
+    @step
+    def start(self, ctx: Ctx) -> Done:
+        self.desk.visit(ctx.id)
+        raise ValueError("late")
+
+    def handle(self, error: Exception, ctx: Ctx) -> Stop:
+        self.handled.append(str(error))
+        return Stop(error)
+
+
+def test_a_late_error_of_a_disowned_step_is_nothing_to_handle(
+    make_engine: MakeEngine, desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`handle` has had the TimeoutError; the late one is stale, and is told to the log only."""
+    late = LateError(desk)
+    engine = make_engine(fsms=[late], queues={"default": 1})
+    heard = Heard(engine, "outcome.stale")
+    caplog.set_level(logging.INFO, "durable")
+    engine.start()
+    row = engine.wait(engine.insert(LateError), PATIENCE)
+    desk.close()
+    heard.wait()
+    assert late.handled == ["step 'start' took over 0.2 s"]
+    assert row.last_error == "TimeoutError: step 'start' took over 0.2 s"
+    assert ["ValueError: late" in record.getMessage() for record in caplog.records if record.exc_info][-1:] == [True]
+    assert engine.get(row.id) == row
+    assert engine.check() == []
+
+
+def test_a_late_error_in_a_drain_is_a_timeout_and_asks_handle_once(make_engine: MakeEngine, desk: Desk) -> None:
+    """There a timeout is noticed when the step returns: an error that it then comes to counts no more."""
+    late = LateError(desk)
+    engine = make_engine(fsms=[late])
+    who = engine.insert(LateError)
+    threading.Timer(0.3, desk.close).start()
+    assert engine.drain() == {"steps": 1, "stop": 1}
+    assert late.handled == ["step 'start' took over 0.2 s"]
+    assert engine.get(who).last_error == "TimeoutError: step 'start' took over 0.2 s"
+
+
+def test_handle_is_no_part_of_a_steps_timeout(make_engine: MakeEngine) -> None:
+    """The error of a step that was in time is asked about once, however long `handle` takes."""
+    handled: list[str] = []
+
+    class SlowlyHandled(FSM, timeout=0.05):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            raise ValueError("in time")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Done:
+            handled.append(str(error))
+            time.sleep(0.2)
+            return Done("handled")
+
+    engine = make_engine(queues={"default": 1})
+    engine.start()
+    assert engine.result(engine.insert(SlowlyHandled), PATIENCE) == "handled"
+    assert handled == ["in time"]
 
 
 # ---- Forks and forgotten engines -----------------------------------------------------------------
@@ -11284,7 +11608,7 @@ class Theatre(RuleBasedStateMachine):
         hand.pending += map(self.answer_to_refusal, refused)
         while hand.lap.claims:
             claim = hand.lap.claims.popleft()
-            hand.core.finish(contextvars.copy_context().run(durable._execute, claim))
+            hand.core.finish(contextvars.copy_context().run(execute, claim))
         assert STAGE.handlings == self.model.handlings
         if refused:
             self.perform(hand, hand.beat)
@@ -11503,7 +11827,7 @@ class Theatre(RuleBasedStateMachine):
         STAGE.cues.append(cue)
         STAGE.seen.clear()
         try:
-            commit = contextvars.copy_context().run(durable._execute, claim)
+            commit = contextvars.copy_context().run(execute, claim)
         except SystemExit as error:
             commit = durable._crash(claim, error)
         hand.core.finish(commit)
