@@ -33,6 +33,7 @@ Read from top to bottom; nothing refers to what stands below it:
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import collections
 import contextlib
@@ -3373,6 +3374,11 @@ def _living(path: str, workers: Iterable[Worker]) -> list[Worker]:
     return [one for one in workers if not _LockFile.is_dropped(_LockFile.path_of(path, one.id))]
 
 
+def _has_threads() -> bool:
+    """Whether threads are the system's: where a library has put coroutines in their place, one that reads stops all."""
+    return isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
+
+
 class _LogWatch:
     """Hears of writes to the write-ahead log from Linux's inotify, so that an idle engine need not look for them.
 
@@ -3395,7 +3401,9 @@ class _LogWatch:
     @classmethod
     def open(cls, path: str, call: Callable[[], object]) -> _LogWatch | None:
         """Return an armed watch, or None where there is no such thing."""
-        if sys.platform != "linux":
+        import select
+
+        if sys.platform != "linux" or not hasattr(select, "poll") or not _has_threads():
             return None
         try:
             watch = cls(path, call)

@@ -24,6 +24,7 @@ DURABLE_TEST_PROFILE=long Hypothesis tries more examples.
 
 from __future__ import annotations
 
+import _thread
 import ast
 import asyncio
 import builtins
@@ -49,6 +50,7 @@ import os
 import queue as queues
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -4942,6 +4944,24 @@ def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: p
     engine = make_engine(poll_interval=0.01)
     engine.start()
     assert engine._core.peers._watch is None
+    with closing(engine.connect()) as connection, connection:
+        ident = durable.insert_into(connection, Echo, args={"n": 1})
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+
+
+@on_linux
+@pytest.mark.parametrize("how", ["gevent", "eventlet"])
+def test_there_is_no_watch_where_coroutines_stand_in_for_threads(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A read that waits would stop the process: gevent replaces threads, eventlet takes `select.poll` away too."""
+    if how == "gevent":
+        monkeypatch.setattr(_thread, "start_new_thread", lambda *_: None)
+    else:
+        monkeypatch.delattr(select, "poll")
+    engine = make_engine(poll_interval=0.01)
+    engine.start()
+    assert [thread for thread in threading.enumerate() if thread.name == "durable-watch"] == []
     with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
