@@ -299,14 +299,18 @@ def _refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str = "
 
 
 def _limit_key(value: object, name: str, error: type[Exception] = ValueError) -> str | None:
-    """Read a key of a limit: `"stripe"`, or `("stripe", tenant)`, stored `stripe:tenant`."""
+    """Read a key of a limit: `"stripe"`, or the pair `("stripe", tenant)`, stored `stripe:tenant`.
+
+    Longer tuples and names with a colon are refused, since the same text would be stored for different ones.
+    """
     if value is None:
         return None
-    if isinstance(value, tuple) and value:
-        return _text(":".join(str(part) for part in value), name, error)
+    if isinstance(value, tuple) and len(value) in (1, 2) and ":" not in str(value[0]):
+        return _text(":".join(map(str, value)), name, error)
     if isinstance(value, str):
         return _text(value, name, error)
-    raise error(f"{name} must be a string, a tuple such as ('stripe', tenant), or None, not {value!r}")
+    allowed = "a string, a pair such as ('stripe', tenant) with no ':' in its first part, or None"
+    raise error(f"{name} must be {allowed}, not {value!r}")
 
 
 def _limit_name(key: str) -> str:

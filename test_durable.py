@@ -3212,6 +3212,10 @@ def test_a_registered_name_means_its_highest_version(engine: Engine) -> None:
     assert engine.get(engine.insert("test.versions")).version == 10
 
 
+NO_PAIRS = [("a", "b", "c"), ("a:b", "c"), ("a:b",), ()]
+"""Tuples that would be one key with `("a", "b:c")`, or with `("a", "b")`, or none."""
+
+
 @pytest.mark.parametrize(
     ("fsm", "options", "error", "word"),
     [
@@ -3234,6 +3238,8 @@ def test_a_registered_name_means_its_highest_version(engine: Engine) -> None:
         (Echo, {"correlation_key": 7}, ValueError, "correlation_key"),
         (Echo, {"rate_limit": "nobody"}, UnknownLimitError, "nobody"),
         (Echo, {"rate_limit": "api", "weight": 11}, ValueError, "weight"),
+        *((Echo, {"concurrency_key": key}, ValueError, "concurrency_key must be .*pair") for key in NO_PAIRS),
+        (Echo, {"rate_limit": ("api", "b", "c")}, ValueError, "rate_limit must be .*pair"),
         (Echo, {"arg": {}}, TypeError, "unknown option 'arg'; allowed are state, args"),
         (object(), {}, TypeError, "object"),
     ],
@@ -5818,6 +5824,15 @@ def test_gate_lets_as_many_run_as_its_limit_for_each_key(make_engine: MakeEngine
         desk.expect(who)
     parked(engine, here[2], "key:stripe:a")
     parked(engine, there[2], "key:stripe:b:c")
+
+
+@pytest.mark.parametrize("key", NO_PAIRS)
+def test_an_outcome_with_a_tuple_that_could_be_two_keys_is_refused(key: Any) -> None:
+    """A pair of a limit's name and what sets the key apart is one key and no other pair's."""
+    with pytest.raises(OutcomeError, match="concurrency_key must be .*pair"):
+        Next("end", concurrency_key=key)
+    with pytest.raises(OutcomeError, match="rate_limit must be .*pair"):
+        Next("end", rate_limit=key)
 
 
 def test_key_holds_over_queues_and_engines(make_engine: MakeEngine, desk: Desk) -> None:
