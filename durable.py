@@ -2766,16 +2766,17 @@ _WRITE_ACTIONS = frozenset(
         apsw.SQLITE_DROP_VTABLE,
     }
 )
+# They would outlive the step, on the engine's own connection, and hide other tables from it.
+_NO_TEMPORARIES = "create temporary objects"
 _FORBIDDEN_ACTIONS = {
     apsw.SQLITE_TRANSACTION: "control the transaction",
     apsw.SQLITE_SAVEPOINT: "control the transaction",
     apsw.SQLITE_ATTACH: "attach databases",
     apsw.SQLITE_DETACH: "detach databases",
-    # They would outlive the step, on the engine's own connection, and hide other tables from it.
-    apsw.SQLITE_CREATE_TEMP_INDEX: "create temporary objects",
-    apsw.SQLITE_CREATE_TEMP_TABLE: "create temporary objects",
-    apsw.SQLITE_CREATE_TEMP_TRIGGER: "create temporary objects",
-    apsw.SQLITE_CREATE_TEMP_VIEW: "create temporary objects",
+    apsw.SQLITE_CREATE_TEMP_INDEX: _NO_TEMPORARIES,
+    apsw.SQLITE_CREATE_TEMP_TABLE: _NO_TEMPORARIES,
+    apsw.SQLITE_CREATE_TEMP_TRIGGER: _NO_TEMPORARIES,
+    apsw.SQLITE_CREATE_TEMP_VIEW: _NO_TEMPORARIES,
 }
 _HARMLESS_PRAGMAS = frozenset(
     {
@@ -2814,8 +2815,8 @@ class _Store:
         # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
         # and its failure would look like the commit's.
         self.db.set_wal_hook(self._note_log)
-        self._is_users_sql = False
-        self._is_ddl = False
+        self._users_sql: str | None = None
+        """What the user's statement that runs says, in lower case."""
         self._refusal: str | None = None
         # Asked when a statement is prepared, not when it runs; set once, for setting it prepares everything anew.
         self.db.authorizer = self._authorize
@@ -2874,7 +2875,9 @@ class _Store:
 
     def run(self, statement: _Statement) -> None:
         """Run the user's SQL; what it may not do is a DurableError."""
-        self._is_users_sql, self._is_ddl, self._refusal = True, False, None
+        sql = statement.sql.lower()
+        names = self._owned_names() if "rename" in sql else None
+        self._users_sql, self._refusal = sql, None
         try:
             # The flag keeps it out of the cached statements of our own, which were let pass.
             for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
@@ -2882,25 +2885,43 @@ class _Store:
         except apsw.AuthError as error:
             raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
         finally:
-            self._is_users_sql = False
+            self._users_sql = None
+        if names is not None and not names >= self._owned_names():  # a rename's new name is not told when it is asked
+            raise DurableError(f"ctx.execute may not give a name that begins with durable_: {statement.sql}")
+
+    def _owned_names(self) -> set[str]:
+        return {name for (name,) in self.db.execute("SELECT name FROM sqlite_schema") if _is_owned(name)}
 
     def check_foreign_keys(self) -> None:
         """Refuse what deferred foreign keys would refuse at the commit, where it would fail the whole beat."""
         if self.db.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]:
             raise DurableError("a foreign key constraint would fail at the commit")
 
-    def _authorize(self, action: int, one: str | None, two: str | None, *_: str | None) -> int:
-        if not self._is_users_sql:
+    def _authorize(
+        self, action: int, one: str | None, two: str | None, database: str | None, trigger: str | None
+    ) -> int:
+        if self._users_sql is None:
             return apsw.SQLITE_OK
         self._refusal = self._refusal or _FORBIDDEN_ACTIONS.get(action)
         if action == apsw.SQLITE_PRAGMA and one not in _HARMLESS_PRAGMAS:
             self._refusal = f"set PRAGMA {one}"
-        # Dropping or renaming a table of the application's writes to SQLite's record of ids too.
-        self._is_ddl |= action in (apsw.SQLITE_DROP_TABLE, apsw.SQLITE_ALTER_TABLE)
-        if action in _WRITE_ACTIONS and not (one == "sqlite_sequence" and self._is_ddl):
-            owned = next(filter(_is_owned, (one, two)), None)
+        if action in _WRITE_ACTIONS and not self._is_sqlites_own(action, one, trigger):
+            if database == "temp":
+                self._refusal = self._refusal or _NO_TEMPORARIES
+            names = (one,) if action == apsw.SQLITE_UPDATE else (one, two)  # of an update, two is a column
+            owned = next(filter(_is_owned, names), None)
             self._refusal = self._refusal or (owned and f"write to {owned}")
         return apsw.SQLITE_DENY if self._refusal else apsw.SQLITE_OK
+
+    def _is_sqlites_own(self, action: int, table: str | None, trigger: str | None) -> bool:
+        """Whether it is only how SQLite drops or renames a table of the application's.
+
+        It then writes to its record of ids, which nobody else can without naming it, and updates the temporary
+        schema, which nobody else can at all.
+        """
+        if table == "sqlite_sequence":
+            return trigger is None and "sqlite_sequence" not in cast(str, self._users_sql)
+        return table == "sqlite_temp_master" and action == apsw.SQLITE_UPDATE
 
     # Instances
 

@@ -5829,9 +5829,9 @@ def test_gate_lets_as_many_run_as_its_limit_for_each_key(make_engine: MakeEngine
 @pytest.mark.parametrize("key", NO_PAIRS)
 def test_an_outcome_with_a_tuple_that_could_be_two_keys_is_refused(key: Any) -> None:
     """A pair of a limit's name and what sets the key apart is one key and no other pair's."""
-    with pytest.raises(OutcomeError, match="concurrency_key must be .*pair"):
+    with pytest.raises(OutcomeError, match=r"concurrency_key must be .*pair"):
         Next("end", concurrency_key=key)
-    with pytest.raises(OutcomeError, match="rate_limit must be .*pair"):
+    with pytest.raises(OutcomeError, match=r"rate_limit must be .*pair"):
         Next("end", rate_limit=key)
 
 
@@ -8941,6 +8941,13 @@ def count_up(number: int, ctx: Ctx) -> None:
         ("alter table account rename to old; create table account as select 7 as id, 5 as balance", []),
         ("insert into account values (7, 5); create table own (id integer primary key autoincrement)", []),
         ("insert into account values (7, 5); drop table counted", []),
+        ("insert into account values (7, 5); alter table counted rename to durably_counted", []),
+        ("insert into account values (7, 5); alter table counted rename column id to durable_id", []),
+        (
+            "alter table account add durable_x; insert into account values (7, 5, 1); update account set durable_x = 2",
+            [],
+        ),
+        ("create virtual table mine using fts5 (t); drop table mine; insert into account values (7, 5)", []),
     ],
 )
 def test_statements_run_in_order_with_their_bindings(bank: Engine, sql: str, bindings: Any) -> None:
@@ -9212,6 +9219,24 @@ REFUSED = [
     *["create temp view durable_instances as select 1 as id", "insert into sly values (1, 1)"],
     *["insert into sly values (2, 1)", "insert into sly values (3, 1)", "attach ':memory:' as other"],
     *["create temp table x (id); alter table temp.x rename to durable_instances"],
+    *[
+        "create table temp.account (id)",
+        'create table "TEMP" . account as select 1',
+        "create view temp.account as select 1",
+    ],
+    *["create table [temp].account (id); insert into account values (2)", "create virtual table temp.f using fts5 (t)"],
+    *["create trigger temp.t after insert on main.account begin select 1; end"],
+    *["create trigger `temp`.t after insert on main.durable_signals begin select 1; end"],
+    *["alter table account rename to durable_mine", "ALTER/**/TABLE account\nRENAME TO [Durable_Mine]"],
+    *["create table mine (id); alter table mine rename to durable_mine; drop table durable_mine"],
+    *["create virtual table mine using fts5 (t); alter table mine rename to durable", "create table durable_mine (id)"],
+    *["create virtual table durable using fts5 (t)", "create virtual table durable_mine using fts5 (t)"],
+    *["create index durable_mine on account (balance)", "create view durable_mine as select 1"],
+    *["create trigger durable_mine after insert on account begin select 1; end", "vacuum into 'copy.db'"],
+    *["create trigger t instead of insert on durable_view_signals begin select 1; end", "delete from sqlite_sequence"],
+    *["drop table account; update sqlite_sequence set seq = 0 where name = 'durable_instances'"],
+    *["alter table account rename to old; delete from sqlite_sequence", "reindex durable_pick"],
+    *["create trigger t after insert on note begin delete from sqlite_sequence; end; insert into note values ('x')"],
     *["detach main", "vacuum", "pragma synchronous = off", "pragma journal_mode = delete"],
     *["pragma query_only = on", "pragma writable_schema = on", "pragma locking_mode = exclusive"],
 ]
@@ -9227,6 +9252,20 @@ def test_a_statement_that_could_hurt_the_engine_is_refused(bank: Engine, sql: st
     assert instance.last_error
     finish(bank, count_up, args={"number": 1})
     assert (ask(bank, "select id from account"), bank.check()) == ([(1,)], [])
+
+
+def test_what_a_refused_statement_made_hides_no_table_from_other_steps(bank: Engine) -> None:
+    """Steps share the engine's connection: a temporary table of one would swallow what the others write."""
+    finish(bank, Statements, state={"statements": [["create table temp.account (id, balance)"]]})
+    finish(bank, count_up, args={"number": 1})
+    assert ask(bank, "select id from main.account") == [(1,)]
+
+
+def test_a_rename_is_let_pass_beside_what_others_have_called_like_durables_own(bank: Engine) -> None:
+    """Only a name that a step gives is held against it, not one that the application gave before."""
+    ask(bank, "create table durable_mine (id)")
+    assert finish(bank, Statements, state={"statements": [["alter table account rename to old"]]}).status == "done"
+    assert ask(bank, "select count(*) from old, durable_mine") == [(0,)]
 
 
 CONFLICTS = {
