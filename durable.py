@@ -57,7 +57,7 @@ import types
 import typing
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypedDict, Unpack, cast, overload
 
 import apsw
@@ -134,7 +134,7 @@ class DurableError(Exception):
         |- UnknownLimitError  no rate limit of that name is in the file
         |- FailedError        `result` of an instance that failed
         |- SchemaError        the file is damaged, foreign, or from a newer version
-        |- SharedFileError    the standard `sqlite3` module and an engine share a file in one process
+        |- SharedFileError    in one process, an engine and something else would have a file open
         `- EngineClosedError  the engine was stopped, or crossed a fork
 
     Storage that fails (disk full, input/output error, a lock held too long) is a plain `DurableError` with the
@@ -193,7 +193,7 @@ class SchemaError(DurableError):
 
 
 class SharedFileError(DurableError):
-    """`sqlite3` and an engine would open one file in one process, which loses commits."""
+    """An engine and `sqlite3`, or a plain `open`, would have one file open in one process, which loses commits."""
 
 
 class EngineClosedError(DurableError):
@@ -3193,17 +3193,52 @@ class _Store:
 # ==================================================================================================
 
 # One SQLite per process: apsw and the standard sqlite3 module each carry a copy that does not see the other's locks.
+# And one way to the file: closing any descriptor of it drops the locks that the process holds on it.
 
-_open_files: collections.Counter[tuple[int, int]] = collections.Counter()
+_Identity = tuple[int, int]
+"""Device and inode: the same for as long as a file is open, on some file systems no longer than that."""
 
-_SHARED = (
-    "{path} is open in this process both with an engine and with the standard sqlite3 module: two copies of SQLite do"
-    " not see each other's locks, and commits would be lost. Use engine.connect() for a connection of your own, or"
-    " enqueue from another process with durable.insert_into(sqlite3_connection, ...)"
+
+class _Process:
+    """What this process has open, whichever load of the module has opened it."""
+
+    def __init__(self) -> None:
+        self.open_files: set[_OpenFiles] = set()
+        self.inherited_files: set[_Identity | None] = set()
+        """Files on which an engine was open when this process was forked off."""
+        self.schedulers: weakref.WeakSet[_Scheduler] = weakref.WeakSet()
+        self.is_audited = False
+
+
+_process: _Process = globals().get("_process") or _Process()  # `importlib.reload` must not forget what is open
+
+_SUFFIXES = ("", "-wal", "-shm")
+"""Of the files of a database: itself, its write-ahead log, and the log's index, which carries most of the locks."""
+_REFUSALS = {
+    "sqlite3.connect": (
+        "{path} is open in this process with an engine, and the standard sqlite3 module brings another copy of SQLite:"
+        " the two do not see each other's locks, and commits would be lost. Use engine.connect() for a connection of"
+        " your own, or enqueue from another process with durable.insert_into(sqlite3_connection, ...)"
+    ),
+    "open": (
+        "{path} is open in this process with an engine: closing a plain file on it would drop SQLite's locks, and"
+        " commits would be lost. Use engine.snapshot(path) for a copy, engine.connect() to look into it, or another"
+        " process"
+    ),
+}
+_LEFT_OPEN = (
+    "{path} is open in this process otherwise than through apsw, most likely by a connection of the standard sqlite3"
+    " module that was left and not closed (`with sqlite3.connect(...)` does not close it, contextlib.closing does), or"
+    " by a plain open(): SQLite's locks would be lost with it, and commits. Close it first; of an open engine,"
+    " engine.connect() gives connections and engine.snapshot(path) makes copies"
+)
+_SECOND_NAME = (
+    "{path} {how}: SQLite finds a database's log by its name, so that whoever opens it by the other one loses commits."
+    " {advice}"
 )
 
 
-def _file_id(path: str) -> tuple[int, int] | None:
+def _file_id(path: str | bytes | os.PathLike[Any]) -> _Identity | None:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -3211,7 +3246,7 @@ def _file_id(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _file_id_of(descriptor: int) -> tuple[int, int]:
+def _file_id_of(descriptor: int) -> _Identity:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
@@ -3226,77 +3261,131 @@ def _sqlite3_path(database: object) -> str:
     return path
 
 
-def _audit(event: str, arguments: tuple[object, ...]) -> None:
-    if event == "sqlite3.connect" and _open_files:
-        path = _sqlite3_path(arguments[0])
-        if path and _file_id(path) in _open_files:
-            raise SharedFileError(_SHARED.format(path=path))
+def _is_engines(identity: _Identity | None) -> bool:
+    """Whether a file is open with an engine in this process."""
+    return identity is not None and any(files.has(identity) for files in tuple(_process.open_files))
 
 
-@functools.cache
-def _watch_sqlite3() -> None:
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse to open an engine's files by another road than apsw. Python calls it for all that it reports."""
+    refusal = _REFUSALS.get(event)
+    if refusal is None or not _process.open_files:
+        return
+    path = _sqlite3_path(arguments[0]) if event == "sqlite3.connect" else arguments[0]
+    if path and isinstance(path, str | bytes | os.PathLike) and _is_engines(_file_id(path)):
+        raise SharedFileError(refusal.format(path=os.fsdecode(path)))
+
+
+def _audit_process() -> None:
     """Install the audit hook, once: there is no way to remove one."""
-    sys.addaudithook(_audit)
+    if not _process.is_audited:
+        _process.is_audited = True
+        sys.addaudithook(_audit)
 
 
-def _has_descriptor(identity: tuple[int, int]) -> bool:
-    """Whether the process has the file open, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError, ValueError):
-                if _file_id_of(int(name)) == identity:
-                    return True
-    return False
+def _descriptors() -> list[int]:
+    """List the process's descriptors; none where the system does not tell."""
+    for folder in ("/dev/fd", "/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            return [int(name) for name in os.listdir(folder)]
+    return []
 
 
-def _is_open_in_apsw(identity: tuple[int, int]) -> bool:
-    if identity in _open_files:
-        return True
-    with contextlib.suppress(apsw.ThreadingViolationError):  # one that is busy in another thread does not tell
-        return any(_file_id(connection.filename) == identity for connection in apsw.connections())
+def _descriptors_of(identities: Collection[_Identity]) -> Iterator[int]:
+    """Yield the process's descriptors of these files."""
+    for descriptor in _descriptors():
+        with contextlib.suppress(OSError):  # closed by now: that of the listing itself
+            if _file_id_of(descriptor) in identities:
+                yield descriptor
+
+
+def _has_open(connection: apsw.Connection, identity: _Identity) -> bool:
+    """Whether an apsw connection has a file open; one that does not come to rest in another thread may have it."""
+    for _ in range(20):
+        try:
+            files = [connection.db_filename(name) for name in connection.db_names()]
+            return any(_file_id(file) == identity for file in files if file)
+        except apsw.ThreadingViolationError:
+            time.sleep(0.001)
+        except apsw.Error:  # closed by now
+            return False
     return True
 
 
-def _is_open_in_sqlite3(path: str) -> bool:
-    """Look through the process for a sqlite3 connection to the file.
+def _is_open_otherwise(path: str) -> bool:
+    """Whether something in this process has the database open that is not apsw, as far as the system tells.
 
-    One that belongs to another thread does not say what it has open. Then the process's open files decide, unless
-    apsw has the file open too and so may be the one who has.
+    Where apsw has it open as well, the descriptors may all be its own: it keeps those of closed connections.
     """
-    import gc
-    import sqlite3
-
-    identity, is_unsure = _file_id(path), gc.get_freeze_count() > 0  # what is frozen is not listed
-    for thing in gc.get_objects():
-        if identity is None or not issubclass(type(thing), sqlite3.Connection):
-            continue
-        try:
-            cursor = thing.cursor()
-            cursor.row_factory = None
-            files = [row[2] for row in cursor.execute("PRAGMA database_list")]
-        except sqlite3.Error as error:
-            is_unsure |= "thread" in str(error)
-            continue
-        if any(file and _file_id(file) == identity for file in files):
-            return True
-    return is_unsure and identity is not None and _has_descriptor(identity) and not _is_open_in_apsw(identity)
+    database, *others = map(_file_id, (path + suffix for suffix in _SUFFIXES))
+    if database is None or _is_engines(database):  # what has an engine is guarded since
+        return False
+    identities = {database, *filter(None, others)}
+    is_open = next(_descriptors_of(identities), None) is not None
+    return is_open and not any(_has_open(connection, database) for connection in apsw.connections())
 
 
-def _guard_file(path: str) -> tuple[int, int] | None:
-    """Keep sqlite3 from opening the file from now on; refuse if it has."""
-    _watch_sqlite3()
-    if "sqlite3" in sys.modules and _is_open_in_sqlite3(path):
-        raise SharedFileError(_SHARED.format(path=path))
-    identity = _file_id(path)
-    if identity is not None:
-        _open_files[identity] += 1
-    return identity
+def _is_mount_point(path: str) -> bool:
+    """Whether something is mounted on a file alone, as far as the system tells: of device numbers, only Linux does."""
+    point = os.fsencode(path)
+    for char in b"\\ \t\n":
+        point = point.replace(bytes((char,)), b"\\%03o" % char)
+    try:
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            return any(line.split(b" ", 5)[4] == point for line in mounts)
+    except OSError:
+        return False
 
 
-def _unguard_file(identity: tuple[int, int] | None) -> None:
-    if identity is not None:
-        _open_files[identity] -= 1
-        _open_files[identity] or _open_files.pop(identity)
+def _refuse_second_name(path: str) -> None:
+    """Refuse a file that can be reached by a name which leads to another log."""
+    try:
+        links = os.stat(path).st_nlink
+    except OSError:  # there is none yet, or SQLite will say what it is
+        return
+    if links > 1:
+        advice = "Remove the other hard link, or make a copy of the file in its place"
+        raise DurableError(_SECOND_NAME.format(path=path, how=f"has {links} names", advice=advice))
+    if _is_mount_point(path):
+        advice = "Mount the folder that it lies in"
+        raise DurableError(_SECOND_NAME.format(path=path, how="is a mount point of its own", advice=advice))
+
+
+def _refuse_shared(path: str) -> None:
+    """Refuse a file whose locks would not hold: it has a second name, or is open in this process otherwise."""
+    _audit_process()
+    _refuse_second_name(path)
+    if _is_open_otherwise(path):
+        import gc  # only a refusal pays for it
+
+        gc.collect()  # a connection that nobody holds any more is no reason, nor one that apsw was just opening
+        if _is_open_otherwise(path):
+            raise SharedFileError(_LEFT_OPEN.format(path=path))
+
+
+class _OpenFiles:
+    """A database's files while an engine has them open: nothing else in the process may open them."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._identities: dict[str, _Identity] = {}
+        self.note()
+        _process.open_files.add(self)
+
+    def note(self) -> None:
+        """Take down which files they are: once they are open, and before that, so far as they are there."""
+        found = {name: _file_id(name) for name in (self._path + suffix for suffix in _SUFFIXES)}
+        self._identities = {name: identity for name, identity in found.items() if identity is not None}
+
+    def has(self, identity: _Identity) -> bool:
+        """Whether a file is one of them."""
+        if self._path not in self._identities:  # it is being made
+            self.note()
+        return identity in self._identities.values()
+
+    def close(self) -> None:
+        """Let others open them."""
+        _process.open_files.discard(self)
 
 
 class _LockFile:
@@ -5579,9 +5668,6 @@ def _run_outside_loop(call: Callable[[], Any], cancel: Callable[[], None] = lamb
     return call() if asyncio._get_running_loop() is None else _call_in_thread(call, cancel)
 
 
-_inherited_files: set[tuple[int, int] | None] = set()
-"""Files on which an engine was open when this process was forked off."""
-
 _FORK_ADVICE = (
     "SQLite's record of its locks is copied by a fork and wrong from then on, so that nothing in this process may open"
     " the file: fork before there is an engine, or start processes by spawn"
@@ -5590,11 +5676,8 @@ _FORK_ADVICE = (
 
 def _refuse_inherited(path: str) -> None:
     identity = _file_id(path)
-    if identity is not None and identity in _inherited_files:
+    if identity is not None and identity in _process.inherited_files:
         raise EngineClosedError(f"an engine on {path} was open when this process was forked off. {_FORK_ADVICE}")
-
-
-_schedulers: weakref.WeakSet[_Scheduler] = weakref.WeakSet()
 
 
 class _Agenda:
@@ -6011,7 +6094,8 @@ class _Scheduler:
     def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
         self.options = options
         self.path = path
-        self.store = _Store(path, options.synchronous)
+        self.files = _OpenFiles(path)
+        self.store = self._open()
         self.reader = _Reader(path)
         self.desk = _Desk(self.reader, options.clock)
         self.hub = _Hub()
@@ -6046,7 +6130,17 @@ class _Scheduler:
         self._agenda = _Agenda(seen_at=self.desk.now())
         self.peers = _Peers(self)
         self.passed_on: set[str] = set()
-        _schedulers.add(self)
+        _process.schedulers.add(self)
+
+    def _open(self) -> _Store:
+        """Open the file, and keep others in this process from it, already while it is being opened."""
+        try:
+            store = _Store(self.path, self.options.synchronous)
+        except BaseException:
+            self.files.close()
+            raise
+        self.files.note()
+        return store
 
     # Requests
 
@@ -6761,6 +6855,7 @@ class _Scheduler:
         with self._beat_lock:
             self.reader.close()
             self.store.close()
+            self.files.close()
         self.peers.leave(is_signed_off=False)
 
     close = _close
@@ -6768,9 +6863,10 @@ class _Scheduler:
     def abandon(self) -> None:
         """Let go of everything, unclosed: this is the child of a fork."""
         self.is_forked = self.is_closed = True
-        _inherited_files.add(_file_id(self.path))
+        _process.inherited_files.add(_file_id(self.path))
         self.reader.abandon()
         _keep_for_ever([self.store.db])
+        self.files.close()
         self.peers.leave(is_signed_off=False)
 
     # Draining
@@ -6801,14 +6897,14 @@ class _Scheduler:
 
 
 def _abandon_all() -> None:
-    for scheduler in list(_schedulers):
+    for scheduler in list(_process.schedulers):
         if not scheduler.is_closed:
             scheduler.abandon()
 
 
 def _stop_all() -> None:
     """Give back what engines left running hold, while their threads still can."""
-    for scheduler in list(_schedulers):
+    for scheduler in list(_process.schedulers):
         if not scheduler.is_closed and scheduler.is_started:
             try:
                 warnings.warn(
@@ -6903,8 +6999,8 @@ class Engine:
     * `synchronous` ("full"): "full" survives a power cut, "normal" a crash of the process
     * `clock` (time.time): seconds since the epoch
 
-    A bad value is a `ValueError`, a damaged, foreign or newer file a `SchemaError`, one that `sqlite3` has open in
-    this process a `SharedFileError`.
+    A bad value is a `ValueError`, a damaged, foreign or newer file a `SchemaError`, one that `sqlite3` or a plain
+    `open` has open in this process a `SharedFileError`, one with a second name a `DurableError`.
     """
 
     _UNSEEN_S = 0.1
@@ -6918,16 +7014,12 @@ class Engine:
         behaviours = _Behaviours(checked.fsms)
         self._path = _database_path(database)
         _refuse_inherited(self._path)
-        self._guarded = _guard_file(self._path)
+        _refuse_shared(self._path)
+        self._core = _Scheduler(self._path, checked, behaviours)
         try:
-            self._core = _Scheduler(self._path, checked, behaviours)
-            if self._guarded is None:  # the file is new
-                self._guarded = _guard_file(self._path)
             self._save_rate_limits(checked.rate_limits)
         except BaseException:
-            if hasattr(self, "_core"):
-                self._core.close()
-            self._release()
+            self._core.close()
             raise
 
     # Life cycle
@@ -6946,14 +7038,9 @@ class Engine:
         timeout_s = None if timeout is None else _duration_ms(timeout, "timeout") / 1000
         if self._core.is_started and self._core.is_within():
             behind = contextvars.Context().run
-            threading.Thread(target=behind, args=(self._stop, timeout_s), name="durable-stop").start()
+            threading.Thread(target=behind, args=(self._core.stop, timeout_s), name="durable-stop").start()
         else:
-            self._stop(timeout_s)
-
-    def _stop(self, timeout_s: float | None) -> None:
-        self._core.stop(timeout_s)
-        if self._core.is_closed:
-            self._release()
+            self._core.stop(timeout_s)
 
     def run(self) -> None:
         """Start, block until SIGINT or SIGTERM, then stop. A second signal during the stop has its usual effect."""
@@ -7239,10 +7326,6 @@ class Engine:
             workers = copied.reader.workers()
             queues = {*copied.reader.queues(), *self._core.options.queues, *(q for one in workers for q in one.queues)}
             copied.perform(functools.partial(_Beat.disband, queues=queues))
-
-    def _release(self) -> None:
-        guarded, self._guarded = self._guarded, None
-        _unguard_file(guarded)
 
     def __repr__(self) -> str:
         return f"<Engine {self._core.options.name!r} on {self._path}>"

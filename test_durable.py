@@ -39,6 +39,7 @@ import email
 import enum
 import errno
 import functools
+import gc
 import importlib.util
 import inspect
 import io
@@ -54,6 +55,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import string
 import subprocess
 import symtable
@@ -9941,6 +9943,9 @@ SQLITE3_FIRST = {
     "a read-only URI": "sqlite3.connect(path.as_uri() + '?mode=ro', uri=True)",
     "a cursor": "sqlite3.connect(path).execute('select count(*) from durable_meta')",
     "after an engine": "(__import__('durable').Engine(path).stop(), sqlite3.connect(path))",
+    "left by with": "left_by_with()",
+    "a plain file": "open(path, 'rb')",
+    "a plain descriptor": "os.fdopen(os.open(path, os.O_RDWR))",
 }
 
 
@@ -9949,17 +9954,208 @@ SQLITE3_FIRST = {
 def test_an_engine_is_refused_while_sqlite3_has_the_file_open(
     tmp_path: Path, database: Path, make_engine: MakeEngine, how: str
 ) -> None:
-    """`Engine(...)` refuses a file to which a `sqlite3` connection is open, of whichever thread."""
+    """`Engine(...)` refuses a file that is open in the process otherwise: by `sqlite3`, of any thread, or plainly."""
     make_engine().stop()
     script = f"""{SHARED}
+def left_by_with():
+    with sqlite3.connect(path) as connection:
+        connection.execute("select count(*) from durable_meta")
+    return connection
+
 kept = {SQLITE3_FIRST[how]}
 import durable
 assert is_refused(lambda: durable.Engine(database, queues={{}}))
 kept = None
-gc.collect()
 durable.Engine(database).stop()
 """
     run_script(tmp_path, script, database)
+
+
+def test_the_refusal_of_a_file_that_is_open_names_the_likeliest_cause(make_engine: MakeEngine, database: Path) -> None:
+    """A `sqlite3` connection that was left and not closed: `with` does not close one."""
+    make_engine().stop()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("select count(*) from durable_meta").fetchall()
+        with pytest.raises(durable.SharedFileError, match=r"not closed .*with sqlite3.connect.*contextlib.closing"):
+            make_engine()
+
+
+def test_a_connection_that_nobody_holds_any_more_is_no_reason(make_engine: MakeEngine, database: Path) -> None:
+    """One that waits for the garbage collector is collected before anything is refused."""
+    make_engine().stop()
+
+    def forget_one() -> None:
+        circle: list[object] = [sqlite3.connect(database)]
+        circle.append(circle)
+
+    gc.disable()
+    try:
+        forget_one()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            assert make_engine().check() == []
+    finally:
+        gc.enable()
+
+
+def test_an_engine_opens_beside_apsw_connections_open_and_closed(make_engine: MakeEngine, database: Path) -> None:
+    """SQLite keeps the descriptors of closed connections while others are open: they are nobody else's."""
+    make_engine().stop()
+    with closing(apsw.Connection(str(database))) as own:
+        own.execute("select count(*) from durable_meta").fetchall()
+        for _ in range(3):
+            with closing(apsw.Connection(str(database))) as other:
+                other.execute("select count(*) from durable_meta").fetchall()
+        assert make_engine().check() == []
+
+
+PLAIN_OPENS: dict[str, Callable[[str], object]] = {
+    "open": lambda path: open(path, "rb"),  # noqa: SIM115 - refused
+    "for writing": lambda path: open(path, "r+b"),  # noqa: SIM115
+    "os.open": lambda path: os.open(path, os.O_RDONLY),
+    "FileIO": io.FileIO,
+    "a Path": lambda path: Path(path).read_bytes(),
+    "bytes": lambda path: open(os.fsencode(path), "rb"),  # noqa: SIM115
+    "a relative path": lambda path: open(os.path.relpath(path), "rb"),  # noqa: SIM115
+    "a copy": lambda path: shutil.copy(path, f"{path}.copy"),
+    "an archive": lambda path: zipfile.ZipFile(f"{path}.zip", "w").write(path),
+}
+
+
+@posix
+@pytest.mark.parametrize("how", PLAIN_OPENS)
+def test_a_plain_open_of_an_engines_files_is_refused(make_engine: MakeEngine, database: Path, how: str) -> None:
+    """Closing a plain file on the database, its log or its index drops SQLite's locks; the advice is `snapshot`."""
+    engine = make_engine()
+    for suffix in ("", "-wal", "-shm"):
+        with pytest.raises(durable.SharedFileError, match="snapshot"):
+            PLAIN_OPENS[how](f"{database}{suffix}")
+    engine.stop()
+    assert database.read_bytes().startswith(b"SQLite format 3")
+
+
+@posix
+def test_a_plain_open_is_refused_by_a_symbolic_link_too(make_engine: MakeEngine, database: Path) -> None:
+    """The file counts, not its name."""
+    engine = make_engine()
+    for suffix in ("", "-wal"):
+        link = database.with_name(f"link{suffix}")
+        link.symlink_to(f"{database}{suffix}")
+        with pytest.raises(durable.SharedFileError, match="link"):
+            link.read_bytes()
+    engine.stop()
+
+
+@posix
+def test_other_files_and_other_processes_may_be_opened_plainly(
+    tmp_path: Path, make_engine: MakeEngine, database: Path
+) -> None:
+    """What the guard is not about goes on: files beside it, and the same files in a forked or started process."""
+    engine = make_engine()
+    (tmp_path / "durable.db-other").write_bytes(b"mine")
+    assert (tmp_path / "durable.db-other").read_bytes() == b"mine"
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, database.read_bytes()[:15])
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b"SQLite format 3"
+    source = "import sys; print(open(sys.argv[1], 'rb').read(15).decode())"
+    assert run_script(tmp_path, source, database) == "SQLite format 3\n"
+    assert engine.check() == []
+
+
+@posix
+def test_a_file_with_a_second_name_is_refused(make_engine: MakeEngine, database: Path) -> None:
+    """SQLite finds the log by the name, so that engines under two names lose each other's commits."""
+    make_engine().stop()
+    second = database.with_name("second.db")
+    second.hardlink_to(database)
+    before = database.read_bytes()
+    for path in (database, second):
+        with pytest.raises(DurableError, match=f"{path.name} has 2 names"):
+            make_engine(database=path)
+    assert database.read_bytes() == before
+    second.unlink()
+    assert make_engine().check() == []
+
+
+MOUNTED = """
+import os, pathlib, subprocess, sys
+import durable
+
+folder = pathlib.Path(sys.argv[1])
+for name in ("plain.db", "with space.db", "back\\\\slash.db"):
+    source, alone = folder / "source" / name, folder / "alone" / name
+    for path in (source, alone):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    durable.Engine(source).stop()
+    subprocess.run(["mount", "--bind", source, alone], check=True)
+    try:
+        durable.Engine(alone)
+        print("opened")
+    except durable.DurableError as error:
+        print("mount point" in str(error) and "folder" in str(error))
+(folder / "view").mkdir()
+subprocess.run(["mount", "--bind", folder / "source", folder / "view"], check=True)
+durable.Engine(folder / "view" / "plain.db").stop()
+"""
+
+
+def can_mount() -> bool:
+    """Whether the tests may mount in a name space of their own."""
+    command = ["unshare", "--mount", "--map-root-user", "mount", "--bind", "/tmp", "/tmp"]
+    has_program = shutil.which("unshare") is not None
+    return has_program and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of mounts of a file alone only Linux tells")
+def test_a_file_that_is_a_mount_point_of_its_own_is_refused(tmp_path: Path) -> None:
+    """A single-file volume of a container: its log is not that of the file outside. Its folder may be mounted."""
+    if not can_mount():
+        pytest.skip("no name space to mount in")
+    program = tmp_path / "program.py"
+    program.write_text(MOUNTED)
+    command = ["unshare", "--mount", "--map-root-user", sys.executable, str(program), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert (done.returncode, done.stdout) == (0, "True\n" * 3), done.stderr
+
+
+def test_a_reload_of_the_module_forgets_no_open_engine(tmp_path: Path, database: Path) -> None:
+    """Whichever load of the module has opened it, its files stay guarded, and it ends with the process."""
+    script = f"""{SHARED}
+import importlib, warnings
+import durable
+engine = durable.Engine(database)
+engine.start()
+before = durable.SharedFileError
+for _ in range(2):
+    importlib.reload(durable)
+assert durable.SharedFileError is not before
+assert is_refused(lambda: sqlite3.connect(path))
+assert is_refused(lambda: open(path))
+if hasattr(os, "fork"):
+    warnings.simplefilter("ignore")
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.counts()
+        except durable.EngineClosedError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+assert engine.counts() == {{}}
+"""
+    run_script(tmp_path, script, database)
+    assert list(tmp_path.glob("durable.db-*")) == []
 
 
 def test_an_engine_opens_beside_sqlite3_connections_that_do_no_harm(
