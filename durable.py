@@ -595,6 +595,7 @@ _EVENT_NAMES = frozenset(
         "inline.continue",
         "inline.yield",
         "store.error",
+        "signal.dropped",
     }
 )
 
@@ -2287,7 +2288,7 @@ WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
 _CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
 _CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
 _HAS_SIGNALS = "SELECT 1 FROM durable_signals LIMIT 1"
-_EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ?"
+_EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ? RETURNING id, name, consumed"
 
 _LIVE_CHILD = """
 SELECT 1 FROM durable_instances
@@ -3129,8 +3130,10 @@ class _Store:
     def has_signals(self) -> bool:
         return self._first(_HAS_SIGNALS) is not None
 
-    def empty_inbox(self, target: int) -> None:
-        self.db.execute(_EMPTY_INBOX, (target,))
+    def empty_inbox(self, target: int) -> list[tuple[int, str]]:
+        """Delete an instance's signals; return (id, name) of those that were not consumed."""
+        deleted = cast("Iterable[tuple[int, str, int]]", self.db.execute(_EMPTY_INBOX, (target,)))
+        return [(signal, name) for signal, name, is_consumed in deleted if not is_consumed]
 
     def has_live_child(self, parent: int) -> bool:
         return self._first(_LIVE_CHILD, (parent,)) is not None
@@ -3679,6 +3682,7 @@ class _Claim:
         "is_disowned",
         "is_finished",
         "row",
+        "seen",
         "spec",
         "started_at",
     )
@@ -3697,11 +3701,19 @@ class _Claim:
         self.behaviour = behaviour
         self.desk = desk
         self.inbox = inbox
+        self.seen = inbox
+        """What the step was shown, also while it is `handle`'s turn."""
         self.error = error
         """What the step failed with; then it is `handle`'s turn, which is shown no signals and no children."""
         self.started_at = 0.0
         self.is_finished = False
         self.is_disowned = False
+
+    @property
+    def awaited_ids(self) -> tuple[int, ...]:
+        """The signals that the step was shown as those which it awaited."""
+        names = self.row.awaited_names if self.seen else ()
+        return tuple(signal.id for signal in self.seen if signal.name in names)
 
     @property
     def is_async(self) -> bool:
@@ -3713,6 +3725,7 @@ class _Claim:
 
     def failed_with(self, error: BaseException) -> _Claim:
         failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
+        failed.seen = self.seen
         failed.started_at = self.started_at
         return failed
 
@@ -3807,13 +3820,13 @@ def _check_next(claim: _Claim, outcome: Next) -> None:
 
 def _shown(ctx: Context[Any]) -> tuple[int, ...]:
     """List the awaited signals that a step was shown: progress consumes these."""
-    return tuple(signal.id for signal in ctx.awaited) if ctx._claim.inbox else ()
+    return ctx._claim.awaited_ids if ctx._claim.inbox else ()
 
 
 def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseException | None = None) -> _Commit:
     """Hold an outcome against the class and its limits and apply it to the row; `error` is what it answers."""
     row, spec = claim.row, claim.spec
-    effects = ctx._close()
+    effects, shown = ctx._close(), _shown(ctx)
     change: _Change
     children: tuple[_NewRow, ...] = ()
     is_inline = False
@@ -3836,6 +3849,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
             kind = "await"
             spec.code(outcome.then)
             change = _move(claim, ctx, outcome)
+            shown = claim.awaited_ids  # where it is `handle` that awaits, too, or it would be woken for them for ever
         case ScheduleChildren():
             kind = "children"
             spec.code(outcome.then)
@@ -3844,7 +3858,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
         case Stop():
             kind = "stop"
             change = _failed(row, *_describe_stop(outcome, error))
-    return _Commit(claim, kind, change, effects, _shown(ctx), children, is_inline, _elapsed(claim))
+    return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim))
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -5030,6 +5044,8 @@ class _Beat:
         if self._wants_steps:
             self._tell_step(commit)
         done = change if isinstance(change, _Finish) and change.status == Status.DONE else None
+        if done is not None and self._may_have_signals():
+            self._empty_inbox(commit.claim)
         self._departed(row, change.status, done)
         if isinstance(change, _Finish) and done is None:
             self.failures.append((row, change))
@@ -5038,12 +5054,21 @@ class _Beat:
         if row.concurrency_key is not None:
             self._freed_keys.add(row.concurrency_key)
         if status in _TERMINAL:
-            if self._may_have_signals():
+            if status == Status.FAILED and self._may_have_signals():
                 self.store.empty_inbox(row.id)
             if row.parent_id is not None:
                 self._parents.add(row.parent_id)
         if status != Status.RUNNABLE:
             self.settled.append((row.id, status, done))
+
+    def _empty_inbox(self, claim: _Claim) -> None:
+        """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
+        row, seen = claim.row, {signal.id for signal in claim.seen}
+        for signal, name in self.store.empty_inbox(row.id):
+            if signal not in seen:
+                message = "instance %d is done: the signal %r, which came while its last step ran, is dropped unseen"
+                self.log(_log.warning, message, row.id, name, extra=_log_details(row))
+                self.tell("signal.dropped", {}, {"id": row.id, "name": name})
 
     def _may_have_signals(self) -> bool:
         """Whether there is any signal in the file: most files have none, so one look saves one for each row."""

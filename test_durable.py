@@ -5249,6 +5249,119 @@ def test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_
     assert machine.awaited() == [[], [1], [2], [1]]
 
 
+class Picky(FSM, timeout=0.05):
+    """Can make nothing of its signals, and awaits better ones in `handle`."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        self.awaited: list[list[Any]] = []
+
+    @step
+    def start(self, ctx: Ctx) -> Await:
+        return Await("pay", then="check")
+
+    @step
+    def check(self, ctx: Ctx) -> Done:
+        payloads = [signal.payload for signal in ctx.awaited]
+        self.awaited.append(payloads)
+        if "good" in payloads:
+            return Done(payloads)
+        if self.fault == "timeout":
+            time.sleep(0.2)
+        elif self.fault == "statement":
+            ctx.execute("insert into nowhere values (1)")
+        elif self.fault == "raise":
+            raise ValueError("bad")
+        return Done(Unwritable() if self.fault == "result" else None)
+
+    def handle(self, error: Exception, ctx: Ctx) -> Await:
+        return Await(["pay", "bye"], then="check")
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["drain", "started"])
+@pytest.mark.parametrize("fault", ["raise", "result", "statement", "timeout"])
+def test_an_await_of_handle_is_not_woken_by_what_its_step_was_shown(
+    make_engine: MakeEngine, fault: str, is_started: bool
+) -> None:
+    """A bad signal is one run, not one after the other for ever; it stays in the inbox, beside what comes then."""
+    picky = Picky(fault)
+    engine = make_engine(fsms=[picky])
+    ident = engine.insert(Picky)
+    if is_started:
+        engine.start()
+    for count, payload in enumerate(("bad", "worse", "good"), 1):
+        engine.signal(ident, "pay", payload)
+        if not is_started:
+            assert engine.drain()["steps"] == 1 + (count == 1)
+        eventually(lambda: len(picky.awaited) >= count and engine.get(ident).status != "executing")  # noqa: B023
+    assert picky.awaited == [["bad"], ["bad", "worse"], ["bad", "worse", "good"]]
+    assert engine.wait(ident, PATIENCE).result == ["bad", "worse", "good"]
+
+
+def test_an_await_of_handle_is_woken_by_what_came_while_its_step_ran(make_engine: MakeEngine) -> None:
+    """Only what the run was shown is exempt."""
+
+    def fail_late(ctx: Ctx) -> object:
+        running.signal(ctx.id, "go", 2)
+        raise ValueError("boom")
+
+    class Handling(Scripted):
+        def handle(self, error: Exception, ctx: Ctx) -> Await:
+            return Await("go", "end")
+
+    machine = Handling(Await("go", "next"), fail_late)
+    running = make_engine(fsms=[machine])
+    ident = running.insert(Handling)
+    running.signal(ident, "go", 1)
+    running.drain()
+    assert machine.awaited() == [[], [1], [1, 2]]
+
+
+def test_a_signal_that_the_last_step_was_not_shown_is_told_of(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was acknowledged and can reach nobody any more: a WARNING and the event `signal.dropped`, for each."""
+
+    def end(ctx: Ctx) -> object:
+        running.signal(ctx.id, "go", "late")
+        running.signal(ctx.id, "other", "late", dedup_key="once")
+        running.signal(ctx.id, "other", "late", dedup_key="once")
+        return Done()
+
+    running, _, ident = scripted(make_engine, Await("go", "next"), Next("end"), end)
+    heard = Heard(running, "signal.dropped")
+    running.signal(ident, "go", "shown", dedup_key="consumed")
+    running.signal(ident, "unasked", "shown")
+    running.drain()
+    assert [(event.measurements, event.metadata) for event in heard.events] == [
+        ({}, {"id": ident, "name": "go"}),
+        ({}, {"id": ident, "name": "other"}),
+    ]
+    told = [record for record in caplog.records if "dropped unseen" in record.getMessage()]
+    assert [(record.levelno, cast(Any, record).id) for record in told] == [(logging.WARNING, ident)] * 2
+    assert ask(running, "select count(*) from durable_signals") == [(0,)]
+
+
+def test_what_the_last_run_was_shown_is_dropped_without_a_word(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it is `handle` that ends the instance, which is shown no inbox of its own."""
+
+    class Handling(Scripted):
+        def handle(self, error: Exception, ctx: Ctx) -> Done:
+            return Done("handled")
+
+    machine = Handling(Await("go", "next"), Raising(ValueError("boom")))
+    engine = make_engine(fsms=[machine])
+    heard = Heard(engine, "signal.dropped")
+    ident = engine.insert(Handling)
+    engine.signal(ident, "go")
+    engine.signal(ident, "unasked")
+    engine.drain()
+    assert (engine.get(ident).result, heard.events) == ("handled", [])
+    assert not [record for record in caplog.records if "dropped unseen" in record.getMessage()]
+
+
 @pytest.mark.parametrize("outcome", [Stop("no"), Done()])
 def test_a_terminal_outcome_empties_the_inbox(make_engine: MakeEngine, outcome: object) -> None:
     """A terminal outcome empties the inbox: nothing of it, awaited or not, is left in the file, or for a retry."""
@@ -10378,7 +10491,7 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
 EVENT_NAMES = """
 step.stop pick.stop scheduler.saturation scheduler.drain scheduler.reclaimed commit.stop concurrency.throttled
 rate_limit.throttled outcome.stale reaper.reaped await.timeout gc.swept fsm.unknown inline.continue inline.yield
-store.error
+store.error signal.dropped
 """
 
 
@@ -11339,11 +11452,12 @@ class EngineModel:
         row.rate_limit, row.weight, row.awaits, row.is_joining = None, 1, (), False
 
     def shown(self, verdict: Verdict) -> list[int]:
-        """The numbers of the letters that the step was shown as those that it awaited; `handle` is shown none."""
-        return [] if verdict.is_last_word else [letter.number for letter in verdict.twin.awaited()]
+        """The numbers of the letters that the run was shown as those that it awaited."""
+        return [letter.number for letter in verdict.twin.awaited()]
 
     def consume(self, row: Twin, verdict: Verdict) -> None:
-        shown = self.shown(verdict)
+        """Progress of a step consumes what it was shown; that of `handle`, which is shown none, does not."""
+        shown = [] if verdict.is_last_word else self.shown(verdict)
         for letter in row.inbox:
             letter.is_consumed |= letter.number in shown
         row.inbox = [one for one in row.inbox if not one.is_consumed or one.dedup_key is not None]
@@ -12856,7 +12970,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "signals that were shown wake again": bent(
         durable._Store, "has_unseen", lambda look: lambda self, target, names, seen: look(self, target, names, ())
     ),
-    "an ended instance keeps its inbox": replaced(durable._Store, "empty_inbox", nothing),
+    "an ended instance keeps its inbox": replaced(durable._Store, "empty_inbox", lambda *_: ()),
     "deadlines never fire": replaced(durable._Store, "fire", nothing),
     "a deadline outlives its await": reworded("_TIMERS", "min(await_deadline)", "max(await_deadline)"),
     "parents are not woken": replaced(durable._Store, "wake_parent", nothing),
