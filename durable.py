@@ -5254,7 +5254,18 @@ class _Beat:
 
     def pause(self, queue: str) -> None:
         self.store.pause(queue)
+        self.give_back_unstarted(queue)
         self.sweep_lines()  # a row of that queue may have been about to take a slot that others wait for
+
+    def give_back_unstarted(self, queue: str) -> None:
+        """Give back what is claimed ahead in a queue that was paused, also by this very beat."""
+        for claim in self.core.withdraw(queue):
+            self.withdrawn.append(claim)
+            self.left.append(claim)
+            self._give_back(claim.row)
+        for claim in [one for one in self.claims if one.row.queue == queue]:
+            self.claims.remove(claim)
+            self._give_back(claim.row)
 
     def save_policies(self, policies: Iterable[_Policy]) -> None:
         for policy in policies:
@@ -6374,6 +6385,11 @@ class _Scheduler:
         pool = self._pools.get(row.queue)
         return pool.discard(row.id) if pool is not None else None
 
+    def withdraw(self, queue: str) -> list[_Claim]:
+        """Take back all claimed rows of a queue that have not started."""
+        pool = self._pools.get(queue)
+        return pool.withdraw() if pool is not None else []
+
     # The beat
 
     def _beat(self, wants: Callable[[_Beat], None] | None = None) -> bool:
@@ -6461,7 +6477,7 @@ class _Scheduler:
         try:
             self.store.rollback()
         finally:
-            for claim in beat.withdrawn:
+            for claim in reversed(beat.withdrawn):
                 self._pools[claim.row.queue].submit([claim], first=True)
 
     def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
@@ -6730,6 +6746,7 @@ class _Scheduler:
         self._agenda.due_at = self.desk.now()
         self._notify_waiters()
         self._withdraw_cancelled()
+        self._withdraw_paused()
 
     def _notify_waiters(self) -> None:
         if self.waiters:
@@ -6745,6 +6762,12 @@ class _Scheduler:
                 reason = self.store.cancel_reason(row)
                 if reason is not None:
                     self.post(functools.partial(_Beat.cancel_unstarted, row=row, reason=reason))
+
+    def _withdraw_paused(self) -> None:
+        """Give back the unstarted rows of queues that another engine has paused."""
+        for queue, pool in self._pools.items():
+            if pool.unstarted() and self.store.is_paused(queue):
+                self.post(functools.partial(_Beat.give_back_unstarted, queue=queue))
 
     def _notice_gap(self, now: int) -> None:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
@@ -7224,7 +7247,11 @@ class Engine:
         self._core.perform(lambda beat: beat.revive(instance))
 
     def pause(self, queue: str) -> None:
-        """Keep every engine from claiming from a queue, until `resume`; what runs, ends."""
+        """Keep every engine from claiming from a queue, until `resume`.
+
+        What runs, ends; what is claimed ahead (`prefetch`) and has not started is given back, by this engine at once,
+        by others within their `poll_interval`.
+        """
         _text(queue, "queue")
         self._core.perform(lambda beat: beat.pause(queue))
 

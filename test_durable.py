@@ -4591,6 +4591,79 @@ def test_what_runs_in_a_queue_when_it_is_paused_ends(make_engine: MakeEngine, ga
         assert engine.get(waiting).status is Status.RUNNABLE
 
 
+@pytest.mark.parametrize("is_own", [True, False], ids=["by its engine", "by another"])
+def test_a_pause_gives_back_what_is_claimed_ahead(make_engine: MakeEngine, gate: Gate, is_own: bool) -> None:
+    """Nothing that had not started runs in a paused queue; it stands as if it had never been claimed, in its order."""
+    holds = Holds(gate)
+    engine = make_engine(fsms=[holds], queues={"default": 1, "mail": 1}, prefetch=10)
+    ids = [one for one in engine.insert_all([Insert(Holds)] * 8) if one is not None]
+    mail = engine.insert(Echo, queue="mail", schedule_in=3600)
+    engine.start()
+    assert gate.entered.wait(PATIENCE)
+    eventually(lambda: engine.counts()["default"] == {"executing": 8})
+    (engine if is_own else make_engine(queues={})).pause("default")
+    eventually(lambda: engine.counts()["default"] == {"executing": 1, "runnable": 7})
+    gate.leave.set()
+    assert engine.wait(ids[0], PATIENCE).result == "through"
+    assert (holds.runs, engine.counts()["default"]) == (1, {"done": 1, "runnable": 7})
+    assert {(one.attempt, one.crashes) for one in engine.find(status="runnable")} == {(0, 0)}
+    assert (engine.get(mail).status, engine.check()) == ("runnable", [])
+    engine.resume("default")
+    assert [engine.wait(one, PATIENCE).status for one in ids] == ["done"] * 8
+    assert holds.runs == 8
+
+
+def test_a_pause_that_storage_refuses_leaves_what_is_claimed_ahead_in_its_order(
+    disk: Disk, make_engine: MakeEngine, desk: Desk
+) -> None:
+    """The error is the caller's, and the engine goes on as before."""
+    engine = make_engine(fsms=[Visitor(desk)], queues={"default": 1}, prefetch=5)
+    ids = insert_many(engine, [Insert(Visitor)] * 5)
+    engine.start()
+    desk.expect(ids[0])
+    eventually(lambda: engine.counts()["default"] == {"executing": 5})
+    disk.fail(*FULL)
+    with pytest.raises(DurableError):
+        engine.pause("default")
+    disk.heal()
+    desk.close()
+    assert [engine.wait(one, PATIENCE).status for one in ids] == ["done"] * 5
+    assert desk.arrivals == ids
+
+
+def test_a_pause_holds_what_was_about_to_go_on_inline(make_engine: MakeEngine, gate: Gate) -> None:
+    """A step that has not begun is not begun, also where the very commit of the pause had gone on with it."""
+
+    class Chain(FSM, inline=True):
+        @step
+        def start(self, ctx: Ctx) -> Next:
+            gate.hold()
+            return Next("end")
+
+        @step
+        def end(self, ctx: Ctx) -> Done:
+            return Done()
+
+    running = make_engine()
+    core = running._core
+    ident = running.insert(Chain, concurrency_key="k")
+    running.start()
+    assert gate.entered.wait(PATIENCE)
+    pausing = threading.Thread(target=running.pause, args=("default",))
+    with core._beat_lock:  # until the outcome and the pause are there for one beat
+        gate.leave.set()
+        eventually(lambda: core._finished)
+        pausing.start()
+        eventually(lambda: core._requests)
+    pausing.join()
+    eventually(lambda: not core._held)
+    shown = running.get(ident)
+    assert (shown.step, shown.status, shown.attempt) == ("end", "runnable", 0)
+    assert running.check() == []
+    running.resume("default")
+    assert running.wait(ident, PATIENCE).status == "done"
+
+
 def test_workers_are_the_running_engines_on_the_file(make_engine: MakeEngine) -> None:
     """`workers()` shows the running engines, with the name given."""
     looker = make_engine(queues={})
