@@ -40,6 +40,7 @@ import contextlib
 import contextvars
 import datetime as dt
 import enum
+import errno
 import functools
 import heapq
 import inspect
@@ -3391,6 +3392,10 @@ class _OpenFiles:
         _process.open_files.discard(self)
 
 
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
+"""What the system says of a lock that somebody else holds; all else means that there is no locking."""
+
+
 class _LockFile:
     """A file beside the database that a running engine holds locked; the kernel drops the lock when it dies.
 
@@ -3398,29 +3403,62 @@ class _LockFile:
     in containers, where every process is number 1, they work as well.
     """
 
+    CREATE_S = 10.0
+    """For how long a clean-up may hold a file that is being made."""
+
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
         self._path = path
+        self._moved: list[int] = []
+        """Descriptors of files that are still somewhere, but no longer at their path."""
 
     @staticmethod
     def path_of(database: str, worker: str) -> str:
         return f"{database}-worker-{worker}.lock"
 
     @classmethod
-    def create(cls, path: str) -> _LockFile:
+    def create(cls, path: str, database: str) -> _LockFile:
         """Create the file and lock it; again, if a clean-up took it for a dead worker's in between."""
-        while True:
-            lock = cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path)
-            if lock._take() and _file_id(path) == _file_id_of(lock._descriptor):
+        deadline = time.monotonic() + cls.CREATE_S
+        while time.monotonic() < deadline:
+            lock = cls._open_new(path, database)
+            if lock._take() and lock.is_in_place():
                 return lock
             lock.close()
+            time.sleep(0.001)
+        raise DurableError(f"{path} is held by somebody else")
+
+    @classmethod
+    def _open_new(cls, path: str, database: str) -> _LockFile:
+        """Open the file, with the database's mode and group: who works on that may judge this worker."""
+        try:
+            like = os.stat(database)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, like.st_mode & 0o666)
+        except OSError as error:
+            message = f"a running engine needs a lock file beside its database, and it can't be made: {error}"
+            if error.errno == errno.ENAMETOOLONG:
+                longest = 255 - len(os.fsencode(path)) + len(os.fsencode(database))
+                message += f" (the database's name may have {longest} bytes at most)"
+            raise DurableError(message) from error
+        if hasattr(os, "fchown"):
+            with contextlib.suppress(OSError):  # not in that group, or no such thing here: others wait for the lease
+                os.fchown(descriptor, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, like.st_mode & 0o666)  # whatever the umask
+        return cls(descriptor, path)
 
     @classmethod
     def remove_stale(cls, database: str, living: Iterable[str]) -> None:
         """Remove the files of workers that the database does not know, unless they are just signing on."""
         folder, name = os.path.split(cls.path_of(database, "*"))
+        start, end = name.split("*")
         known = {cls.path_of(database, worker) for worker in living}
-        for path in map(str, pathlib.Path(folder).glob(name.replace("[", "[[]"))):
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            _log.debug("%s: no look for lock files left behind: %s", database, error)
+            return
+        for path in (os.path.join(folder, name) for name in names if name.startswith(start) and name.endswith(end)):
             lock = None if path in known else cls.take_from_dead(path)
             if lock is not None:
                 lock.remove()
@@ -3435,27 +3473,42 @@ class _LockFile:
 
     @classmethod
     def take_from_dead(cls, path: str) -> _LockFile | None:
-        """Take the lock of a worker that has died; None if it lives, or if there is no such file to tell by."""
+        """Take the lock of a worker that has died; None if it lives, or as far as the file does not tell."""
         try:
-            lock = cls(os.open(path, os.O_RDWR), path)
+            lock = cls(os.open(path, os.O_RDONLY), path)
         except OSError:
             return None
-        if lock._take():
-            return lock
+        try:
+            if lock._take():
+                return lock
+        except DurableError:  # one's own could be locked, and this one can't: then its lease tells
+            pass
         lock.close()
         return None
 
-    def restore(self) -> None:
-        """Make the file anew if somebody has removed it, so that others do not take its worker for dead."""
-        if _file_id(self._path) is None:
-            lost, self._descriptor = self._descriptor, type(self).create(self._path)._release()
-            os.close(lost)
+    def is_in_place(self) -> bool:
+        """Whether the file is where others look for it, as far as this process can see."""
+        return _file_id(self._path) == _file_id_of(self._descriptor)
+
+    def restore(self, database: str) -> None:
+        """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead.
+
+        One that was moved is held on to: it may be this process that no longer sees it, after a chroot.
+        """
+        if self.is_in_place():
+            return
+        former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
+        if os.fstat(former).st_nlink:
+            self._moved.append(former)
+        else:
+            os.close(former)
 
     def _release(self) -> int:
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
 
     def _take(self) -> bool:
+        """Lock the file; False if somebody else holds it, a DurableError if it can't be locked."""
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -3465,8 +3518,10 @@ class _LockFile:
                 import fcntl
 
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            raise DurableError(f"{self._path} can't be locked, which a running engine needs: {error}") from error
         return True
 
     def remove(self) -> None:
@@ -3481,6 +3536,8 @@ class _LockFile:
         descriptor = self._release()  # first: two threads may be at it
         if descriptor >= 0:
             os.close(descriptor)
+        while self._moved:
+            os.close(self._moved.pop())
 
     def __del__(self) -> None:
         self.close()  # a reaping that storage refused drops the lock for the next try
@@ -3507,13 +3564,17 @@ class _LogWatch:
 
     def __init__(self, path: str, call: Callable[[], object]) -> None:
         import ctypes  # only a running engine pays for it
+        import select
 
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self._path = os.fsencode(path)
         self._call = call
         self._is_closing = False
-        self._descriptor = self._libc.inotify_init1(os.O_CLOEXEC)
         self._thread: threading.Thread | None = None
+        self._events = select.poll()
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._add_watch, init = libc.inotify_add_watch, libc.inotify_init1
+        self._end = os.eventfd(0)  # closing a descriptor does not wake who waits for it
+        self._descriptor = init(os.O_CLOEXEC | os.O_NONBLOCK)
 
     @classmethod
     def open(cls, path: str, call: Callable[[], object]) -> _LogWatch | None:
@@ -3536,32 +3597,37 @@ class _LogWatch:
         """Serve from now on, if the watch has heard of the write that was made since it was opened."""
         import select
 
-        heard = select.poll()
-        heard.register(self._descriptor, select.POLLIN)
-        if not heard.poll(0):
+        self._events.register(self._descriptor, select.POLLIN)
+        if not self._events.poll(0):
             return False
         os.read(self._descriptor, 4096)
-        self._thread = threading.Thread(target=self._serve, name="durable-watch", daemon=True)
-        self._thread.start()
+        self._events.register(self._end, select.POLLIN)
+        thread = threading.Thread(target=self._serve, name="durable-watch", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more
+            _log.debug("no inotify: %s", error)
+            return False
+        self._thread = thread
         return True
 
     def arm(self) -> bool:
         flags = self._IN_MODIFY | self._IN_ONESHOT
-        return bool(self._libc.inotify_add_watch(self._descriptor, self._path, flags) >= 0)
+        return bool(self._add_watch(self._descriptor, self._path, flags) >= 0)
 
     def close(self) -> None:
         self._is_closing = True
         if self._thread is not None:
-            # Closing a descriptor does not wake who reads from it; removing a watch is an event.
-            self._libc.inotify_rm_watch(
-                self._descriptor, self._libc.inotify_add_watch(self._descriptor, self._path, self._IN_MODIFY)
-            )
+            os.eventfd_write(self._end, 1)
             self._thread.join(1)
-        if self._descriptor >= 0 and (self._thread is None or not self._thread.is_alive()):
-            os.close(self._descriptor)
+        if self._thread is None or not self._thread.is_alive():
+            for descriptor in (self._end, self._descriptor):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _serve(self) -> None:
-        while os.read(self._descriptor, 4096) and not self._is_closing:
+        while self._events.poll() and not self._is_closing:
+            os.read(self._descriptor, 4096)
             self._call()
 
 
@@ -5805,6 +5871,8 @@ class _Peers:
         """Since when other workers' lock files are not there."""
         self._reapings: dict[str, tuple[_Request, _LockFile | None]] = {}
         """What was asked for at the last looks, by worker, and the locks taken from them."""
+        self._faults: dict[str, str] = {}
+        """What is wrong with which part of a look, and has been said."""
 
     # Coming and going
 
@@ -5827,7 +5895,7 @@ class _Peers:
         One that is not patient waits until it is known of each other worker whether it is dead.
         """
         core = self._core
-        self._lock_file = _LockFile.create(_LockFile.path_of(core.path, core.worker_id))
+        self._lock_file = _LockFile.create(_LockFile.path_of(core.path, core.worker_id), core.path)
         self._judge_from = 0
         try:
             core.perform(lambda beat: beat.store.register(self._row(beat.now, lease_ms)))
@@ -5913,12 +5981,25 @@ class _Peers:
     def look(self, monotonic: float) -> None:
         """See whether another process has committed, or died."""
         self._looked_at = monotonic
+        self._try(self._see_commits, monotonic)
+        self._try(self._watch_log, monotonic)
+        if monotonic - self._looked_for_dead_at >= self.DEAD_LOOK_S:
+            self._looked_for_dead_at = monotonic
+            self._try(self._restore_lock, monotonic)
+            self._try(self._see_deaths, monotonic)
+
+    def _try(self, look: Callable[[float], None], monotonic: float) -> None:
+        """Do one part of a look; its failure is no matter of the others, and is told once, until it works again."""
+        name = look.__name__
         try:
-            self._see_commits(monotonic)
-            self._watch_log(monotonic)
-            self._see_deaths(monotonic)
-        except (apsw.Error, DurableError) as error:
-            self._core.log_soon("looking for other processes' work failed", error)
+            look(monotonic)
+        except (apsw.Error, DurableError, OSError) as error:
+            text = _error_text(error)
+            if self._faults.get(name) != text:
+                self._faults[name] = text
+                self._core.log_soon("looking for other processes' work failed", error)
+        else:
+            self._faults.pop(name, None)
 
     def _see_commits(self, monotonic: float) -> None:
         store = self._core.store
@@ -5945,12 +6026,11 @@ class _Peers:
             self._changed_at = monotonic
         self._core.ring()
 
-    def _see_deaths(self, monotonic: float) -> None:
-        if monotonic - self._looked_for_dead_at < self.DEAD_LOOK_S:
-            return
-        self._looked_for_dead_at = monotonic
+    def _restore_lock(self, _: float) -> None:
         if self._lock_file is not None:
-            self._lock_file.restore()
+            self._lock_file.restore(self._core.path)
+
+    def _see_deaths(self, _: float) -> None:
         if self._others:
             self.look_for_dead()
 
@@ -5975,13 +6055,23 @@ class _Peers:
         path = _LockFile.path_of(self._core.path, worker.id)
         lock = _LockFile.take_from_dead(path)
         if lock is None:
-            if os.path.exists(path):
+            if not self._is_gone(path):
                 self._missing_since.pop(worker.id, None)
                 return False
             if time.monotonic() - self._missing_since.setdefault(worker.id, time.monotonic()) < self.GONE_S:
                 return True
         reaping = self._core.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
         self._reapings[worker.id] = reaping, lock
+        return False
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether a lock file is not there: of a folder in which one's own is not to be seen, nobody can say."""
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            return self._lock_file is not None and self._lock_file.is_in_place()
+        except OSError:
+            pass
         return False
 
     def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:

@@ -4997,6 +4997,45 @@ def test_a_watch_that_hears_nothing_is_not_relied_on(tmp_path: Path) -> None:
 
 
 @on_linux
+def test_a_watch_of_a_log_that_is_gone_ends_with_its_thread(tmp_path: Path) -> None:
+    """Its end needs no file at the log's place."""
+    log = tmp_path / "log"
+    log.write_bytes(b"")
+    watch = durable._LogWatch.open(str(log), lambda: None)
+    assert watch is not None
+    log.write_bytes(b"1")
+    assert watch.start()
+    log.unlink()
+    begun = time.monotonic()
+    watch.close()
+    assert time.monotonic() - begun < 0.9  # it gives its thread a second
+    assert [thread for thread in threading.enumerate() if thread.name == "durable-watch"] == []
+
+
+@on_linux
+def test_an_engine_without_a_thread_for_its_watch_looks(
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system that has no more threads costs the watch, not the start, and the stop is clean."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "durable-watch":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    engine = make_engine()
+    descriptors = set(durable._descriptors())
+    engine.start()
+    assert engine._core.peers._watch is None
+    assert engine.result(engine.insert(Echo), PATIENCE) == {}
+    engine.stop()
+    assert set(durable._descriptors()) <= descriptors
+    assert list(tmp_path.glob("durable.db-*")) == []
+
+
+@on_linux
 def test_an_idle_engine_rests_until_another_connection_commits(make_engine: MakeEngine) -> None:
     """Nothing to do costs next to nothing: it looks seldom, since the system tells it of what others write."""
     engine = make_engine(poll_interval=0.01)
@@ -7291,7 +7330,7 @@ def test_lock_files_are_gone_with_their_engines(make_engine: MakeEngine, labour:
 
 def test_a_lock_is_closed_once_though_two_threads_are_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its descriptor may be somebody else's by then."""
-    lock = durable._LockFile.create(str(tmp_path / "one.lock"))
+    lock = durable._LockFile.create(str(tmp_path / "one.lock"), str(tmp_path))
     close, closed = os.close, []
 
     def close_and_close(descriptor: int) -> None:
@@ -7309,10 +7348,224 @@ def test_an_engine_that_leaves_keeps_no_dead_workers_lock(make_engine: MakeEngin
     """What it could not reap, another engine can."""
     peers = make_engine()._core.peers
     path = str(tmp_path / "dead.lock")
-    peers._reapings["dead"] = durable._Request(lambda beat: None), durable._LockFile.create(path)
+    peers._reapings["dead"] = durable._Request(lambda beat: None), durable._LockFile.create(path, str(tmp_path))
     assert not durable._LockFile.is_dropped(path)
     peers.leave(is_signed_off=False)
     assert durable._LockFile.is_dropped(path)
+
+
+def lock_files(folder: Path) -> list[Path]:
+    """The files that running engines hold locked."""
+    return list(folder.glob("durable.db-worker-*"))
+
+
+@contextmanager
+def system_that_fails(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: OSError, when: Callable[..., bool]
+) -> Iterator[None]:
+    """A system call that fails where the condition holds."""
+    call = getattr(module, name)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments, **options):
+            raise error
+        return call(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail)
+        yield
+
+
+def is_lock_file(path: object, *_: object, **__: object) -> bool:
+    """Whether a system call is about an engine's lock file."""
+    return isinstance(path, str) and "-worker-" in path
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_lock_file_that_cannot_be_locked_is_an_error_of_start(
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Only EWOULDBLOCK and EACCES say that somebody holds it; of a file system without locks, `start` says so."""
+    import fcntl
+
+    engine = make_engine()
+    with (
+        system_that_fails(monkeypatch, fcntl, "flock", OSError(number, os.strerror(number)), lambda *_: True),
+        pytest.raises(DurableError, match=re.escape(os.strerror(number))),
+    ):
+        engine.start()
+    engine.start()
+    assert engine.result(engine.insert(Echo), PATIENCE) == {}
+    assert len(lock_files(tmp_path)) == 1
+
+
+@posix
+@pytest.mark.parametrize("fault", ["no access", "too long", "no descriptors"])
+def test_a_lock_file_that_cannot_be_made_is_an_error_of_start(
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """What the system says is in the error, and the engine can be started once it is mended."""
+    longest = 255 - len("-worker-.lock") - 16
+    name = "x" * (longest + 1) if fault == "too long" else "durable.db"
+    engine = make_engine(database=tmp_path / name)
+    number = {"no access": errno.EACCES, "too long": errno.ENAMETOOLONG, "no descriptors": errno.EMFILE}[fault]
+    error = OSError(number, os.strerror(number))
+    fails = is_lock_file if fault != "too long" else lambda *_, **__: False
+    told = f"may have {longest} bytes" if fault == "too long" else os.strerror(number)
+    with system_that_fails(monkeypatch, os, "open", error, fails), pytest.raises(DurableError, match=told):
+        engine.start()
+    assert engine.workers() == []
+    if fault != "too long":
+        engine.start()
+        assert len(engine.workers()) == 1
+    make_engine(database=tmp_path / ("y" * longest)).start()
+
+
+@posix
+@pytest.mark.parametrize(("mode", "umask"), [(0o600, 0o000), (0o664, 0o077), (0o660, 0o022)])
+def test_lock_files_have_the_databases_mode(
+    make_engine: MakeEngine, database: Path, tmp_path: Path, mode: int, umask: int
+) -> None:
+    """Who may work on the database may judge its workers, and nobody else sees more for them."""
+    make_engine().stop()
+    database.chmod(mode)
+    before = os.umask(umask)
+    try:
+        make_engine().start()
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in lock_files(tmp_path)] == [mode]
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
+def test_lock_files_of_root_belong_to_the_databases_owner(
+    make_engine: MakeEngine, database: Path, tmp_path: Path
+) -> None:
+    """As its log does: else the owner could not judge a worker that root has run."""
+    make_engine().stop()
+    os.chown(database, 12345, 54321)
+    make_engine().start()
+    assert [(path.stat().st_uid, path.stat().st_gid) for path in lock_files(tmp_path)] == [(12345, 54321)]
+
+
+@posix
+def test_the_death_of_another_users_worker_is_seen(
+    make_engine: MakeEngine, labour: Labour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading its lock file is enough: neither it nor the folder has to be writable."""
+    worker = labour.spawn()
+    engine = make_engine(queues={"other": 1})
+    stuck = engine.insert(labour.module.Stuck)
+    eventually(lambda: labour.traces("stuck"))
+    engine.start()
+    (theirs,) = {path.name for path in lock_files(labour.folder)} - {f"durable.db-worker-{engine._core.worker_id}.lock"}
+
+    def is_write(path: object, flags: int = 0, *_: object, **__: object) -> bool:
+        return isinstance(path, str) and path.endswith(theirs) and bool(flags & (os.O_RDWR | os.O_WRONLY))
+
+    refused = PermissionError(errno.EACCES, "not yours")
+    with (
+        system_that_fails(monkeypatch, os, "open", refused, is_write),
+        system_that_fails(monkeypatch, os, "unlink", refused, lambda path: str(path).endswith(theirs)),
+    ):
+        labour.kill(worker)
+        eventually(lambda: engine.get(stuck).status == "runnable", BEFORE_A_HEARTBEAT)
+    assert engine.get(stuck).crashes == 1
+
+
+@posix
+def test_a_lock_that_cannot_be_told_leaves_its_worker_alone(
+    make_engine: MakeEngine, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that can't be read, or locked, says nothing of its worker: its lease will."""
+    import fcntl
+
+    watcher, other = make_engine(), make_engine()
+    watcher.start()
+    other.start()
+    path = durable._LockFile.path_of(str(database), other._core.worker_id)
+    for module, name, when in ((os, "open", is_lock_file), (fcntl, "flock", lambda *_: True)):
+        for number in (errno.EACCES, errno.EIO, errno.ENOLCK):
+            with system_that_fails(monkeypatch, module, name, OSError(number, os.strerror(number)), when):
+                assert not durable._LockFile.is_dropped(path)
+    assert len(watcher.workers()) == 2
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT])
+def test_a_folder_that_cannot_be_seen_makes_no_worker_dead(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """After dropped privileges or a chroot no lock file is to be seen, one's own neither: nobody is gone for that."""
+    watcher, other = make_engine(), make_engine()
+    other.start()
+    watcher.start()
+    peers = watcher._core.peers
+    monkeypatch.setattr(peers, "GONE_S", 0.0)
+    error = OSError(number, os.strerror(number))
+    with (
+        system_that_fails(monkeypatch, os, "stat", error, is_lock_file),
+        system_that_fails(monkeypatch, os, "open", error, is_lock_file),
+    ):
+        assert [peers.look_for_dead() for _ in range(3)] == [False] * 3
+        assert peers._reapings == {}
+    assert len(watcher.workers()) == 2
+
+
+@posix
+def test_a_fault_of_a_look_is_told_once_and_hides_no_death(
+    make_engine: MakeEngine, labour: Labour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that can't put its own lock file back still sees who has died, and does not fill the log."""
+    worker = labour.spawn()
+    engine = make_engine(queues={"other": 1})
+    stuck = engine.insert(labour.module.Stuck)
+    eventually(lambda: labour.traces("stuck"))
+    engine.start()
+    own = Path(durable._LockFile.path_of(str(labour.folder / "durable.db"), engine._core.worker_id))
+    looks: list[float] = []
+    restore = durable._LockFile.restore
+
+    def count(lock: Any, *arguments: Any) -> None:
+        looks.append(time.monotonic())
+        restore(lock, *arguments)
+
+    def is_own(path: object, *_: object, **__: object) -> bool:
+        return path == str(own)
+
+    monkeypatch.setattr(durable._LockFile, "restore", count)
+    refused = PermissionError(errno.EACCES, "the folder is closed")
+    with system_that_fails(monkeypatch, os, "open", refused, is_own):
+        own.unlink()
+        labour.kill(worker)
+        eventually(lambda: engine.get(stuck).status == "runnable", BEFORE_A_HEARTBEAT)
+        seen = len(looks)
+        eventually(lambda: len(looks) > seen + 2)
+        told = [record.getMessage() for record in caplog.records if "the folder is closed" in record.getMessage()]
+    assert len(told) == 1
+    eventually(own.exists)
+
+
+@posix
+def test_a_lock_file_is_put_back_if_it_is_removed_or_replaced(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """Whoever looks at its place is to find it locked; one that was moved stays locked, too."""
+    engine = make_engine()
+    engine.start()
+    (path,) = lock_files(tmp_path)
+    lock = engine._core.peers._lock_file
+    assert lock is not None
+    other, moved = tmp_path / "other", tmp_path / "moved"
+    for change in (path.unlink, lambda: other.write_bytes(b"1") and other.replace(path), lambda: path.replace(moved)):
+        change()
+        assert durable._LockFile.is_dropped(str(path)) == path.exists()
+        lock.restore(str(tmp_path / "durable.db"))
+        assert path.exists()
+        assert not durable._LockFile.is_dropped(str(path))
+    assert not durable._LockFile.is_dropped(str(moved))
+    engine.stop()
+    assert durable._LockFile.is_dropped(str(moved))
 
 
 @posix
