@@ -27,8 +27,8 @@ the step again: at least once. Effects inside the file (`Context.execute`) happe
 
 Read from top to bottom; nothing refers to what stands below it:
 
-    Errors, Values, Limits, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Files, Execution, Threads,
-    Beat, Scheduler, Engine, Tools
+    Errors, Values, Limits, Schedules, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Files, Execution,
+    Threads, Beat, Scheduler, Engine, Tools
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ import types
 import typing
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypedDict, Unpack, cast, overload
 
 import apsw
@@ -76,12 +76,14 @@ __all__ = [
     "Await",
     "Cancel",
     "Context",
+    "Cron",
     "Done",
     "DuplicateError",
     "DurableError",
     "Engine",
     "EngineClosedError",
     "Event",
+    "Every",
     "FSM",
     "Fail",
     "FailedError",
@@ -95,6 +97,7 @@ __all__ = [
     "OutcomeError",
     "RateLimit",
     "Retry",
+    "Schedule",
     "ScheduleChildren",
     "SchemaError",
     "SharedFileError",
@@ -440,6 +443,252 @@ def _policy(name: str, limit: RateLimit) -> _Policy:
 
 
 # ==================================================================================================
+# Schedules
+# ==================================================================================================
+
+_CRON_ALIASES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+}
+_NO_CRON = "Cron needs the packages cronsim and tzlocal: pip install 'durable-fsm[cron]'"
+_COUNTED = 1000
+"""So many missed occurrences are counted exactly, and at most so many are caught up."""
+_ON_TIME_MS = 1000
+"""An occurrence is late, not missed, while it is younger than this."""
+
+
+def _zone(name: object) -> dt.tzinfo:
+    """Find a time zone; the local one anew each time, for a laptop travels."""
+    if name == "UTC":
+        return dt.UTC  # which cronsim knows to have no changes of the clock
+    if name == "local":
+        try:
+            import tzlocal
+        except ImportError as error:
+            raise ImportError(_NO_CRON) from error
+        return tzlocal.reload_localzone()
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(cast(str, name))
+    except (ValueError, TypeError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
+        raise ValueError(
+            f"zone must be an IANA name such as 'Europe/Berlin', 'UTC' or 'local', not {name!r}"
+        ) from error
+
+
+def _cron_instants(expression: str, start: dt.datetime) -> Iterator[dt.datetime]:
+    """Yield the instants of an expression from one on; within an hour that comes twice they may look back."""
+    try:
+        import cronsim
+    except ImportError as error:
+        raise ImportError(_NO_CRON) from error
+    return cronsim.CronSim(_CRON_ALIASES.get(expression.lower(), expression), start)
+
+
+def _check_cron(_: object, attribute: attrs.Attribute[str], expression: object) -> None:
+    allowed = f"five fields (minute, hour, day, month, weekday) or one of {', '.join(_CRON_ALIASES)}"
+    refusal = f"{attribute.name} must have {allowed}, not {expression!r}"
+    if not isinstance(expression, str):
+        raise ValueError(refusal)
+    if len(expression.split()) != 5 and expression.lower() not in _CRON_ALIASES:
+        raise ValueError(refusal)  # cronsim would take a sixth, for seconds
+    try:
+        next(_cron_instants(expression, _EPOCH))
+    except ImportError:
+        raise
+    except StopIteration:
+        raise ValueError(f"{attribute.name} must name an instant that comes, not {expression!r}") from None
+    except Exception as error:
+        raise ValueError(f"{refusal}: {error}") from error
+
+
+def _walk(when: Cron | Every, first: int, last: int, written_at: int) -> Iterator[int]:
+    """Yield the instants of a grid from one to another."""
+    while first <= last:
+        yield first
+        first = when._after(first, written_at)
+
+
+@attrs.frozen
+class Cron:
+    """Instants by a cron expression: minute, hour, day, month and weekday, read as Debian's cron does.
+
+    `expression` may also be `@hourly`, `@daily`, `@midnight`, `@weekly`, `@monthly` or `@yearly`; `zone` is an IANA
+    name, "UTC", or "local", this machine's zone, looked up anew each time. A fixed time in the hour that a change of
+    the clock skips is at that hour's end, one in the hour that comes twice the first of the two; wildcards follow
+    real time. The library cronsim reads it, an extra: `pip install 'durable-fsm[cron]'`.
+
+    Raises `ValueError` for what is no such expression or zone, `ImportError` without the extra.
+    """
+
+    expression: str = attrs.field(validator=_check_cron)
+    zone: str = attrs.field(default="local", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        _zone(self.zone)
+
+    def _after(self, instant: int, _: int) -> int:
+        """Return the first instant of the grid after that one; both are milliseconds since the epoch."""
+        with contextlib.suppress(OverflowError):  # the end of the calendar
+            for found in _cron_instants(self.expression, _instant(instant).astimezone(_zone(self.zone))):
+                at = (found - _EPOCH) // _MILLISECOND
+                if at > instant:
+                    return at
+        return _END_OF_TIME
+
+    def _latest(self, until: int, first: int, _: int) -> int:
+        """Return the last instant of the grid that is not after `until`; `first` is an earlier one of it.
+
+        By bisection: that something still comes by then holds up to the instant sought, and no longer from there on.
+        """
+        low, high = first - 1, until
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._after(middle, 0) <= until else (low, middle)
+        return self._after(low, 0)
+
+    def _last(self, first: int, last: int, count: int, _: int) -> list[int]:
+        """Return the last so many instants of the grid between two of it, looking back over longer and longer spans."""
+        span = count * 60_000  # cron's smallest interval is a minute
+        while True:
+            start = max(first, self._after(last - span - 1, 0))
+            found = collections.deque(_walk(self, start, last, 0), maxlen=count)
+            if start == first or len(found) == count:
+                return list(found)
+            span *= 2
+
+    def _count(self, first: int, last: int, limit: int, _: int) -> int:
+        """Count the instants of the grid between two of it, up to a limit."""
+        return sum(1 for _ in itertools.islice(_walk(self, first, last, 0), limit))
+
+    def _stored(self) -> dict[str, Any]:
+        return {"cron": self.expression, "zone": self.zone}
+
+
+@attrs.frozen
+class Every:
+    """Instants at an interval, seconds or a timedelta, on a grid from `anchor`, an aware datetime.
+
+    An anchor that is still to come is the first instant, else the first is the next on the grid. Without one the
+    grid starts when the schedule is first written, and the first instant is an interval later. Raises `ValueError`.
+    """
+
+    interval: _Duration = attrs.field(
+        eq=lambda interval: _duration_ms(interval, "interval"),
+        validator=lambda _self, attribute, interval: _positive_ms(interval, attribute.name) and None,
+    )
+    anchor: dt.datetime | None = attrs.field(
+        default=None,
+        kw_only=True,
+        validator=lambda _self, attribute, anchor: anchor and _instant_ms(anchor, attribute.name) and None,
+    )
+
+    @property
+    def _interval_ms(self) -> int:
+        return _positive_ms(self.interval, "interval")
+
+    def _start(self, written_at: int) -> int:
+        return written_at if self.anchor is None else _instant_ms(self.anchor, "anchor")
+
+    def _after(self, instant: int, written_at: int) -> int:
+        start, interval = self._start(written_at), self._interval_ms
+        if self.anchor is not None and instant < start:
+            return start
+        return min(start + ((instant - start) // interval + 1) * interval, _END_OF_TIME)
+
+    def _latest(self, until: int, first: int, _: int) -> int:
+        return first + (until - first) // self._interval_ms * self._interval_ms
+
+    def _last(self, first: int, last: int, count: int, _: int) -> list[int]:
+        start = max(first, last - (count - 1) * self._interval_ms)
+        return list(range(start, last + 1, self._interval_ms))
+
+    def _count(self, first: int, last: int, _limit: int, _: int) -> int:
+        return (last - first) // self._interval_ms + 1
+
+    def _stored(self) -> dict[str, Any]:
+        return {"every": self._interval_ms, "anchor": None if self.anchor is None else self._start(0)}
+
+
+def _read_when(text: str) -> Cron | Every:
+    """Read a grid as the file keeps it. It was checked when it was written: this needs no library that reads cron."""
+    stored = _decode(text)
+    if "every" in stored:
+        seconds = stored["every"] / 1000
+        whole = int(seconds) if seconds.is_integer() else seconds
+        return Every(whole, anchor=_instant_or_none(stored["anchor"]))
+    cron = object.__new__(Cron)
+    object.__setattr__(cron, "expression", stored["cron"])
+    object.__setattr__(cron, "zone", stored["zone"])
+    return cron
+
+
+class _Due(NamedTuple):
+    """What has become of a schedule by now."""
+
+    fires: list[int]
+    """Nominal instants of the occurrences to insert."""
+    missed: int
+    next_at: int
+    """Nominal instant of the next occurrence; `_END_OF_TIME` if none comes."""
+
+
+class _Timetable(NamedTuple):
+    """When a schedule fires, and what becomes of the occurrences that nobody was there for. Pure: it asks no clock."""
+
+    when: Cron | Every
+    written_at: int
+    catch_up: str
+    window_ms: int
+    jitter_ms: int
+    salt: str
+    """What jitter is a hash of, beside the instant: so that all processes agree, and other files do not."""
+
+    def after(self, instant: int) -> int:
+        """Return the nominal instant of the first occurrence after that one."""
+        return self.when._after(instant, self.written_at)
+
+    def fires_at(self, nominal: int) -> int:
+        """Return when an occurrence fires: up to the jitter later than its nominal instant."""
+        if not self.jitter_ms:
+            return nominal
+        import hashlib  # only users of jitter pay for it
+
+        digest = hashlib.blake2b(f"{self.salt}:{nominal}".encode(), digest_size=8).digest()
+        return nominal + int.from_bytes(digest, "big") % (self.jitter_ms + 1)
+
+    def due(self, next_at: int, now: int) -> _Due:
+        """Say which occurrences to insert, from the next one on, which fires by now: one path for late and missed."""
+        latest = self._latest_due(next_at, now)
+        is_on_time = now - self.fires_at(latest) < _ON_TIME_MS
+        fires = self._caught_up(next_at, latest, now)
+        if is_on_time and latest not in fires:
+            fires.append(latest)
+        counted = self.when._count(next_at, latest, _COUNTED + len(fires), self.written_at)
+        return _Due(fires, counted - len(fires), self.after(latest))
+
+    def _latest_due(self, next_at: int, now: int) -> int:
+        """Return the nominal instant of the last occurrence that fires by now."""
+        latest, surely_due = next_at, now - self.jitter_ms
+        if surely_due > next_at and self.after(next_at) <= surely_due:
+            latest = self.when._latest(surely_due, next_at, self.written_at)
+        while self.fires_at(following := self.after(latest)) <= now:
+            latest = following
+        return latest
+
+    def _caught_up(self, first: int, latest: int, now: int) -> list[int]:
+        if self.catch_up == "none":
+            return []
+        count = _COUNTED if self.catch_up == "all" else 1
+        return [at for at in self.when._last(first, latest, count, self.written_at) if now - at <= self.window_ms]
+
+
+# ==================================================================================================
 # Records
 # ==================================================================================================
 
@@ -522,8 +771,34 @@ class Instance:
     await_deadline: dt.datetime | None
     parent_id: int | None
     correlation_key: str | None
+    schedule: str | None
+    scheduled_at: dt.datetime | None
     inserted_at: dt.datetime
     updated_at: dt.datetime
+
+
+@attrs.frozen
+class Schedule:
+    """A schedule as the file has it: which class, when, and how far it has come.
+
+    `next_at`, None while paused, and `last_at` are nominal instants, without jitter; `last_id` is the latest instance,
+    `missed` how many occurrences nobody was there for. `is_declared` says whether a class option declares it still.
+    `window` and `jitter` are seconds.
+    """
+
+    name: str
+    fsm: str
+    when: Cron | Every
+    next_at: dt.datetime | None
+    last_at: dt.datetime | None
+    last_id: int | None
+    missed: int
+    is_paused: bool
+    is_declared: bool
+    catch_up: str
+    window: float
+    overlap: bool
+    jitter: float
 
 
 @attrs.frozen
@@ -542,10 +817,13 @@ class Worker:
 
 _READS: dict[str, Callable[[Any], Any]] = {
     "Any": _load_value,
+    "Cron | Every": _read_when,
     "Status": Status,
+    "bool": bool,
     "dict[str, int]": _decode,
     "dt.datetime": _instant,
     "dt.datetime | None": _instant_or_none,
+    "float": lambda milliseconds: milliseconds / 1000,
     "tuple[str, ...]": lambda names: () if names is None else tuple(_decode(names)),
 }
 """How a column is read for a field that is annotated so; others are as the file has them."""
@@ -567,6 +845,7 @@ def _maker_of(record: type[_Record]) -> Callable[[Sequence[Any]], _Record]:
 _make_signal = _maker_of(Signal)
 _make_instance = _maker_of(Instance)
 _make_worker = _maker_of(Worker)
+_make_schedule = _maker_of(Schedule)
 
 
 @attrs.frozen
@@ -597,6 +876,9 @@ _EVENT_NAMES = frozenset(
         "inline.yield",
         "store.error",
         "signal.dropped",
+        "schedule.fired",
+        "schedule.missed",
+        "schedule.skipped",
     }
 )
 
@@ -1365,6 +1647,11 @@ class Context(Generic[_State]):
         return self._claim.row.parent_id
 
     @property
+    def scheduled_at(self) -> dt.datetime | None:
+        """Instant that the instance stands for, if a schedule has inserted it."""
+        return _instant_or_none(self._claim.row.scheduled_at)
+
+    @property
     def inbox(self) -> tuple[Signal, ...]:
         """All signals that the instance has, oldest first."""
         return self._claim.inbox
@@ -1432,6 +1719,59 @@ def step(method: _AnyStep) -> _AnyStep:
     return method
 
 
+class _Plan(NamedTuple):
+    """When instances of a class are to be inserted, and how: what a schedule is given, checked."""
+
+    when: Cron | Every
+    catch_up: str
+    window_ms: int
+    overlap: bool
+    jitter_ms: int
+    insert: _InsertOptions
+
+
+def _plan(
+    when: object,
+    *,
+    catch_up: object = "last",
+    window: object = dt.timedelta(days=1),
+    overlap: object = False,
+    jitter: object = 0,
+    **insert: Any,
+) -> _Plan:
+    """Check what a schedule is given; the options of the insert are looked at when its row is made."""
+    if not isinstance(when, Cron | Every):
+        raise ValueError(f"when must be a Cron(...) or an Every(...), not {when!r}")
+    if catch_up not in ("last", "none", "all"):
+        raise ValueError(f"catch_up must be 'last', 'none' or 'all', not {catch_up!r}")
+    if catch_up == "all" and overlap is False:
+        raise ValueError(
+            "catch_up='all' needs overlap=True: else each would be skipped while the one before it is live"
+        )
+    for name in ("schedule_at", "schedule_in"):
+        if insert.get(name) is not None:
+            raise ValueError(f"{name} is no option of a schedule: its instances are due when they are inserted")
+    window_ms, jitter_ms = _duration_ms(window, "window"), _duration_ms(jitter, "jitter")
+    return _Plan(when, catch_up, window_ms, _boolean(overlap, "overlap"), jitter_ms, cast(Any, insert))
+
+
+_PLAN_OPTIONS = ("when", "catch_up", "window", "overlap", "jitter")
+
+
+def _declared_plan(declared: object, where: str) -> _Plan | None:
+    """Read the class option `schedule`: a `Cron`, an `Every`, or a dict of what `Engine.schedule` takes."""
+    if declared is None:
+        return None
+    if not isinstance(declared, Cron | Every | dict):
+        raise TypeError(f"{where}: schedule must be a Cron, an Every, or a dict with `when`, not {declared!r}")
+    options = declared if isinstance(declared, dict) else {"when": declared}
+    _refuse_unknown(options, [*_PLAN_OPTIONS, *_InsertOptions.__annotations__], f"{where}: schedule: ")
+    try:
+        return _plan(**{"when": None, **options})
+    except ValueError as error:
+        raise TypeError(f"{where}: schedule: {error}") from error
+
+
 class _FSMOptions(TypedDict, total=False):
     """The class keywords of `FSM`."""
 
@@ -1444,6 +1784,7 @@ class _FSMOptions(TypedDict, total=False):
     max_crashes: int
     timeout: _Duration | None
     inline: bool
+    schedule: Cron | Every | dict[str, Any] | None
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -1485,6 +1826,8 @@ class _Spec(NamedTuple):
     any_step: _Code | None
     has_async: bool
     is_job: bool
+    plan: _Plan | None
+    """The schedule that it declares, if it does."""
 
     def code(self, name: str) -> _Code:
         code = self.steps.get(name, self.any_step)
@@ -1494,14 +1837,14 @@ class _Spec(NamedTuple):
 
 
 def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
-    """Check the class keywords and add those that the nearest base has; a name is never inherited."""
+    """Check the class keywords and add those that the nearest base has; a name or a schedule is never inherited."""
     _refuse_unknown(options, ["abstract", *_FSMOptions.__annotations__], f"{cls.__qualname__}: ")
     inherited: dict[str, Any] = next(
         (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
     )
     if "State" in vars(cls):
         inherited = {name: value for name, value in inherited.items() if name != "state"}
-    return {**{name: value for name, value in inherited.items() if name != "name"}, **options}
+    return {**{name: value for name, value in inherited.items() if name not in ("name", "schedule")}, **options}
 
 
 def _is_step(cls: type, name: str) -> bool:
@@ -1610,6 +1953,7 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         any_step=any_step,
         has_async=any(code is not None and code.is_async for code in (*steps.values(), any_step)),
         is_job=is_job,
+        plan=_declared_plan(cls._options.get("schedule"), where),
     )
 
 
@@ -1652,6 +1996,8 @@ class FSM:
     * `max_crashes` (20): crashes in a row after which an instance fails
     * `timeout` (none): seconds that one run of a step may take
     * `inline` (False): run a `Next` in the same worker, on the same claim
+    * `schedule` (none): a `Cron` or an `Every` by which instances are inserted, or a dict of what `Engine.schedule`
+      takes, with `when`
     * `abstract=True`: a shared base that defines nothing to run
 
     A class that can't work is a `TypeError` when it is created. `self` is one object per engine, made without
@@ -1857,6 +2203,47 @@ class _NewRow(NamedTuple):
     correlation_scope: int
     inserted_at: int
     updated_at: int
+    schedule: str | None = None
+    scheduled_at: int | None = None
+
+
+class _ScheduleRow(NamedTuple):
+    """A schedule's columns, in the order in which its statement binds them."""
+
+    name: str
+    fsm: str
+    when: str
+    template: str
+    """The instance to insert, as JSON: the columns of a `_NewRow`."""
+    catch_up: str
+    window: int
+    overlap: int
+    jitter: int
+    is_declared: int
+    is_from_code: int
+    """Whether a class option wrote it: then only an engine that knows a class which still declares it fires it."""
+    written_at: int
+    is_paused: int = 0
+    next_at: int | None = None
+    fires_at: int | None = None
+    last_at: int | None = None
+    last_id: int | None = None
+    missed: int = 0
+
+    def timetable(self, salt: str) -> _Timetable:
+        grid = _read_when(self.when)
+        return _Timetable(grid, self.written_at, self.catch_up, self.window, self.jitter, f"{salt}:{self.name}")
+
+    def says_the_same(self, other: _ScheduleRow) -> bool:
+        """Whether it says what another does; how far they have come apart."""
+        said = self._fields.index("written_at")
+        return self[:said] == other[:said]
+
+    def going_on_at(self, next_at: int, timetable: _Timetable) -> _ScheduleRow:
+        """Say how the row stands with that next instant, unless it is paused."""
+        if self.is_paused or next_at >= _END_OF_TIME:
+            return self._replace(next_at=None, fires_at=None)
+        return self._replace(next_at=next_at, fires_at=timetable.fires_at(next_at))
 
 
 class _Row(NamedTuple):
@@ -1885,6 +2272,7 @@ class _Row(NamedTuple):
     joining: int
     parent_id: int | None
     correlation_key: str | None
+    scheduled_at: int | None
     has_inbox: int
 
     @property
@@ -2015,7 +2403,7 @@ def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _
 # Store
 # ==================================================================================================
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 
 # `correlation_guard` makes duplicates uncommittable and is a signal's address look-up. Every index serves one query
 # and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads. Conditions are
@@ -2133,7 +2521,35 @@ CREATE VIEW durable_view_workers AS SELECT
     strftime('%Y-%m-%dT%H:%M:%fZ', lease_expires_at / 1000.0, 'unixepoch') AS lease_expires_at
     FROM durable_workers;
 """
-_MIGRATIONS: tuple[str, ...] = (_SCHEMA,)
+_SECOND = """
+ALTER TABLE durable_instances ADD COLUMN schedule TEXT;
+ALTER TABLE durable_instances ADD COLUMN scheduled_at INTEGER;
+CREATE INDEX durable_scheduled ON durable_instances (schedule) WHERE schedule IS NOT NULL;
+CREATE TABLE durable_schedules (
+    name TEXT PRIMARY KEY,
+    fsm TEXT NOT NULL,
+    "when" TEXT NOT NULL,
+    template TEXT NOT NULL,
+    catch_up TEXT NOT NULL CHECK (catch_up IN ('last', 'none', 'all')),
+    window INTEGER NOT NULL,
+    overlap INTEGER NOT NULL,
+    jitter INTEGER NOT NULL,
+    is_declared INTEGER NOT NULL,
+    is_from_code INTEGER NOT NULL,
+    written_at INTEGER NOT NULL,
+    is_paused INTEGER NOT NULL,
+    next_at INTEGER,
+    fires_at INTEGER,
+    last_at INTEGER,
+    last_id INTEGER,
+    missed INTEGER NOT NULL,
+    CHECK ((next_at IS NULL) = (fires_at IS NULL)),
+    CHECK (NOT is_paused OR next_at IS NULL)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX durable_fires ON durable_schedules (fires_at) WHERE fires_at IS NOT NULL;
+INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
+"""
+_MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND)
 """The script at position n brings a file from version n to n + 1."""
 
 _ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
@@ -2302,7 +2718,8 @@ WHERE id = ?2 AND status = 'awaiting_children'
 
 _TIMERS = """
 SELECT (SELECT min(await_deadline) FROM durable_instances WHERE await_deadline IS NOT NULL),
-    (SELECT min(ready_at) FROM durable_buckets WHERE ready_at IS NOT NULL)
+    (SELECT min(ready_at) FROM durable_buckets WHERE ready_at IS NOT NULL),
+    (SELECT min(fires_at) FROM durable_schedules WHERE fires_at > ?)
 """
 _FIRE = """
 UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
@@ -2341,6 +2758,20 @@ _UNREGISTER = "DELETE FROM durable_workers WHERE id = ?"
 _WORKERS = f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id"
 _CLAIMED_BY = f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id"
 
+_SCHEDULE_COLUMNS = ", ".join(f'"{name}"' for name in _ScheduleRow._fields)
+_SCHEDULES = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules ORDER BY name"
+_SCHEDULE = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE name = ?"
+_DUE_SCHEDULES = f"""
+SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE fires_at > ? AND fires_at <= ? ORDER BY fires_at
+"""
+_SAVE_SCHEDULE = f"""
+INSERT OR REPLACE INTO durable_schedules ({_SCHEDULE_COLUMNS}) VALUES ({", ".join("?" * len(_ScheduleRow._fields))})
+"""
+_UNSCHEDULE = "DELETE FROM durable_schedules WHERE name = ?"
+_PAUSE_SCHEDULES = "UPDATE durable_schedules SET is_paused = 1, next_at = NULL, fires_at = NULL"
+_FILE_ID = "SELECT value FROM durable_meta WHERE key = 'file_id'"
+_LIST_SCHEDULES = "SELECT {} FROM durable_schedules ORDER BY name".format(_columns(Schedule).replace("when", '"when"'))
+
 # A finished child waits for its parent's join: `joining` stays set until the step after the join makes progress.
 _SWEEP = """
 SELECT id, updated_at FROM durable_instances c
@@ -2362,6 +2793,7 @@ _FIND_BY = {
     "queue": "queue = ?",
     "parent_id": "parent_id = ?",
     "correlation_key": "correlation_key = ?",
+    "schedule": "schedule = ?",
     "before": "id < ?",
 }
 _FIND_FAILED = "status = 'failed'"  # a literal, for the index of the failed rows
@@ -2414,6 +2846,13 @@ _AUDITS = {
         SELECT id FROM durable_instances i WHERE parked_on = 'key:' || concurrency_key AND NOT EXISTS (
             SELECT 1 FROM durable_instances o WHERE o.concurrency_key = i.concurrency_key AND (o.status = 'executing'
                 OR o.status = 'runnable' AND (o.parked_on IS NULL OR o.parked_on LIKE 'rate:%')))""",
+    "schedules that are neither paused nor due at any time (by name)": """
+        SELECT name FROM durable_schedules WHERE NOT is_paused AND next_at IS NULL""",
+    "schedules whose grid or instance is no JSON (by name)": """
+        SELECT name FROM durable_schedules WHERE NOT json_valid("when") OR NOT json_valid(template)""",
+    "schedules whose latest instance is another's (by name)": """
+        SELECT s.name FROM durable_schedules s JOIN durable_instances i ON i.id = s.last_id
+        WHERE i.schedule IS NOT s.name""",
     "counters below zero": """
         SELECT id FROM durable_instances WHERE min(attempt, crashes, claim) < 0 OR weight < 1""",
 }
@@ -2697,6 +3136,9 @@ class _Reader:
 
     def workers(self) -> list[Worker]:
         return [_make_worker(row) for row in self._rows(_WORKERS)]
+
+    def schedules(self) -> list[Schedule]:
+        return [_make_schedule(row) for row in self._rows(_LIST_SCHEDULES)]
 
     def children(self, parent: int) -> tuple[Instance, ...]:
         return tuple(map(_make_instance, self._rows(_CHILDREN, (parent,))))
@@ -3145,9 +3587,9 @@ class _Store:
 
     # Timers, workers, queues, collection
 
-    def timers(self) -> tuple[int | None, int | None]:
-        """Return the next await deadline and the next instant at which a bucket is ready for its line."""
-        return cast("tuple[int | None, int | None]", self._first(_TIMERS))
+    def timers(self, schedules_after: int) -> tuple[int | None, int | None, int | None]:
+        """Return the next await deadline, when the next bucket is ready for its line, and the next schedule fires."""
+        return cast("tuple[int | None, int | None, int | None]", self._first(_TIMERS, (schedules_after,)))
 
     def fire(self, now: int, until: int) -> list[tuple[int, str, str]]:
         return cast(list[tuple[int, str, str]], list(self.db.execute(_FIRE, (now, until))))
@@ -3176,6 +3618,30 @@ class _Store:
 
     def is_paused(self, queue: str) -> bool:
         return self._first(_IS_PAUSED, (queue,)) is not None
+
+    def schedules(self) -> list[_ScheduleRow]:
+        return list(map(_ScheduleRow._make, self.db.execute(_SCHEDULES)))
+
+    def schedule(self, name: str) -> _ScheduleRow | None:
+        found = self._first(_SCHEDULE, (name,))
+        return found and _ScheduleRow(*found)
+
+    def due_schedules(self, after: int, until: int) -> list[_ScheduleRow]:
+        """Return the schedules that fire in a span of time."""
+        return list(map(_ScheduleRow._make, self.db.execute(_DUE_SCHEDULES, (after, until))))
+
+    def save_schedule(self, row: _ScheduleRow) -> None:
+        self.db.execute(_SAVE_SCHEDULE, row)
+
+    def unschedule(self, name: str) -> bool:
+        self.db.execute(_UNSCHEDULE, (name,))
+        return bool(self.db.changes())
+
+    def pause_schedules(self) -> None:
+        self.db.execute(_PAUSE_SCHEDULES)
+
+    def file_id(self) -> str:
+        return str(self.db.execute(_FILE_ID).get)
 
     def sweep(self, after: tuple[int, int], before: int, count: int) -> list[tuple[int, int]]:
         """Return (id, updated_at) of ended rows that are due for collection, oldest first."""
@@ -4883,6 +5349,162 @@ class _Pick:
         return len(self.taken) >= self.slots or len(self.parked) >= self.PARKED_AT_ONCE
 
 
+def _describe_schedule(name: str, spec: _Spec, plan: _Plan, row: _NewRow, *, is_from_code: bool) -> _ScheduleRow:
+    """Make the row of a schedule that starts now."""
+    template = row._replace(eligible_at=0, inserted_at=0, updated_at=0, schedule=name)
+    return _ScheduleRow(
+        name=name,
+        fsm=spec.name,
+        when=_json(plan.when._stored()),
+        template=_json(template._asdict()),
+        catch_up=plan.catch_up,
+        window=plan.window_ms,
+        overlap=plan.overlap,
+        jitter=plan.jitter_ms,
+        is_declared=is_from_code,
+        is_from_code=is_from_code,
+        written_at=row.inserted_at,
+    )
+
+
+class _Schedules:
+    """The schedules of the file, within one transaction: rows that say when to insert which instance.
+
+    An occurrence is inserted and its schedule moved on in one commit, so it exists once over all processes.
+    """
+
+    def __init__(self, beat: _Beat) -> None:
+        self._beat = beat
+        self._store = beat.store
+        self._now = beat.now
+        self._salt = self._store.file_id()
+
+    # What callers ask for
+
+    def write(self, new: _ScheduleRow) -> None:
+        """Write a schedule, or replace that of its name; the same again changes nothing, a change holds from now on."""
+        old = self._store.schedule(new.name)
+        if old is not None:
+            if old.says_the_same(new):
+                return
+            kept = ("written_at", "is_paused", "last_at", "last_id", "missed", "next_at", "fires_at")
+            new = new._replace(**{column: getattr(old, column) for column in kept})
+        if old is not None and (old.when, old.jitter) == (new.when, new.jitter):
+            self._store.save_schedule(new)
+        else:
+            self._go_on_from_now(new)
+
+    def declare(self, declared: Iterable[_ScheduleRow], known: Container[str]) -> None:
+        """Write what the known classes declare, and note which of them have ceased to."""
+        names = set()
+        for new in declared:
+            self.write(new)
+            names.add(new.name)
+        for row in self._store.schedules():
+            if row.is_declared and row.fsm in known and row.name not in names:
+                self._store.save_schedule(row._replace(is_declared=0))
+
+    def remove(self, name: str) -> bool:
+        return self._store.unschedule(name)
+
+    def trigger(self, name: str) -> int:
+        """Insert an instance now, beside the grid."""
+        row = self._find(name)
+        spec = self._beat.core.behaviours.highest(row.fsm)
+        instance = self._beat.insert(self._instance(row, spec, self._now))
+        self._store.save_schedule(row._replace(last_id=instance, last_at=self._now))
+        return instance
+
+    def pause(self, name: str) -> None:
+        self._store.save_schedule(self._find(name)._replace(is_paused=1, next_at=None, fires_at=None))
+
+    def resume(self, name: str) -> None:
+        row = self._find(name)
+        if row.is_paused:
+            self._go_on_from_now(row._replace(is_paused=0))
+
+    def _find(self, name: str) -> _ScheduleRow:
+        row = self._store.schedule(name)
+        if row is None:
+            raise NotFoundError(f"no schedule is called {name!r}")
+        return row
+
+    # What the clock asks for
+
+    def fire(self, after: int) -> None:
+        """Insert what is due by now, of the classes known here; the others are left to other engines."""
+        for row in self._store.due_schedules(after, self._now):
+            spec = self._beat.core.behaviours.firing(row)
+            if spec is not None:
+                with self._unreadable_left_to_others(row):
+                    self._fire(row, spec)
+
+    def realign(self) -> None:
+        """Set right what a clock that was ahead has left: a next instant beyond the grid's next from now."""
+        self._beat.fired_until = 0
+        for row in self._store.schedules():
+            if row.next_at is not None:
+                with self._unreadable_left_to_others(row):
+                    timetable = row.timetable(self._salt)
+                    if row.next_at > timetable.after(self._now):
+                        self._go_on_from_now(row)
+
+    def _go_on_from_now(self, row: _ScheduleRow) -> None:
+        """Have the schedule go on with the first instant from now on that has not been."""
+        timetable = row.timetable(self._salt)
+        next_at = timetable.after(self._now)
+        if next_at == row.last_at:
+            next_at = timetable.after(next_at)
+        row = row.going_on_at(next_at, timetable)
+        self._store.save_schedule(row)
+        self._beat.note_due(row.fires_at)
+
+    @contextlib.contextmanager
+    def _unreadable_left_to_others(self, row: _ScheduleRow) -> Iterator[None]:
+        """Leave a grid that can't be read here, without the extra or the zone's data, to who can."""
+        try:
+            yield
+        except (ImportError, ValueError) as error:
+            self._beat.log(_log.debug, "schedule %s is left to other engines: %s", row.name, error)
+
+    def _fire(self, row: _ScheduleRow, spec: _Spec) -> None:
+        timetable = row.timetable(self._salt)
+        due = timetable.due(cast(int, row.next_at), self._now)
+        for nominal in due.fires:
+            if not self._is_skipped(row):
+                row = self._insert(row, spec, nominal, self._now - timetable.fires_at(nominal))
+        if due.missed:
+            self._beat.tell("schedule.missed", {"count": due.missed}, {"name": row.name})
+        row = row.going_on_at(due.next_at, timetable)
+        self._store.save_schedule(row._replace(missed=row.missed + due.missed))
+
+    def _is_skipped(self, row: _ScheduleRow) -> bool:
+        """Whether an occurrence is left out because the latest instance is live."""
+        is_live = not row.overlap and row.last_id is not None and self._store.status(row.last_id) in LIVE
+        if is_live:
+            self._skip(row, cast(int, row.last_id))
+        return is_live
+
+    def _insert(self, row: _ScheduleRow, spec: _Spec, nominal: int, late_ms: int) -> _ScheduleRow:
+        try:
+            instance = self._beat.insert(self._instance(row, spec, nominal))
+        except DuplicateError as error:
+            self._skip(row, error.id)
+            return row
+        self._beat.tell("schedule.fired", {"late": late_ms / 1000}, {"name": row.name, "id": instance})
+        return row._replace(last_at=nominal, last_id=instance)
+
+    def _instance(self, row: _ScheduleRow, spec: _Spec | None, nominal: int) -> _NewRow:
+        """Make the instance of an occurrence; of the highest version known here, where the class is."""
+        new = _NewRow(**_decode(row.template))
+        if spec is not None:
+            new = new._replace(fsm=spec.name, version=spec.version)
+        return new._replace(eligible_at=self._now, inserted_at=self._now, updated_at=self._now, scheduled_at=nominal)
+
+    def _skip(self, row: _ScheduleRow, instance: int) -> None:
+        self._beat.tell("schedule.skipped", {}, {"name": row.name, "id": instance})
+
+
 class _Beat:
     """One transaction: outcomes, requests, timers, claims; and who has to hear of it after its commit."""
 
@@ -4909,6 +5531,8 @@ class _Beat:
         self.is_committing = False
         self.interrupt: BaseException | None = None
         self.inserted = 0
+        self.fired_until = core.fired_until
+        """Up to when the schedules were looked at: what is left there can't be fired by this engine."""
         self._freed_keys: set[str] = set()
         self._poked_buckets: set[str] = set()
         self._parents: set[int] = set()
@@ -5047,7 +5671,7 @@ class _Beat:
         if commit.kind == "await":
             if self.store.has_unseen(row.id, cast(str, change.awaits), commit.shown):
                 return change._replace(status=Status.RUNNABLE, await_deadline=None)
-            self._note_due(change.await_deadline)
+            self.note_due(change.await_deadline)
         return change
 
     def _may_go_on(self, commit: _Commit) -> bool:
@@ -5077,7 +5701,7 @@ class _Beat:
         )
         if self.admission.refusal(asking) is not None:
             return False
-        self._note_due(self.admission.save(set()))
+        self.note_due(self.admission.save(set()))
         return True
 
     def _conclude(self, commit: _Commit, change: _Change | None) -> None:
@@ -5345,7 +5969,8 @@ class _Beat:
         self.store.unregister(worker)
 
     def disband(self, queues: Iterable[str]) -> None:
-        """Pause the queues, give back every claim and forget the workers: this file is a copy that none works on."""
+        """Pause all, give back every claim and forget the workers: this file is a copy that none works on."""
+        self.store.pause_schedules()
         for queue in queues:
             self.store.pause(queue)
         for worker in self.store.workers():
@@ -5390,15 +6015,20 @@ class _Beat:
     # Timers
 
     def _fire(self) -> None:
-        deadline, ready_at = self.store.timers()
+        deadline, ready_at, fires_at = self.store.timers(self.fired_until)
+        if fires_at is not None and fires_at <= self.now:
+            _Schedules(self).fire(self.fired_until)
+            self.fired_until = self.now
+            _, _, fires_at = self.store.timers(self.now)
+        self.note_due(fires_at)
         if deadline is not None and deadline <= self.now:
             self._fire_awaits(self.now)
-            deadline, _ = self.store.timers()
-        self._note_due(deadline)
+            deadline, _, _ = self.store.timers(self.now)
+        self.note_due(deadline)
         if ready_at is not None and ready_at <= self.now:
             self._poked_buckets.update(self.store.ready_buckets(self.now))
         else:
-            self._note_due(ready_at)
+            self.note_due(ready_at)
 
     def _fire_awaits(self, until: int) -> int:
         count = 0
@@ -5408,7 +6038,7 @@ class _Beat:
             count += len(fired)
         return count
 
-    def _note_due(self, instant: int | None) -> None:
+    def note_due(self, instant: int | None) -> None:
         if instant is not None and (self.next_at is None or instant < self.next_at):
             self.next_at = instant
 
@@ -5429,7 +6059,7 @@ class _Beat:
         poked, self._poked_buckets = self._poked_buckets, set()
         self._offered = self._offered | {f"key:{key}" for key in freed} | {f"rate:{rate}" for rate in poked}
         for rate in poked:
-            self._note_due(self.admission.release_line(rate))
+            self.note_due(self.admission.release_line(rate))
         if freed or poked:
             self.admission.forget_lines()
 
@@ -5501,9 +6131,9 @@ class _Beat:
                 break
             priority, eligible_at = head
             if eligible_at > pick.horizon:
-                self._note_due(eligible_at)
+                self.note_due(eligible_at)
             elif not self._scan(pick, priority):
-                self._note_due(self.store.next_due(queue, priority, pick.horizon))
+                self.note_due(self.store.next_due(queue, priority, pick.horizon))
         self.is_unfinished |= len(pick.parked) >= pick.PARKED_AT_ONCE
         self._park(pick.parked)
         if pick.taken:
@@ -5565,7 +6195,7 @@ class _Beat:
             self.store.park_many(parked)
             self.admission.forget_lines()
         rates = {parked_on.removeprefix("rate:") for parked_on, _ in parked if parked_on.startswith("rate:")}
-        self._note_due(self.admission.save(rates))
+        self.note_due(self.admission.save(rates))
 
 
 def _log_failure(row: _Row, change: _Finish) -> None:
@@ -5725,6 +6355,17 @@ class _Behaviours:
 
     def is_coming(self, spec: _Spec | None) -> bool:
         return spec is not None and spec.cls in self.wanted | self._coming
+
+    def highest(self, name: str) -> _Spec | None:
+        """Return the highest version of a class that can be run here."""
+        specs = [spec for (one, _), spec in list(_registry.items()) if one == name and spec.cls not in self._unusable]
+        return max(specs, key=operator.attrgetter("version"), default=None)
+
+    def firing(self, row: _ScheduleRow) -> _Spec | None:
+        """Return the class by which this engine fires a schedule: one that came from code must declare it still."""
+        spec = self.highest(row.fsm)
+        is_over = spec is not None and row.is_from_code and (spec.plan is None or row.name != spec.name)
+        return None if is_over else spec
 
     def known(self) -> str:
         """List what can be run or has not been met, as JSON for a statement."""
@@ -5902,7 +6543,8 @@ class _Peers:
             self.look_for_dead()
             while not is_patient and self.look_for_dead():  # again: who looks at a dead one's lock holds it meanwhile
                 time.sleep(0.05)
-            core.regroup_lines()
+            core.declare_schedules()
+            core.regroup_lines()  # last: by a beat that claims
             _LockFile.remove_stale(core.path, [worker.id for worker in core.reader.workers()])
         except BaseException:
             self._lock_file.remove()
@@ -6215,6 +6857,8 @@ class _Scheduler:
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
     REQUESTS_AT_ONCE = 5000
+    fired_until: int = 0
+    """Up to when the schedules were looked at: what is left there can't be fired by this engine."""
     SWEPT_AT_ONCE = 500
 
     def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
@@ -6593,6 +7237,7 @@ class _Scheduler:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
         self.passed_on = beat.passed_on
+        self.fired_until = beat.fired_until
         if beat.left:
             self._let_go(beat.left)
         if beat.claims or beat.refused:
@@ -6734,6 +7379,7 @@ class _Scheduler:
             self._sign_off()
             raise DurableError(f"the engine on {self.path} can't start: {error}") from error
         self._thread = thread
+        self._agenda.due_at = self.desk.now()
         _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
 
     @property
@@ -6822,6 +7468,7 @@ class _Scheduler:
         if self._agenda.registrations != _registry.changes:
             self._agenda.registrations = _registry.changes
             self._agenda.due_at = self.desk.now()
+            self._declare_later()
         if monotonic >= self.peers.next_look_at(monotonic):
             self.peers.look(monotonic)
         now = self.desk.now()
@@ -6834,6 +7481,7 @@ class _Scheduler:
     def notice_others(self) -> None:
         """Look for what other processes have committed."""
         self._agenda.due_at = self.desk.now()
+        self.fired_until = 0
         self._notify_waiters()
         self._withdraw_cancelled()
         self._withdraw_paused()
@@ -6867,7 +7515,39 @@ class _Scheduler:
         if gap < -1000:
             self.peers.heartbeat_at = self._agenda.gc_at = self._agenda.due_at = now
             self._agenda.regroup = lambda beat: beat.store.unpark_all()
+            self.post(lambda beat: _Schedules(beat).realign())
         self._agenda.seen_at = now
+
+    def declare_schedules(self) -> None:
+        """Write the schedules that the known classes declare, and set right what a clock that was ahead has left."""
+        self.perform(self._declaring())
+
+    def _declare_later(self) -> None:
+        """Do so in the next beat, for classes that were defined since."""
+        try:
+            self.post(self._declaring())
+        except (DurableError, ValueError, TypeError) as error:
+            self.log_soon("a declared schedule could not be written", error)
+
+    def _declaring(self) -> Callable[[_Beat], None]:
+        specs = filter(None, (self.behaviours.highest(name) for name in {name for name, _ in list(_registry)}))
+        known = {spec.name: spec for spec in specs}
+        declared = [
+            self.describe_schedule(spec.name, spec, spec.plan, is_from_code=True)
+            for spec in known.values()
+            if spec.plan is not None
+        ]
+
+        def declare(beat: _Beat) -> None:
+            schedules = _Schedules(beat)
+            schedules.declare(declared, known)
+            schedules.realign()
+
+        return declare
+
+    def describe_schedule(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool = False) -> _ScheduleRow:
+        row = self.desk.new_row(_make_insert(spec.cls, plan.insert))
+        return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
 
     def regroup_lines(self) -> None:
         """Have all lines of limits looked at: limits may have changed since they were formed."""
@@ -7104,6 +7784,7 @@ def _checked_filters(
     queue: Any = None,
     parent_id: Any = None,
     correlation_key: Any = None,
+    schedule: Any = None,
     before: Any = None,
 ) -> dict[str, Any]:
     """Check what `find` is to look for."""
@@ -7113,6 +7794,7 @@ def _checked_filters(
         "queue": None if queue is None else _text(queue, "queue"),
         "parent_id": _id_or_none(parent_id, "parent_id"),
         "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
+        "schedule": None if schedule is None else _text(schedule, "schedule"),
         "before": _id_or_none(before, "before"),
     }
 
@@ -7261,12 +7943,13 @@ class Engine:
         queue: str | None = None,
         parent_id: int | None = None,
         correlation_key: str | None = None,
+        schedule: str | None = None,
         limit: int = 100,
         before: int | None = None,
     ) -> list[Instance]:
         """Return the newest instances that pass all filters, newest first; `before=id` pages."""
         self._core.check_open()
-        filters = _checked_filters(status, fsm, queue, parent_id, correlation_key, before)
+        filters = _checked_filters(status, fsm, queue, parent_id, correlation_key, schedule, before)
         return self._core.reader.find(filters, _at_least_1(limit, "limit"))
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -7349,6 +8032,74 @@ class Engine:
         """Let a paused queue run again."""
         _text(queue, "queue")
         self._core.perform(lambda beat: beat.store.resume(queue))
+
+    # Schedules
+
+    def schedule(
+        self,
+        name: str,
+        fsm: Any,
+        when: Cron | Every,
+        *,
+        catch_up: str = "last",
+        window: _Duration = dt.timedelta(days=1),
+        overlap: bool = False,
+        jitter: _Duration = 0,
+        **options: Unpack[_InsertOptions],
+    ) -> None:
+        """Insert instances of a class at the instants of `when`, until `unschedule`; each once over all processes.
+
+        It replaces the schedule of that name: the same again changes nothing, and a change takes effect from now on.
+        `options` are those of `Insert`, but for dates. The instances are ordinary ones, with `schedule` and
+        `scheduled_at`, the instant that each stands for.
+
+        * `catch_up`: what becomes of occurrences that no engine was there for: "last" inserts the latest if it is not
+          older than `window` (seconds or a timedelta), "none" none, "all" each within it, the latest 1,000 at most
+          (with `overlap=True` only). The others are counted in `missed`. A new schedule catches up nothing
+        * `overlap`: insert also while the latest instance is live; otherwise that occurrence is skipped
+        * `jitter`: seconds or a timedelta up to which each is inserted later, by a hash of the file, name and instant
+
+        Only engines that know the class fire it. Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
+        `UnknownLimitError`; then nothing was written.
+        """
+        self._core.check_open()
+        _text(name, "name")
+        plan = _plan(when, catch_up=catch_up, window=window, overlap=overlap, jitter=jitter, **options)
+        row = self._core.describe_schedule(name, _resolve(fsm), plan)
+        self._core.perform(lambda beat: _Schedules(beat).write(row))
+
+    def unschedule(self, name: str) -> bool:
+        """Remove a schedule; True if there was one. One that a class declares is written again at the next start."""
+        _text(name, "name")
+        return cast(bool, self._core.perform(lambda beat: _Schedules(beat).remove(name)))
+
+    def schedules(self) -> list[Schedule]:
+        """Return the schedules of the file, by name."""
+        self._core.check_open()
+        return self._core.reader.schedules()
+
+    def trigger(self, name: str) -> int:
+        """Insert an instance of a schedule now, and return its id: beside its grid, also while it is paused.
+
+        Its `scheduled_at` is now. Raises `NotFoundError`, and `DuplicateError` if its correlation key is taken.
+        """
+        _text(name, "name")
+        return cast(int, self._core.perform(lambda beat: _Schedules(beat).trigger(name)))
+
+    def pause_schedule(self, name: str) -> None:
+        """Keep a schedule from firing until `resume_schedule`. Raises `NotFoundError`."""
+        _text(name, "name")
+        self._core.perform(lambda beat: _Schedules(beat).pause(name))
+
+    def resume_schedule(self, name: str) -> None:
+        """Let a paused schedule fire again, from now on: what it would have fired meanwhile is not caught up.
+
+        Raises `NotFoundError`.
+        """
+        _text(name, "name")
+        self._core.perform(lambda beat: _Schedules(beat).resume(name))
+
+    # Drain
 
     def drain(
         self, *, queue: str | None = None, with_scheduled: bool = True, max_steps: int = 1000
