@@ -8336,10 +8336,43 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 self.close()
                 raise
 
+        @contextlib.contextmanager
+        def reading(self) -> Iterator[apsw.Connection]:
+            """Lend a connection to one thread at a time."""
+            seen = self._lies_still()
+            if seen is None:
+                with super().reading() as connection:
+                    yield connection
+                return
+            uri, flags = f"{pathlib.Path(self.path).as_uri()}?immutable=1", apsw.SQLITE_OPEN_READONLY
+            with (
+                _driver_errors(self.path),
+                contextlib.closing(_connect(uri, flags | apsw.SQLITE_OPEN_URI)) as connection,
+            ):
+                yield connection
+            if self._lies_still() != seen:
+                raise DurableError(f"{self.path} was written to while it was read: look again")
+
+        def _lies_still(self) -> tuple[int, int] | None:
+            """By what to see whether a file changes that can't be read but as one that does not; None for others.
+
+            To read, SQLite wants a log beside the file. Where there is none, and none can be made, nobody writes.
+            """
+            with contextlib.suppress(FileNotFoundError):
+                if self._may_write() or os.path.getsize(f"{self.path}-wal"):
+                    return None
+            status = os.stat(self.path)
+            return status.st_mtime_ns, status.st_size
+
+        def _may_write(self) -> bool:
+            return os.access(self.path, os.W_OK) and os.access(os.path.dirname(self.path), os.W_OK)
+
         def _open(self) -> apsw.Connection:
-            # To read without a WAL, SQLite makes one, and only a connection that might write takes it away at the end.
-            has_wal = os.path.exists(f"{self.path}-wal")
-            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if has_wal else apsw.SQLITE_OPEN_READWRITE)
+            # Without a log SQLite makes one, and only a connection that might write takes it away at the end.
+            has_log = os.path.exists(f"{self.path}-wal")
+            if has_log and not self._may_write() and not os.path.exists(f"{self.path}-shm"):
+                raise DurableError(f"{self.path} can't be read with its log where neither can be written: copy both")
+            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if has_log else apsw.SQLITE_OPEN_READWRITE)
 
         def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
             """Return the newest instances that pass all filters, by the names that `Engine.find` has for them."""

@@ -23,13 +23,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import apsw
 import attrs
@@ -39,9 +40,10 @@ from hypothesis import strategies as st
 
 import durable
 import durable_tools
-from durable import FSM, Await, Cancel, Done, Engine, Insert, Instance, ScheduleChildren, Status, step
+from durable import FSM, Await, Cancel, Done, DurableError, Engine, Insert, Instance, ScheduleChildren, Status, step
 from durable_tools import cli, screen
 from test_durable import (
+    BLOCKS,
     ENDS_OF_THE_CALENDAR,
     Clock,
     Ctx,
@@ -51,7 +53,9 @@ from test_durable import (
     contents,
     environment,
     eventually,
+    posix,
     run_script,
+    start_script,
 )
 
 
@@ -181,10 +185,16 @@ def get(path: Path, target: int | str) -> Instance:
         return engine.get(target)
 
 
+def found(path: Path) -> list[Instance]:
+    """All that the file has, oldest first."""
+    with client(path) as engine:
+        return engine.find()[::-1]
+
+
 # ---- The package ---------------------------------------------------------------------------------
 
 MODULES = sorted(Path(durable_tools.__file__).parent.glob("*.py"))
-SURFACE = {*durable.__all__, "tools"}
+SURFACE = {*durable.__all__, "tools", "__file__"}
 TOOLS = {name for name in vars(durable.tools) if not name.startswith("_")}
 
 
@@ -357,6 +367,96 @@ def test_looking_changes_nothing(command: Command, shop: Path) -> None:
         assert command(words[0], shop, *words[1:]).status == 0
     assert shop.read_bytes() == before
     assert list(shop.parent.iterdir()) == [shop]
+
+
+AS_SOMEBODY = """
+import os, sys
+from durable_tools import cli
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+print("may write:", os.access(sys.argv[2], os.W_OK), file=sys.stderr)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def readable(shop: Path) -> Iterator[Path]:
+    """A copy of the shop that everybody may read, in a folder where nobody but root may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(shutil.copy(shop, folder))
+        path.chmod(0o444)
+        Path(folder).chmod(0o555)
+        yield path
+        Path(folder).chmod(0o755)
+
+
+def as_somebody(folder: Path, *words: object) -> Said:
+    """The command line in a process of somebody who may not write to the file that it is about."""
+    with start_script(folder, AS_SOMEBODY, *words) as process:
+        out, err = process.communicate(timeout=60)
+    first, _, err = err.partition("\n")
+    assert first == "may write: False"
+    return Said(process.returncode, out, err)
+
+
+@posix
+def test_looking_needs_no_leave_to_write(readable: Path, tmp_path: Path) -> None:
+    """A file whose engines have ended is read as it lies there, where no log can be made beside it."""
+    for words in (["list"], ["counts"], ["workers"], ["check"], ["show", "2"], ["wait", "1"]):
+        said = as_somebody(tmp_path, words[0], readable, *words[1:])
+        assert (said.status, said.err) == (0, "")
+    assert "later" in as_somebody(tmp_path, "counts", readable).out
+    assert list(readable.parent.iterdir()) == [readable]
+    assert as_somebody(tmp_path, "pause", readable, "orders").status == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to become another user")
+def test_looking_sees_what_another_user_commits(readable: Path, tmp_path: Path) -> None:
+    """Where an engine has the file open, its log is read as well; the first look and the next see what is there."""
+    readable.chmod(0o644)
+    readable.parent.chmod(0o755)
+    with start_script(tmp_path, AS_SOMEBODY, "watch", readable, "--interval", "0.01") as process:
+        out, err = cast(IO[str], process.stdout), cast(IO[str], process.stderr)
+        assert err.readline() == "may write: False\n"
+        assert "1 runnable" in out.readline()
+        assert "#2" in out.readline()
+        with client(readable) as engine:
+            engine.insert(CliOrder, correlation_key="order:9")
+            assert "2 runnable" in out.readline()
+        process.terminate()
+
+
+def test_a_file_that_changes_while_it_is_read_as_unchanging_is_refused(
+    shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may not write reads without locks; what was read while somebody else wrote is not to be trusted."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    with durable.tools.Reader(shop) as reader, pytest.raises(DurableError, match="look again"):  # noqa: SIM117 - two acts
+        with reader.reading(), client(shop) as engine:
+            engine.insert(Broken)
+
+
+@posix
+def test_a_log_that_cannot_be_read_says_what_helps(readable: Path, tmp_path: Path) -> None:
+    """A log that a crash has left, in a folder that can't be written: one line, not an answer without its commits."""
+    readable.parent.chmod(0o755)
+    Path(f"{readable}-wal").write_bytes(b"left by a crash")
+    Path(f"{readable}-wal").chmod(0o444)
+    readable.parent.chmod(0o555)
+    said = as_somebody(tmp_path, "list", readable)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "copy both" in said.err
+
+
+def test_a_file_of_an_older_version_is_not_misread(
+    command: Command, shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look can't migrate a file: it says what does."""
+    monkeypatch.setattr(durable, "_SCHEMA_VERSION", durable._SCHEMA_VERSION + 1)
+    said = command("list", shop)
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert "open an engine on it once" in said.err
 
 
 def test_a_file_of_somebody_else_is_left_alone(command: Command, tmp_path: Path) -> None:
@@ -559,6 +659,73 @@ def test_snapshot_copies(command: Command, shop: Path, tmp_path: Path) -> None:
     assert command("snapshot", shop, copy).status == 1
 
 
+@pytest.fixture
+def digits(shop: Path) -> Path:
+    """The shop, where 5 carries the key "3", 6 its own id as a key, 7 and 8 what only looks like an id."""
+    with client(shop) as engine:
+        for key in ("3", "6", "007", "9" * 30):
+            engine.insert(CliOrder, correlation_key=key)
+        engine.drain(queue="orders", with_scheduled=False)
+    return shop
+
+
+@pytest.mark.parametrize(
+    ("words", "id_"),
+    [
+        (["1"], 1),
+        (["3", "--key"], 5),
+        (["--key", "3"], 5),
+        (["3", "--id"], 3),
+        (["6"], 6),
+        (["6", "--key"], 6),
+        (["007"], 7),
+        (["9" * 30], 8),
+        (["order:2"], 3),
+        (["order:2", "--key"], 3),
+    ],
+    ids=str,
+)
+def test_a_target_of_digits_is_an_id_or_by_flag_a_key(
+    command: Command, digits: Path, words: list[str], id_: int
+) -> None:
+    """A number is an id unless --key says otherwise; digits that no id is written with are a key."""
+    assert command("show", digits, *words, "--json").json["id"] == id_
+    assert command("signal", digits, *words, "paid").status == (1 if id_ == 1 else 0)
+    assert command("cancel", digits, *words).status == (1 if id_ == 1 else 0)
+    assert command("wait", digits, *words).status == (0 if id_ == 1 else 1)
+    assert get(digits, id_).status is (Status.DONE if id_ == 1 else Status.FAILED)
+    assert command("retry", digits, *words).status == (1 if id_ == 1 else 0)
+    changed = [it.id for it in found(digits) if it.status is Status.RUNNABLE]
+    assert changed == [4] if id_ == 1 else sorted([4, id_])
+
+
+@pytest.mark.parametrize("verb", ["show", "wait", "signal", "cancel", "retry"])
+def test_a_target_that_could_be_an_id_or_a_key_is_refused(command: Command, digits: Path, verb: str) -> None:
+    """Where another instance carries the digits as its key: exit status 1, a line that says how to say which."""
+    before = found(digits)
+    said = command(verb, digits, "3", *(["paid"] if verb == "signal" else []))
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "#5" in said.err
+    assert "--key" in said.err
+    assert "--id" in said.err
+    assert found(digits) == before
+
+
+def test_show_suggests_commands_that_are_not_refused(command: Command, digits: Path) -> None:
+    """Of an instance whose id is another's key, the command to copy says that the id is meant."""
+    assert f"durable signal {digits} 3 --id paid" in command("show", digits, "3", "--id").out
+    assert f"durable signal {digits} 6 paid" in command("show", digits, "6").out
+
+
+def test_retry_all_takes_a_key_as_a_filter(command: Command, digits: Path) -> None:
+    """With --all, what stands after --key narrows what is retried."""
+    command("cancel", digits, "order:2", "6")
+    assert command("retry", digits, "--all", "--key").status == 2
+    assert command("retry", digits, "--key", "broken:1", "6").status == 2
+    assert command("retry", digits, "--all", "--key", "6").status == 0
+    assert [it.status for it in found(digits) if it.id in (2, 3, 6)] == ["failed", "failed", "runnable"]
+
+
 # ---- The user's code -----------------------------------------------------------------------------
 
 
@@ -605,7 +772,13 @@ def test_insert_refuses_a_duplicate(command: Command, script: Path, tmp_path: Pa
         ["run", "jobs", "--database", "x.db", "--queue", "default"],
         ["run", "jobs", "--queue", "default=3"],
         ["insert", "m:C", "--database", "x.db", "--at", "tomorrow"],
+        ["insert", "m:C", "--database", "x.db", "--state", "[" * 90_000],
+        ["signal", "x.db", "1", "paid", "[" * 90_000 + "]" * 90_000],
+        ["wait", "x.db", "1", "--timeout", "nan"],
+        ["watch", "x.db", "--interval", "inf"],
+        ["watch", "x.db", "--interval", "-1"],
     ],
+    ids=lambda words: " ".join(words)[:60],
 )
 def test_usage_errors(command: Command, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command line that cannot be meant, bad JSON among it: exit status 2, one line, no file."""
@@ -629,6 +802,32 @@ def test_code_that_cannot_be_loaded(command: Command, tmp_path: Path, code: str,
     assert "cli_wrong.py" in said.err
 
 
+@pytest.mark.parametrize("depth", [100, 900, 20_000])
+def test_a_state_nested_deeply_is_inserted_or_refused_in_one_line(
+    command: Command, script: Path, tmp_path: Path, depth: int
+) -> None:
+    """However deep JSON is nested, there is no traceback: what is inserted can be shown, the rest is refused."""
+    with script.open("a", encoding="utf-8") as file:
+        file.write("@durable.job\ndef keep(x=None): return x\n")
+    words = ("--database", tmp_path / "x.db", "--args", '{"x": ' + "[" * depth + "]" * depth + "}")
+    said = command("insert", f"{script}:keep", *words)
+    assert (said.status, said.err.count("\n")) in [(0, 0), (1, 1), (2, 1)]
+    if said.status == 0:
+        assert command("show", tmp_path / "x.db", "1").status == 0
+    assert said.status == 0 or depth > 100
+
+
+def test_what_nobody_thought_of_is_one_line(command: Command, script: Path, tmp_path: Path) -> None:
+    """An error of no kind that the command line knows: its type, its text, and the user's line that raised it."""
+    with script.open("a", encoding="utf-8") as file:
+        file.write("class Odd(Engine):\n    def drain(self, **_):\n        raise LookupError('odd')\n")
+        file.write(f"engine = Odd({str(tmp_path / 'x.db')!r})\n")
+    said = command("drain", script)
+    assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "LookupError: odd" in said.err
+    assert f"{script}:" in said.err
+
+
 def test_a_script_must_not_hide_another_module(command: Command, tmp_path: Path) -> None:
     """A script called as a module that is there already is refused, not loaded over it."""
     path = tmp_path / "json.py"
@@ -641,6 +840,51 @@ def test_run_needs_one_engine(command: Command, script: Path) -> None:
     said = command("run", script)
     assert said.status == 1
     assert "--database" in said.err
+
+
+@pytest.mark.parametrize("how", ["engine.insert(add, args=dict(a=1))", "insert_into(engine.connect(), add)"])
+def test_a_target_that_inserts_when_it_is_loaded_is_told_of(
+    command: Command, script: Path, tmp_path: Path, how: str
+) -> None:
+    """What a script does at its top level it does at each `run`: a line says which file, and what helps."""
+    database = tmp_path / "x.db"
+    inserts = f"""
+from durable import insert_into as _insert_into
+def insert_into(connection, fsm):
+    with connection:
+        _insert_into(connection, fsm, args=dict(a=1))
+    connection.close()
+def main():
+    with Engine({str(database)!r}, queues={{}}) as engine:
+        {how}
+main()
+"""
+    with script.open("a", encoding="utf-8") as file:
+        file.write(inserts)
+    said = command("drain", script, "--database", database, "--log-level", "error")
+    assert (said.status, said.out, said.err.count("\n")) == (0, "1 steps, 1 done\n", 1)
+    assert str(database) in said.err
+    assert "__main__" in said.err
+
+
+def test_a_target_that_only_makes_an_engine_is_not_told_of(command: Command, script: Path, tmp_path: Path) -> None:
+    """An engine at the top level writes its limits and itself into its file, and no instance."""
+    with script.open("a", encoding="utf-8") as file:
+        limits = "rate_limits={'stripe': durable.RateLimit(1, per=1)}"
+        file.write(f"engine = Engine({str(tmp_path / 'x.db')!r}, {limits})\nengine.counts()\n")
+    assert command("drain", script) == Said(0, "nothing was due\n", "")
+
+
+def test_the_first_example_of_the_readme_is_a_script_and_a_target(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved as a file it runs by itself, and `durable run` and `drain` take its engine without doing that again."""
+    code, shown = BLOCKS[0]
+    path = tmp_path / "program.py"
+    assert run_script(tmp_path, code) == shown
+    monkeypatch.chdir(tmp_path)
+    assert command("drain", path) == Said(0, "nothing was due\n", "")
+    assert command("counts", "shop.db", "--json").json == {"checkout": {"done": 1}}
 
 
 def test_run_says_so_when_the_script_has_run_its_engine_itself(command: Command, tmp_path: Path) -> None:
@@ -836,7 +1080,48 @@ def test_the_module_runs_as_a_program(script: Path, tmp_path: Path) -> None:
     assert (process.returncode, out, err) == (0, "1\n", "")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGPIPE there")
+def shell(line: str, *words: object) -> Said:
+    """The command line as a shell runs it, in `line` under the name `$@`."""
+    buffered = {"PYTHONUNBUFFERED": ""}  # argparse swallows the error of what it writes at once
+    command = ["sh", "-c", line, "sh", sys.executable, "-m", "durable", *map(str, words)]
+    done = subprocess.run(
+        command, env=environment() | buffered, capture_output=True, text=True, timeout=60, check=False
+    )
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@posix
+@pytest.mark.parametrize("words", [["list"], ["counts", "--json"], ["show", "1"], ["wait", "1"], ["watch"], ["gc"]])
+def test_a_closed_output_is_refused_in_one_line(shop: Path, words: list[str]) -> None:
+    """`durable list FILE >&-` has nobody to tell: exit status 1, one line, and nothing is done."""
+    said = shell('"$@" >&-', words[0], shop, *words[1:])
+    assert said == Said(1, "", "durable: standard output is closed\n")
+
+
+@posix
+def test_what_cannot_be_told_is_not_inserted(script: Path, tmp_path: Path) -> None:
+    """`insert` whose id nobody would hear of inserts nothing; a verb that says nothing needs no output."""
+    database = tmp_path / "x.db"
+    insert = ("insert", f"{script}:add", "--database", database, "--args", '{"a": 1}')
+    assert shell('"$@" >&-', *insert).status == 1
+    assert not database.exists()
+    assert shell('"$@"', *insert).out == "1\n"
+    assert shell('"$@" >&-', "cancel", database, "1") == Said(0, "", "")
+    assert get(database, 1).status is Status.FAILED
+
+
+@posix
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_an_output_that_fails_is_one_line(shop: Path) -> None:
+    """A full disk behind standard output: exit status 1, one line; behind standard error: silence."""
+    for words in (["list", shop], ["--help"]):
+        said = shell('"$@" >/dev/full', *words)
+        assert (said.status, said.err.count("\n")) == (1, 1)
+    for line in ('"$@" 2>/dev/full', '"$@" 2>&-', '"$@" 2>&- >&-'):
+        assert shell(line, "list", shop.parent / "missing.db") == Said(1, "", "")
+
+
+@posix
 def test_a_reader_that_leaves_early_is_no_error(shop: Path) -> None:
     """`durable list … | head -1` says nothing on standard error."""
     with client(shop) as engine:

@@ -18,6 +18,7 @@ import logging
 import math
 import operator
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,13 +29,13 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 import apsw
 import attrs
 
 import durable
-from durable import DurableError, Engine, Insert, Instance, Status, Worker, tools
+from durable import DurableError, Engine, Insert, Instance, NotFoundError, Status, Worker, tools
 from durable_tools.screen import BLOCKS, Screen, distance, ended, fit, moment, now, plain
 
 _TERMINAL = frozenset(Status) - durable.LIVE
@@ -42,6 +43,27 @@ _TERMINAL = frozenset(Status) - durable.LIVE
 
 class _UsageError(Exception):
     """A command line that cannot be meant: exit status 2."""
+
+
+# What says by itself what was wrong; anything else is told with its type and its place.
+_PLAIN_ERRORS = (_UsageError, DurableError, ValueError, TypeError, OSError, apsw.Error)
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Drop what a stream does not take; Python would try again at exit, and complain with a status of its own."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _complain(text: str) -> None:
+    """Say `text` on standard error, in one line, if there is anybody to say it to."""
+    line = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"durable: {plain(line)}", file=sys.stderr)
+        _drop_unwritten(sys.stderr)
 
 
 # ---- what verbs are made of
@@ -59,6 +81,7 @@ def _client(path: Path, *, may_create: bool = False, **options: Any) -> Iterator
         engine.stop()
 
 
+_Target = TypeVar("_Target")
 _Opener = Callable[[Path], contextlib.AbstractContextManager[Any]]
 _Run = Callable[..., int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # what argparse will be told of it
@@ -69,9 +92,12 @@ class _Verb(NamedTuple):
 
     run: _Run
     opens: _Opener | None
+    prints: bool
     about: tuple[str | _Argument, ...]
 
     def __call__(self, options: argparse.Namespace) -> int:
+        if self.prints:  # looked at first: what can't be told is not done either
+            options.screen = Screen.of_stdout()
         if self.opens is None:
             return self.run(options) or 0
         with self.opens(options.file) as opened:
@@ -88,11 +114,11 @@ def _argument(*names: str, **options: Any) -> _Argument:
 _FILE = _argument("file", type=Path, metavar="FILE", help="the database")
 
 
-def _verb(*about: str | _Argument, opens: _Opener | None = None) -> Callable[[_Run], _Run]:
+def _verb(*about: str | _Argument, opens: _Opener | None = None, prints: bool = True) -> Callable[[_Run], _Run]:
     """Make a function a verb: `_list` is `list`, its docstring the help, what it returns the exit status."""
 
     def register(run: _Run) -> _Run:
-        VERBS[run.__name__.removeprefix("_")] = _Verb(run, opens, (_FILE, *about) if opens else about)
+        VERBS[run.__name__.removeprefix("_")] = _Verb(run, opens, prints, (_FILE, *about) if opens else about)
         return run
 
     return register
@@ -108,10 +134,15 @@ def _json_argument(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise _UsageError(f"not JSON: {text!r}: {error}") from error
+    except RecursionError:
+        raise _UsageError(f"JSON that is nested too deeply: {text[:40]}…") from None
 
 
-def _target_argument(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() else text
+def _seconds_argument(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise _UsageError(f"not a number of seconds: {text!r}")
 
 
 def _queue_argument(text: str) -> tuple[str, int]:
@@ -129,8 +160,11 @@ def _instant_argument(text: str) -> dt.datetime:
         raise _UsageError(f"not an instant like 2030-01-31T09:00: {text!r}") from error
 
 
-_TARGET = functools.partial(
-    _argument, type=_target_argument, metavar="TARGET", help="an id (all digits) or a correlation key"
+_TARGET = functools.partial(_argument, metavar="TARGET", help="an id, which is all digits, or a correlation key")
+_BY_ID = _argument("--id", dest="by_id", action="store_true", help="TARGET is an id, whoever has it as a key")
+_BY = (
+    _argument("--key", dest="by_key", action="store_true", help="TARGET is a correlation key, though it is all digits"),
+    _BY_ID,
 )
 _QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
 _JSON = _argument("--json", action="store_true", help="for programs")
@@ -138,8 +172,27 @@ _FIND_BY = ("status", "fsm", "queue", "parent_id", "correlation_key", "before")
 _FILTERS = (
     _argument("--fsm", metavar="NAME", help="only of this class, by its name in the file"),
     _argument("--queue", help="only in this queue"),
-    _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
 )
+
+
+def _namesake(get: Callable[[int | str], Instance], id_: int) -> int | None:
+    """The id of another instance that carries the digits of this one as its correlation key."""
+    with contextlib.suppress(NotFoundError):
+        carrier = get(str(id_)).id
+        return None if carrier == id_ else carrier
+    return None
+
+
+def _meant(word: str, options: argparse.Namespace, get: Callable[[int | str], Instance]) -> int | str:
+    """The instance that a TARGET means: digits are an id, refused where they are another's key and nothing says which.
+
+    Digits that no id is written with, after a zero or too many, are a key.
+    """
+    if options.by_key or not re.fullmatch("0|[1-9][0-9]{0,18}", word):
+        return word
+    if not options.by_id and (other := _namesake(get, int(word))):
+        raise DurableError(f"{word} is also the key of #{other}: say --key if you mean that one, --id if you do not")
+    return int(word)
 
 
 # ---- run, drain, insert: with the user's code
@@ -166,11 +219,38 @@ def _load_script(path: Path) -> types.ModuleType:
 
 def _blame(error: BaseException) -> str:
     """`error` in one line, with the user's line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = tuple(os.path.dirname(os.path.abspath(os.__file__)) + os.sep + name for name in ("importlib", "pathlib"))
-    users = [f for f in frames if f.filename != __file__ and not f.filename.startswith((*own, "<"))]
+    library = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+    own = (durable.__file__, os.path.dirname(__file__), library + "importlib", library + "pathlib", "<")
+    users = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     place = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+@contextlib.contextmanager
+def _loading(target: str) -> Iterator[None]:
+    """Tell of the files that a target has inserted into while it was loaded: that it does each time."""
+    files, opened = set(), []
+
+    def watch(connection: apsw.Connection) -> None:
+        def note(action: int, _database: str, table: str, _row: int) -> None:
+            if action == apsw.SQLITE_INSERT and table == "durable_instances":
+                files.add(path)
+
+        path = connection.filename
+        opened.append(connection)
+        connection.set_update_hook(note)
+
+    apsw.connection_hooks.append(watch)
+    try:
+        yield
+    finally:
+        apsw.connection_hooks.remove(watch)
+        for connection in opened:
+            with contextlib.suppress(apsw.Error):  # it may be closed, or busy in a thread of the target's
+                connection.set_update_hook(None)
+        for path in sorted(files):
+            advice = "put what is to run once under `if __name__ == '__main__':`"
+            _complain(f"{target} inserts into {path} each time it is loaded: {advice}")
 
 
 def _load(target: str) -> tuple[types.ModuleType, Any]:
@@ -179,11 +259,12 @@ def _load(target: str) -> tuple[types.ModuleType, Any]:
     if not name or not attribute.replace(".", "_").isidentifier():  # no colon, or that of `C:\jobs.py`
         name, attribute = target, ""
     try:
-        if name.endswith(".py") or Path(name).is_file():
-            module = _load_script(Path(name))
-        else:
-            sys.path.insert(0, os.getcwd())  # as `python -m` does
-            module = importlib.import_module(name)
+        with _loading(name):
+            if name.endswith(".py") or Path(name).is_file():
+                module = _load_script(Path(name))
+            else:
+                sys.path.insert(0, os.getcwd())  # as `python -m` does
+                module = importlib.import_module(name)
         return module, operator.attrgetter(attribute)(module) if attribute else None
     except DurableError:
         raise
@@ -237,6 +318,7 @@ def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engin
         help="run N steps of queue NAME at once; others not at all",
     ),
     _LOG_LEVEL,
+    prints=False,
 )
 def _run(options: argparse.Namespace) -> None:
     """Run an engine until SIGINT or SIGTERM.
@@ -341,6 +423,7 @@ def _worker_table(screen: Screen, found: Iterable[Worker]) -> Iterator[str]:
     "durable list shop.db --status failed",
     "durable list shop.db --fsm jobs.Resize --json",
     *_FILTERS,
+    _argument("--key", dest="correlation_key", metavar="KEY", help="only with this correlation key"),
     _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
     _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
     _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
@@ -350,15 +433,14 @@ def _worker_table(screen: Screen, found: Iterable[Worker]) -> Iterator[str]:
 )
 def _list(reader: tools.Reader, options: argparse.Namespace) -> None:
     """List instances, newest first."""
-    screen, found = Screen.of_stdout(), reader.find(_given(options, _FIND_BY), options.limit)
+    screen, found = options.screen, reader.find(_given(options, _FIND_BY), options.limit)
     screen.answer(found, _instance_table(screen, found), as_json=options.json)
 
 
 @_verb("durable counts shop.db", _JSON, opens=tools.Reader)
 def _counts(reader: tools.Reader, options: argparse.Namespace) -> None:
     """Count the instances of every queue by status."""
-    screen, counts = Screen.of_stdout(), reader.counts()
-    paused = reader.paused()
+    screen, counts, paused = options.screen, reader.counts(), reader.paused()
     rows = [
         (f"{queue} (paused)" if queue in paused else queue, *(tally.get(status, 0) for status in BLOCKS))
         for queue, tally in counts.items()
@@ -369,7 +451,7 @@ def _counts(reader: tools.Reader, options: argparse.Namespace) -> None:
 @_verb("durable workers shop.db", _JSON, opens=tools.Reader)
 def _workers(reader: tools.Reader, options: argparse.Namespace) -> None:
     """List the engines that run on FILE."""
-    screen, found = Screen.of_stdout(), reader.workers()
+    screen, found = options.screen, reader.workers()
     screen.answer(found, _worker_table(screen, found), as_json=options.json)
 
 
@@ -389,6 +471,10 @@ class _Case(NamedTuple):
         file = ["MODULE", "--database", self.file] if name == "run" else [self.file]
         return shlex.join(map(str, ["durable", name, *file, *words]))
 
+    def target(self) -> tuple[object, ...]:
+        """How a command says that it means this instance."""
+        return (self.it.id, "--id") if _namesake(self.reader.get, self.it.id) else (self.it.id,)
+
     def plight(self) -> tuple[str, str]:
         """What the instance waits for; and the verb that helps, if one does."""
         it = self.it
@@ -399,11 +485,13 @@ class _Case(NamedTuple):
                 return self.who_runs_it()
             case Status.AWAITING_SIGNAL:
                 end = f"until {moment(it.await_deadline)}" if it.await_deadline else "without a deadline"
-                return f"the signal {' or '.join(it.awaits)}, {end}", self.verb("signal", it.id, it.awaits[0], "{}")
+                return f"the signal {' or '.join(it.awaits)}, {end}", self.verb(
+                    "signal", *self.target(), it.awaits[0], "{}"
+                )
             case Status.AWAITING_CHILDREN:
                 return "the end of its children", self.verb("list", "--parent", it.id)
             case Status.FAILED:
-                return "somebody to retry it", self.verb("retry", it.id)
+                return "somebody to retry it", self.verb("retry", *self.target())
         return "", ""
 
     def why_it_does_not_run(self) -> tuple[str, str]:
@@ -431,7 +519,7 @@ class _Case(NamedTuple):
                 where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
                 if self.reader.is_cancelled(self.it.id):
                     return f"{where}; it has been asked to end", self.verb("workers")
-                return where, self.verb("cancel", self.it.id)
+                return where, self.verb("cancel", *self.target())
         return "an engine to take it from a worker that is gone", self.verb("run")
 
     def facts(self) -> Iterator[tuple[str, object]]:
@@ -472,20 +560,21 @@ class _Case(NamedTuple):
             yield from _instance_table(screen, failed or self.reader.find(mine, 10))
 
 
-@_verb("durable show shop.db 42", "durable show shop.db order:42", _TARGET("target"), _JSON, opens=tools.Reader)
+@_verb("durable show shop.db 42", "durable show shop.db order:42", _TARGET("target"), *_BY, _JSON, opens=tools.Reader)
 def _show(reader: tools.Reader, options: argparse.Namespace) -> None:
     """Tell the story of one instance.
 
     Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
     """
-    screen, it = Screen.of_stdout(), reader.get(options.target)
-    screen.answer(it, _Case(reader, options.file, it).tell(screen), as_json=options.json)
+    it = reader.get(_meant(options.target, options, reader.get))
+    options.screen.answer(it, _Case(reader, options.file, it).tell(options.screen), as_json=options.json)
 
 
 @_verb(
     "durable wait shop.db order:42 --timeout 60",
     _TARGET("target"),
-    _argument("--timeout", type=float, default=math.inf, metavar="S", help="give up after S seconds"),
+    *_BY,
+    _argument("--timeout", type=_seconds_argument, default=math.inf, metavar="S", help="give up after S seconds"),
     opens=tools.Reader,
 )
 def _wait(reader: tools.Reader, options: argparse.Namespace) -> None:
@@ -493,41 +582,35 @@ def _wait(reader: tools.Reader, options: argparse.Namespace) -> None:
 
     Exit status 1 if it failed, or has not ended after --timeout seconds.
     """
-    end, it = time.monotonic() + options.timeout, reader.get(options.target)
+    end, it = time.monotonic() + options.timeout, reader.get(_meant(options.target, options, reader.get))
     while it.status not in _TERMINAL and time.monotonic() < end:
         time.sleep(0.02)
         it = reader.get(it.id)
     if it.status is not Status.DONE:
         stands = f"failed: {it.last_error}" if it.status is Status.FAILED else f"is still {it.status}"
         raise DurableError(f"#{it.id} {stands}")
-    print(Screen.of_stdout().json(it.result))
+    print(options.screen.json(it.result))
 
 
 @_verb("durable check shop.db", _JSON, opens=tools.Reader)
 def _check(reader: tools.Reader, options: argparse.Namespace) -> int:
     """Audit the file; exit status 1 if it has problems."""
-    screen, problems = Screen.of_stdout(), reader.check()
-    screen.answer(problems, map(plain, problems or ["sound"]), as_json=options.json)
+    problems = reader.check()
+    options.screen.answer(problems, map(plain, problems or ["sound"]), as_json=options.json)
     return 1 if problems else 0
 
 
 # ---- signal, cancel, retry, pause, resume, gc, snapshot: what the methods do
 
 
-def _complain(error: BaseException) -> None:
-    """`error` on standard error, in one line."""
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    print(f"durable: {plain(text or type(error).__name__)}", file=sys.stderr)
-
-
-def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -> int:
+def _on_each(targets: Iterable[_Target], act: Callable[[_Target], object]) -> int:
     """Call `act` with every target; say what is refused, and go on with the next. The exit status."""
     status = 0
     for target in targets:
         try:
             act(target)
         except DurableError as error:
-            _complain(error)
+            _complain(str(error))
             status = 1
     return status
 
@@ -535,28 +618,33 @@ def _on_each(targets: Iterable[int | str], act: Callable[[int | str], object]) -
 @_verb(
     """durable signal shop.db order:42 payment_confirmed '{"amount": 100}' --dedup-key evt-7""",
     _TARGET("target"),
+    *_BY,
     _argument("name", metavar="NAME", help="the signal's name"),
     _argument("payload", type=_json_argument, nargs="?", metavar="JSON", help="its payload (null)"),
     _argument("--dedup-key", metavar="K", help="send it once, however often this is repeated"),
     opens=_client,
+    prints=False,
 )
 def _signal(engine: Engine, options: argparse.Namespace) -> None:
     """Send a signal to a live instance."""
-    engine.signal(options.target, options.name, options.payload, dedup_key=options.dedup_key)
+    target = _meant(options.target, options, engine.get)
+    engine.signal(target, options.name, options.payload, dedup_key=options.dedup_key)
 
 
 @_verb(
     "durable cancel shop.db 42 order:43 --reason 'out of stock'",
     _TARGET("targets", nargs="+"),
+    *_BY,
     _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
     opens=_client,
+    prints=False,
 )
 def _cancel(engine: Engine, options: argparse.Namespace) -> int:
     """Fail instances; what a running step does is dropped."""
 
-    def cancel(target: int | str) -> None:
-        if not engine.cancel(target, options.reason):
-            raise DurableError(f"{target} had ended already")
+    def cancel(word: str) -> None:
+        if not engine.cancel(_meant(word, options, engine.get), options.reason):
+            raise DurableError(f"{word} had ended already")
 
     return _on_each(options.targets, cancel)
 
@@ -575,22 +663,38 @@ def _all_failed(engine: Engine, filters: Mapping[str, Any]) -> list[int]:
     _TARGET("targets", nargs="*"),
     _argument("--all", action="store_true", help="whatever failed and passes the filters"),
     *_FILTERS,
+    _argument(
+        "--key",
+        dest="correlation_key",
+        nargs="?",
+        const=True,
+        metavar="KEY",
+        help="with --all: only with this correlation key; else TARGET is one, though it is all digits",
+    ),
+    _BY_ID,
     opens=_client,
+    prints=False,
 )
 def _retry(engine: Engine, options: argparse.Namespace) -> int:
     """Run failed instances again from the step they failed in."""
-    if bool(options.targets) == options.all:
-        raise _UsageError("retry takes either TARGETs or --all")
-    return _on_each(options.targets or _all_failed(engine, _given(options, _FIND_BY)), engine.retry)
+    by_key, targets = options.correlation_key, options.targets
+    if isinstance(by_key, str) and not options.all:
+        targets = [by_key, *targets]
+    if bool(targets) == options.all or (options.all and by_key is True):
+        raise _UsageError("retry takes either TARGETs or --all, and with --all a KEY after --key")
+    if options.all:
+        return _on_each(_all_failed(engine, _given(options, _FIND_BY)), engine.retry)
+    options.by_key = by_key is not None
+    return _on_each(targets, lambda word: engine.retry(_meant(word, options, engine.get)))
 
 
-@_verb("durable pause shop.db checkout", _QUEUE, opens=_client)
+@_verb("durable pause shop.db checkout", _QUEUE, opens=_client, prints=False)
 def _pause(engine: Engine, options: argparse.Namespace) -> None:
     """Let no engine claim from a queue; what runs, ends."""
     engine.pause(options.queue)
 
 
-@_verb("durable resume shop.db checkout", _QUEUE, opens=_client)
+@_verb("durable resume shop.db checkout", _QUEUE, opens=_client, prints=False)
 def _resume(engine: Engine, options: argparse.Namespace) -> None:
     """Let a paused queue run again."""
     engine.resume(options.queue)
@@ -611,6 +715,7 @@ def _gc(options: argparse.Namespace) -> None:
     "durable snapshot shop.db backup.db",
     _argument("copy", type=Path, metavar="COPY", help="the copy; it must not exist"),
     opens=_client,
+    prints=False,
 )
 def _snapshot(engine: Engine, options: argparse.Namespace) -> None:
     """Copy the file while engines run on it; every queue of the copy is paused."""
@@ -701,7 +806,7 @@ class _Watch:
     "durable watch shop.db",
     "durable watch shop.db --until-idle > progress.log",
     _argument("--until-idle", action="store_true", help="end when nothing is left that time alone would bring on"),
-    _argument("--interval", type=float, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
+    _argument("--interval", type=_seconds_argument, default=0.5, metavar="S", help="seconds between two looks (0.5)"),
     opens=tools.Reader,
 )
 def _watch(reader: tools.Reader, options: argparse.Namespace) -> None:
@@ -709,7 +814,7 @@ def _watch(reader: tools.Reader, options: argparse.Namespace) -> None:
 
     In a pipe: a line for each change of the counts and each failure.
     """
-    screen, watch = Screen.of_stdout(), _Watch(reader, options.file)
+    screen, watch = options.screen, _Watch(reader, options.file)
     with contextlib.ExitStack() as at_end, contextlib.suppress(KeyboardInterrupt):
         if screen.live:  # the terminal's other screen, without a cursor; the first comes back however this ends
             print("\x1b[?1049h\x1b[?25l", end="")
@@ -744,7 +849,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     directory = (options.directory or Path(sysconfig.get_path("stdlib"))).resolve(strict=True)
     with tempfile.TemporaryDirectory(prefix="durable-demo-", ignore_cleanup_errors=True) as home:
-        return Demo(directory, Path(home), Screen.of_stdout()).play()
+        return Demo(directory, Path(home), options.screen).play()
 
 
 # ---- the entry
@@ -784,8 +889,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_SILENCE = logging.NullHandler()
+"""What takes the records of verbs that set up no log, which Python would write to standard error."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `durable ARGV…` and return its exit status; `durable --help` has the verbs."""
+    logging.getLogger("durable").addHandler(_SILENCE)
     try:
         try:
             options = _parser().parse_args(argv)
@@ -793,13 +903,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = 0
         else:
             status = options.verb(options)
-        sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
         return status
-    except BrokenPipeError:  # who read has seen enough; at exit Python would write the rest again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (_UsageError, DurableError, ValueError, TypeError, OSError, apsw.Error) as error:
-        _complain(error)
-        return 2 if isinstance(error, _UsageError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who read has seen enough
+        status = 1
+    except _PLAIN_ERRORS as error:
+        _complain(str(error) or type(error).__name__)
+        status = 2 if isinstance(error, _UsageError) else 1
+    except Exception as error:  # noqa: BLE001 - also of what nobody thought of one line, which says where it was raised
+        _complain(_blame(error))
+        status = 1
+    if sys.stdout is not None:
+        _drop_unwritten(sys.stdout)
+    return status

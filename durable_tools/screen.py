@@ -58,6 +58,8 @@ class Screen(NamedTuple):
     @classmethod
     def of_stdout(cls) -> Screen:
         """What standard output can show: plain lines, unless it is a terminal."""
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
         live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         if live and os.name == "nt":
             os.system("")  # makes the Windows console understand escape sequences
