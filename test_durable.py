@@ -10249,7 +10249,7 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
     engine.start()
     assert engine.result(engine.insert(Walks), timeout=BEFORE_A_HEARTBEAT) == "through"
     cancelled, done = (engine.insert(Walks, state={"waits": True}) for _ in range(2))
-    eventually(lambda: {engine.get(one).step for one in (cancelled, done)} == {"end"})
+    eventually(lambda: {(it.step, it.status) for it in map(engine.get, (cancelled, done))} == {("end", "executing")})
     engine.cancel(cancelled)
     with engine._core._beat_lock:  # so that both outcomes are written together
         gate.leave.set()
