@@ -58,7 +58,7 @@ import types
 import typing
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypedDict, Unpack, cast, overload
 
 import apsw
@@ -375,7 +375,9 @@ def _traceback_text(error: BaseException) -> str | None:
         return None
     import traceback  # only failures pay for it
 
-    own = error.__traceback__.tb_next or error.__traceback__
+    own = error.__traceback__
+    while own.tb_next is not None and own.tb_frame.f_globals is globals():
+        own = own.tb_next
     return _printable("".join(traceback.format_exception(type(error), error, own)))
 
 
@@ -1695,6 +1697,11 @@ class Context(Generic[_State]):
         self._add(_message(target, name, payload, dedup_key))
 
     def _add(self, effect: _Effect) -> None:
+        if self._claim.desk.fork_guard.is_forked:
+            raise EngineClosedError(
+                f"this process was forked off in step {self.step!r} of instance {self.id}, which goes on in its parent:"
+                " nothing can be added to it here"
+            )
         if self._effects is None:
             raise DurableError(f"the step {self.step!r} of instance {self.id} has ended: nothing can be added to it")
         self._effects.append(effect)
@@ -4174,6 +4181,42 @@ def _new_rows(inserts: object, new_row: Callable[[Insert], _NewRow]) -> list[_Ne
     return rows
 
 
+class _ForkGuard:
+    """Stands around the user's code in threads of the engine's: they leave a process that was forked off there.
+
+    That code goes on in the parent, with all that is claimed: nothing of the engine's may run in the child as well.
+    """
+
+    is_forked = False
+
+    def __enter__(self) -> None:
+        if self.is_forked:
+            self._leave(None)
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self.is_forked:
+            self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> typing.NoReturn:
+        """Leave with the status that Python would; the standard streams are flushed, and no more is done."""
+        status = 1
+        try:
+            if error is None or isinstance(error, StopIteration):
+                status = 0
+            elif isinstance(error, SystemExit) and isinstance(error.code, int | None):
+                status = (error.code or 0) & 0xFF
+            elif isinstance(error, SystemExit):
+                print(error.code, file=sys.stderr)
+            else:
+                import traceback
+
+                traceback.print_exception(error)
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+        finally:
+            os._exit(status)
+
+
 class _Desk:
     """What running steps may ask for: the time, and what is committed. They never touch the write connection."""
 
@@ -4183,6 +4226,7 @@ class _Desk:
         self._reader = reader
         self._clock = clock
         self._policies: dict[str, tuple[float, _Policy]] = {}
+        self.fork_guard = _ForkGuard()
         self.children = reader.children
         self.is_cancelled = reader.is_cancelled
 
@@ -4436,7 +4480,8 @@ def _ask_handle(claim: _Claim, ctx: Context[Any], error: BaseException) -> Any:
     """Return what the user's `handle` answers, or the `_Commit` that ends the instance for what it raises."""
     _current.set(ctx)
     try:
-        return cast(FSM, claim.behaviour).handle(cast(Exception, error), ctx)
+        with claim.desk.fork_guard:
+            return cast(FSM, claim.behaviour).handle(cast(Exception, error), ctx)
     except BaseException as second:
         if not _is_of_step(second):
             raise
@@ -4521,12 +4566,30 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
         return error
     _current.set(ctx)
     try:
-        returned = code.call(claim.behaviour, ctx)
+        with claim.desk.fork_guard:
+            returned = code.call(claim.behaviour, ctx)
     except BaseException as error:
         if not _is_of_step(error):
             raise
         return error
     return _verdict(claim, ctx, returned)
+
+
+@types.coroutine
+def _await_step(step: Awaitable[Any], guard: _ForkGuard) -> Generator[Any, Any, Any]:
+    """Await a step; in a child that was forked there, nothing else of the event loop may run while it waits."""
+    iterator: Any = step.__await__()
+    resume, value = iterator.send, None
+    while True:
+        try:
+            with guard:
+                waits_for = resume(value)
+        except StopIteration as end:
+            return end.value
+        try:
+            resume, value = iterator.send, (yield waits_for)
+        except BaseException as error:  # noqa: BLE001 - thrown in, it is the step's: cancelled, or closed
+            resume, value = iterator.throw, error
 
 
 async def _execute_async(claim: _Claim) -> _Commit | BaseException:
@@ -4541,7 +4604,7 @@ async def _execute_async(claim: _Claim) -> _Commit | BaseException:
         return error
     _current.set(ctx)
     try:
-        returned = await code.call(claim.behaviour, ctx)
+        returned = await _await_step(code.call(claim.behaviour, ctx), claim.desk.fork_guard)
     except Exception as error:
         if _is_of_storage(error):
             raise
@@ -5009,7 +5072,8 @@ class _Hub:
     It has a thread of its own, so that one which waits or takes long holds up no work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guard: _ForkGuard) -> None:
+        self._guard = guard
         self._subscribers: dict[object, tuple[Callable[[Event], object], frozenset[str]]] = {}
         self._wanted: frozenset[str] = frozenset()
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
@@ -5116,20 +5180,18 @@ class _Hub:
                 call = self._calls.popleft()
             except IndexError:
                 return
-            with self._logging("%s failed", getattr(call, "func", call)):
-                call()
+            self._call("%s failed", getattr(call, "func", call), call)
 
     def _tell(self, event: Event) -> None:
         for callback, names in list(self._subscribers.values()):
             if event.name in names:
-                with self._logging("a subscriber to %r failed", event.name):
-                    callback(event)
+                self._call("a subscriber to %r failed", event.name, functools.partial(callback, event))
 
-    @contextlib.contextmanager
-    def _logging(self, message: str, what: object) -> Iterator[None]:
-        """Log whatever the user's code raises, but for an interrupt of a thread that is not for this."""
+    def _call(self, message: str, what: object, call: Callable[[], object]) -> None:
+        """Call the user's code and log whatever it raises, but for an interrupt of a thread that is not for this."""
         try:
-            yield
+            with self._guard if self.is_current else contextlib.nullcontext():
+                call()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and not self.is_current:
                 raise
@@ -6868,11 +6930,11 @@ class _Scheduler:
         self.store = self._open()
         self.reader = _Reader(path)
         self.desk = _Desk(self.reader, options.clock)
-        self.hub = _Hub()
+        self.hub = _Hub(self.desk.fork_guard)
         self.waiters = _Waiters()
         self.worker_id = os.urandom(8).hex()
         self.context = contextvars.copy_context()
-        self.is_stopping = self.is_closed = self.is_forked = False
+        self.is_stopping = self.is_closed = False
         self.behaviours = behaviours
         self.beat_at = -math.inf
         """When the last beat ended, by the monotonic clock."""
@@ -6954,7 +7016,7 @@ class _Scheduler:
         return request
 
     def check_open(self) -> None:
-        if self.is_forked:
+        if self.desk.fork_guard.is_forked:
             raise EngineClosedError(
                 f"this engine on {self.path} was opened in process {self._pid}, before the fork. {_FORK_ADVICE}"
             )
@@ -7280,7 +7342,8 @@ class _Scheduler:
             return
 
         def make() -> None:
-            self.behaviours.make(cls)
+            with self.desk.fork_guard:
+                self.behaviours.make(cls)
             with self._beat_lock:  # a beat that has not seen it must not say after this when the next is due
                 self._agenda.due_at = self.desk.now()
             self._bell.ring()
@@ -7575,7 +7638,7 @@ class _Scheduler:
 
     def stop(self, timeout_s: float | None) -> None:
         """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
-        if self.is_forked:
+        if self.desk.fork_guard.is_forked:
             return
         drain_s = self.options.drain_s if timeout_s is None else timeout_s
         if self._thread is None:
@@ -7680,7 +7743,10 @@ class _Scheduler:
 
     def abandon(self) -> None:
         """Let go of everything, unclosed: this is the child of a fork."""
-        self.is_forked = self.is_closed = True
+        self.desk.fork_guard.is_forked = True
+        if self.is_closed:  # it may have left a step behind
+            return
+        self.is_closed = True
         _process.inherited_files.add(_file_id(self.path))
         self.reader.abandon()
         _keep_for_ever([self.store.db])
@@ -7716,8 +7782,7 @@ class _Scheduler:
 
 def _abandon_all() -> None:
     for scheduler in list(_process.schedulers):
-        if not scheduler.is_closed:
-            scheduler.abandon()
+        scheduler.abandon()
 
 
 def _stop_all() -> None:

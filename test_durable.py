@@ -3466,7 +3466,7 @@ def test_a_class_that_is_just_being_made_is_not_made_again() -> None:
 
 def test_a_call_posted_while_the_thread_of_callbacks_is_about_to_end_is_made() -> None:
     """Whoever posts it sees that thread and leaves the call to it."""
-    hub = durable._Hub()
+    hub = durable._Hub(durable._ForkGuard())
     is_looking, let_go, called = threading.Event(), threading.Event(), threading.Event()
 
     class Gate:
@@ -8143,6 +8143,142 @@ def test_fork_with_an_open_engine_gets_a_clear_error(tmp_path: Path, database: P
     """The child's copy of the engine refuses, also to close what is the parent's, whose own goes on."""
     output = run_script(tmp_path, string.Template(FORK).substitute(how=how), database)
     assert output.splitlines() == ["refused True"] * 7 + ["2 4 []"]
+
+
+FORKING = """
+import asyncio, os, sys, time, warnings
+import apsw
+import durable
+
+warnings.simplefilter("ignore")  # of forks in a process with threads
+path, kind = sys.argv[1], "$kind"
+engine = durable.Engine(path, queues={"default": 3 if kind == "waits" else 1}, prefetch=10)
+home, children = os.getpid(), {}
+
+def leave_trace(what):
+    with open(path + ".trace", "a") as file:
+        print(what, "home" if os.getpid() == home else "child", file=file)
+
+def fork(ctx, end):
+    leave_trace(end)
+    child = os.fork()
+    if child:
+        children[end] = child
+    else:
+        for call in (lambda: ctx.insert(after, args={"n": 99}), lambda: ctx.execute("INSERT INTO own VALUES (1)"),
+                     lambda: ctx.signal(ctx.id, "x"), lambda: engine.insert(after, args={"n": 99}), engine.counts):
+            try:
+                call()
+            except durable.EngineClosedError as error:
+                leave_trace("refused" if "fork" in str(error) else error)
+    if end == "raise":
+        raise ValueError(end)
+    if end == "exit" and not child:
+        sys.exit(7)
+    return end
+
+@durable.job
+def forks(ctx, end: str):
+    return fork(ctx, end)
+
+@durable.job
+async def forks_async(ctx, end: str):
+    return fork(ctx, end)
+
+@durable.job
+async def forks_and_waits(ctx, end: str):
+    result = fork(ctx, end)
+    await asyncio.sleep(0)
+    leave_trace("waited")
+    return result
+
+@durable.job
+def fails(end: str):
+    raise ValueError(end)
+
+class InHandle(fails.fsm):
+    def handle(self, error, ctx):
+        return durable.Stop(fork(ctx, str(error)))
+
+@durable.job
+def after(n: int):
+    leave_trace(n)
+
+job = {"plain": forks, "drained": forks, "async": forks_async, "waits": forks_and_waits, "handle": InHandle}[kind]
+connection = engine.connect()
+connection.execute("CREATE TABLE own (n)")
+connection.close()
+ends = ("return", "raise", "exit")
+rows = [engine.insert(job, args={"end": end}, max_attempts=1) for end in ends]
+rows += [engine.insert(after, args={"n": n}) for n in range(8)]
+if kind == "drained":
+    engine.drain()
+else:
+    engine.start()
+for row in rows:
+    engine.wait(row, 30)
+statuses, deadline = [], time.monotonic() + 15
+for child in map(children.get, ends):
+    while not (found := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not found[0]:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    statuses.append(os.waitstatus_to_exitcode(found[1]) if found[0] else "stays")
+print(*statuses)
+print(engine.counts(), engine.check(), list(engine.connect().execute("SELECT n FROM own")))
+engine.stop()
+"""
+
+
+@posix
+@pytest.mark.parametrize("kind", ["plain", "drained", "async", "waits", "handle"])
+def test_a_child_forked_in_a_step_runs_nothing_more_and_leaves(tmp_path: Path, database: Path, kind: str) -> None:
+    """The step goes on in the parent alone: the child adds nothing to it, and leaves where its copy of the step ends.
+
+    An async one leaves where it would let other steps run.
+    """
+    output = run_script(tmp_path, string.Template(FORKING).substitute(kind=kind), database)
+    failed = 3 if kind == "handle" else 1
+    assert output.splitlines() == ["0 1 7", f"{ {'default': {'done': 11 - failed, 'failed': failed}} } [] []"]
+    traces = Counter(Path(f"{database}.trace").read_text(encoding="utf-8").splitlines())
+    waited = {"waited home": 2} if kind == "waits" else {}
+    expected = {f"{what} home": 1 for what in ("return", "raise", "exit", *range(8))} | {"refused child": 15} | waited
+    assert traces == expected
+
+
+FORKING_CALLBACK = """
+import os, sys, warnings
+import durable
+
+warnings.simplefilter("ignore")
+children = []
+
+def fork(event):
+    child = os.fork()
+    if child:
+        children.append(os.waitpid(child, 0)[1])
+    else:
+        os.write(1, b"child\\n")
+
+def tell(event):
+    os.write(1, b"told\\n")
+
+@durable.job
+def one(): ...
+
+with durable.Engine(sys.argv[1]) as engine:
+    engine.subscribe(fork, "step.stop")
+    engine.subscribe(tell, "step.stop")
+    engine.result(engine.insert(one), 30)
+print(children)
+"""
+
+
+@posix
+def test_a_child_forked_in_a_callback_leaves(tmp_path: Path, database: Path) -> None:
+    """It calls no other callback, and does not stay behind as a copy of the engine's thread."""
+    assert run_script(tmp_path, FORKING_CALLBACK, database).splitlines() == ["child", "told", "[0]"]
 
 
 def test_forgotten_engine_warns(database: Path) -> None:
