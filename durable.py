@@ -105,6 +105,7 @@ __all__ = [
     "StateError",
     "Status",
     "Stop",
+    "Transition",
     "UnknownFSMError",
     "UnknownLimitError",
     "Worker",
@@ -804,6 +805,30 @@ class Schedule:
 
 
 @attrs.frozen
+class Transition:
+    """One run of a step in an instance's past, or what was done to it between two (`kind` "cancel" or "rewind").
+
+    `kind` is that of `step.stop`, or "crash", "timeout", "cancel", "rewind"; `started_at` an aware UTC datetime,
+    `duration` seconds; `error` and `traceback` what the run failed with, also where `handle` has answered that;
+    `state` the state as it stood before, a plain JSON value; `signals` the names of the signals that the step had
+    awaited and was shown; `to` the step that it led to, None at an end.
+    """
+
+    seq: int
+    step: str
+    attempt: int
+    kind: str
+    started_at: dt.datetime
+    duration: float
+    worker: str | None
+    error: str | None
+    traceback: str | None
+    state: Any
+    signals: tuple[str, ...]
+    to: str | None
+
+
+@attrs.frozen
 class Worker:
     """An engine that runs on the file: who it is, what it serves, and until when its lease lasts."""
 
@@ -848,6 +873,7 @@ _make_signal = _maker_of(Signal)
 _make_instance = _maker_of(Instance)
 _make_worker = _maker_of(Worker)
 _make_schedule = _maker_of(Schedule)
+_make_transition = _maker_of(Transition)
 
 
 @attrs.frozen
@@ -1791,6 +1817,8 @@ class _FSMOptions(TypedDict, total=False):
     max_crashes: int
     timeout: _Duration | None
     inline: bool
+    retention: _Duration | None
+    history: bool
     schedule: Cron | Every | dict[str, Any] | None
 
 
@@ -1802,6 +1830,8 @@ _DEFAULTS: dict[str, Any] = {
     "max_crashes": 20,
     "timeout": None,
     "inline": False,
+    "retention": None,
+    "history": True,
 }
 _PERFORM = "perform"
 """The one step of a job."""
@@ -1833,6 +1863,8 @@ class _Spec(NamedTuple):
     any_step: _Code | None
     has_async: bool
     is_job: bool
+    retention_ms: int | None
+    keeps_history: bool
     plan: _Plan | None
     """The schedule that it declares, if it does."""
 
@@ -1931,6 +1963,11 @@ _NO_ARGUMENTS = attrs.make_class("State", {}, frozen=True)
 """The state of a function job without parameters. There is one text of it, and nothing else to be checked."""
 
 
+def _retention_ms(value: object, name: str, error: type[Exception] = TypeError) -> int:
+    """Read how long ended rows are kept; `math.inf` is for ever."""
+    return _END_OF_TIME if value == math.inf else _duration_ms(value, name, error)
+
+
 def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
     """Read what a class defines; whatever could not run is a TypeError here."""
     where = cls.__qualname__
@@ -1960,6 +1997,8 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         any_step=any_step,
         has_async=any(code is not None and code.is_async for code in (*steps.values(), any_step)),
         is_job=is_job,
+        retention_ms=None if values["retention"] is None else _retention_ms(values["retention"], f"{where}: retention"),
+        keeps_history=_boolean(values["history"], f"{where}: history", TypeError),
         plan=_declared_plan(cls._options.get("schedule"), where),
     )
 
@@ -2003,6 +2042,10 @@ class FSM:
     * `max_crashes` (20): crashes in a row after which an instance fails
     * `timeout` (none): seconds that one run of a step may take
     * `inline` (False): run a `Next` in the same worker, on the same claim
+    * `retention` (the engine's): seconds or a timedelta that an instance is kept after its end, stored with it, so that
+      every engine on the file keeps to it; `math.inf` for ever
+    * `history` (True): keep what was run of it, for `Engine.history`, `rewind` and `fork`: of a machine everything, of
+      a job its failed attempts
     * `schedule` (none): a `Cron` or an `Every` by which instances are inserted, or a dict of what `Engine.schedule`
       takes, with `when`
     * `abstract=True`: a shared base that defines nothing to run
@@ -2212,6 +2255,33 @@ class _NewRow(NamedTuple):
     updated_at: int
     schedule: str | None = None
     scheduled_at: int | None = None
+    retention: int | None = None
+
+
+class _Entry(NamedTuple):
+    """A run of a step, in the past of its instance: columns in the order in which the statement binds them.
+
+    `seq` is the number of the claim under which it ran, so that nothing is entered twice.
+    """
+
+    instance: int
+    seq: int
+    step: str
+    attempt: int
+    kind: str
+    started_at: int
+    duration: float
+    """Milliseconds."""
+    worker: str | None
+    error: str | None
+    traceback: str | None
+    state: str
+    signals: str | None
+    to: str | None
+    awaits: str | None
+    joining: int
+    first_child: int | None
+    """Id of the first child that it inserted; the others come after it."""
 
 
 class _ScheduleRow(NamedTuple):
@@ -2554,13 +2624,38 @@ CREATE TABLE durable_schedules (
     CHECK (NOT is_paused OR next_at IS NULL)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX durable_fires ON durable_schedules (fires_at) WHERE fires_at IS NOT NULL;
+ALTER TABLE durable_instances ADD COLUMN retention INTEGER;
+DROP INDEX durable_finished;
+CREATE INDEX durable_finished ON durable_instances (retention, updated_at, queue, status)
+    WHERE status = 'done' OR status = 'failed';
+DROP INDEX durable_inbox;
+CREATE INDEX durable_inbox ON durable_signals (target, consumed);
+CREATE TABLE durable_transitions (
+    instance INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    step TEXT NOT NULL,
+    attempt INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    started_at INTEGER NOT NULL,
+    duration REAL NOT NULL,
+    worker TEXT,
+    error TEXT,
+    traceback TEXT,
+    state TEXT NOT NULL,
+    signals TEXT,
+    "to" TEXT,
+    awaits TEXT,
+    joining INTEGER NOT NULL,
+    first_child INTEGER,
+    PRIMARY KEY (instance, seq)
+) STRICT, WITHOUT ROWID;
 INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
 """
 _MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND)
 """The script at position n brings a file from version n to n + 1."""
 
 _ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
-    "i.has_inbox", "EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id)"
+    "i.has_inbox", "EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id AND consumed = 0)"
 )
 _ROW_TO_CLAIM = _ROW.replace("i.claim,", "i.claim + 1,")
 """The row as it will be under the claim that is about to be made."""
@@ -2711,6 +2806,9 @@ WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
 # A consumed signal that has a dedup_key leaves it behind, so that a redelivery stays a no-op while the instance lives.
 _CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
 _CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
+# With a history it stays, marked with the number of the claim that consumed it, so that it can come back.
+_KEEP_CONSUMED = "UPDATE durable_signals SET consumed = ? WHERE id = ? AND consumed = 0"
+_KEEP_INBOX = "UPDATE durable_signals SET consumed = ? WHERE target = ? AND consumed = 0 RETURNING id, name, 0"
 _HAS_SIGNALS = "SELECT 1 FROM durable_signals LIMIT 1"
 _EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ? RETURNING id, name, consumed"
 
@@ -2739,7 +2837,7 @@ _FOR_UPDATE = f"SELECT {_ROW}, i.status, i.parked_on FROM durable_instances i WH
 _END = """
 UPDATE durable_instances SET
     status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL,
-    awaits = NULL, await_deadline = NULL, joining = 0, updated_at = ?
+    awaits = NULL, await_deadline = NULL, joining = 0, updated_at = ?, claim = claim + 1
 WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
 """
 _REQUEST_CANCEL = """
@@ -2774,6 +2872,27 @@ SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE fires_at > ? AND fires_a
 _SAVE_SCHEDULE = f"""
 INSERT OR REPLACE INTO durable_schedules ({_SCHEDULE_COLUMNS}) VALUES ({", ".join("?" * len(_ScheduleRow._fields))})
 """
+_ENTRY_COLUMNS = ", ".join(f'"{name}"' for name in _Entry._fields)
+_RECORD = f"INSERT INTO durable_transitions ({_ENTRY_COLUMNS}) VALUES ({', '.join('?' * len(_Entry._fields))})"
+_HISTORY = "SELECT {} FROM durable_transitions WHERE instance = ? ORDER BY seq".format(
+    ", ".join(f'"{field.name}"' for field in attrs.fields(Transition))
+)
+_ENTRIES_FROM = f"SELECT {_ENTRY_COLUMNS} FROM durable_transitions WHERE instance = ? AND seq >= ? ORDER BY seq"
+_LATEST_OF_STEP = """
+SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kind NOT IN ('rewind', 'cancel')
+"""
+_STEP_OF_RUN = "SELECT step FROM durable_transitions WHERE instance = ? AND seq = ?"
+# What stood is the history's; the row goes on under a claim number of its own, which a late outcome doesn't have.
+_REWIND = """
+UPDATE durable_instances SET
+    status = 'runnable', step = ?2, state = ?3, awaits = ?4, joining = ?5, eligible_at = ?6, updated_at = ?6,
+    attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
+    parked_on = NULL, claim = claim + 1
+WHERE id = ?1 AND status <> 'executing'
+"""
+_RETENTION = "SELECT retention FROM durable_instances WHERE id = ?"
+_BRING_BACK = "UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ?"
+_DETACH = "UPDATE durable_instances SET parent_id = NULL WHERE parent_id = ? AND id >= ?"
 _UNSCHEDULE = "DELETE FROM durable_schedules WHERE name = ?"
 _PAUSE_SCHEDULES = "UPDATE durable_schedules SET is_paused = 1, next_at = NULL, fires_at = NULL"
 _FILE_ID = "SELECT value FROM durable_meta WHERE key = 'file_id'"
@@ -2782,12 +2901,19 @@ _LIST_SCHEDULES = "SELECT {} FROM durable_schedules ORDER BY name".format(_colum
 # A finished child waits for its parent's join: `joining` stays set until the step after the join makes progress.
 _SWEEP = """
 SELECT id, updated_at FROM durable_instances c
-WHERE (status = 'done' OR status = 'failed') AND (updated_at, id) > (?, ?) AND updated_at < ?
+WHERE (status = 'done' OR status = 'failed') AND retention IS ? AND (updated_at, id) > (?, ?) AND updated_at < ?
     AND NOT EXISTS (SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND p.joining
         AND p.status NOT IN ('done', 'failed'))
 ORDER BY updated_at, id LIMIT ?
 """
-_COLLECT = "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')"
+_NEXT_RETENTION = """
+SELECT min(retention) FROM durable_instances WHERE (status = 'done' OR status = 'failed') AND retention > ?
+"""
+_COLLECT = (
+    "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')",
+    "DELETE FROM durable_signals WHERE target = ?",
+    "DELETE FROM durable_transitions WHERE instance = ?",
+)
 _COLLECT_BUCKETS = """
 DELETE FROM durable_buckets WHERE key IN (
     SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
@@ -2832,7 +2958,7 @@ _AUDITS = {
             SELECT 1 FROM durable_instances c WHERE c.parent_id = p.id AND c.status NOT IN ('done', 'failed'))""",
     "ended rows with an inbox": """
         SELECT DISTINCT target FROM durable_signals JOIN durable_instances i ON i.id = target
-        WHERE i.status IN ('done', 'failed')""",
+        WHERE i.status IN ('done', 'failed') AND NOT consumed""",
     "signals without an instance": """
         SELECT DISTINCT target FROM durable_signals WHERE target NOT IN (SELECT id FROM durable_instances)""",
     "rows whose state, result or awaits is no JSON": """
@@ -2860,6 +2986,8 @@ _AUDITS = {
     "schedules whose latest instance is another's (by name)": """
         SELECT s.name FROM durable_schedules s JOIN durable_instances i ON i.id = s.last_id
         WHERE i.schedule IS NOT s.name""",
+    "runs of an instance that is not in the file (by its id)": """
+        SELECT DISTINCT instance FROM durable_transitions WHERE instance NOT IN (SELECT id FROM durable_instances)""",
     "counters below zero": """
         SELECT id FROM durable_instances WHERE min(attempt, crashes, claim) < 0 OR weight < 1""",
 }
@@ -3045,6 +3173,14 @@ def _keep_for_ever(connections: list[apsw.Connection]) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
+class _SweepPosition(NamedTuple):
+    """Where a sweep of ended rows goes on: within those of one retention, in the order of their ends."""
+
+    retention: int | None = None
+    updated_at: int = 0
+    id: int = 0
+
+
 class _Ending(NamedTuple):
     """How an instance ended, if its status says that it has."""
 
@@ -3143,6 +3279,17 @@ class _Reader:
 
     def workers(self) -> list[Worker]:
         return [_make_worker(row) for row in self._rows(_WORKERS)]
+
+    def history(self, instance: int) -> list[Transition]:
+        return [_make_transition(row) for row in self._rows(_HISTORY, (instance,))]
+
+    def latest_run(self, instance: int, step_name: str) -> int | None:
+        """Return the number of the latest run of a step, if there is one in the history."""
+        return cast("int | None", self._rows(_LATEST_OF_STEP, (instance, step_name))[0][0])
+
+    def step_of_run(self, instance: int, seq: int) -> str | None:
+        rows = self._rows(_STEP_OF_RUN, (instance, seq))
+        return rows[0][0] if rows else None
 
     def schedules(self) -> list[Schedule]:
         return [_make_schedule(row) for row in self._rows(_LIST_SCHEDULES)]
@@ -3572,7 +3719,11 @@ class _Store:
     def has_unseen(self, target: int, names: str, seen: Iterable[int]) -> bool:
         return self._first(_UNSEEN, (target, names, _encode(list(seen)))) is not None
 
-    def consume(self, ids: Iterable[int]) -> None:
+    def consume(self, ids: Iterable[int], kept_by: int | None) -> None:
+        """Take signals out of the inbox; with a history they stay in the file, marked by the claim."""
+        if kept_by is not None:
+            self.db.executemany(_KEEP_CONSUMED, [(kept_by, one) for one in ids])
+            return
         bindings = [(one,) for one in ids]
         self.db.executemany(_CONSUME, bindings)
         self.db.executemany(_CONSUME_KEYED, bindings)
@@ -3580,9 +3731,10 @@ class _Store:
     def has_signals(self) -> bool:
         return self._first(_HAS_SIGNALS) is not None
 
-    def empty_inbox(self, target: int) -> list[tuple[int, str]]:
-        """Delete an instance's signals; return (id, name) of those that were not consumed."""
-        deleted = cast("Iterable[tuple[int, str, int]]", self.db.execute(_EMPTY_INBOX, (target,)))
+    def empty_inbox(self, target: int, kept_by: int | None = None) -> list[tuple[int, str]]:
+        """Take all of an instance's signals out of its inbox; return (id, name) of those that were not consumed."""
+        statement, bindings = (_EMPTY_INBOX, (target,)) if kept_by is None else (_KEEP_INBOX, (kept_by, target))
+        deleted = cast("Iterable[tuple[int, str, int]]", self.db.execute(statement, bindings))
         return [(signal, name) for signal, name, is_consumed in deleted if not is_consumed]
 
     def has_live_child(self, parent: int) -> bool:
@@ -3650,12 +3802,39 @@ class _Store:
     def file_id(self) -> str:
         return str(self.db.execute(_FILE_ID).get)
 
-    def sweep(self, after: tuple[int, int], before: int, count: int) -> list[tuple[int, int]]:
-        """Return (id, updated_at) of ended rows that are due for collection, oldest first."""
+    def sweep(self, after: _SweepPosition, before: int, count: int) -> list[tuple[int, int]]:
+        """Return (id, updated_at) of ended rows of one retention that are due for collection, oldest first."""
         return cast(list[tuple[int, int]], list(self.db.execute(_SWEEP, (*after, before, count))))
 
+    def next_retention(self, retention: int | None) -> int | None:
+        """Return the next longer retention that ended rows have of their own."""
+        return cast("int | None", self.db.execute(_NEXT_RETENTION, (-1 if retention is None else retention,)).get)
+
     def collect(self, ids: Iterable[int]) -> None:
-        self.db.executemany(_COLLECT, [(one,) for one in ids])
+        bindings = [(one,) for one in ids]
+        for statement in _COLLECT:
+            self.db.executemany(statement, bindings)
+
+    # History
+
+    def record(self, entries: Iterable[_Entry]) -> None:
+        self.db.executemany(_RECORD, entries)
+
+    def entries_from(self, instance: int, seq: int) -> list[_Entry]:
+        return list(map(_Entry._make, self.db.execute(_ENTRIES_FROM, (instance, seq))))
+
+    def retention(self, instance: int) -> int | None:
+        return cast("int | None", self.db.execute(_RETENTION, (instance,)).get)
+
+    def rewind(self, entry: _Entry, state: str, now: int) -> None:
+        self.db.execute(_REWIND, (entry.instance, entry.step, state, entry.awaits, entry.joining, now))
+
+    def bring_back(self, target: int, seq: int) -> None:
+        """Put back into the inbox what that run and later ones have consumed."""
+        self.db.execute(_BRING_BACK, (target, seq))
+
+    def detach(self, parent: int, first_child: int) -> None:
+        self.db.execute(_DETACH, (parent, first_child))
 
     def collect_buckets(self, now: int, count: int) -> int:
         self.db.execute(_COLLECT_BUCKETS, (now, count))
@@ -4116,9 +4295,16 @@ def _check_rate(key: str, weight: int, policy: _Policy | None) -> None:
         raise ValueError(f"weight {weight} is over the burst of rate limit {policy.name!r}, {policy.burst}")
 
 
+def _given_step(given: object) -> str:
+    try:
+        return _step_name(given)
+    except OutcomeError as error:
+        raise ValueError(str(error)) from None
+
+
 def _first_step(spec: _Spec, given: object) -> str:
     try:
-        name = _step_name(given)
+        name = _given_step(given)
         spec.code(name)
     except OutcomeError as error:
         raise ValueError(str(error)) from None
@@ -4162,6 +4348,35 @@ def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None
         1 if insert.correlation_scope is LIVE else _scope_bits(insert.correlation_scope),
         now,
         now,
+        retention=spec.retention_ms,
+    )
+
+
+def _forked_row(old: Instance, insert: Insert, desk: _Desk) -> _NewRow:
+    """Make the row of a fork: the options that are given, and for the rest what the old instance has."""
+    now = desk.now()
+    rate_limit = _limit_key(insert.rate_limit, "rate_limit")
+    if rate_limit is not None:
+        _check_rate(rate_limit, insert.weight, desk.policy(_limit_name(rate_limit)))
+    key = insert.correlation_key
+    return _NewRow(
+        fsm=old.fsm,
+        version=old.version,
+        step=old.step,
+        state="{}",
+        max_attempts=old.max_attempts if insert.max_attempts is None else insert.max_attempts,
+        max_crashes=0,
+        queue=old.queue if insert.queue is None else _text(insert.queue, "queue"),
+        priority=insert.priority,
+        eligible_at=_eligible_at(insert, now),
+        concurrency_key=_limit_key(insert.concurrency_key, "concurrency_key"),
+        rate_limit=rate_limit,
+        weight=insert.weight,
+        parent_id=None,
+        correlation_key=None if key is None else _text(key, "correlation_key"),
+        correlation_scope=_scope_bits(insert.correlation_scope),
+        inserted_at=now,
+        updated_at=now,
     )
 
 
@@ -4251,12 +4466,14 @@ class _Claim:
     """A row in this engine's hands, from its claim to the commit of its outcome."""
 
     __slots__ = (
+        "began_at",
         "behaviour",
         "desk",
         "error",
         "inbox",
         "is_disowned",
         "is_finished",
+        "is_timed_out",
         "row",
         "seen",
         "spec",
@@ -4282,8 +4499,11 @@ class _Claim:
         self.error = error
         """What the step failed with; then it is `handle`'s turn, which is shown no signals and no children."""
         self.started_at = 0.0
+        self.began_at = 0
+        """When it started, in milliseconds since the epoch."""
         self.is_finished = False
         self.is_disowned = False
+        self.is_timed_out = False
 
     @property
     def awaited_ids(self) -> tuple[int, ...]:
@@ -4302,8 +4522,12 @@ class _Claim:
     def failed_with(self, error: BaseException) -> _Claim:
         failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
         failed.seen = self.seen
-        failed.started_at = self.started_at
+        failed.started_at, failed.began_at = self.started_at, self.began_at
+        failed.is_timed_out = self.is_timed_out
         return failed
+
+    def start(self) -> None:
+        self.started_at, self.began_at = time.perf_counter(), self.desk.now()
 
     def open(self) -> Context[Any]:
         return Context(self, _load_state(self.spec.state, self.row.state))
@@ -4314,6 +4538,12 @@ class _Claim:
             return self.open()
         except StateError:
             return Context(self, _decode(self.row.state))
+
+    @property
+    def signal_names(self) -> str | None:
+        """The names of the signals that it was shown as awaited, as JSON."""
+        names = self.row.awaited_names if self.seen else ()
+        return _encode([signal.name for signal in self.seen if signal.name in names]) if names else None
 
 
 _queue_of = operator.attrgetter("row.queue")
@@ -4330,6 +4560,8 @@ class _Commit(NamedTuple):
     children: tuple[_NewRow, ...] = ()
     is_inline: bool = False
     duration: float = 0.0
+    error: BaseException | None = None
+    """What `handle` has answered, for the history."""
 
     @property
     def is_simple(self) -> bool:
@@ -4342,6 +4574,50 @@ class _Commit(NamedTuple):
         change = cast(_Progress, self.change)
         is_new_key = change.concurrency_key is not None and change.concurrency_key != self.claim.row.concurrency_key
         return is_new_key or change.rate_limit is not None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the history keeps it: all of a machine, of a job, whose row says the rest, only failed attempts."""
+        claim = self.claim
+        if not claim.spec.keeps_history:
+            return False
+        return not claim.spec.is_job or (
+            self.kind != "done" and (self.kind != "retry" or cast(_Again, self.change).attempt > claim.row.attempt)
+        )
+
+
+def _reason_of(error: BaseException) -> str | BaseException:
+    return error.reason if isinstance(error, Fail | Cancel) else error
+
+
+def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
+    """Say how a run stands in the history of its instance."""
+    claim, row, change, error = commit.claim, commit.claim.row, commit.change, commit.error
+    if isinstance(change, _Progress):
+        to: str | None = change.step
+        text, traceback = (None, None) if error is None else (_error_text(_reason_of(error)), _traceback_text(error))
+    else:
+        to = row.step if isinstance(change, _Again) else None
+        is_answered = error is not None or not isinstance(change, _Again)
+        text, traceback = (change.last_error, change.traceback) if is_answered else (None, None)
+    return _Entry(
+        instance=row.id,
+        seq=row.claim,
+        step=row.step,
+        attempt=row.attempt,
+        kind="timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind,
+        started_at=claim.began_at,
+        duration=commit.duration * 1000,
+        worker=worker,
+        error=text,
+        traceback=traceback,
+        state=row.state,
+        signals=claim.signal_names,
+        to=to,
+        awaits=row.awaits,
+        joining=row.joining,
+        first_child=first_child,
+    )
 
 
 _CRASH = "crash"
@@ -4375,10 +4651,6 @@ def _describe_stop(outcome: Stop, error: BaseException | None) -> tuple[str, str
 
 def _elapsed(claim: _Claim) -> float:
     return time.perf_counter() - claim.started_at
-
-
-def _reason_of(error: BaseException) -> str | BaseException:
-    return error.reason if isinstance(error, Fail | Cancel) else error
 
 
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Progress | _Again:
@@ -4434,7 +4706,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
         case Stop():
             kind = "stop"
             change = _failed(row, *_describe_stop(outcome, error))
-    return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim))
+    return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim), error)
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -4554,7 +4826,7 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
     User code runs here, in `_execute_async` and in `_ask_handle`; what else is raised is the engine's own, and a crash.
     The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
     """
-    claim.started_at = time.perf_counter()
+    claim.start()
     if claim.error is not None:
         return _recover(claim, claim.error)
     try:
@@ -4594,7 +4866,7 @@ def _await_step(step: Awaitable[Any], guard: _ForkGuard) -> Generator[Any, Any, 
 
 async def _execute_async(claim: _Claim) -> _Commit | BaseException:
     """Run an `async def` step likewise; a CancelledError is raised, for only the caller knows who has cancelled it."""
-    claim.started_at = time.perf_counter()
+    claim.start()
     try:
         code = claim.spec.code(claim.row.step)
         ctx = claim.open()
@@ -5429,6 +5701,87 @@ def _describe_schedule(name: str, spec: _Spec, plan: _Plan, row: _NewRow, *, is_
     )
 
 
+class _Past(NamedTuple):
+    """A run to go back to, and a state to put in the place of what it had; a step without a run has one."""
+
+    seq: int | None
+    step: str
+    state: str | None
+
+
+class _History:
+    """What was run of instances, within one transaction: entered with each outcome, and gone back to on request."""
+
+    def __init__(self, beat: _Beat) -> None:
+        self._beat = beat
+        self._store = beat.store
+        self._is_kept = beat.core.options.history
+
+    # Entries
+
+    def record_all(self, commits: Iterable[_Commit], first_child: int | None = None) -> None:
+        """Enter the runs that these outcomes end."""
+        if self._is_kept:
+            kept = [commit for commit in commits if commit.is_kept]
+            if kept:
+                self._store.record([_entry(commit, self._beat.core.worker_id, first_child) for commit in kept])
+
+    def record(
+        self, row: _Row, kind: str, *, seq: int | None = None, worker: str | None = None, error: str | None = None
+    ) -> None:
+        """Enter what was done to a row by another than its step."""
+        spec = _registry.get((row.fsm, row.version))
+        if self._is_kept and (spec is None or spec.keeps_history):
+            number = row.claim if seq is None else seq
+            to = row.step if kind == "rewind" else None
+            past = (row.step, row.attempt, kind, self._beat.now, 0.0, worker, error, None, row.state)
+            self._store.record([_Entry(row.id, number, *past, None, to, row.awaits, row.joining, None)])
+
+    def kept_by(self, claim: _Claim) -> int | None:
+        """Return the number by which what that run consumes is marked; None where no history is kept."""
+        return claim.row.claim if self._is_kept and claim.spec.keeps_history else None
+
+    # Going back
+
+    def rewind(self, instance: int, past: _Past) -> None:
+        """Have an instance stand again before one of its runs."""
+        row, status = self._row(instance)
+        if status == Status.EXECUTING:
+            raise DurableError(f"instance {instance} is executing: wait for its step, or cancel it, to rewind it")
+        entry, later = self._find(row, past)
+        self._beat.refuse_taken_key(instance)
+        children = [one.first_child for one in later if one.first_child is not None]
+        if children:
+            self._store.detach(instance, min(children))
+        self._store.bring_back(instance, entry.seq)
+        self._store.rewind(entry, entry.state if past.state is None else past.state, self._beat.now)
+        self.record(row._replace(step=entry.step), "rewind", seq=row.claim + 1)
+
+    def fork(self, instance: int, past: _Past, template: _NewRow) -> int:
+        """Insert a new instance that goes on from before a run of another."""
+        row, _ = self._row(instance)
+        entry, _ = self._find(row, past)
+        state = entry.state if past.state is None else past.state
+        new = template._replace(max_crashes=row.max_crashes, retention=self._store.retention(instance))
+        return self._beat.insert(new._replace(step=entry.step, state=state))
+
+    def _row(self, instance: int) -> tuple[_Row, str]:
+        found = self._store.row(instance)
+        if found is None:
+            raise NotFoundError(f"no instance has the id {instance}")
+        return found[0], found[1]
+
+    def _find(self, row: _Row, past: _Past) -> tuple[_Entry, list[_Entry]]:
+        """Find the run that is meant, and those from it on; a step that never ran stands for itself."""
+        if past.seq is None:
+            before = (past.step, 0, "rewind", self._beat.now, 0.0, None, None, None, cast(str, past.state))
+            return _Entry(row.id, row.claim + 1, *before, None, None, None, 0, None), []
+        entries = self._store.entries_from(row.id, past.seq)
+        if not entries:
+            raise NotFoundError(f"the run {past.seq} of instance {row.id} has been collected")
+        return entries[0], entries
+
+
 class _Schedules:
     """The schedules of the file, within one transaction: rows that say when to insert which instance.
 
@@ -5608,6 +5961,7 @@ class _Beat:
         self._paused: dict[str, bool] = {}
         self._known: dict[tuple[str, int], tuple[_Spec, object]] = {}
         self._wants_steps = core.hub.wants("step.stop")
+        self.history = _History(self)
 
     def run(
         self,
@@ -5667,6 +6021,7 @@ class _Beat:
         is_held = self.store.settle_many(leaving, self.now) and self.store.advance_many(staying, self.now)
         if not is_held:
             raise _StaleError
+        self.history.record_all(run)
         for commit in leaving:
             self._left(commit, commit.change)
         for commit in staying:
@@ -5708,28 +6063,28 @@ class _Beat:
 
     def _write(self, commit: _Commit) -> _Change | None:
         """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
-        row, change = commit.claim.row, commit.change
+        row, change, first_child = commit.claim.row, commit.change, None
         if commit.is_inline and self._may_go_on(commit):
             if not self.store.advance_many([commit], self.now):
                 return None
             change = cast(_Progress, change)._replace(status=Status.EXECUTING)
         else:
-            change = self._parked(commit)
+            first_child = next(filter(None, self.insert_all(commit.children)), None) if commit.children else None
+            change = self._parked(commit, first_child)
             if not self.store.settle(row, change, self.now):
                 return None
+        self.history.record_all((commit,), first_child)
         if commit.shown and commit.kind in ("next", "children"):
-            self.store.consume(commit.shown)
+            self.store.consume(commit.shown, self.history.kept_by(commit.claim))
         return change
 
-    def _parked(self, commit: _Commit) -> _Change:
-        """Insert the children, and look whether there is anything to park for."""
+    def _parked(self, commit: _Commit, first_child: int | None) -> _Change:
+        """Look whether there is anything to park for."""
         row, change = commit.claim.row, commit.change
         if not isinstance(change, _Progress):
             return change
         if commit.kind == "children":
-            ids = self.insert_all(commit.children)
-            has_children = any(one is not None for one in ids)
-            return change if has_children else change._replace(status=Status.RUNNABLE)
+            return change if first_child is not None else change._replace(status=Status.RUNNABLE)
         if commit.kind == "await":
             if self.store.has_unseen(row.id, cast(str, change.awaits), commit.shown):
                 return change._replace(status=Status.RUNNABLE, await_deadline=None)
@@ -5816,7 +6171,7 @@ class _Beat:
     def _empty_inbox(self, claim: _Claim) -> None:
         """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
         row, seen = claim.row, {signal.id for signal in claim.seen}
-        for signal, name in self.store.empty_inbox(row.id):
+        for signal, name in self.store.empty_inbox(row.id, self.history.kept_by(claim)):
             if signal not in seen:
                 message = "instance %d is done: the signal %r, which came while its last step ran, is dropped unseen"
                 self.log(_log.warning, message, row.id, name, extra=_log_details(row))
@@ -5843,6 +6198,7 @@ class _Beat:
         if reason is not None:
             change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
+            self.history.record_all((commit._replace(kind="cancel", change=change),))
             self._left(commit._replace(kind="stop"), change)
             return
         self.left.append(commit.claim)
@@ -5964,6 +6320,7 @@ class _Beat:
             self._left(_Commit(claim, "stop", change), change)
             return True
         self.store.end(instance, reason, self.now)
+        self.history.record(row, "cancel", seq=row.claim + 1, error=reason)
         self._departed(row, Status.FAILED)
         if row.rate_limit is not None and status == Status.RUNNABLE and parked_on is None:
             self._poked_buckets.add(row.rate_limit)
@@ -5974,13 +6331,17 @@ class _Beat:
         status = self.store.status(instance)
         if status is None:
             raise NotFoundError(f"no instance has the id {instance}")
-        key, scope = self.store.carried_key(instance)
         if status != Status.FAILED:
             raise DurableError(f"instance {instance} has not failed, it is {status}: only a failed one can be retried")
+        self.refuse_taken_key(instance)
+        self.store.revive(instance, self.now)
+
+    def refuse_taken_key(self, instance: int) -> None:
+        """Refuse to bring back an instance whose correlation key another occupies by now."""
+        key, scope = self.store.carried_key(instance)
         occupant = self.store.occupant(key) if key is not None and scope else None
         if occupant is not None and occupant[0] != instance:
             raise DuplicateError(cast(str, key), occupant[0])
-        self.store.revive(instance, self.now)
 
     def fire_timeouts(self) -> int:
         return self._fire_awaits(_END_OF_TIME)
@@ -5991,6 +6352,7 @@ class _Beat:
         for row in rows:
             change = _crashed(row, cause, self.now)
             self.store.settle(row, change, self.now, row.cancel_reason)
+            self.history.record(row, "crash", worker=worker, error=change.last_error)
             self._departed(row, change.status)
             if isinstance(change, _Finish) and change.status == Status.FAILED:
                 self.failures.append((row, change))
@@ -6046,6 +6408,7 @@ class _Beat:
         elif (reason := self.store.cancel_reason(row)) is not None:
             change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
+            self.history.record(row, "cancel", error=reason)
             self._departed(row, change.status)
 
     def cancel_unstarted(self, row: _Row, reason: str) -> None:
@@ -6057,16 +6420,19 @@ class _Beat:
             self.store.settle(row, change, self.now, reason)
             self._left(_Commit(claim, "stop", change), change)
 
-    def collect(self, after: tuple[int, int], count: int) -> tuple[int, tuple[int, int] | None]:
-        """Delete up to so many ended rows older than the retention; return how many, and where to go on."""
-        rows = self.store.sweep(after, self.now - self.core.options.retention_ms, count)
+    def collect(self, after: _SweepPosition, count: int) -> tuple[int, _SweepPosition | None]:
+        """Delete up to so many ended rows older than their retention; return how many, and where to go on."""
+        retention = self.core.options.retention_ms if after.retention is None else after.retention
+        rows = self.store.sweep(after, self.now - retention, count)
         self.store.collect(instance for instance, _ in rows)
         buckets = self.store.collect_buckets(self.now, count)
         if rows or buckets:
             self.tell("gc.swept", {"count": len(rows) + buckets}, {})
-        is_more = len(rows) == count or buckets == count
-        instance, updated_at = rows[-1] if rows else (after[1], after[0])
-        return len(rows) + buckets, (updated_at, instance) if is_more else None
+        if len(rows) == count:
+            instance, updated_at = rows[-1]
+            return len(rows) + buckets, after._replace(updated_at=updated_at, id=instance)
+        following = self.store.next_retention(after.retention)
+        return len(rows) + buckets, None if following is None else _SweepPosition(following)
 
     def runnable_queues(self) -> Iterator[str]:
         queue = self.store.next_queue("")
@@ -6350,8 +6716,9 @@ class _Options:
     heartbeat_ms: int = _option(20, _positive_ms, alias="heartbeat_interval")
     poll_s: float = _option(0.05, _positive_seconds, alias="poll_interval")
     drain_s: float = _option(5, _seconds, alias="drain_timeout")
-    retention_ms: int = _option(dt.timedelta(days=1), _duration_ms, alias="retention")
+    retention_ms: int = _option(dt.timedelta(days=1), _retention_ms, ValueError, alias="retention")
     gc_ms: int = _option(60, _positive_ms, alias="gc_interval")
+    history: bool = _option(True, _boolean)
     synchronous: str = _option("full", _check_synchronous)
     clock: Callable[[], float] = _option(time.time, _check_clock)
 
@@ -6436,6 +6803,7 @@ class _Behaviours:
 
 
 def _timeout_error(claim: _Claim) -> TimeoutError:
+    claim.is_timed_out = True
     return TimeoutError(f"step {claim.row.step!r} took over {claim.spec.timeout_s:g} s")
 
 
@@ -6495,7 +6863,7 @@ class _Agenda:
     regroup: Callable[[_Beat], object] | None = None
     """How the lines of limits are to be formed anew; None once that is committed."""
     gc_at: int = 0
-    sweep_from: tuple[int, int] | None = None
+    sweep_from: _SweepPosition | None = None
     """Where a sweep that is under way goes on."""
     failure: Exception | None = None
     """What storage said last, until it works again."""
@@ -7537,7 +7905,7 @@ class _Scheduler:
         now = self.desk.now()
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
-            self._agenda.sweep_from = (0, 0)
+            self._agenda.sweep_from = _SweepPosition()
         if self._agenda.sweep_from is not None and time.monotonic() >= self._agenda.retry_at:
             self.post(self._sweep)
 
@@ -7627,7 +7995,7 @@ class _Scheduler:
             self._agenda.regroup = None
 
     def _sweep(self, beat: _Beat) -> None:
-        _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or (0, 0), self.SWEPT_AT_ONCE)
+        _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or _SweepPosition(), self.SWEPT_AT_ONCE)
 
     def _expire_steps(self, monotonic: float) -> None:
         for claim, pool in self._timeouts.take_expired(monotonic):
@@ -7825,6 +8193,7 @@ class _EngineOptions(TypedDict, total=False):
     drain_timeout: _Duration
     retention: _Duration
     gc_interval: _Duration
+    history: bool
     synchronous: str
     clock: Callable[[], float]
 
@@ -7880,7 +8249,9 @@ class Engine:
       and how often it beats
     * `poll_interval` (0.05): seconds within which another process's commit is seen
     * `drain_timeout` (5): seconds that `stop` waits for running steps
-    * `retention` (1 day), `gc_interval` (60): seconds that ended rows are kept, and how often they are collected
+    * `retention` (1 day), `gc_interval` (60): seconds that ended rows are kept, unless their class says how long
+      (`math.inf`: for ever), and how often they are collected
+    * `history` (True): keep what this engine has run, for `history`, `rewind` and `fork`; False keeps none
     * `synchronous` ("full"): "full" survives a power cut, "normal" a crash of the process
     * `clock` (time.time): seconds since the epoch
 
@@ -8098,6 +8469,64 @@ class Engine:
         _text(queue, "queue")
         self._core.perform(lambda beat: beat.store.resume(queue))
 
+    # The past
+
+    def history(self, target: int | str) -> list[Transition]:
+        """Return what was run of an instance, oldest first, as far as it is kept: see the class option `history`.
+
+        Raises `NotFoundError`.
+        """
+        self._core.check_open()
+        return self._core.reader.history(self._core.reader.identify(target))
+
+    def rewind(self, target: int | str, to: Any, *, state: Any = None) -> None:
+        """Have an instance stand again before the run `to` of its history: a `seq`, or a step, its latest run.
+
+        It is runnable now, at that step, with the state that it had then, unless another is given; with what it
+        awaited, attempt and crashes 0, its inbox as it stood then, in the queue and under the key and rate limit that
+        it has. Children that the run or later ones inserted go on without a parent. What was done outside the file
+        stays done: whether it may be done again is the caller's to know.
+
+        Raises `NotFoundError`; `DurableError` if it is executing; `DuplicateError` if its correlation key is taken by
+        now; `StateError`; `ValueError` for a run that its history does not have (a step that never ran will do if
+        `state` is given). Nothing is changed then.
+        """
+        self._core.check_open()
+        old = self._core.reader.get(target)
+        past = self._past(old, to, state)
+        self._core.perform(lambda beat: beat.history.rewind(old.id, past))
+
+    def fork(self, target: int | str, to: Any, **options: Unpack[_InsertOptions]) -> int:
+        """Insert a new instance that goes on from before the run `to` of another, and return its id.
+
+        `to` is that of `rewind`, and so is `state` among the options, which are those of `Insert`. The new one has the
+        class, the version and the queue of the old one, which is left alone; no key and no parent, an empty inbox and
+        a history of its own. Errors are those of `rewind` and `insert`.
+        """
+        self._core.check_open()
+        old = self._core.reader.get(target)
+        past = self._past(old, to, options.pop("state", None))
+        for name in ("args", "step"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is no option of a fork: `to` says where it starts, `state` with what")
+        template = _forked_row(old, _make_insert(old.fsm, options), self._core.desk)
+        return cast(int, self._core.perform(lambda beat: beat.history.fork(old.id, past, template)))
+
+    def _past(self, old: Instance, to: Any, state: Any) -> _Past:
+        """Find a run in an instance's history, and check the state to put in the place of its own."""
+        spec = _registry.get((old.fsm, old.version))
+        text = None if state is None else _dump_state(spec and spec.state, state)
+        if isinstance(to, int) and not isinstance(to, bool):
+            step_name = self._core.reader.step_of_run(old.id, _integer(to, "to (a run's seq)", 0))
+            if step_name is None:
+                raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {to!r}")
+            return _Past(to, step_name, text)
+        step_name = _given_step(to) if spec is None else _first_step(spec, to)
+        seq = self._core.reader.latest_run(old.id, step_name)
+        if seq is None and text is None:
+            raise ValueError(f"step {step_name!r} is not in the history of instance {old.id}: give the state, too")
+        return _Past(seq, step_name, text)
+
     # Schedules
 
     def schedule(
@@ -8191,7 +8620,7 @@ class Engine:
     def gc(self) -> int:
         """Collect what is older than `retention` now; return the number of rows deleted."""
         total = 0
-        after: tuple[int, int] | None = (0, 0)
+        after: _SweepPosition | None = _SweepPosition()
         while after is not None:
             count, after = self._core.perform(functools.partial(_Beat.collect, after=after, count=500))
             total += count

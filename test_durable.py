@@ -300,7 +300,7 @@ StateError UnknownFSMError UnknownLimitError
 NAMES = f"""
 FSM step job Context Signal Cron Every
 Next Retry Await ScheduleChildren Done Stop Fail Cancel
-Engine Insert insert_into Instance Status LIVE KEEP RateLimit Event Worker Schedule
+Engine Insert insert_into Instance Status LIVE KEEP RateLimit Event Worker Schedule Transition
 DurableError {ERRORS}
 """
 
@@ -2861,6 +2861,7 @@ def test_the_options_of_an_engine_have_the_defaults_of_the_contract() -> None:
         "drain_timeout": 5,
         "retention": timedelta(days=1),
         "gc_interval": 60,
+        "history": True,
         "synchronous": "full",
         "clock": time.time,
     }
@@ -5453,7 +5454,7 @@ def test_a_signal_that_the_last_step_was_not_shown_is_told_of(
     ]
     told = [record for record in caplog.records if "dropped unseen" in record.getMessage()]
     assert [(record.levelno, cast(Any, record).id) for record in told] == [(logging.WARNING, ident)] * 2
-    assert ask(running, "select count(*) from durable_signals") == [(0,)]
+    assert ask(running, "select count(*) from durable_signals where not consumed") == [(0,)]
 
 
 def test_what_the_last_run_was_shown_is_dropped_without_a_word(
@@ -5483,7 +5484,7 @@ def test_a_terminal_outcome_empties_the_inbox(make_engine: MakeEngine, outcome: 
     engine.signal(ident, "other")
     engine.signal(ident, "go")
     engine.drain()
-    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
+    assert ask(engine, "select count(*) from durable_signals where not consumed") == [(0,)]
     if engine.get(ident).status is Status.FAILED:
         engine.retry(ident)
         engine.drain()
@@ -13422,7 +13423,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
     ),
     "claims are given back by whoever held them once": reworded("_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL"),
     "awaited signals are not consumed": replaced(durable._Store, "consume", nothing),
-    "a consumed signal leaves no dedup key": reworded("_CONSUME", "AND dedup_key IS NULL", ""),
+    "a consumed signal leaves no dedup key": reworded("_KEEP_CONSUMED", "SET", "SET dedup_key = NULL,"),
     "dedup keys are ignored": bent(
         durable._Store,
         "deliver",
