@@ -936,7 +936,8 @@ class Insert:
     * `queue`, `priority` (lower runs first)
     * `schedule_at` (an aware datetime) or `schedule_in` (seconds or a timedelta): not to run before
     * `correlation_key`, unique among instances in the statuses of `correlation_scope`
-    * `concurrency_key`, `rate_limit`, `weight`: limits of the first step
+    * `concurrency_key`, `rate_limit`, `weight`: limits of the first step. A thread over its `timeout` counts no more
+      for its key, though its code may run on
     * `max_attempts`: jobs only
     """
 
@@ -1049,7 +1050,8 @@ class Next:
     """Go on with another step, at once. `state` left out means `ctx.state`, as the step leaves it.
 
     `rate_limit`, `weight` and `concurrency_key` are the limits of that step: the key is kept unless another is
-    given, `None` releases it. `inline=True` runs it on the claim already held, if its limits admit it.
+    given, `None` releases it. `inline=True` runs it on the claim already held, if its limits admit it, and if nobody
+    has been kept waiting for over 100 ms.
     """
 
     step: str = attrs.field(converter=_step_name)
@@ -2040,8 +2042,10 @@ class FSM:
     * `state`: attrs class of the state, a nested `State` unless given; none: a plain dict
     * `max_attempts` (20): of a job
     * `max_crashes` (20): crashes in a row after which an instance fails
-    * `timeout` (none): seconds that one run of a step may take
-    * `inline` (False): run a `Next` in the same worker, on the same claim
+    * `timeout` (none): seconds that one run of a step may take. A coroutine is cancelled then; a thread can't be: its
+      instance and its concurrency key go on without it while its code runs on, which `ctx.cancelled` may end
+    * `inline` (False): run a `Next` in the same worker, on the same claim, for 100 ms at most while others wait for
+      the slot or the key
     * `retention` (the engine's): seconds or a timedelta that an instance is kept after its end, stored with it, so that
       every engine on the file keeps to it; `math.inf` for ever
     * `history` (True): keep what was run of it, for `Engine.history`, `rewind` and `fork`: of a machine everything, of
@@ -4471,6 +4475,7 @@ class _Claim:
         "desk",
         "error",
         "inbox",
+        "inline_since",
         "is_disowned",
         "is_finished",
         "is_timed_out",
@@ -4501,6 +4506,8 @@ class _Claim:
         self.started_at = 0.0
         self.began_at = 0
         """When it started, in milliseconds since the epoch."""
+        self.inline_since: float | None = None
+        """Since when it has gone on inline, or was last seen to keep nobody waiting; None for a first step."""
         self.is_finished = False
         self.is_disowned = False
         self.is_timed_out = False
@@ -4524,6 +4531,7 @@ class _Claim:
         failed.seen = self.seen
         failed.started_at, failed.began_at = self.started_at, self.began_at
         failed.is_timed_out = self.is_timed_out
+        failed.inline_since = self.inline_since
         return failed
 
     def start(self) -> None:
@@ -5565,11 +5573,12 @@ class _Admission:
         self._buckets: dict[str, tuple[_Policy, int]] = {}
         self._charged: set[str] = set()
         self._heads: dict[tuple[str, str], tuple[int, int, int] | None] = {}
+        self._promised: dict[str, list[tuple[int, int, int]]] = {}
 
     def refusal(self, row: _Row) -> str | None:
         """Charge a row's key and bucket and return None; or charge neither and return what it has to wait for."""
         key, rate = row.concurrency_key, row.rate_limit
-        if key is not None and (self._is_behind(f"key:{key}", row) or self.slots(key) <= 0):
+        if key is not None and (self._is_behind(f"key:{key}", row) or self._free_for(key, row) <= 0):
             return f"key:{key}"
         if rate is not None:
             policy, level = self.bucket(rate)
@@ -5581,6 +5590,8 @@ class _Admission:
             self._charged.add(rate)
         if key is not None:
             self._slots[key] -= 1
+            if key in self._promised:
+                self._promised[key] = [one for one in self._promised[key] if one != _order(row)]
         return None
 
     def slots(self, key: str) -> int:
@@ -5588,6 +5599,18 @@ class _Admission:
         if key not in self._slots:
             self._slots[key] = self._limits.get(_limit_name(key), 1) - self._store.executing(key)
         return self._slots[key]
+
+    def promise(self, key: str, orders: Iterable[tuple[int, int, int]]) -> None:
+        """Keep slots of a key for rows that are let out of its line: who comes after them may be met before them.
+
+        Queues are gone through one after the other, and the order within a key holds over all of them.
+        """
+        self._promised[key] = list(orders)
+
+    def _free_for(self, key: str, row: _Row) -> int:
+        """How many slots of a key there are but for those promised to others that come before the row."""
+        free = self.slots(key)
+        return free - sum(one < _order(row) for one in self._promised.get(key, ())) if self._promised else free
 
     def forget(self, key: str) -> None:
         """Count a key's rows anew: one has left."""
@@ -5601,6 +5624,7 @@ class _Admission:
         self._slots.clear()
         self._buckets.clear()
         self._heads.clear()
+        self._promised.clear()
 
     def bucket(self, rate: str) -> tuple[_Policy, int]:
         """Return a bucket's policy and its level now. One that is not in the file is full."""
@@ -6094,11 +6118,33 @@ class _Beat:
     def _may_go_on(self, commit: _Commit) -> bool:
         """Ask whether an inline step may run on the claim already held."""
         row = commit.claim.row
-        is_free = not self.core.is_stopping and not self._is_paused(row.queue)
+        is_free = not self.core.is_stopping and not self._is_paused(row.queue) and not self._keeps_waiting(commit)
         if is_free and (not commit.is_asking or self._admit(commit)):
             return True
         self.tell("inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": cast(_Progress, commit.change).step})
         return False
+
+    def _keeps_waiting(self, commit: _Commit) -> bool:
+        """Whether somebody waits for the slot, or the key, that an inline run has held for long enough.
+
+        Looked for only then, and again only after as long: most runs never pay for it.
+        """
+        claim, instant = commit.claim, time.perf_counter()
+        since = claim.started_at if claim.inline_since is None else claim.inline_since
+        if instant - since < self.core.INLINE_S:
+            return False
+        key, kept = claim.row.concurrency_key, cast(_Progress, commit.change).concurrency_key
+        if self._has_due(claim.row.queue) or (key is not None and key == kept and self.store.line_queues(f"key:{key}")):
+            return True
+        claim.inline_since = instant
+        return False
+
+    def _has_due(self, queue: str) -> bool:
+        """Whether a row of the queue could run if there were room for it."""
+        head = self.store.next_priority(queue, -_MAX_INTEGER - 1)
+        while head is not None and head[1] > self.now:
+            head = self.store.next_priority(queue, head[0])
+        return head is not None
 
     def _is_paused(self, queue: str) -> bool:
         """Whether a queue was paused when the beat began."""
@@ -6137,7 +6183,9 @@ class _Beat:
         self.left.append(claim)
         self.kinds.append(commit.kind)
         inbox = self.store.inbox(row.id) if self._may_have_signals() else _NO_SIGNALS
-        self.claims.append(_Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, inbox))
+        following = _Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, inbox)
+        following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
+        self.claims.append(following)
         if self._wants_steps:
             self._tell_step(commit)
         if self.core.hub.wants("inline.continue"):
@@ -6501,11 +6549,13 @@ class _Beat:
         count = max(1, self.admission.slots(key))
         queues = self.store.line_queues(parked_on)
         shares = dict.fromkeys(queues, count)
-        if len(queues) > 1:
+        if len(queues) > 1 or (queues and self.core.has_several_queues):
             served = [queue for queue in queues if self.core.serves(queue, self)]
             heads = heapq.merge(*(self.store.line_start(parked_on, queue, count) for queue in served))
-            first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
-            shares.update((queue, first[queue]) for queue in served)
+            first = list(itertools.islice(heads, count))
+            self.admission.promise(key, (head[:3] for head in first))
+            tally = collections.Counter(queue for *_, queue in first)
+            shares.update((queue, tally[queue]) for queue in served)
         for queue, share in shares.items():
             self.store.unpark(parked_on, queue, share)
 
@@ -7287,6 +7337,8 @@ class _Scheduler:
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
     REQUESTS_AT_ONCE = 5000
+    INLINE_S = 0.1
+    """For how long an instance may go on inline before it is looked whether it keeps others waiting."""
     fired_until: int = 0
     """Up to when the schedules were looked at: what is left there can't be fired by this engine."""
     SWEPT_AT_ONCE = 500
@@ -7763,6 +7815,11 @@ class _Scheduler:
         leaving = operator.countOf(map(_queue_of, beat.left), queue)
         coming = operator.countOf(map(_queue_of, beat.claims), queue)
         return self._pools[queue].width + self.options.prefetch - self._in_flight[queue] + leaving - coming
+
+    @property
+    def has_several_queues(self) -> bool:
+        """Whether rows of more than one queue may be claimed here."""
+        return len(self._pools) > 1 or self._drain is not None
 
     def serves(self, queue: str, beat: _Beat) -> bool:
         """Whether this engine is about to claim from a queue."""
@@ -8243,7 +8300,8 @@ class Engine:
     * `queues` ({"default": 10}): how many steps of each queue run at once; `{}` makes a client that runs nothing
     * `fsms` (): objects to run classes with that can't be made without arguments
     * `rate_limits` ({}): `RateLimit` by name, kept in the file
-    * `concurrency_limits` ({}): how many instances of one concurrency key execute at once, by the key's name
+    * `concurrency_limits` ({}): how many instances of one concurrency key execute at once, by the key's name; a step
+      over its `timeout` is not counted, though a thread's code may run on
     * `prefetch` (0): rows to claim ahead for each queue
     * `lease_ttl` (60), `heartbeat_interval` (20): seconds after which a worker that does not beat loses its claims,
       and how often it beats

@@ -6823,6 +6823,12 @@ class InlinePair(Pair, inline=True):
     """The same, on the claim already held."""
 
 
+def patient(engine: Engine, inline_s: float = math.inf) -> Engine:
+    """The engine, with so many seconds that a run may go on inline while others wait, however slow the machine is."""
+    engine._core.INLINE_S = inline_s
+    return engine
+
+
 @pytest.mark.parametrize(
     ("fsm", "options", "order"),
     [
@@ -6837,7 +6843,7 @@ def test_inline_next_skips_the_queue(
 ) -> None:
     """With `inline`, of the class or of the `Next`, the next step runs before others that came first."""
     pair = fsm()
-    engine = make_engine(fsms=[pair], queues={"default": 1})
+    engine = patient(make_engine(fsms=[pair], queues={"default": 1}))
     ids = insert_many(engine, [Insert(fsm, state=options, correlation_key=key) for key in "ab"])
     engine.start()
     for who in ids:
@@ -6876,7 +6882,7 @@ def test_inline_step_takes_its_tokens(make_engine: MakeEngine) -> None:
 
 def test_inline_step_keeps_the_slot_that_it_holds(make_engine: MakeEngine, desk: Desk) -> None:
     """The claim goes on and so does its slot: who waits for the key comes after the last inline step."""
-    engine = visited(make_engine, desk)
+    engine = patient(visited(make_engine, desk))
     first, second = (engine.insert(Visitor, concurrency_key="k") for _ in range(2))
     desk.expect(first)
     parked(engine, second, "key:k")
@@ -6896,6 +6902,72 @@ def test_cancelled_instance_goes_no_further_inline(make_engine: MakeEngine, desk
     desk.send_off(who, Next("start", inline=True))
     assert engine.wait(who, PATIENCE).last_error == "enough"
     assert desk.arrivals == [who]
+
+
+class Looping(FSM, queue="loops", inline=True):
+    """Goes on for ever, inline unless its state says otherwise."""
+
+    @step
+    def start(self, ctx: Ctx) -> Next:
+        return Next("start", inline=ctx.state.get("inline"))
+
+
+WAITING: dict[str, dict[str, Any]] = {
+    "for the slot": {"queue": "loops"},
+    "for the slot, urgent": {"queue": "loops", "priority": -1},
+    "for the slot, not urgent": {"queue": "loops", "priority": 1},
+    "for the key": {"queue": "loops", "concurrency_key": "k"},
+    "for the key, in another queue": {"queue": "others", "concurrency_key": "k"},
+}
+
+
+@pytest.mark.parametrize("is_inline", [True, False], ids=["inline", "queued"])
+@pytest.mark.parametrize("options", WAITING.values(), ids=WAITING.keys())
+def test_an_endless_chain_lets_others_have_their_turn(
+    make_engine: MakeEngine, options: dict[str, Any], is_inline: bool
+) -> None:
+    """An inline run skips its queue for 100 ms at most while somebody waits in it or for its key."""
+    width = 2 if "concurrency_key" in options else 1
+    engine = make_engine(queues={"loops": width, "others": 1})
+    yielded = Heard(engine, "inline.yield")
+    engine.start()
+    endless = engine.insert(
+        Looping, concurrency_key="k", priority=options.get("priority", 0), state={"inline": is_inline}
+    )
+    eventually(lambda: engine.get(endless).state is not None)
+    waiting = [engine.insert(Echo, **{"priority": 0, **options}) for _ in range(3)]
+    for one in waiting:
+        engine.result(one, PATIENCE)
+    assert bool(yielded.events) == is_inline
+    if is_inline:
+        assert yielded.events[0].metadata == {"id": endless, "fsm": engine.get(endless).fsm, "step": "start"}
+    assert engine.get(endless).status in LIVE
+
+
+def test_an_inline_run_that_keeps_nobody_waiting_goes_on(make_engine: MakeEngine) -> None:
+    """Dated rows, other queues, other keys and paused ones wait for something else."""
+    engine = patient(make_engine(queues={"loops": 1, "others": 1}), 0)
+    heard = Heard(engine, "inline.yield", "inline.continue")
+    engine.pause("paused")
+    for options in (
+        {"queue": "loops", "schedule_in": 3600},
+        {"queue": "loops", "schedule_in": 3600, "priority": -1},
+        {"queue": "nobody"},
+        {"queue": "paused", "concurrency_key": "k"},
+    ):
+        engine.insert(Echo, **cast(Any, options))
+    engine.start()
+    engine.insert(Looping, concurrency_key="k", state={})
+    assert {event.name for event in heard.wait(50)[:50]} == {"inline.continue"}
+
+
+def test_an_inline_run_in_a_drain_lets_others_have_their_turn(make_engine: MakeEngine) -> None:
+    """What is due in its queue comes first there, too."""
+    pair = InlinePair()
+    engine = patient(make_engine(fsms=[pair]), 0)
+    insert_many(engine, [Insert(InlinePair, state={}, correlation_key=key) for key in "ab"])
+    engine.drain()
+    assert pair.notes == ["a1", "b1", "a2", "b2"]
 
 
 def test_endless_inline_chain_gives_way_when_the_engine_stops(make_engine: MakeEngine) -> None:
@@ -6972,11 +7044,13 @@ def is_over(row: Instance) -> bool:
     return row.status not in LIVE
 
 
-def walk(fsm: type[Walker], programs: list[Any], started: bool) -> tuple[list[str], list[Any]]:
+def walk(
+    fsm: type[Walker], programs: list[Any], *, started: bool, inline_s: float = math.inf
+) -> tuple[list[str], list[Any]]:
     """The instances and the ledger after such machines have run."""
     limits = {"rate": RateLimit(1000, per=1, burst=3)}
     with temporary_engine(queues={"default": 4}, concurrency_limits={"two": 2}, rate_limits=limits) as engine:
-        ask(engine, "create table ledger (name text, step text)")
+        ask(patient(engine, inline_s), "create table ledger (name text, step text)")
         machines = [
             Insert(fsm, step="start", state={"name": f"machine {n}", "log": [], "todo": todo})
             for n, todo in enumerate(programs)
@@ -7000,7 +7074,8 @@ def test_inline_changes_no_result(programs: list[Any]) -> None:
     programs = json.loads(json.dumps(programs))
     expected = walk(Walker, programs, started=False)
     assert walk(InlineWalker, programs, started=False) == expected
-    assert walk(InlineWalker, programs, started=True) == expected
+    for inline_s in (math.inf, 0):
+        assert walk(InlineWalker, programs, started=True, inline_s=inline_s) == expected
 
 
 # ---- No starvation -------------------------------------------------------------------------------
@@ -12197,6 +12272,7 @@ class Hand:
             clock=clock,
         )
         self.core = self.engine._core
+        self.core.INLINE_S = math.inf  # how fast the machine is must decide nothing here
         self.lap = Lap()
         self.core._drain = cast(Any, self.lap)
         self.knows_strangers = bool(fsms)
