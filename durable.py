@@ -6863,20 +6863,22 @@ def _call_in_thread(call: Callable[[], Any], cancel: Callable[[], None]) -> Any:
     An interrupt cancels it, and is raised on when it has ended.
     """
     outcome: list[Any] = []
+    has_ended = threading.Event()  # `Thread.join` that was interrupted takes the thread for ended, up to CPython 3.12
 
     def run() -> None:
         try:
             outcome.append((call(), None))
         except BaseException as error:  # noqa: BLE001 - raised on in the caller's thread
             outcome.append((None, error))
+        finally:
+            has_ended.set()
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
-    thread.start()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,)).start()
     try:
-        thread.join()
+        has_ended.wait()
     except BaseException:
         cancel()
-        thread.join()
+        has_ended.wait()
         raise
     value, error = outcome[0]
     if error is not None:
