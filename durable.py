@@ -2864,6 +2864,9 @@ ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, lease_expir
 """
 _RENEW = "UPDATE durable_workers SET heartbeat_at = ?, lease_expires_at = ? WHERE id = ?"
 _UNREGISTER = "DELETE FROM durable_workers WHERE id = ?"
+_NOTE_TAKEN = "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('taken:' || ?, ?)"
+_FORGET_TAKEN = "DELETE FROM durable_meta WHERE key GLOB 'taken:*' AND CAST(value AS INTEGER) < ?"
+_WAS_TAKEN = "SELECT 1 FROM durable_meta WHERE key = 'taken:' || ?"
 _WORKERS = f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id"
 _CLAIMED_BY = f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id"
 
@@ -3009,7 +3012,13 @@ _STORAGE_ERRORS = (
     apsw.InterruptError,
 )
 _DAMAGE_ERRORS = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
-_STORE_FAILURES = _STORAGE_ERRORS + _DAMAGE_ERRORS
+
+
+class _LostFileError(DurableError):
+    """The database or its log is no longer the file that was opened: what is written goes nowhere."""
+
+
+_STORE_FAILURES = (*_STORAGE_ERRORS, *_DAMAGE_ERRORS, _LostFileError)
 _LOCK_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's write lock."""
 
@@ -3197,8 +3206,9 @@ class _Ending(NamedTuple):
 class _Reader:
     """Reads what is committed, on connections of its own that can't write and never block a beat."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, files: _OpenFiles | None = None) -> None:
         self.path = path
+        self._files = files
         self._idle: list[apsw.Connection] = []
         self._all: list[apsw.Connection] = []
         self._is_closed = False
@@ -3208,6 +3218,8 @@ class _Reader:
         """Lend a connection to one thread at a time."""
         if self._is_closed:
             raise EngineClosedError(f"the engine on {self.path} is closed")
+        if self._files is not None:
+            self._files.check()
         with _driver_errors(self.path):
             try:
                 connection = self._idle.pop()
@@ -3225,9 +3237,15 @@ class _Reader:
 
     def _put_back(self, connection: apsw.Connection) -> None:
         if self._is_closed:
-            connection.close()
+            self._close(connection)
         else:
             self._idle.append(connection)
+
+    def _close(self, connection: apsw.Connection) -> None:
+        if self._files is not None:
+            self._files.release(connection)
+        with contextlib.suppress(apsw.Error):  # a reader has nothing to lose
+            connection.close()
 
     def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self.reading() as connection:
@@ -3339,9 +3357,7 @@ class _Reader:
     def close(self) -> None:
         self._is_closed = True
         while self._idle:
-            connection = self._idle.pop()
-            with contextlib.suppress(apsw.Error):  # a reader has nothing to lose
-                connection.close()
+            self._close(self._idle.pop())
 
     def abandon(self) -> None:
         """Forget the connections, unclosed: this is the child of a fork."""
@@ -3410,8 +3426,9 @@ class _Store:
     LOG_PAGES = 1000
     """Size of the write-ahead log at which it is copied into the database, SQLite's own default."""
 
-    def __init__(self, path: str, synchronous: str) -> None:
+    def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
         self.path = path
+        self._files = files
         self.db = _open_database(path, synchronous)
         self._log_pages = 0
         # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
@@ -3426,9 +3443,11 @@ class _Store:
     # Transactions
 
     def begin(self) -> None:
+        self._files.check()
         self.db.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
+        self._files.check()  # again: it may have been long
         self.db.execute("COMMIT")
 
     def rollback(self) -> None:
@@ -3449,6 +3468,9 @@ class _Store:
         if self._log_pages < self.LOG_PAGES:
             return None
         self._log_pages = 0
+        self._files.look()
+        if self._files.loss is not None:
+            return None
         try:
             self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:
@@ -3468,6 +3490,7 @@ class _Store:
 
     def close(self) -> None:
         """Close the connection; if the last copying of the log fails, the log stays and loses nothing."""
+        self._files.release(self.db)
         try:
             self.db.close()
         except apsw.Error as error:
@@ -3767,6 +3790,15 @@ class _Store:
     def unregister(self, worker: str) -> None:
         self.db.execute(_UNREGISTER, (worker,))
 
+    def note_taken(self, worker: str, now: int) -> None:
+        """Leave word, for a day, that a worker's lock was found free: should it live, it can tell what that means."""
+        self.db.execute(_FORGET_TAKEN, (now - 86_400_000,))
+        self.db.execute(_NOTE_TAKEN, (worker, now))
+
+    def was_taken(self, worker: str) -> bool:
+        """Whether somebody has found a worker's lock free."""
+        return self._first(_WAS_TAKEN, (worker,)) is not None
+
     def workers(self) -> list[Worker]:
         return [_make_worker(row) for row in self.db.execute(_WORKERS)]
 
@@ -3892,6 +3924,16 @@ _LEFT_OPEN = (
     " by a plain open(): SQLite's locks would be lost with it, and commits. Close it first; of an open engine,"
     " engine.connect() gives connections and engine.snapshot(path) makes copies"
 )
+_TAKEN_AWAY = "since {name} is no longer the file that was opened: it was renamed, replaced or removed"
+_LOG_TAKEN_AWAY = (
+    "since {name} was taken away: something in this process has opened the database and closed it by itself, so that"
+    " SQLite's locks were lost, or its folder is reached in two ways that do not see each other's locks. What was"
+    " committed last may be missing in the file"
+)
+_LOCKS_NOT_SHARED = (
+    "since another engine has found the lock free that this one holds: the folder is reached in two ways (a view of a"
+    " container or a share) that do not see each other's locks"
+)
 _SECOND_NAME = (
     "{path} {how}: SQLite finds a database's log by its name, so that whoever opens it by the other one loses commits."
     " {advice}"
@@ -3951,15 +3993,16 @@ def _descriptors() -> list[int]:
     return []
 
 
-def _descriptors_of(identities: Collection[_Identity]) -> Iterator[int]:
+def _descriptors_of(identities: Collection[_Identity]) -> Iterator[tuple[_Identity, int]]:
     """Yield the process's descriptors of these files."""
     for descriptor in _descriptors():
         with contextlib.suppress(OSError):  # closed by now: that of the listing itself
-            if _file_id_of(descriptor) in identities:
-                yield descriptor
+            identity = _file_id_of(descriptor)
+            if identity in identities:
+                yield identity, descriptor
 
 
-def _has_open(connection: apsw.Connection, identity: _Identity) -> bool:
+def _has_open(connection: apsw.Connection, identity: _Identity | None) -> bool:
     """Whether an apsw connection has a file open; one that does not come to rest in another thread may have it."""
     for _ in range(20):
         try:
@@ -4024,28 +4067,104 @@ def _refuse_shared(path: str) -> None:
 
 
 class _OpenFiles:
-    """A database's files while an engine has them open: nothing else in the process may open them."""
+    """A database's files while an engine has them open: nothing else in the process may open them.
+
+    And they must stay in their places, else commits go where nobody will ever read them, and SQLite says nothing. Once
+    they are not, `loss` tells why.
+    """
+
+    LOOK_S = 0.005
+    """How often commits and reads look, at most: it takes 6 us."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
+        self.loss: str | None = None
         self._identities: dict[str, _Identity] = {}
+        self._descriptors: dict[_Identity, int] = {}
+        self._root: _Identity | None = None
+        self._look_at = math.inf
         self.note()
         _process.open_files.add(self)
 
     def note(self) -> None:
         """Take down which files they are: once they are open, and before that, so far as they are there."""
-        found = {name: _file_id(name) for name in (self._path + suffix for suffix in _SUFFIXES)}
+        found = {name: _file_id(name) for name in (self.path + suffix for suffix in _SUFFIXES)}
         self._identities = {name: identity for name, identity in found.items() if identity is not None}
+
+    def watch(self) -> None:
+        """Look after them from now on: they are open."""
+        self.note()
+        self._root = _file_id("/")
+        self._descriptors = dict(_descriptors_of(self._identities.values()))
+        self._look_at = 0.0
 
     def has(self, identity: _Identity) -> bool:
         """Whether a file is one of them."""
-        if self._path not in self._identities:  # it is being made
+        if self.path not in self._identities:  # it is being made
             self.note()
         return identity in self._identities.values()
+
+    def check(self) -> None:
+        """Raise an error if they are no longer the files that were opened."""
+        if self.loss is None and time.monotonic() >= self._look_at:
+            self.look()
+        if self.loss is not None:
+            raise _LostFileError(self.loss)
+
+    def look(self) -> None:
+        """See whether they are still in their places. Windows lets nobody move what is open."""
+        self._look_at = time.monotonic() + self.LOOK_S
+        if sys.platform != "win32" and self.loss is None:
+            lost = next((name for name, identity in self._identities.items() if self._is_lost(name, identity)), None)
+            if lost is not None:
+                self.lose(_TAKEN_AWAY.format(name=lost) if lost == self.path else _LOG_TAKEN_AWAY.format(name=lost))
+
+    def lose(self, how: str) -> None:
+        """Have nothing committed any more, and leave the files to whoever has them now."""
+        self.loss = f"{self.path}: nothing is committed any more, {how}. Put it right, and open the file anew"
+        for connection in apsw.connections():
+            if _has_open(connection, self._identities.get(self.path)):
+                self.release(connection)
+
+    def release(self, connection: apsw.Connection) -> None:
+        """Have a connection to files that are lost not copy its log into the database when it is closed.
+
+        Others may have written there since. One that is busy in another thread is asked again when it is closed.
+        """
+        if self.loss is not None:
+            with contextlib.suppress(apsw.ThreadingViolationError):
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     def close(self) -> None:
         """Let others open them."""
         _process.open_files.discard(self)
+
+    def _is_lost(self, name: str, identity: _Identity) -> bool:
+        """Whether a file is no longer in its place; what can't be seen, after dropped privileges say, is no proof."""
+        try:
+            status = os.stat(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return not self._is_out_of_sight(identity)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) != identity and not self._is_out_of_sight(identity)
+
+    def _is_out_of_sight(self, identity: _Identity) -> bool:
+        """Whether this process has another root by now, after a chroot, and the file may be where it was."""
+        if _file_id("/") == self._root:
+            return False
+        descriptor = self._descriptors.get(identity, -1)
+        try:
+            return _file_id_of(descriptor) != identity or os.fstat(descriptor).st_nlink > 0
+        except OSError:
+            return True
+
+
+def _check_open_files(path: str) -> None:
+    """Raise an error if an engine of this process has lost the files of that path."""
+    for files in tuple(_process.open_files):
+        if files.path == path:
+            files.check()
 
 
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
@@ -4144,7 +4263,10 @@ class _LockFile:
 
     def is_in_place(self) -> bool:
         """Whether the file is where others look for it, as far as this process can see."""
-        return _file_id(self._path) == _file_id_of(self._descriptor)
+        try:
+            return _file_id(self._path) == _file_id_of(self._descriptor)
+        except OSError:  # what was removed, some FUSE file systems know no more
+            return False
 
     def restore(self, database: str) -> None:
         """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead.
@@ -4154,10 +4276,10 @@ class _LockFile:
         if self.is_in_place():
             return
         former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
-        if os.fstat(former).st_nlink:
-            self._moved.append(former)
-        else:
-            os.close(former)
+        self._moved.append(former)
+        with contextlib.suppress(OSError):
+            if not os.fstat(former).st_nlink:
+                os.close(self._moved.pop())
 
     def _release(self) -> int:
         descriptor, self._descriptor = self._descriptor, -1
@@ -7067,6 +7189,9 @@ class _Peers:
         if now - self._renewed_at >= lease_ms - self._options.heartbeat_ms:
             self._judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
         if not beat.store.renew(worker_id, now, now + lease_ms):
+            if beat.store.was_taken(worker_id):
+                self._core.files.lose(_LOCKS_NOT_SHARED)
+                return
             message = "engine %s was taken for dead; what it had claimed runs elsewhere"
             beat.log(_log.warning, message, self._options.name)
             beat.store.register(self._row(now, lease_ms))
@@ -7105,6 +7230,8 @@ class _Peers:
     def look(self, monotonic: float) -> None:
         """See whether another process has committed, or died."""
         self._looked_at = monotonic
+        if not self._core.look_after_files():
+            return
         self._try(self._see_commits, monotonic)
         self._try(self._watch_log, monotonic)
         if monotonic - self._looked_for_dead_at >= self.DEAD_LOOK_S:
@@ -7132,7 +7259,12 @@ class _Peers:
             return
         if self._data_version is not None:
             self._changed_at = monotonic
-        self._others = [worker for worker in store.workers() if worker.id != self._core.worker_id]
+        workers = store.workers()
+        self._others = [worker for worker in workers if worker.id != self._core.worker_id]
+        if len(self._others) == len(workers) and self._lock_file is not None:
+            self.heartbeat_at = min(
+                self.heartbeat_at, self._core.desk.now()
+            )  # it was taken for dead: it renews, and finds out why
         self._core.notice_others()
         self._data_version = version  # last: if one of these fails, the next look finds the change again
 
@@ -7201,6 +7333,7 @@ class _Peers:
     def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
         self._reap(beat, worker, "its process died")
         if lock is not None:
+            beat.store.note_taken(worker.id, beat.now)
             beat.after.append(lock.remove)
 
     def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
@@ -7350,13 +7483,14 @@ class _Scheduler:
         self.path = path
         self.files = _OpenFiles(path)
         self.store = self._open()
-        self.reader = _Reader(path)
+        self.reader = _Reader(path, files=self.files)
         self.desk = _Desk(self.reader, options.clock)
         self.hub = _Hub(self.desk.fork_guard)
         self.waiters = _Waiters()
         self.worker_id = os.urandom(8).hex()
         self.context = contextvars.copy_context()
         self.is_stopping = self.is_closed = False
+        self._is_loss_told = False
         self.behaviours = behaviours
         self.beat_at = -math.inf
         """When the last beat ended, by the monotonic clock."""
@@ -7389,11 +7523,11 @@ class _Scheduler:
     def _open(self) -> _Store:
         """Open the file, and keep others in this process from it, already while it is being opened."""
         try:
-            store = _Store(self.path, self.options.synchronous)
+            store = _Store(self.path, self.options.synchronous, self.files)
         except BaseException:
             self.files.close()
             raise
-        self.files.note()
+        self.files.watch()
         return store
 
     # Requests
@@ -7444,6 +7578,8 @@ class _Scheduler:
             )
         if self.is_closed:
             raise EngineClosedError(f"the engine on {self.path} is stopped")
+        if self.files.loss is not None:
+            raise _LostFileError(self.files.loss)
 
     def _await_request(self, request: _Request) -> Any:
         self._enqueue(request)
@@ -7705,17 +7841,38 @@ class _Scheduler:
 
     def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
         """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
+        if isinstance(error, apsw.Error):
+            self.files.look()  # what looks like damage may be another file
+        if self.files.loss is not None:
+            error = _LostFileError(self.files.loss)
         translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
         translated.__cause__ = error if translated is not error else error.__cause__
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
-        self.log_soon("a commit failed and nothing of it was kept", error)
-        if self.hub.wants("store.error"):
-            self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
+        self._tell_failure(error)
         for request in requests:
             request.error = translated
             request.settle()
+
+    def _tell_failure(self, error: Exception) -> None:
+        if self.files.loss is None:
+            self.log_soon("a commit failed and nothing of it was kept", error)
+        elif not self._is_loss_told:  # it is for good: told once
+            self._is_loss_told = True
+            self.hub.post(functools.partial(_log.error, "%s", self.files.loss))
+            self.waiters.wake_all()
+        else:
+            return
+        if self.hub.wants("store.error"):
+            self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
+
+    def look_after_files(self) -> bool:
+        """See whether the files are still those that were opened; False, and nothing more is done, if they are not."""
+        self.files.look()
+        if self.files.loss is not None:
+            self._report_failure(_LostFileError(self.files.loss), [])
+        return self.files.loss is None
 
     def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
@@ -8370,7 +8527,7 @@ class Engine:
             if not self._core.is_started:
                 self.start()
             while not self._core.is_closed and not bell.wait(0.5):
-                pass
+                self._core.files.check()
         finally:
             for number, handler in previous:
                 signal.signal(number, handler)
@@ -8834,6 +8991,8 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
     tables, is a `ValueError`.
     """
     cursor = _cursor_of(connection)
+    if isinstance(connection, apsw.Connection):
+        _check_open_files(connection.filename)
     _lock_and_check(cursor)
 
     def first(sql: str, binding: object) -> Any:

@@ -11,7 +11,7 @@ In this order, each part with its sections:
   engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children; A model of inbox
   and park
 * Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; Crashes of a step;
-  Time-outs; Forks and forgotten engines; The disk; Damage; Cleaning; Kills; Power cuts; Soak
+  Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning; Kills; Power cuts; Soak
 * The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
   application with accounts; Views and snapshots; Events; Logs
 * The whole engine against a model: Puppets; The model; Model and engine; Rehearsed plays; Planted faults; Random
@@ -8904,6 +8904,281 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
     assert engine.wait(who, PATIENCE).status == "done"
     assert desk.arrivals == [who]
     assert engine.check() == []
+
+
+# ---- Files taken away ----------------------------------------------------------------------------
+
+
+def drop_locks(database: Path) -> None:
+    """Opens and closes the files as C code would, which Python does not report: it drops SQLite's locks."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    for suffix in ("", "-shm", "-wal"):
+        libc.close(libc.open(os.fsencode(f"{database}{suffix}"), os.O_RDONLY))
+
+
+def take_the_log_away(database: Path) -> None:
+    """What another process does that closes the file after the locks were lost."""
+    drop_locks(database)
+    look = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('pragma user_version').fetchall(); c.close()"
+    )
+    subprocess.run([sys.executable, "-c", look.replace("user_version", "table_list"), str(database)], check=True)
+    assert not Path(f"{database}-wal").exists()
+
+
+def copy_in_place(path: Path) -> None:
+    """Puts a copy of a file in its place."""
+    subprocess.run(["cp", path, f"{path}.copy"], check=True)
+    Path(f"{path}.copy").replace(path)
+
+
+def read_elsewhere(path: Path) -> bytes:
+    """What is in a file, read by another process."""
+    return subprocess.run(["cat", path], check=True, capture_output=True).stdout
+
+
+def beside(database: Path, suffix: str) -> Path:
+    """The log or its index."""
+    return Path(f"{database}{suffix}")
+
+
+TAKEN_AWAY: dict[str, Callable[[Path], object]] = {
+    "the log": take_the_log_away,
+    "renamed": lambda path: path.rename(path.with_name("moved.db")),
+    "removed": lambda path: path.unlink(),
+    "replaced": copy_in_place,
+    "its folder renamed": lambda path: path.parent.rename(path.parent.with_name("moved")),
+    "the log removed": lambda path: beside(path, "-wal").unlink(),
+    "the log replaced": lambda path: copy_in_place(beside(path, "-wal")),
+    "the index removed": lambda path: beside(path, "-shm").unlink(),
+}
+
+
+@posix
+@pytest.mark.parametrize("how", TAKEN_AWAY)
+@pytest.mark.parametrize("started", [True, False], ids=["started", "client"])
+def test_commits_stop_when_a_file_is_taken_away(
+    tmp_path: Path, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, how: str, started: bool
+) -> None:
+    """SQLite would go on without an error, into files that nobody will read: a DurableError that says so, for all."""
+    database = tmp_path / "folder" / "durable.db"
+    database.parent.mkdir()
+    engine = make_engine(database=database, drain_timeout=0.1)
+    heard = Heard(engine, "store.error")
+    if started:
+        engine.start()
+    waiting = engine.insert(Waits)
+    with closing(engine.connect()) as own:
+        TAKEN_AWAY[how](database)
+
+        def is_refused() -> bool:
+            try:
+                engine.insert(Waits)
+            except DurableError as error:
+                return "nothing is committed any more" in str(error) and database.name in str(error)
+            return False
+
+        eventually(is_refused)
+        assert is_refused()
+        for call in (
+            lambda: engine.get(waiting),
+            lambda: engine.result(waiting, PATIENCE),
+            lambda: engine.signal(waiting, "go"),
+            engine.check,
+            engine.connect,
+            lambda: engine.insert_nowait(Waits),
+            lambda: engine.snapshot(tmp_path / "copy"),
+        ):
+            with pytest.raises(DurableError, match="nothing is committed any more"):
+                call()
+        own.execute("begin immediate")
+        with pytest.raises(DurableError, match="nothing is committed any more"):
+            durable.insert_into(own, Waits)
+        own.execute("rollback")
+        assert heard.wait()
+        before = {path: read_elsewhere(path) for path in tmp_path.rglob("*.db")}
+        engine.stop()
+    assert {path: read_elsewhere(path) for path in tmp_path.rglob("*.db")} == before
+    told = [record for record in caplog.records if record.levelname == "ERROR" and "stopping" not in record.message]
+    assert [record.message.count("nothing is committed any more") for record in told] == [1]
+
+
+@posix
+def test_no_insert_that_was_acknowledged_is_lost_with_the_log(
+    make_engine: MakeEngine, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is acknowledged after the log was taken away the file would know nothing, and ids would come twice."""
+    monkeypatch.setattr(durable._OpenFiles, "LOOK_S", 0.0)
+    engine = make_engine()
+    engine.start()
+    ids = [engine.insert(Waits) for _ in range(20)]
+    take_the_log_away(database)
+    with pytest.raises(DurableError, match=r"durable.db-wal was taken away"):
+        engine.insert(Waits)
+    engine.stop()
+    after = make_engine()
+    assert {row.id for row in after.find()} == set(ids)
+    assert after.check() == []
+
+
+@posix
+def test_an_engine_at_rest_finds_out_by_itself(make_engine: MakeEngine, database: Path) -> None:
+    """It looks with every look at other processes: who waits is told, and `run` ends with the error."""
+    engine = make_engine()
+    engine.start()
+    who = engine.insert(Waits)
+    raised: queues.Queue[BaseException] = queues.Queue()
+
+    def collect(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except DurableError as error:
+            raised.put(error)
+
+    threads = [
+        threading.Thread(target=collect, args=(call,))
+        for call in (lambda: engine.result(who), lambda: engine.wait(who, None, until="terminal"), engine.run)
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(engine._core.waiters.ids()) == 1)
+    take_the_log_away(database)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [str(raised.get_nowait()).count("was taken away") for _ in threads] == [1] * 3
+    assert engine._core.is_closed
+
+
+def test_a_drain_on_a_file_that_was_taken_away_raises(make_engine: MakeEngine, database: Path) -> None:
+    """It runs nothing whose outcome nobody would read."""
+    if sys.platform == "win32":
+        pytest.skip("nobody can")
+    runs: list[int] = []
+
+    @durable.job(name="takes-its-file-away")
+    def takes_its_file_away() -> None:
+        runs.append(1)
+        database.unlink(missing_ok=True)
+        time.sleep(2 * durable._OpenFiles.LOOK_S)  # what was looked at is believed for so long
+
+    engine = make_engine()
+    engine.insert_all([Insert(takes_its_file_away)] * 3)
+    with pytest.raises(DurableError, match="nothing is committed any more"):
+        engine.drain()
+    assert runs == [1]
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN, errno.ESTALE])
+def test_files_that_cannot_be_seen_are_no_loss(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, database: Path, number: int
+) -> None:
+    """Privileges that were dropped, or a folder that was closed, prove nothing: the work goes on."""
+    monkeypatch.setattr(durable._OpenFiles, "LOOK_S", 0.0)
+    engine = make_engine()
+    engine.start()
+    looks: list[object] = []
+
+    def is_ours(path: object, *_: object, **__: object) -> bool:
+        is_ours = str(path).startswith(str(database))
+        looks.append(path) if is_ours else None
+        return is_ours
+
+    with system_that_fails(monkeypatch, os, "stat", OSError(number, os.strerror(number)), is_ours):
+        assert engine.result(engine.insert(Echo), PATIENCE) == {}
+        engine._core.files.check()
+    assert {Path(str(path)).name for path in looks} >= {"durable.db", "durable.db-wal", "durable.db-shm"}
+    assert engine.result(engine.insert(Echo), PATIENCE) == {}
+
+
+OUT_OF_SIGHT = """
+import os, pathlib, sys
+import durable
+
+database, root = map(pathlib.Path, sys.argv[1:])
+elsewhere = root / database.relative_to("/")
+elsewhere.parent.mkdir(parents=True)
+elsewhere.write_bytes(b"another")
+durable._OpenFiles.LOOK_S = 0.0
+
+@durable.job
+def double(n: int):
+    return 2 * n
+
+engine = durable.Engine(database, synchronous="normal")
+engine.start()
+print(engine.result(engine.insert(double, args={"n": 0}), 30))
+outside = os.open("/", os.O_RDONLY)
+os.chroot(root)
+print(engine.result(engine.insert(double, args={"n": 1}), 30), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may change its root")
+def test_a_chroot_takes_no_file_away(tmp_path: Path, database: Path) -> None:
+    """What this process no longer sees, or sees another file in the place of, may be where it was."""
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run_script(tmp_path, OUT_OF_SIGHT, database, root) == "0\n2\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may change its root")
+def test_a_file_removed_after_a_chroot_is_a_loss(tmp_path: Path, database: Path) -> None:
+    """Its descriptor says that it has no name any more."""
+    root = tmp_path / "root"
+    root.mkdir()
+    removed = OUT_OF_SIGHT.replace(
+        'print(engine.result(engine.insert(double, args={"n": 1}), 30), flush=True)',
+        """
+os.unlink(str(database)[1:], dir_fd=outside)
+try:
+    engine.insert(double, args={"n": 1})
+except durable.DurableError as error:
+    print("nothing is committed any more" in str(error), flush=True)
+""",
+    )
+    assert run_script(tmp_path, removed, database, root) == "0\nTrue\n"
+
+
+BLIND = """
+import fcntl, sys
+import durable
+
+fcntl.flock = lambda *_: None
+engine = durable.Engine(sys.argv[1], queues={})
+engine.start()
+print([worker.name for worker in engine.workers()])
+engine.stop()
+"""
+
+
+@posix
+def test_an_engine_that_is_taken_for_dead_while_it_holds_its_lock_stops(
+    tmp_path: Path, make_engine: MakeEngine, database: Path
+) -> None:
+    """Then the folder is reached in two ways whose locks do not see each other, and SQLite's do not either."""
+    engine = make_engine(name="alive", poll_interval=0.01)
+    engine.start()
+    assert "alive" not in run_script(tmp_path, BLIND, database)
+    eventually(lambda: engine._core.files.loss is not None, BEFORE_A_HEARTBEAT)
+    with pytest.raises(DurableError, match="in two ways"):
+        engine.insert(Waits)
+
+
+@posix
+def test_an_engine_whose_lock_file_was_lost_registers_again(make_engine: MakeEngine, database: Path) -> None:
+    """That others took it for dead proves nothing where its lock was not to be seen: it goes on under a new claim."""
+    engine, other = make_engine(name="one"), make_engine(name="other")
+    engine.start()
+    other.start()
+    worker = next(one for one in other.workers() if one.name == "one")
+    other._core.perform(lambda beat: other._core.peers._reap_dead(beat, worker, None))
+    eventually(lambda: {one.name for one in other.workers()} == {"one", "other"}, BEFORE_A_HEARTBEAT)
+    assert engine._core.files.loss is None
+    assert engine.result(engine.insert(Echo), PATIENCE) == {}
 
 
 # ---- Damage --------------------------------------------------------------------------------------
