@@ -1216,7 +1216,7 @@ def test_several_runs_share_a_file(command: Command, script: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux for a terminal")
 def test_watch_in_a_real_terminal(shop: Path) -> None:
-    """At 80 columns by 24 lines: bars, counts, the latest failure, what is waited for; the screen is given back."""
+    """At 80 columns by 24 lines: bars, counts, the latest failure; the screen is given back."""
     name = f"durable-{os.getpid()}"
     tmux = ["tmux", "-L", name]
     code = f"import sys; from durable_tools import cli; sys.exit(cli.main(['watch', {str(shop)!r}]))"
@@ -1239,7 +1239,7 @@ def test_watch_in_a_real_terminal(shop: Path) -> None:
         subprocess.run([*tmux, "kill-server"], check=True)
     assert all(len(line) <= 80 for line in seen.splitlines())
     assert "the disk is on fire" in seen
-    assert "signal: paid" in seen
+    assert "1 awaiting_signal" in seen
     assert "█" in seen
 
 

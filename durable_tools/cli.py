@@ -725,17 +725,7 @@ def _snapshot(engine: Engine, options: argparse.Namespace) -> None:
 # ---- watch: the live view
 
 
-# Each part reads the partial index that it names in its condition.
-_WAITS = """
-SELECT count(*), 'parked: ' || parked_on FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY parked_on
-UNION ALL SELECT count(*), 'signal: ' || (SELECT group_concat(value, ' or ') FROM json_each(awaits))
-    FROM durable_instances WHERE (status = 'awaiting_signal' OR status = 'awaiting_children') AND awaits IS NOT NULL
-    GROUP BY awaits
-UNION ALL SELECT count(*), 'time: ' || queue FROM durable_instances
-    WHERE status = 'runnable' AND parked_on IS NULL AND eligible_at > ? GROUP BY queue
-ORDER BY 1 DESC LIMIT 5
-"""
-_LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 3"
+_LATEST_FAILURES = "SELECT id FROM durable_instances WHERE status = 'failed' ORDER BY updated_at DESC, id DESC LIMIT 5"
 _ARMED = "SELECT 1 FROM durable_instances WHERE await_deadline IS NOT NULL LIMIT 1"
 
 
@@ -747,7 +737,7 @@ class _Watch:
         self._file = file
         self.looks: collections.deque[tuple[dt.datetime, dict[str, dict[str, int]]]] = collections.deque(maxlen=24)
         self._failures: list[Instance] = []
-        self._told: tuple[object, list[Instance]] = None, []
+        self._told: tuple[str, list[Instance]] = "", []
 
     def look(self) -> None:
         """Look once more."""
@@ -756,50 +746,45 @@ class _Watch:
 
     def is_idle(self) -> bool:
         """Whether nothing is left that time alone would bring on."""
-        counts, paused = self.looks[-1][1], self._reader.paused()
-        is_running = any(tally.get(Status.EXECUTING) for tally in counts.values())
-        is_waiting = any(tally.get(Status.RUNNABLE) for queue, tally in counts.items() if queue not in paused)
-        return not (is_running or is_waiting or self._reader.rows(_ARMED))
+        paused = self._reader.paused()
+        for queue, tally in self.looks[-1][1].items():
+            if tally.get(Status.EXECUTING) or (tally.get(Status.RUNNABLE) and queue not in paused):
+                return False
+        return not self._reader.rows(_ARMED)
 
-    def _rate(self, *queues: str) -> float:
+    def _rate(self, *queues: str) -> str:
         """How many of the queues' instances ended per second; a collection, which lowers the counts, is no rate."""
         (begun, first), (at, last) = self.looks[0], self.looks[-1]
         count = sum(ended(last[queue]) - ended(first.get(queue, {})) for queue in queues)
-        return max(0, count) / ((at - begun).total_seconds() or 1)
+        return f"{max(0, count) / ((at - begun).total_seconds() or 1):,.1f}/s"
 
     def frame(self, screen: Screen) -> list[str]:
         """All that a terminal of this size can show."""
         (at, counts), (columns, lines), paused = self.looks[-1], screen.size, self._reader.paused()
-        right = f"  {self._rate(*counts):,.1f}/s  {at.astimezone():%H:%M:%S}"
+        right = f"  {self._rate(*counts)}  {at.astimezone():%H:%M:%S}"
         frame = [screen.paint(fit(f"durable  {plain(self._file)}", max(9, columns - len(right))), "bold") + right, ""]
         for queue, tally in counts.items():
-            note = f"{ended(tally) / sum(tally.values()):4.0%} {self._rate(queue):9,.1f}/s"
-            bar = screen.bar(tally, max(9, columns - 42))
-            frame.append(f"{fit(plain(queue), 12)}  {bar}  {note}  {'paused' if queue in paused else ''}")
-            if 2 * len(counts) < lines - 12:  # else the bars alone, to leave room for the rest
-                parts = [screen.paint(f"{tally[it]:,} {it}", it) for it in BLOCKS if tally.get(it)]
-                frame.append(" " * 14 + "  ".join(parts))
+            share = f"{ended(tally) / sum(tally.values()):4.0%} {self._rate(queue):>11}"
+            note = "  paused" if queue in paused else ""
+            frame.append(f"{fit(plain(queue), 12)}  {screen.bar(tally, max(9, columns - 40))}  {share}{note}")
+            frame.append(
+                " " * 14 + "  ".join(screen.paint(f"{tally[it]:,} {it}", it) for it in BLOCKS if tally.get(it))
+            )
         failed = [(it.id, it.fsm, it.step, distance(it.updated_at), it.last_error) for it in self._failures]
-        for head, *rows in (
-            screen.table(("failed", "fsm", "step", "when", "why"), failed),
-            screen.table(("waiting", "for"), self._reader.rows(_WAITS, (int(at.timestamp() * 1000),))),
-            _worker_table(screen, self._reader.workers()),
-        ):
-            frame += ["", head, *rows] if rows else []
+        frame += ["", *screen.table(("failed", "fsm", "step", "when", "why"), failed)] if failed else []
         return frame[: lines - 1]
 
     def news(self) -> Iterator[str]:
         """What a pipe is told: the counts if they have changed, and the failures not told before."""
         at, counts = self.looks[-1]
-        clock, (counts_told, failures_told) = f"{at.astimezone():%H:%M:%S}", self._told
-        self._told = counts, self._failures
-        if counts != counts_told:
-            total = sum(map(collections.Counter, counts.values()), collections.Counter())
-            tally = "  ".join(f"{total[status]} {status}" for status in BLOCKS if total[status])
-            yield f"{clock}  {tally or 'empty'}  {self._rate(*counts):.1f}/s"
+        total = sum(map(collections.Counter, counts.values()), collections.Counter())
+        tally = "  ".join(f"{total[status]} {status}" for status in BLOCKS if total[status]) or "empty"
+        (tally_told, failures_told), self._told = self._told, (tally, self._failures)
+        if tally != tally_told:
+            yield f"{at.astimezone():%H:%M:%S}  {tally}  {self._rate(*counts)}"
         for it in reversed(self._failures):
             if it not in failures_told:
-                yield plain(f"{clock}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
+                yield plain(f"{at.astimezone():%H:%M:%S}  #{it.id} {it.fsm} failed in {it.step}: {it.last_error}")
 
 
 @_verb(
