@@ -2484,8 +2484,6 @@ def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _
 # Store
 # ==================================================================================================
 
-_SCHEMA_VERSION = 2
-
 # `correlation_guard` makes duplicates uncommittable and is a signal's address look-up. Every index serves one query
 # and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads. Conditions are
 # spelled with OR: for IN, SQLite builds its list anew for each row written, which made an update a third slower.
@@ -2603,6 +2601,14 @@ CREATE VIEW durable_view_workers AS SELECT
     FROM durable_workers;
 """
 _SECOND = """
+-- A failed row that waited for a signal when it was cancelled: what `retry` makes of it again, with which deadline.
+ALTER TABLE durable_instances ADD COLUMN failed_from TEXT
+    CHECK (failed_from IS NULL OR (failed_from = 'awaiting_signal' AND status = 'failed'));
+ALTER TABLE durable_instances ADD COLUMN kept_deadline INTEGER
+    CHECK (kept_deadline IS NULL OR failed_from IS NOT NULL);
+-- A redelivery is one under the same name.
+DROP INDEX durable_dedup;
+CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, name, dedup_key) WHERE dedup_key IS NOT NULL;
 ALTER TABLE durable_instances ADD COLUMN schedule TEXT;
 ALTER TABLE durable_instances ADD COLUMN scheduled_at INTEGER;
 CREATE INDEX durable_scheduled ON durable_instances (schedule) WHERE schedule IS NOT NULL;
@@ -2656,7 +2662,8 @@ CREATE TABLE durable_transitions (
 INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
 """
 _MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND)
-"""The script at position n brings a file from version n to n + 1."""
+"""The script at position n brings a file from version n to n + 1. One that was released is never changed."""
+_SCHEMA_VERSION = len(_MIGRATIONS)
 
 _ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
     "i.has_inbox", "EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id AND consumed = 0)"
@@ -2686,9 +2693,11 @@ def _settings(change: type[_Change], *left_out: str) -> str:
 
 # The guard: only the claim that produced an outcome may write it, and not if the instance was cancelled meanwhile.
 _UNDER_CLAIM = "WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS ?"
+# A failed row, ?1 being the status, keeps what it waited for: `retry` goes back to it.
 _FINISH = f"""
 UPDATE durable_instances SET {_settings(_Finish)}, updated_at = ?,
-    awaits = NULL, joining = 0, worker = NULL, cancel_reason = NULL
+    awaits = iif(?1 = 'failed', awaits, NULL), joining = iif(?1 = 'failed', joining, 0),
+    worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 _AGAIN = f"""
 UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
@@ -2794,7 +2803,7 @@ _BUCKETS_OF = (
 
 _DELIVER = """
 INSERT INTO durable_signals (target, name, payload, dedup_key, sent_at) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (target, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
+ON CONFLICT (target, name, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
 """
 _STATUS = "SELECT status FROM durable_instances WHERE id = ?"
 _WAKE = """
@@ -2841,7 +2850,8 @@ _FOR_UPDATE = f"SELECT {_ROW}, i.status, i.parked_on FROM durable_instances i WH
 _END = """
 UPDATE durable_instances SET
     status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL,
-    awaits = NULL, await_deadline = NULL, joining = 0, updated_at = ?, claim = claim + 1
+    failed_from = iif(status = 'awaiting_signal', status, NULL), kept_deadline = await_deadline, await_deadline = NULL,
+    updated_at = ?, claim = claim + 1
 WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
 """
 _REQUEST_CANCEL = """
@@ -2849,7 +2859,16 @@ UPDATE durable_instances SET cancel_reason = coalesce(cancel_reason, ?) WHERE id
 """
 _CANCEL_REQUESTED = "SELECT cancel_reason IS NOT NULL FROM durable_instances WHERE id = ? AND status = 'executing'"
 _REVIVE = """
-UPDATE durable_instances SET status = 'runnable', attempt = 0, crashes = 0, eligible_at = ?1, updated_at = ?1
+UPDATE durable_instances SET
+    status = CASE
+        WHEN failed_from IS NOT NULL THEN failed_from
+        WHEN joining AND EXISTS (
+            SELECT 1 FROM durable_instances WHERE parent_id = ?2
+                AND status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children'))
+            THEN 'awaiting_children'
+        ELSE 'runnable' END,
+    await_deadline = kept_deadline, failed_from = NULL, kept_deadline = NULL,
+    attempt = 0, crashes = 0, eligible_at = ?1, updated_at = ?1
 WHERE id = ?2 AND status = 'failed'
 """
 _CARRIED_KEY = "SELECT correlation_key, correlation_scope FROM durable_instances WHERE id = ?"
@@ -2894,7 +2913,7 @@ _REWIND = """
 UPDATE durable_instances SET
     status = 'runnable', step = ?2, state = ?3, awaits = ?4, joining = ?5, eligible_at = ?6, updated_at = ?6,
     attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
-    parked_on = NULL, claim = claim + 1
+    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1
 WHERE id = ?1 AND status <> 'executing'
 """
 _RETENTION = "SELECT retention FROM durable_instances WHERE id = ?"
@@ -2905,12 +2924,13 @@ _PAUSE_SCHEDULES = "UPDATE durable_schedules SET is_paused = 1, next_at = NULL, 
 _FILE_ID = "SELECT value FROM durable_meta WHERE key = 'file_id'"
 _LIST_SCHEDULES = "SELECT {} FROM durable_schedules ORDER BY name".format(_columns(Schedule).replace("when", '"when"'))
 
-# A finished child waits for its parent's join: `joining` stays set until the step after the join makes progress.
+# A finished child waits for its parent's join, of which `joining` says that it is still to make progress; and a failed
+# parent keeps its children as long as itself, for it may be retried.
 _SWEEP = """
-SELECT id, updated_at FROM durable_instances c
+SELECT id, updated_at, status = 'failed' FROM durable_instances c
 WHERE (status = 'done' OR status = 'failed') AND retention IS ? AND (updated_at, id) > (?, ?) AND updated_at < ?
-    AND NOT EXISTS (SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND p.joining
-        AND p.status NOT IN ('done', 'failed'))
+    AND NOT EXISTS (
+        SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND (p.joining OR p.status = 'failed'))
 ORDER BY updated_at, id LIMIT ?
 """
 _NEXT_RETENTION = """
@@ -2963,9 +2983,11 @@ _AUDITS = {
     "rows waiting for children of which none is live": """
         SELECT id FROM durable_instances p WHERE status = 'awaiting_children' AND NOT EXISTS (
             SELECT 1 FROM durable_instances c WHERE c.parent_id = p.id AND c.status NOT IN ('done', 'failed'))""",
-    "ended rows with an inbox": """
+    "done rows with an inbox": """
         SELECT DISTINCT target FROM durable_signals JOIN durable_instances i ON i.id = target
-        WHERE i.status IN ('done', 'failed') AND NOT consumed""",
+        WHERE i.status = 'done' AND NOT consumed""",
+    "done rows that wait for something": """
+        SELECT id FROM durable_instances WHERE status = 'done' AND (awaits IS NOT NULL OR joining)""",
     "signals without an instance": """
         SELECT DISTINCT target FROM durable_signals WHERE target NOT IN (SELECT id FROM durable_instances)""",
     "rows whose state, result or awaits is no JSON": """
@@ -3141,9 +3163,12 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         connection.execute(
             "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('schema_version', ?)", (str(_SCHEMA_VERSION),)
         )
+        _file_version(connection, path)  # what was damaged before is no whole file of this version now
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         connection.execute("ROLLBACK")
+        if isinstance(error, apsw.SQLError):
+            raise SchemaError(f"{path} is damaged: it could not be migrated: {error}") from error
         raise
 
 
@@ -3192,6 +3217,8 @@ class _SweepPosition(NamedTuple):
     retention: int | None = None
     updated_at: int = 0
     id: int = 0
+    has_freed: bool = False
+    """Whether a failed row was among them: then it begins anew, for its children were kept with it."""
 
 
 class _Ending(NamedTuple):
@@ -3838,9 +3865,10 @@ class _Store:
     def file_id(self) -> str:
         return str(self.db.execute(_FILE_ID).get)
 
-    def sweep(self, after: _SweepPosition, before: int, count: int) -> list[tuple[int, int]]:
-        """Return (id, updated_at) of ended rows of one retention that are due for collection, oldest first."""
-        return cast(list[tuple[int, int]], list(self.db.execute(_SWEEP, (*after, before, count))))
+    def sweep(self, after: _SweepPosition, before: int, count: int) -> list[tuple[int, int, int]]:
+        """Return (id, updated_at, whether it failed) of due ended rows of one retention, oldest first."""
+        bindings = after.retention, after.updated_at, after.id, before, count
+        return cast(list[tuple[int, int, int]], list(self.db.execute(_SWEEP, bindings)))
 
     def next_retention(self, retention: int | None) -> int | None:
         """Return the next longer retention that ended rows have of their own."""
@@ -6330,11 +6358,8 @@ class _Beat:
     def _departed(self, row: _Row, status: str, done: _Finish | None = None) -> None:
         if row.concurrency_key is not None:
             self._freed_keys.add(row.concurrency_key)
-        if status in _TERMINAL:
-            if status == Status.FAILED and self._may_have_signals():
-                self.store.empty_inbox(row.id)
-            if row.parent_id is not None:
-                self._parents.add(row.parent_id)
+        if status in _TERMINAL and row.parent_id is not None:
+            self._parents.add(row.parent_id)
         if status != Status.RUNNABLE:
             self.settled.append((row.id, status, done))
 
@@ -6594,15 +6619,24 @@ class _Beat:
         """Delete up to so many ended rows older than their retention; return how many, and where to go on."""
         retention = self.core.options.retention_ms if after.retention is None else after.retention
         rows = self.store.sweep(after, self.now - retention, count)
-        self.store.collect(instance for instance, _ in rows)
+        self.store.collect(instance for instance, *_ in rows)
         buckets = self.store.collect_buckets(self.now, count)
         if rows or buckets:
             self.tell("gc.swept", {"count": len(rows) + buckets}, {})
+        return len(rows) + buckets, self._sweep_on(after, rows, count)
+
+    def _sweep_on(
+        self, after: _SweepPosition, rows: Sequence[tuple[int, int, int]], count: int
+    ) -> _SweepPosition | None:
+        """Say where a sweep goes on that has found these rows, asked for so many; None at its end."""
+        has_freed = after.has_freed or any(has_failed for *_, has_failed in rows)
         if len(rows) == count:
-            instance, updated_at = rows[-1]
-            return len(rows) + buckets, after._replace(updated_at=updated_at, id=instance)
+            instance, updated_at, _ = rows[-1]
+            return after._replace(updated_at=updated_at, id=instance, has_freed=has_freed)
         following = self.store.next_retention(after.retention)
-        return len(rows) + buckets, None if following is None else _SweepPosition(following)
+        if following is not None:
+            return _SweepPosition(following, has_freed=has_freed)
+        return _SweepPosition() if has_freed else None
 
     def runnable_queues(self) -> Iterator[str]:
         queue = self.store.next_queue("")
@@ -8573,7 +8607,8 @@ class Engine:
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
 
-        A `dedup_key` makes redelivery a no-op as long as the instance lives. Raises `NoTargetError`.
+        A `dedup_key` makes redelivery under the same name a no-op as long as the instance lives. Raises
+        `NoTargetError`.
         """
         message = _message(target, name, payload, dedup_key)
         self._core.perform(lambda beat: beat.signal(message))
@@ -8664,9 +8699,12 @@ class Engine:
         return cast(bool, self._core.perform(lambda beat: beat.cancel(instance, reason)))
 
     def retry(self, target: int | str) -> None:
-        """Run a failed instance again from its current step, with attempt 0.
+        """Let a failed instance go on from where it stood, with attempt 0.
 
-        Raises `NotFoundError`, `DurableError` if it has not failed, `DuplicateError` if its key is taken by now.
+        Its step runs again, now, with the signals and children that it had been shown. One that was cancelled while
+        it waited for a signal waits again, until the deadline that it had, if any, which fires at once if it is past;
+        so does one at its join of which children live, by now or still. Raises `NotFoundError`, `DurableError` if it
+        has not failed, `DuplicateError` if its key is taken by now.
         """
         self._core.check_open()
         instance = self._core.reader.identify(target)
@@ -8979,7 +9017,8 @@ def _lock_and_check(cursor: Any) -> None:
         raise ValueError("connection is to a file without durable's tables: open an Engine on it once") from error
     version = int(cursor.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'").fetchone()[0])
     if version != _SCHEMA_VERSION:
-        raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}")
+        advice = "open an Engine on it once to migrate it" if version < _SCHEMA_VERSION else "update durable"
+        raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}: {advice}")
 
 
 def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **options: Unpack[_InsertOptions]) -> int:

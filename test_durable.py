@@ -2913,6 +2913,276 @@ def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: M
     assert len(set(ids)) == 4
 
 
+VERSION_1 = """
+CREATE TABLE durable_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_instances (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    fsm TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    step TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'runnable' CHECK (
+        status = 'runnable' OR status = 'executing' OR status = 'done' OR status = 'failed'
+        OR status = 'awaiting_signal' OR status = 'awaiting_children'),
+    state TEXT NOT NULL,
+    result TEXT,
+    last_error TEXT,
+    traceback TEXT,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    max_attempts INTEGER,
+    crashes INTEGER NOT NULL DEFAULT 0,
+    max_crashes INTEGER NOT NULL,
+    queue TEXT NOT NULL,
+    priority INTEGER NOT NULL,
+    eligible_at INTEGER NOT NULL,
+    worker TEXT,
+    claim INTEGER NOT NULL DEFAULT 0,
+    cancel_reason TEXT,
+    concurrency_key TEXT,
+    rate_limit TEXT,
+    weight INTEGER NOT NULL,
+    parked_on TEXT,
+    awaits TEXT,
+    await_deadline INTEGER,
+    joining INTEGER NOT NULL DEFAULT 0,
+    parent_id INTEGER,
+    correlation_key TEXT,
+    correlation_scope INTEGER NOT NULL,
+    correlation_guard TEXT AS (
+        CASE WHEN correlation_scope & CASE status WHEN 'done' THEN 2 WHEN 'failed' THEN 4 ELSE 1 END
+        THEN correlation_key END),
+    inserted_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL,
+    CHECK ((status = 'executing') = (worker IS NOT NULL)),
+    CHECK (parked_on IS NULL OR status = 'runnable'),
+    CHECK (await_deadline IS NULL OR status = 'awaiting_signal'),
+    CHECK (cancel_reason IS NULL OR status = 'executing')
+) STRICT;
+CREATE INDEX durable_pick ON durable_instances (queue, priority, eligible_at, id, fsm, version)
+    WHERE status = 'runnable' AND parked_on IS NULL;
+CREATE INDEX durable_parked ON durable_instances (parked_on, queue, priority, eligible_at, id)
+    WHERE parked_on IS NOT NULL;
+CREATE INDEX durable_executing ON durable_instances (worker, queue) WHERE status = 'executing';
+CREATE INDEX durable_held ON durable_instances (concurrency_key)
+    WHERE status = 'executing' AND concurrency_key IS NOT NULL;
+CREATE INDEX durable_deadlines ON durable_instances (await_deadline) WHERE await_deadline IS NOT NULL;
+CREATE INDEX durable_waiting ON durable_instances (status, queue)
+    WHERE status = 'awaiting_signal' OR status = 'awaiting_children';
+CREATE INDEX durable_children ON durable_instances (parent_id, status) WHERE parent_id IS NOT NULL;
+CREATE UNIQUE INDEX durable_occupants ON durable_instances (correlation_guard) WHERE correlation_guard IS NOT NULL;
+CREATE INDEX durable_keys ON durable_instances (correlation_key) WHERE correlation_key IS NOT NULL;
+CREATE INDEX durable_finished ON durable_instances (updated_at, queue, status)
+    WHERE status = 'done' OR status = 'failed';
+CREATE INDEX durable_failed ON durable_instances (id) WHERE status = 'failed';
+CREATE TABLE durable_signals (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    target INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    payload TEXT,
+    dedup_key TEXT,
+    consumed INTEGER NOT NULL DEFAULT 0,
+    sent_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX durable_inbox ON durable_signals (target);
+CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, dedup_key) WHERE dedup_key IS NOT NULL;
+CREATE TABLE durable_limits (
+    name TEXT PRIMARY KEY, allowed INTEGER NOT NULL, per_ms INTEGER NOT NULL, burst INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_buckets (
+    key TEXT PRIMARY KEY,
+    level INTEGER NOT NULL,
+    refilled_at INTEGER NOT NULL,
+    full_at INTEGER NOT NULL,
+    ready_at INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX durable_ready ON durable_buckets (ready_at) WHERE ready_at IS NOT NULL;
+CREATE INDEX durable_full ON durable_buckets (full_at);
+CREATE TABLE durable_workers (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    host TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    queues TEXT NOT NULL,
+    started_at INTEGER NOT NULL,
+    heartbeat_at INTEGER NOT NULL,
+    lease_expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_paused (queue TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+CREATE VIEW durable_view_instances AS SELECT
+    id, fsm, version, step, status, queue, priority, attempt, max_attempts, crashes, correlation_key, parent_id,
+    parked_on, awaits, state, result, last_error, concurrency_key, rate_limit, weight, worker,
+    strftime('%Y-%m-%dT%H:%M:%fZ', eligible_at / 1000.0, 'unixepoch') AS eligible_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', await_deadline / 1000.0, 'unixepoch') AS await_deadline,
+    strftime('%Y-%m-%dT%H:%M:%fZ', inserted_at / 1000.0, 'unixepoch') AS inserted_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', updated_at / 1000.0, 'unixepoch') AS updated_at
+    FROM durable_instances;
+CREATE VIEW durable_view_signals AS SELECT
+    id, target, name, payload, dedup_key, consumed,
+    strftime('%Y-%m-%dT%H:%M:%fZ', sent_at / 1000.0, 'unixepoch') AS sent_at
+    FROM durable_signals;
+CREATE VIEW durable_view_workers AS SELECT
+    id, name, host, pid, queues,
+    strftime('%Y-%m-%dT%H:%M:%fZ', started_at / 1000.0, 'unixepoch') AS started_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', heartbeat_at / 1000.0, 'unixepoch') AS heartbeat_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', lease_expires_at / 1000.0, 'unixepoch') AS lease_expires_at
+    FROM durable_workers;
+INSERT INTO durable_meta VALUES ('schema_version', '1');
+INSERT INTO durable_limits VALUES ('api', 2, 10000, 3);
+INSERT INTO durable_buckets VALUES ('api', 0, 1700000000000, 1700000015000, 1700000010000);
+INSERT INTO durable_workers VALUES
+    ('w', 'press', 'elsewhere', 7, '{"default":10}', 1700000000000, 1700000000000, 1700000060000);
+INSERT INTO durable_paused VALUES ('paused');
+INSERT INTO durable_instances (
+    id, fsm, version, step, status, state, result, last_error, attempt, max_attempts, crashes, max_crashes, queue,
+    priority, eligible_at, worker, claim, concurrency_key, rate_limit, weight, parked_on, awaits, await_deadline,
+    joining, parent_id, correlation_key, correlation_scope, inserted_at, updated_at
+) VALUES
+    (1, 'old.job', 1, 'perform', 'done', '{"n":1}', '{"n":1}', NULL, 0, 20, 0, 20, 'default',
+        0, 1700000000000, NULL, 1, NULL, NULL, 1, NULL, NULL, NULL, 0, NULL, 'done', 3, 1700000000000, 1700000000001),
+    (2, 'old.job', 1, 'perform', 'failed', '{"n":2}', NULL, 'ValueError: boom', 2, 3, 0, 20, 'default',
+        0, 1700000000000, NULL, 3, NULL, NULL, 1, NULL, NULL, NULL, 0, NULL, 'failed', 5, 1700000000000, 1700000000001),
+    (3, 'old.job', 1, 'perform', 'runnable', '{"n":3}', NULL, NULL, 0, 20, 0, 20, 'paused',
+        0, 1700000000000, NULL, 0, NULL, NULL, 1, NULL, NULL, NULL, 0, NULL, NULL, 1, 1700000000000, 1700000000000),
+    (4, 'old.job', 1, 'perform', 'runnable', '{"n":4}', NULL, NULL, 0, 20, 0, 20, 'default',
+        0, 1800000000000, NULL, 0, NULL, NULL, 1, NULL, NULL, NULL, 0, NULL, NULL, 1, 1700000000000, 1700000000000),
+    (5, 'old.job', 1, 'perform', 'executing', '{"n":5}', NULL, NULL, 0, 20, 0, 20, 'default',
+        0, 1700000000000, 'w', 1, 'account:7', NULL, 1, NULL, NULL, NULL, 0, NULL, NULL, 1,
+        1700000000000, 1700000000001),
+    (6, 'old.job', 1, 'perform', 'runnable', '{"n":6}', NULL, NULL, 0, 20, 0, 20, 'default',
+        0, 1700000000000, NULL, 0, 'account:7', NULL, 1, 'key:account:7', NULL, NULL, 0, NULL, NULL, 1,
+        1700000000000, 1700000000000),
+    (7, 'old.job', 1, 'perform', 'runnable', '{"n":7}', NULL, NULL, 0, 20, 0, 20, 'default',
+        0, 1700000000000, NULL, 0, NULL, 'api', 2, 'rate:api', NULL, NULL, 0, NULL, NULL, 1,
+        1700000000000, 1700000000000),
+    (8, 'old.machine', 1, 'heard', 'awaiting_signal', '{}', NULL, NULL, 0, NULL, 0, 20, 'default',
+        0, 1700000000000, NULL, 2, NULL, NULL, 1, NULL, '["paid","void"]', 1800000000000, 0, NULL, 'order:8', 1,
+        1700000000000, 1700000000001),
+    (9, 'old.machine', 1, 'heard', 'awaiting_signal', '{}', NULL, NULL, 0, NULL, 0, 20, 'default',
+        0, 1700000000000, NULL, 1, NULL, NULL, 1, NULL, '["paid"]', 1700000030000, 0, NULL, NULL, 1,
+        1700000000000, 1700000000001),
+    (10, 'old.machine', 1, 'join', 'awaiting_children', '{}', NULL, NULL, 0, NULL, 0, 20, 'default',
+        0, 1700000000000, NULL, 1, NULL, NULL, 1, NULL, NULL, NULL, 1, NULL, NULL, 1, 1700000000000, 1700000000001),
+    (11, 'old.job', 1, 'perform', 'done', '{"n":11}', '{"n":11}', NULL, 0, 20, 0, 20, 'default',
+        0, 1700000000000, NULL, 1, NULL, NULL, 1, NULL, NULL, NULL, 0, 10, NULL, 1, 1700000000000, 1700000000001),
+    (12, 'old.job', 1, 'perform', 'runnable', '{"n":12}', NULL, 'ValueError: boom', 1, 20, 0, 20, 'default',
+        0, 1700000000000, NULL, 1, NULL, NULL, 1, NULL, NULL, NULL, 0, 10, NULL, 1, 1700000000000, 1700000000001);
+INSERT INTO durable_signals VALUES
+    (1, 8, 'ready', NULL, 'evt-1', 1, 1700000000000),
+    (2, 8, 'note', '"gift"', 'evt-2', 0, 1700000000001),
+    (3, 8, 'note', NULL, NULL, 0, 1700000000002);
+"""
+"""A file of the first schema version, as its own engine left it: nothing of this is ever changed."""
+
+
+class OldMachine(FSM, name="old.machine", initial="heard"):
+    @step
+    def heard(self, ctx: Ctx) -> Outcome:
+        return Done([[signal.payload for signal in signals] for signals in (ctx.awaited, ctx.inbox)])
+
+    @step
+    def join(self, ctx: Ctx) -> Outcome:
+        return Done([child.result for child in ctx.children])
+
+
+@durable.job(name="old.job")
+def old_job(n: int) -> dict[str, int]:
+    """Gives its argument back."""
+    return {"n": n}
+
+
+@pytest.fixture
+def old_file(database: Path) -> Path:
+    """A file of the first version, at the path on which `make_engine` opens its engines."""
+    with closing(apsw.Connection(str(database))) as connection:
+        connection.execute(VERSION_1)
+        connection.pragma("journal_mode", "wal")
+    return database
+
+
+@pytest.mark.usefixtures("old_file")
+def test_a_file_of_the_first_version_opens_and_goes_on(make_engine: MakeEngine, clock: Clock) -> None:
+    """Opening migrates it, and changes no instance: all that waited for something gets it as ever."""
+    engine = make_engine(clock=clock)
+    assert ask(engine, "select value from durable_meta where key = 'schema_version'") == [("2",)]
+    assert [(row.id, row.status, row.parked_on) for row in engine.find()] == [
+        (12, "runnable", None),
+        (11, "done", None),
+        (10, "awaiting_children", None),
+        (9, "awaiting_signal", None),
+        (8, "awaiting_signal", None),
+        (7, "runnable", "rate:api"),
+        (6, "runnable", "key:account:7"),
+        (5, "executing", None),
+        (4, "runnable", None),
+        (3, "runnable", None),
+        (2, "failed", None),
+        (1, "done", None),
+    ]
+    assert (engine.get(8).awaits, engine.get(8).await_deadline) == (
+        ("paid", "void"),
+        durable._instant(1_800_000_000_000),
+    )
+    assert engine.check() == []
+    engine.retry("failed")
+    engine.signal("order:8", "ready", dedup_key="evt-1")
+    engine.signal("order:8", "paid", 100, dedup_key="evt-1")
+    engine.drain()
+    engine.resume("paused")
+    clock.advance(60)
+    engine.drain()
+    assert {row.id: row.result for row in engine.find()} == {
+        **{n: {"n": n} for n in (1, 2, 3, 4, 5, 6, 7, 11, 12)},
+        8: [[100], ["gift", None, 100]],
+        9: [[], []],
+        10: [{"n": 11}, {"n": 12}],
+    }
+    assert (engine.get(5).attempt, engine.get(12).attempt) == (1, 1)
+    assert engine.insert(old_job, args={"n": 13}) == 13
+    assert engine.check() == []
+
+
+def test_a_migrated_file_is_a_new_one_to_its_schema(make_engine: MakeEngine, old_file: Path, tmp_path: Path) -> None:
+    """Whatever version it began with, and whoever opens it first, a file has the same tables and indexes."""
+    schemas = []
+    for path in (old_file, tmp_path / "new.db"):
+        together(*[lambda path=path: make_engine(database=path, queues={}).check()] * 3)
+        schemas.append(ask(make_engine(database=path), "select name, sql from sqlite_schema order by name"))
+    assert schemas[0] == schemas[1]
+
+
+def test_an_engine_of_the_first_version_refuses_a_newer_file(
+    make_engine: MakeEngine, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes by the version in the file, and leaves it as it is."""
+    make_engine().stop()
+    before = old_file.read_bytes()
+    monkeypatch.setattr(durable, "_SCHEMA_VERSION", 1)
+    with pytest.raises(durable.SchemaError, match="schema version 2, this durable knows up to 1"):
+        Engine(old_file)
+    assert old_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["drop table durable_signals", "alter table durable_workers drop column host"])
+def test_a_damaged_file_of_the_first_version_is_not_migrated(old_file: Path, damage: str) -> None:
+    """`SchemaError`; the file keeps its version and all that is in it."""
+    with closing(apsw.Connection(str(old_file))) as connection:
+        connection.execute("drop view durable_view_workers; drop view durable_view_signals")
+        connection.execute(damage)
+        before = list(connection.execute("select name, sql from sqlite_schema order by name"))
+    with pytest.raises(durable.SchemaError, match=old_file.name):
+        Engine(old_file)
+    with closing(apsw.Connection(str(old_file))) as connection:
+        assert list(connection.execute("select name, sql from sqlite_schema order by name")) == before
+        assert connection.execute("select value from durable_meta").get == "1"
+
+
+def test_insert_into_a_file_of_the_first_version_says_what_to_do(old_file: Path) -> None:
+    """It writes nothing into a file that is not migrated yet."""
+    with closing(apsw.Connection(str(old_file))) as connection:
+        connection.execute("begin immediate")
+        with pytest.raises(durable.SchemaError, match="open an Engine on it once to migrate it"):
+            durable.insert_into(connection, old_job, args={"n": 1})
+
+
 # ---- Life cycle ----------------------------------------------------------------------------------
 
 
@@ -4182,7 +4452,8 @@ def test_cancel_fails_what_is_not_running(make_engine: MakeEngine, status: str) 
         engine.drain(with_scheduled=False)
     assert engine.cancel("k", "enough") is True
     row = engine.get(ident)
-    assert (row.status, row.last_error, row.awaits, row.await_deadline) == (Status.FAILED, "enough", (), None)
+    awaits = ("go",) if status == "awaiting_signal" else ()
+    assert (row.status, row.last_error, row.awaits, row.await_deadline) == (Status.FAILED, "enough", awaits, None)
     runs = len(machine.runs)
     engine.drain()
     assert len(machine.runs) == runs
@@ -4303,6 +4574,151 @@ def test_retry_runs_a_failed_instance_again_from_its_current_step(make_engine: M
     engine.drain()
     assert engine.result(ident) == {"n": 1}
     assert [(ctx.step, ctx.attempt) for ctx in machine.runs][-1] == ("second", 0)
+
+
+def test_retry_shows_the_step_what_it_had_been_shown(make_engine: MakeEngine) -> None:
+    """The signals that a failed step awaited, and the rest of its inbox, are there when it runs again."""
+    engine, machine, ident = scripted(
+        make_engine, Await("paid", "ship"), Stop("no stock"), Stop("still none"), Next("x")
+    )
+    engine.signal(ident, "note", "gift")
+    engine.signal(ident, "paid", 100, dedup_key="evt-7")
+    for _ in range(3):
+        engine.drain()
+        assert engine.check() == []
+        if engine.get(ident).status is Status.FAILED:
+            engine.retry(ident)
+            engine.signal(ident, "paid", "again", dedup_key="evt-7")
+    assert machine.awaited() == [[], [100], [100], [100], []]
+    assert machine.inboxes() == [["gift", 100]] * 4 + [["gift"]]
+
+
+@pytest.mark.parametrize("way", ["stop", "error", "no outcome", "bad statement", "crashes", "cancelled"])
+def test_a_step_keeps_what_it_was_shown_however_it_fails(make_engine: MakeEngine, way: str) -> None:
+    """By `Stop`, an error, a statement that fails, too many crashes, or a cancel before it has run."""
+
+    def fail(ctx: Ctx) -> object:
+        if way == "bad statement":
+            ctx.execute("insert into nowhere values (1)")
+        if way == "crashes":
+            raise SystemExit
+        return {"stop": Stop("no"), "no outcome": 17}.get(way) or (Done() if way == "bad statement" else 1 / 0)
+
+    engine, machine = scripted_engine(make_engine, Await("go", "end"), *[fail] * (20 if way == "crashes" else 1))
+    ident = engine.insert(Scripted)
+    engine.signal(ident, "go", 1)
+    while engine.get(ident).status is not Status.FAILED:
+        if way == "cancelled" and engine.get(ident).awaits:
+            engine.cancel(ident)
+        with contextlib.suppress(SystemExit, DurableError):
+            engine.drain(max_steps=1)
+    machine.outcomes.clear()
+    engine.retry(ident)
+    assert engine.get(ident).status is Status.RUNNABLE
+    engine.drain()
+    assert engine.get(ident).status is Status.DONE
+    assert machine.awaited()[-1] == [1]
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_retry_of_what_was_cancelled_while_it_waited_waits_again(
+    make_engine: MakeEngine, clock: Clock, timeout: float | None
+) -> None:
+    """For the same signals, until the same instant; the step is not run for nothing."""
+    engine, machine, ident = scripted(make_engine, Await(["go", "run"], "end", timeout=timeout), clock=clock)
+    engine.drain()
+    engine.signal(ident, "other", "kept")
+    deadline = engine.get(ident).await_deadline
+    engine.cancel(ident)
+    assert engine.fire_timeouts() == 0
+    clock.advance(10)
+    engine.retry(ident)
+    row = engine.get(ident)
+    assert (row.status, row.awaits, row.await_deadline) == (Status.AWAITING_SIGNAL, ("go", "run"), deadline)
+    assert (row.attempt, engine.check(), engine.drain()) == (0, [], Counter())
+    if timeout is None:
+        engine.signal(ident, "run", "late")
+    else:
+        clock.advance(50)
+    engine.drain()
+    assert (machine.awaited(), machine.inboxes()[-1][0]) == ([[], ["late"] if timeout is None else []], "kept")
+    assert engine.get(ident).status is Status.DONE
+
+
+def test_retry_wakes_at_once_what_has_missed_its_deadline_meanwhile(make_engine: MakeEngine, clock: Clock) -> None:
+    """A deadline that passed while the instance was failed has not passed by it."""
+    engine, machine, ident = scripted(make_engine, Await("go", "end", timeout=60), clock=clock)
+    engine.drain()
+    engine.cancel(ident)
+    clock.advance(61)
+    engine.retry(ident)
+    assert engine.drain() == Counter({"steps": 1, "done": 1})
+    assert machine.awaited() == [[], []]
+
+
+def test_retry_does_not_wait_again_for_what_has_come_or_run_out(make_engine: MakeEngine, clock: Clock) -> None:
+    """One that was cancelled after its signal or its deadline had woken it stands at its step."""
+    engine, machine = scripted_engine(make_engine, *[Await("go", "end", timeout=60)] * 2, clock=clock)
+    ids = [engine.insert(Scripted), engine.insert(Scripted)]
+    engine.drain()
+    engine.signal(ids[0], "go", "come")
+    assert engine.fire_timeouts() == 1
+    for ident in ids:
+        engine.cancel(ident)
+        engine.retry(ident)
+        assert engine.get(ident).status is Status.RUNNABLE
+    engine.drain()
+    assert machine.awaited() == [[], [], ["come"], []]
+
+
+def test_retry_of_a_parent_waits_for_the_children_that_live(make_engine: MakeEngine) -> None:
+    """A parent that was cancelled while it waited for its children joins when the last has ended, not before."""
+    inserts = [Insert(Echo, state={"n": 1}, queue="a"), Insert(Echo, state={"n": 2}, queue="b")]
+    engine, machine, ident = scripted(make_engine, ScheduleChildren(inserts, "join"))
+    engine.drain(queue="default")
+    engine.cancel(ident)
+    engine.drain(queue="a")
+    engine.retry(ident)
+    assert (engine.get(ident).status, engine.drain(queue="default")) == (Status.AWAITING_CHILDREN, Counter())
+    assert engine.check() == []
+    engine.cancel(ident)
+    engine.drain(queue="b")
+    engine.retry(ident)
+    assert (engine.get(ident).status, engine.get(ident).step) == (Status.RUNNABLE, "join")
+    engine.drain()
+    assert [child.result for child in machine.children[-1]] == [{"n": 1}, {"n": 2}]
+
+
+def test_retry_of_a_join_waits_for_a_child_that_is_retried_too(make_engine: MakeEngine) -> None:
+    """Whichever is retried first: a join that failed for a failed child runs when the child has come to an end."""
+    engine, machine = scripted_engine(make_engine, *[ScheduleChildren([Insert(Fails, queue="a")], "join")] * 2)
+    parents = [engine.insert(Scripted), engine.insert(Scripted)]
+    engine.drain(queue="default")
+    machine.outcomes.extend([Stop("a child is missing")] * 2)
+    engine.drain()
+    children = [engine.find(parent_id=parent)[0].id for parent in parents]
+    engine.retry(children[0])
+    engine.retry(parents[0])
+    engine.retry(parents[1])
+    assert [engine.get(parent).status for parent in parents] == [Status.AWAITING_CHILDREN, Status.RUNNABLE]
+    engine.drain(queue="a")
+    assert engine.get(parents[0]).status is Status.RUNNABLE
+    engine.drain()
+    assert [engine.get(parent).status for parent in parents] == [Status.DONE] * 2
+    assert engine.check() == []
+
+
+def test_retry_of_a_later_step_does_not_wait_for_children_of_an_earlier_one(make_engine: MakeEngine) -> None:
+    """Only a join waits: a step after it runs again at once, though a child of the round before is retried."""
+    engine, machine, ident = scripted(
+        make_engine, ScheduleChildren([Insert(Fails, queue="a")], "join"), Next("after"), Stop("no")
+    )
+    engine.drain()
+    engine.retry(engine.find(parent_id=ident)[0].id)
+    engine.retry(ident)
+    assert (engine.get(ident).status, engine.get(ident).step) == (Status.RUNNABLE, "after")
+    engine.drain(queue="default")
+    assert [child.status for child in machine.children[-1]] == [Status.RUNNABLE]
 
 
 def test_retry_refuses_what_has_not_failed(engine: Engine) -> None:
@@ -4574,6 +4990,61 @@ def test_gc_keeps_a_finished_child_for_its_parents_join(make_engine: MakeEngine,
     assert engine.check() == []
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["failed at its join", "cancelled while it waited"])
+def test_gc_keeps_the_children_of_a_failed_parent_as_long_as_the_parent(
+    make_engine: MakeEngine, clock: Clock, is_cancelled: bool
+) -> None:
+    """A join that is retried sees them all, however old they are; without a retry they go with their parent."""
+    children = ScheduleChildren([Insert(Echo, queue="a"), Insert(Fails, queue="a")], "join")
+    engine, machine = scripted_engine(make_engine, *[children] * 2, clock=clock, retention=60)
+    parents = [engine.insert(Scripted), engine.insert(Scripted)]
+    engine.drain(queue="default")
+    machine.outcomes.extend([Stop("no")] * 2)
+    for parent in parents if is_cancelled else ():
+        engine.cancel(parent)
+    clock.advance(0 if is_cancelled else 50)
+    engine.drain(queue="a")
+    clock.advance(50)
+    engine.drain()
+    clock.advance(30)
+    if not is_cancelled:
+        assert engine.gc() == 0
+    engine.retry(parents[1])
+    clock.advance(40)
+    assert engine.gc() == 3
+    machine.outcomes.clear()
+    engine.drain()
+    assert len(machine.children[-1]) == 2
+    clock.advance(61)
+    assert engine.gc() == 3
+    assert engine.check() == []
+
+
+def test_gc_takes_a_failed_family_in_one_sweep_with_its_inboxes(make_engine: MakeEngine, clock: Clock) -> None:
+    """Nothing that a failed instance kept outlives it: signals, children, and theirs."""
+    child = Insert(Scripted)
+    engine, _ = scripted_engine(
+        make_engine,
+        ScheduleChildren([child] * 3, "join"),
+        *[ScheduleChildren([Insert(Waits)] * 2, "join")] * 3,
+        *[Stop("no")] * 4,
+        clock=clock,
+        retention=60,
+    )
+    engine.insert(Scripted)
+    engine.drain()
+    for waiting in engine.find(fsm=Waits):
+        engine.signal(waiting.id, "other", dedup_key="d")
+        engine.cancel(waiting.id)
+        clock.advance(1)
+    engine.drain()
+    assert engine.counts() == {"default": {"failed": 10}}
+    assert ask(engine, "select count(*) from durable_signals") == [(6,)]
+    clock.advance(61)
+    assert engine.gc() == 10
+    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
+
+
 def test_a_paused_queue_is_claimed_by_no_engine(make_engine: MakeEngine) -> None:
     """Kept in the file: no engine claims from a paused queue; other queues go on; `resume` lets it go."""
     make_engine(queues={}).pause("default")
@@ -4700,8 +5171,9 @@ BROKEN: dict[str, str] = {
     "executing rows of a worker that is not registered": "update {i} set status = 'executing', worker = 'w'",
     "rows waiting for a signal without saying which": "update {i} set status = 'awaiting_signal'",
     "rows waiting for children of which none is live": "update {i} set status = 'awaiting_children'",
-    "ended rows with an inbox": """
+    "done rows with an inbox": """
         update {i} set status = 'done'; insert into {s} (target, name, sent_at) values (1, 'x', 0)""",
+    "done rows that wait for something": "update {i} set status = 'done', joining = 1",
     "signals without an instance": "insert into {s} (target, name, sent_at) values (77, 'x', 0)",
     "rows whose state, result or awaits is no JSON": "update {i} set state = '{{'",
     "signals whose payload is no JSON": "insert into {s} (target, name, payload, sent_at) values (1, 'x', '{{', 0)",
@@ -5228,7 +5700,7 @@ def test_a_signal_has_an_id_a_name_and_the_instant_it_was_sent(make_engine: Make
 
 
 def test_a_dedup_key_makes_redelivery_a_no_op_also_after_consumption(make_engine: MakeEngine) -> None:
-    """`dedup_key` makes redelivery a no-op for as long as the instance lives, also after consumption."""
+    """`dedup_key` makes redelivery under the same name a no-op as long as the instance lives, also when consumed."""
     again = Await("go", "more")
     engine, machine, ident = scripted(make_engine, again, Next("park"), again, Next("park"), again)
     engine.signal(ident, "go", 1, dedup_key="evt-7")
@@ -5248,6 +5720,16 @@ def test_a_dedup_key_is_the_targets_own(engine: Engine) -> None:
         engine.signal(ident, "go", ident, dedup_key="evt-7")
     engine.drain()
     assert [engine.result(ident) for ident in ids] == [[ident] for ident in ids]
+
+
+def test_a_dedup_key_is_the_names_own(make_engine: MakeEngine) -> None:
+    """Redelivery is under one name: the same key under another name is another signal, also after consumption."""
+    engine, machine, ident = scripted(make_engine, Await("paid", "b"), Next("c"), Await("shipped", "d"))
+    for name in ("paid", "shipped", "paid", "shipped"):
+        engine.signal(ident, name, name, dedup_key="evt-7")
+    engine.drain()
+    assert machine.awaited() == [[], ["paid"], [], ["shipped"]]
+    assert machine.inboxes() == [["paid", "shipped"], ["paid", "shipped"], ["shipped"], ["shipped"]]
 
 
 def test_a_dedup_key_holds_among_racing_threads(make_engine: MakeEngine) -> None:
@@ -5481,17 +5963,16 @@ def test_what_the_last_run_was_shown_is_dropped_without_a_word(
 
 
 @pytest.mark.parametrize("outcome", [Stop("no"), Done()])
-def test_a_terminal_outcome_empties_the_inbox(make_engine: MakeEngine, outcome: object) -> None:
-    """A terminal outcome empties the inbox: nothing of it, awaited or not, is left in the file, or for a retry."""
-    engine, machine, ident = scripted(make_engine, Await("go", "end"), outcome)
+def test_done_empties_the_inbox_and_a_failure_keeps_it(make_engine: MakeEngine, outcome: object) -> None:
+    """`Done` leaves nothing in the file, awaited or not; a failed instance keeps what it was sent, for a retry."""
+    engine, _, ident = scripted(make_engine, Await("go", "end"), outcome)
     engine.signal(ident, "other")
-    engine.signal(ident, "go")
+    engine.signal(ident, "go", dedup_key="evt-7")
     engine.drain()
-    assert ask(engine, "select count(*) from durable_signals where not consumed") == [(0,)]
-    if engine.get(ident).status is Status.FAILED:
-        engine.retry(ident)
-        engine.drain()
-        assert machine.runs[-1].inbox == machine.runs[-1].awaited == ()
+    left = 2 if engine.get(ident).status is Status.FAILED else 0
+    assert ask(engine, "select count(*) from durable_signals where not consumed") == [(left,)]
+    assert engine.get(ident).awaits == (("go",) if left else ())
+    assert engine.check() == []
 
 
 # ---- Deadlines -----------------------------------------------------------------------------------
@@ -5677,6 +6158,24 @@ def test_a_retried_child_is_waited_for_again(make_engine: MakeEngine, later: boo
     assert engine.check() == []
 
 
+def test_a_child_whose_key_is_taken_by_now_is_not_waited_for_again(make_engine: MakeEngine) -> None:
+    """It can't be retried, so its parent has nothing to wait for; when the key is free it can."""
+    children = [Insert(Fails, queue="bad", correlation_key="k"), Insert(Echo, queue="good")]
+    engine, _, parent = scripted(make_engine, ScheduleChildren(children, "join"))
+    engine.drain(queue="default")
+    engine.drain(queue="bad")
+    (failed,) = engine.find(fsm=Fails)
+    occupant = engine.insert(Echo, queue="other", correlation_key="k")
+    with pytest.raises(DuplicateError):
+        engine.retry(failed.id)
+    engine.cancel(occupant)
+    engine.retry(failed.id)
+    engine.drain(queue="good")
+    assert engine.get(parent).status is Status.AWAITING_CHILDREN
+    engine.drain(queue="bad")
+    assert engine.get(parent).status is Status.RUNNABLE
+
+
 @pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: int) -> None:
     """One step may schedule any number of children, and joins them all, once."""
@@ -5739,9 +6238,10 @@ class Box:
     attempt: int = 0
     deadline: float | None = None
     awaits: tuple[str, ...] = ()
-    life: int = 0
+    waited: bool = False
+    """Whether it waited when it was cancelled, until its deadline."""
     inbox: dict[int, str] = attrs.field(factory=dict)
-    dedup: set[str] = attrs.field(factory=set)
+    dedup: set[tuple[str, int]] = attrs.field(factory=set)
     plans: collections.deque[Plan] = attrs.field(factory=collections.deque)
     shown: list[tuple[list[int], list[int], int]] = attrs.field(factory=list)
 
@@ -5749,11 +6249,11 @@ class Box:
     def live(self) -> bool:
         return self.status in LIVE
 
-    def deliver(self, serial: int, name: str, dedup_key: str | None) -> None:
-        if dedup_key in self.dedup:
-            return
-        if dedup_key is not None:
-            self.dedup.add(dedup_key)
+    def deliver(self, serial: int, name: str, dedup: int | None) -> None:
+        if dedup is not None:
+            if (name, dedup) in self.dedup:
+                return
+            self.dedup.add((name, dedup))
         self.inbox[serial] = name
         if self.status == "awaiting_signal" and name in self.awaits:
             self.wake()
@@ -5762,7 +6262,12 @@ class Box:
         self.status, self.deadline, self.eligible = "runnable", None, 0.0
 
     def end(self, status: str) -> None:
-        self.status, self.deadline, self.awaits, self.inbox, self.dedup = status, None, (), {}, set()
+        self.waited, self.status = self.status == "awaiting_signal", status
+        if status == "done":
+            self.deadline, self.awaits, self.inbox, self.dedup = None, (), {}, set()
+
+    def retry(self, now: float) -> None:
+        self.status, self.attempt, self.eligible = "awaiting_signal" if self.waited else "runnable", 0, now
 
     def run(self, now: float) -> str:
         """One step as the table of outcomes has it; the kind of the outcome."""
@@ -5840,11 +6345,11 @@ class InboxAndPark(RuleBasedStateMachine):
     @rule(index=st.integers(0, 2), name=LETTERS, dedup=st.none() | st.integers(0, 2))
     def signal(self, index: int, name: str, dedup: int | None) -> None:
         ident, box = self.pick(index)
-        dedup_key = None if dedup is None else f"{name}-{box.life}-{dedup}"
+        dedup_key = None if dedup is None else f"{dedup}"
         serial = next(self.serials)
         if box.live:
             self.engine.signal(ident, name, serial, dedup_key=dedup_key)
-            box.deliver(serial, name, dedup_key)
+            box.deliver(serial, name, dedup)
         else:
             with pytest.raises(NoTargetError):
                 self.engine.signal(ident, name, serial, dedup_key=dedup_key)
@@ -5873,7 +6378,7 @@ class InboxAndPark(RuleBasedStateMachine):
         ident, box = self.pick(index)
         if box.status == "failed":
             self.engine.retry(ident)
-            box.status, box.attempt, box.eligible, box.life = "runnable", 0, self.clock.now, box.life + 1
+            box.retry(self.clock.now)
         else:
             with pytest.raises(DurableError):
                 self.engine.retry(ident)
@@ -11967,6 +12472,8 @@ class Twin:
     awaits: tuple[str, ...] = ()
     deadline: int | None = None
     is_joining: bool = False
+    kept_wait: tuple[int | None] | None = None
+    """The deadline that it had when it was cancelled while it waited for a signal."""
     worker: str | None = None
     claim: int = 0
     cancel_reason: str | None = None
@@ -12154,7 +12661,7 @@ class EngineModel:
         row = self.occupant(target) if isinstance(target, str) else self.rows.get(target)
         if row is None or row.status in ENDED:
             raise RefusedError(NoTargetError)
-        if dedup_key is not None and any(letter.dedup_key == dedup_key for letter in row.inbox):
+        if dedup_key is not None and any((one.name, one.dedup_key) == (name, dedup_key) for one in row.inbox):
             return
         row.inbox.append(Letter(name, payload, dedup_key, next(self.numbers)))
         if row.status == Status.AWAITING_SIGNAL and name in row.awaits:
@@ -12168,6 +12675,7 @@ class EngineModel:
             row.cancel_reason = row.cancel_reason or reason
         else:
             self.end(row, Status.FAILED, error=reason)
+            row.claim += 1  # its number stands in the history
         return True
 
     def retry(self, identity: int) -> None:
@@ -12179,16 +12687,22 @@ class EngineModel:
             raise RefusedError(DuplicateError, occupant.id)
         row.status, row.attempt, row.crashes, row.eligible_at = Status.RUNNABLE, 0, 0, self.now
         row.ended_at = None
+        if row.kept_wait is not None:
+            row.status, (row.deadline,), row.kept_wait = Status.AWAITING_SIGNAL, row.kept_wait, None
+        elif row.is_joining and any(child.status not in ENDED for child in self.children(row.id)):
+            row.status = Status.AWAITING_CHILDREN
 
     def collect(self) -> None:
-        def waits_for_a_join(row: Twin) -> bool:
-            parent = self.rows.get(row.parent_id or 0)
-            return parent is not None and parent.is_joining and parent.status not in ENDED
-
         due = [row for row in self.rows.values() if row.ended_at is not None]
-        due = [row for row in due if cast(int, row.ended_at) < self.now - RETENTION_MS and not waits_for_a_join(row)]
-        for row in due:
-            del self.rows[row.id]
+        due = [row for row in due if cast(int, row.ended_at) < self.now - RETENTION_MS]
+        while found := [row for row in due if row.id in self.rows and not self.is_kept(row)]:
+            for row in found:
+                del self.rows[row.id]
+
+    def is_kept(self, child: Twin) -> bool:
+        """Whether a parent is still to join it, or may be retried."""
+        parent = self.rows.get(child.parent_id or 0)
+        return parent is not None and (parent.is_joining or parent.status == Status.FAILED)
 
     # Outcomes
 
@@ -12214,8 +12728,6 @@ class EngineModel:
             else:
                 with contextlib.suppress(RefusedError):
                     self.signal(effect.target, effect.name, effect.name.upper(), effect.dedup_key)
-        if row.status in ENDED:
-            row.inbox = []
         return True
 
     def move(self, row: Twin, verdict: Verdict) -> None:
@@ -12281,9 +12793,12 @@ class EngineModel:
         row.inbox = [one for one in row.inbox if not one.is_consumed or one.dedup_key is not None]
 
     def end(self, row: Twin, status: Status, *, result: Any = None, error: str | None = None) -> None:
+        row.kept_wait = (row.deadline,) if row.status == Status.AWAITING_SIGNAL else None
         row.status, row.result, row.last_error, row.ended_at = status, result, error, self.now
         row.worker = row.cancel_reason = row.deadline = None
-        row.awaits, row.is_joining, row.inbox, row.crashes = (), False, [], 0
+        row.crashes = 0
+        if status == Status.DONE:
+            row.awaits, row.is_joining, row.inbox = (), False, []
 
     def crash(self, row: Twin, cause: str, at: int) -> None:
         if row.cancel_reason is not None:
@@ -13383,6 +13898,21 @@ class Rehearsal:
         self._theatre.insert(2, Insert(fsm, **options))
         self._theatre.hold_against_each_other()
 
+    def retry_one(self, identity: int) -> None:
+        """Retry that instance."""
+        theatre = self._theatre
+        retry = functools.partial(theatre.client.engine.retry, identity)
+        self.perform(theatre.client, retry, functools.partial(theatre.model.retry, identity))
+
+    def last_parent(self) -> int:
+        """The newest instance that has children."""
+        return max(row.parent_id or 0 for row in self._theatre.model.rows.values())
+
+    def failed_children(self) -> list[int]:
+        """Those of it that have failed."""
+        children = self._theatre.model.children(self.last_parent())
+        return [child.id for child in children if child.status == Status.FAILED]
+
     def acts(self, *acts: Any) -> None:
         """Workers run what they can, and each step does the next of these."""
         self.work([one if isinstance(one, Cue) else Cue(one) for one in acts])
@@ -13558,6 +14088,100 @@ def cancelling(at: Any) -> None:
     at.claim_all(0)
     at.cancel(2, 0)
     at.run_held(0, Next("middle"))
+
+
+@rehearsed
+def retries_of_who_waited(at: Any) -> None:
+    """Who is cancelled while it waits, waits again when it is retried, until the deadline that it had."""
+    for timeout in (None, 15, 90):
+        at.insert(Puppet)
+        at.acts(Await(("a", "b"), "middle", timeout=timeout))
+        at.signal(2, 0, "b", "d1")
+        at.acts(Await("a", "middle", timeout=timeout))
+        at.cancel(2, 0)
+    at.insert(Puppet)
+    at.acts(Await("a", "middle"))
+    at.signal(2, 0, "a", None)
+    at.cancel(2, 0)
+    at.insert(Puppet)
+    at.cancel(2, 0)
+    at.pass_time(15_000)
+    at.beat(2)
+    for _ in range(5):
+        at.retry(2, 0)
+    at.acts(Stop("why"))
+    at.signal(2, 0, "b", "d1")
+    at.signal(2, 0, "a", "d1")
+    at.retry(2, 0)
+    at.acts(Stop("why"), ValueError("boom"))
+    at.retry(2, 0)
+    at.retry(2, 0)
+    at.acts(Next("start"), Cue(Retry(0)), Done(1), Stop("why"))
+    at.pass_time(100_001)
+    at.acts(Done(1))
+    at.collect()
+
+
+@rehearsed
+def retries_of_who_joins(at: Any) -> None:
+    """A parent that failed keeps its children, and waits again for those that live."""
+    at.insert(Puppet)
+    at.acts(ScheduleChildren([Insert(Labourer), Insert(Labourer)], "middle"))
+    at.cancel(2, 0)
+    at.acts(Stop("why"))
+    at.pass_time(100_001)
+    at.collect()
+    at.insert(Puppet)
+    at.acts(ScheduleChildren([Insert(Labourer), Insert(Labourer)], "middle"))
+    at.acts(Stop("why"), Done(1))
+    at.pass_time(50_000)
+    at.acts(Stop("join"))
+    at.pass_time(60_000)
+    at.collect()
+    at.retry(2, 1)
+    at.retry(2, 0)
+    at.acts(Stop("why"))
+    at.acts(Next("start"))
+    at.acts(Stop("later"))
+    at.retry(2, 0)
+    at.retry(2, 0)
+    at.acts(*[Done(1)] * 2)
+    at.pass_time(100_001)
+    at.collect()
+
+
+@rehearsed
+def a_failed_family(at: Any) -> None:
+    """Children are kept with a parent that failed after their join, too, and go with it."""
+    at.insert(Puppet)
+    at.acts(ScheduleChildren([Insert(Labourer), Insert(Labourer)], "middle"))
+    at.acts(Done(1), Stop("why"), Next("start"))
+    at.pass_time(60_000)
+    at.acts(Stop("later"))
+    at.pass_time(50_000)
+    at.collect()
+    at.retry_one(1)
+    at.acts(Stop("later"))
+    at.pass_time(100_001)
+    at.collect()
+
+
+@rehearsed
+def retries_wherever_the_children_are(at: Any) -> None:
+    """A join waits for a child that is retried before it; a later step does not."""
+    for joins in ([Stop("join")], [Next("start"), Stop("later")]):
+        at.insert(Puppet)
+        at.acts(ScheduleChildren([Insert(Labourer), Insert(Puppet)], "middle"))
+        at.acts(Stop("why"), Stop("why"))
+        at.acts(*joins)
+        for child in at.failed_children():
+            at.retry_one(child)
+        at.retry_one(at.last_parent())
+        at.claim_all(0)
+        at.leave(0)
+        at.acts(*[Done(1)] * 3)
+    at.pass_time(100_001)
+    at.collect()
 
 
 @rehearsed
@@ -13758,6 +14382,17 @@ def keeping_the_inbox(original: Any) -> Any:
     return failed_with
 
 
+def emptying_the_inbox(original: Any) -> Any:
+    """Make of what follows from the end of an instance that its inbox is emptied, however it ended."""
+
+    def departed(self: Any, row: Any, status: str, *args: Any) -> None:
+        original(self, row, status, *args)
+        if status == Status.FAILED:
+            self.store.empty_inbox(row.id)
+
+    return departed
+
+
 PLANTED_FAULTS: dict[str, Planting] = {
     "an outcome is written under any claim": reworded("_PROGRESS", "AND claim = ?", "AND ? IS NOT NULL"),
     "an outcome is written though the instance was cancelled": reworded(
@@ -13789,12 +14424,24 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "signals that were shown wake again": bent(
         durable._Store, "has_unseen", lambda look: lambda self, target, names, seen: look(self, target, names, ())
     ),
-    "an ended instance keeps its inbox": replaced(durable._Store, "empty_inbox", lambda *_: ()),
+    "a done instance keeps its inbox": replaced(durable._Store, "empty_inbox", lambda *_: ()),
+    "a failed instance loses its inbox": bent(durable._Beat, "_departed", emptying_the_inbox),
+    "a failed instance forgets what it awaited": reworded("_FINISH", "iif(?1 = 'failed', awaits, NULL)", "NULL"),
+    "a failed join is no join any more": reworded("_FINISH", "iif(?1 = 'failed', joining, 0)", "0"),
+    "a done instance awaits on": reworded("_FINISH", "iif(?1 = 'failed', awaits, NULL)", "awaits"),
+    "a done instance joins on": reworded("_FINISH", "iif(?1 = 'failed', joining, 0)", "joining"),
+    "dedup keys hold under any name": reworded(
+        "_DELIVER",
+        "VALUES (?, ?, ?, ?, ?)",
+        "SELECT ?1, ?2, ?3, ?4, ?5"
+        " WHERE NOT EXISTS (SELECT 1 FROM durable_signals WHERE target = ?1 AND dedup_key = ?4)",
+    ),
     "deadlines never fire": replaced(durable._Store, "fire", nothing),
     "a deadline outlives its await": reworded("_TIMERS", "min(await_deadline)", "max(await_deadline)"),
     "parents are not woken": replaced(durable._Store, "wake_parent", nothing),
     "parents are woken by their first child": replaced(durable._Store, "has_live_child", nothing),
     "children are collected before the join": reworded("_SWEEP", "p.joining", "0"),
+    "children of a failed parent are collected": reworded("_SWEEP", "OR p.status = 'failed'", ""),
     "ended rows are collected at once": reworded("_SWEEP", "updated_at < ?", "updated_at < ? + 1000000"),
     "nobody is let out of the line of a key": replaced(durable._Beat, "_unpark_key", nothing),
     "a key has a slot too many": bent(
@@ -13835,7 +14482,14 @@ PLANTED_FAULTS: dict[str, Planting] = {
         lambda reap: lambda self, beat, worker, how: nothing() if "lease" in how else reap(self, beat, worker, how),
     ),
     "a retried instance keeps its attempts": reworded("_REVIVE", "attempt = 0, ", ""),
-    "a cancelled instance waits on": reworded("_END", "awaits = NULL, ", ""),
+    "a retry runs what was cancelled while it waited": reworded("_END", "iif(status = 'awaiting_signal'", "iif(0"),
+    "a retry waits though its signal had come": reworded(
+        "_END", "status = 'awaiting_signal', status", "1, 'awaiting_signal'"
+    ),
+    "a retry waits without the deadline": reworded("_END", "kept_deadline = await_deadline", "kept_deadline = NULL"),
+    "a retried join waits for nobody": reworded("_REVIVE", "WHEN joining AND", "WHEN 0 AND"),
+    "a retried join waits for who has ended": reworded("_REVIVE", "joining AND EXISTS", "joining OR EXISTS"),
+    "any retried step waits for its children": reworded("_REVIVE", "WHEN joining AND", "WHEN 1 AND"),
     "an ended instance occupies its key for ever": bent(
         durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0
     ),
