@@ -723,7 +723,7 @@ def test_retry_all_takes_a_key_as_a_filter(command: Command, digits: Path) -> No
     assert command("retry", digits, "--all", "--key").status == 2
     assert command("retry", digits, "--key", "broken:1", "6").status == 2
     assert command("retry", digits, "--all", "--key", "6").status == 0
-    assert [it.status for it in found(digits) if it.id in (2, 3, 6)] == ["failed", "failed", "runnable"]
+    assert [it.status for it in found(digits) if it.id in (2, 3, 6)] == ["failed", "failed", "awaiting_signal"]
 
 
 # ---- The user's code -----------------------------------------------------------------------------
