@@ -3123,10 +3123,11 @@ def _expected_schema() -> dict[str, str]:
 def _file_version(connection: apsw.Connection, path: str) -> int:
     """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
     try:
-        schema = _schema_of(connection)
-        if not schema:
-            return 0
-        rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
+        with connection:  # one view of it: another process may be migrating it
+            schema = _schema_of(connection)
+            if not schema:
+                return 0
+            rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
         version = int(cast(str, rows[0][0]))
     except (*_DAMAGE_ERRORS, apsw.SQLError, LookupError, ValueError) as error:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error

@@ -3149,6 +3149,25 @@ def test_a_migrated_file_is_a_new_one_to_its_schema(make_engine: MakeEngine, old
     assert schemas[0] == schemas[1]
 
 
+@pytest.mark.usefixtures("old_file")
+def test_a_file_that_is_migrated_while_another_looks_at_it_is_not_damaged(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables and its version are seen at one instant."""
+    look = durable._schema_of
+    others: list[Engine] = []
+
+    def look_and_let_another_migrate(connection: apsw.Connection) -> dict[str, str]:
+        schema = look(connection)
+        if not others:
+            others.append(cast(Engine, None))
+            others[0] = make_engine(queues={})
+        return schema
+
+    monkeypatch.setattr(durable, "_schema_of", look_and_let_another_migrate)
+    assert make_engine(queues={}).check() == others[0].check() == []
+
+
 def test_an_engine_of_the_first_version_refuses_a_newer_file(
     make_engine: MakeEngine, old_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
