@@ -4740,6 +4740,22 @@ def test_retry_of_a_later_step_does_not_wait_for_children_of_an_earlier_one(make
     assert [child.status for child in machine.children[-1]] == [Status.RUNNABLE]
 
 
+def test_what_was_cancelled_while_it_waited_can_be_rewound_as_well(make_engine: MakeEngine, clock: Clock) -> None:
+    """It then stands where it is told, not where it stood, and is cancelled and retried as ever."""
+    engine, machine, ident = scripted(make_engine, *[Await("go", "end", timeout=60)] * 2, clock=clock)
+    engine.drain()
+    engine.cancel(ident)
+    engine.rewind(ident, "start")
+    assert (engine.get(ident).status, engine.check(), engine.drain()["await"]) == (Status.RUNNABLE, [], 1)
+    clock.advance(30)
+    engine.cancel(ident)
+    engine.retry(ident)
+    assert engine.get(ident).await_deadline == clock.instant(30)
+    engine.fire_timeouts()
+    engine.drain()
+    assert [ctx.step for ctx in machine.runs] == ["start", "start", "end"]
+
+
 def test_retry_refuses_what_has_not_failed(engine: Engine) -> None:
     """`DurableError` if it has not failed."""
     ids = [engine.insert(Echo), engine.insert(Waits), engine.insert(Echo, schedule_in=60)]
