@@ -3112,12 +3112,88 @@ def _schema_of(connection: apsw.Connection) -> dict[str, str]:
     return dict(cast(Iterable[tuple[str, str]], rows))
 
 
-@functools.cache
-def _expected_schema() -> dict[str, str]:
+def _blank_database(version: int) -> apsw.Connection:
+    """Make an empty database in memory, with durable's tables as of a version."""
     blank = apsw.Connection(":memory:")
-    for script in _MIGRATIONS:
+    for script in _MIGRATIONS[:version]:
         blank.execute(script)
-    return _schema_of(blank)
+    return blank
+
+
+@functools.cache
+def _expected_schema(version: int) -> dict[str, str]:
+    return _schema_of(_blank_database(version))
+
+
+def _sql_words(sql: str) -> list[str]:
+    """Split a definition into words, for comparison: without comments, quotes of names, white space and case."""
+    import re  # only a schema that somebody has edited pays for it
+
+    words = re.findall(
+        r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql, flags=re.DOTALL
+    )
+    bare = (word if word[0] == "'" else word.strip('"[]`').lower() for word in words if word[:2] not in ("--", "/*"))
+    return [word for word in bare if word != "asc"]
+
+
+def _clauses(words: Sequence[str]) -> Iterator[str]:
+    """Yield what a table's definition puts into brackets after CHECK, or after AS, as a generated column does."""
+    for start, word in enumerate(words):
+        if word in ("check", "as") and words[start + 1 : start + 2] == ["("]:
+            depth = 0
+            for end, bracket in enumerate(words[start + 1 :], start + 1):
+                depth += {"(": 1, ")": -1}.get(bracket, 0)
+                if depth == 0:
+                    yield " ".join(words[start : end + 1])
+                    break
+
+
+_COLUMNS_OF = """
+SELECT lower(name), concat_ws(' ', upper(type), iif("notnull", 'NOT NULL', NULL), 'DEFAULT ' || dflt_value,
+    iif(pk, 'in place ' || pk || ' of the primary key', NULL), iif(hidden, 'GENERATED', NULL))
+FROM pragma_table_xinfo(?, 'main')
+"""
+_KIND_OF = "SELECT iif(wr, ' WITHOUT ROWID', '') || iif(strict, ' STRICT', '') FROM pragma_table_list WHERE name = ?"
+
+
+def _table_facts(connection: apsw.Connection, table: str) -> dict[str, str]:
+    """Describe what statements and the soundness of rows rely on: a table's columns, its kind, its constraints."""
+    words = _sql_words(_schema_of(connection)[table])
+    facts = {f"column {name}": kind for name, kind in cast(Any, connection.execute(_COLUMNS_OF, (table,)))}
+    kind = str(connection.execute(_KIND_OF, (table,)).get)
+    facts["the table's kind"] = f"plain{kind}{' AUTOINCREMENT' if 'autoincrement' in words else ''}"
+    return facts | dict.fromkeys(_clauses(words), "")
+
+
+def _table_problems(connection: apsw.Connection, table: str, version: int) -> Iterator[str]:
+    """Say what of a table is missing, or not as durable made it. A column that others have added must take no value."""
+    found, expected = _table_facts(connection, table), _table_facts(_blank_database(version), table)
+    for name, kind in expected.items():
+        if name not in found:
+            yield f"table {table}: {name}{kind and f' ({kind})'} is missing"
+        elif found[name] != kind:
+            yield f"table {table}: {name} is {found[name]}, not {kind}"
+    for name in found.keys() - expected.keys():
+        if "NOT NULL" in found[name] and not {"DEFAULT", "GENERATED"} & set(found[name].split()):
+            yield f"table {table}: {name} was added as NOT NULL without a default, so that no row can be written"
+
+
+def _schema_problems(connection: apsw.Connection, version: int) -> Iterator[str]:
+    """Say what of durable's tables and indexes is missing, or not as it was made; what others have added is theirs."""
+    found = _schema_of(connection)
+    for name, sql in _expected_schema(version).items():
+        if found.get(name) == sql:
+            continue
+        make = f"by: {' '.join(sql.split())}"
+        if sql.startswith("CREATE TABLE"):
+            if name in found:
+                yield from _table_problems(connection, name, version)
+            else:
+                yield f"table {name} is missing. Make it, without what was in it, {make}"
+        elif name not in found:
+            yield f"index {name} is missing. Make it {make}"
+        elif _sql_words(found[name]) != _sql_words(sql):
+            yield f"index {name} is not as it was made. Drop it, and make it {make}"
 
 
 def _file_version(connection: apsw.Connection, path: str) -> int:
@@ -3133,9 +3209,9 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
     if version > _SCHEMA_VERSION:
         raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
-    missing = _expected_schema().items() - schema.items()
-    if version == _SCHEMA_VERSION and missing:
-        raise SchemaError(f"{path} is damaged: {min(missing)[0]} is missing or was changed")
+    if _expected_schema(version).items() - schema.items() and (problems := list(_schema_problems(connection, version))):
+        advice = "Bring it back as it was, or restore a copy of the file"
+        raise SchemaError(f"{path} is damaged: {'; '.join(problems[:20])}. {advice}")
     return version
 
 

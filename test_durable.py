@@ -9782,6 +9782,130 @@ def test_file_that_cannot_be_trusted_is_refused_unchanged(
     assert database.read_bytes() == before
 
 
+def rewrite(table: str, change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Makes a table anew under a changed definition, with its rows and indexes, as tools with a grid do."""
+
+    def rebuild(path: Path) -> None:
+        with closing(apsw.Connection(str(path))) as connection:
+            sql = str(connection.execute("select sql from sqlite_schema where name = ?", (table,)).get)
+            rest = connection.execute(
+                "select sql from sqlite_schema where type = 'index' and tbl_name = ? and sql is not null", (table,)
+            ).fetchall()
+            named = "select group_concat('\"' || name || '\"') from pragma_table_xinfo(?) where hidden = 0"
+            columns = str(connection.execute(named, (table,)).get)
+            with connection:
+                connection.execute("pragma legacy_alter_table = on")
+                connection.execute(f"alter table {table} rename to old")
+                connection.execute(change(sql))
+                connection.execute(f"insert into {table} ({columns}) select {columns} from old; drop table old")
+                for (definition,) in rest:
+                    connection.execute(str(definition))
+
+    return rebuild
+
+
+def quoted(sql: str) -> str:
+    """The same definition as a tool with a grid writes it."""
+    sql = re.sub(r"^    (\w+) (TEXT|INTEGER)", r'\t"\1"\t\2', sql, flags=re.MULTILINE)
+    sql = sql.replace("INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER").replace(
+        ") STRICT", ', PRIMARY KEY("id" AUTOINCREMENT) ) STRICT'
+    )
+    return sql.replace("CREATE TABLE durable_instances", "CREATE TABLE IF NOT EXISTS [durable_instances] /* edited */")
+
+
+def reword_index(path: Path) -> None:
+    """The same index, written otherwise."""
+    with closing(apsw.Connection(str(path))) as connection:
+        sql = str(connection.execute("select sql from sqlite_schema where name = 'durable_dedup'").get)
+        other = re.sub(r"\((\w+), (\w+)", r'( "\1" ASC,[\2]', sql).replace(
+            "INDEX durable_dedup", "index `durable_dedup`"
+        )
+        assert other != sql
+        connection.execute("drop index durable_dedup")
+        connection.execute(f"{other} -- mine")
+
+
+ADDITIONS: dict[str, Callable[[Path], None]] = {
+    "a column": run_sql("alter table durable_instances add column note text"),
+    "a column with a default": run_sql("alter table durable_workers add column note text not null default ''"),
+    "a generated column": run_sql("alter table durable_signals add column big integer as (length(payload)) virtual"),
+    "a table": run_sql("create table durable_mine (x)"),
+    "an index": run_sql("create index durable_mine on durable_instances (fsm, status)"),
+    "a trigger": run_sql(
+        "create table seen (id); create trigger durable_mine after insert on durable_instances"
+        " begin insert into seen values (new.id); end"
+    ),
+    "a check": rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ", CHECK (sent_at > 0)) STRICT")),
+    "other quotes": rewrite("durable_instances", quoted),
+    "an index in other words": reword_index,
+}
+
+
+@pytest.mark.parametrize("addition", ADDITIONS.values(), ids=ADDITIONS.keys())
+def test_what_others_have_added_is_no_damage(
+    make_engine: MakeEngine, database: Path, addition: Callable[[Path], None]
+) -> None:
+    """Columns, tables, indexes and constraints of somebody else's, and other ways to write the same, are let be."""
+    make_engine().stop()
+    addition(database)
+    with make_engine() as engine:
+        who = engine.insert(Waits, correlation_key="k")
+        engine.signal("k", "go", 1, dedup_key="once")
+        assert engine.result(who, PATIENCE) == [1]
+        assert engine.check() == []
+
+
+CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "table gone": (run_sql("drop table durable_signals"), r"table durable_signals is missing.* by: CREATE TABLE"),
+    "column gone": (
+        run_sql("alter table durable_workers rename column host to elsewhere"),
+        r"table durable_workers: column host \(TEXT NOT NULL\) is missing; .*column elsewhere was added as NOT NULL",
+    ),
+    "another type": (
+        rewrite("durable_signals", lambda sql: sql.replace("name TEXT NOT NULL", "name INTEGER NOT NULL")),
+        r"column name is INTEGER NOT NULL, not TEXT NOT NULL",
+    ),
+    "a refusal": (
+        rewrite("durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL")),
+        r"column mine was added as NOT NULL without a default",
+    ),
+    "no check": (
+        rewrite("durable_instances", lambda sql: re.sub(r",\s*CHECK \(cancel_reason[^\n]*\n", "\n", sql)),
+        r"table durable_instances: check .* cancel_reason is null .* is missing",
+    ),
+    "ids come again": (
+        rewrite("durable_signals", lambda sql: sql.replace(" AUTOINCREMENT", "")),
+        r"table durable_signals: the table's kind is plain STRICT, not plain STRICT AUTOINCREMENT",
+    ),
+    "not strict": (rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ")")), r"not plain STRICT"),
+    "index gone": (run_sql("drop index durable_pick"), r"index durable_pick is missing. Make it by: CREATE INDEX"),
+    "another index": (
+        run_sql("drop index durable_keys; create index durable_keys on durable_instances (correlation_key)"),
+        r"index durable_keys is not as it was made. Drop it, and make it by: CREATE INDEX durable_keys .* IS NOT NULL",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_refused_schema_says_what_is_wrong_and_how_to_mend_it(
+    make_engine: MakeEngine, database: Path, change: Callable[[Path], None], message: str
+) -> None:
+    """What is missing or different is damage: the error names it, and the statement that makes it as it was."""
+    make_engine().stop()
+    change(database)
+    before = database.read_bytes()
+    with pytest.raises(durable.SchemaError, match=message) as refused:
+        make_engine()
+    assert database.read_bytes() == before
+    statements = re.findall(r"ake it[^;]* by: (CREATE .*?)(?=; |\. Bring)", str(refused.value))
+    if "Drop it" in str(refused.value):
+        run_sql("drop index durable_keys")(database)
+    for statement in statements:
+        run_sql(statement)(database)
+    if statements:
+        assert make_engine().check() == []
+
+
 def test_look_at_a_large_file_costs_what_a_small_one_costs(disk: Disk, make_engine: MakeEngine, database: Path) -> None:
     """Opening reads no more pages of a file for having more rows."""
     reads = []
