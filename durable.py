@@ -58,8 +58,31 @@ import types
 import typing
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypedDict, Unpack, cast, overload
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Container,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    Self,
+    TypedDict,
+    Unpack,
+    cast,
+    overload,
+)
 
 import apsw
 import attrs
@@ -95,6 +118,7 @@ __all__ = [
     "NoTargetError",
     "NotFoundError",
     "OutcomeError",
+    "Progress",
     "RateLimit",
     "Retry",
     "Schedule",
@@ -157,7 +181,14 @@ class DuplicateError(DurableError):
 
 
 class NoTargetError(DurableError):
-    """A signal's target is missing, or has ended."""
+    """A signal's target is missing, or has ended.
+
+    `status` is that of the instance, or of the last that carried the key, if it has ended; else None.
+    """
+
+    def __init__(self, message: str, status: Status | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NotFoundError(DurableError):
@@ -370,15 +401,21 @@ def _error_text(error: str | BaseException) -> str:
     return _printable(f"{type(error).__name__}: {message}" if message else type(error).__name__)
 
 
+def _own_traceback(error: BaseException) -> types.TracebackType | None:
+    """Return an error's traceback from the user's own frame on; None for an error that was never raised."""
+    own = error.__traceback__
+    while own is not None and own.tb_next is not None and own.tb_frame.f_globals is globals():
+        own = own.tb_next
+    return own
+
+
 def _traceback_text(error: BaseException) -> str | None:
-    """Write an error's traceback from the user's own frame on; None for an error that was never raised."""
-    if error.__traceback__ is None:
+    """Write that traceback."""
+    own = _own_traceback(error)
+    if own is None:
         return None
     import traceback  # only failures pay for it
 
-    own = error.__traceback__
-    while own.tb_next is not None and own.tb_frame.f_globals is globals():
-        own = own.tb_next
     return _printable("".join(traceback.format_exception(type(error), error, own)))
 
 
@@ -747,6 +784,28 @@ class Signal:
 
 
 @attrs.frozen
+class Progress:
+    """How far a step has come: `done` of `total`, if that is known, with a `note`, as of `at`, an aware datetime."""
+
+    done: float
+    total: float | None
+    note: str | None
+    at: dt.datetime
+
+    @property
+    def fraction(self) -> float | None:
+        """`done / total`; None without a total, or where that is 0."""
+        return self.done / self.total if self.total else None
+
+
+def _read_progress(text: str | None) -> Progress | None:
+    if text is None:
+        return None
+    done, total, note, at = _decode(text)
+    return Progress(done, total, note, _instant(at))
+
+
+@attrs.frozen
 class Instance:
     """One instance as the file has it: every column under its own name, instants as aware UTC datetimes."""
 
@@ -774,6 +833,7 @@ class Instance:
     await_deadline: dt.datetime | None
     parent_id: int | None
     correlation_key: str | None
+    progress: Progress | None
     schedule: str | None
     scheduled_at: dt.datetime | None
     inserted_at: dt.datetime
@@ -845,6 +905,7 @@ class Worker:
 _READS: dict[str, Callable[[Any], Any]] = {
     "Any": _load_value,
     "Cron | Every": _read_when,
+    "Progress | None": _read_progress,
     "Status": Status,
     "bool": bool,
     "dict[str, int]": _decode,
@@ -904,6 +965,7 @@ _EVENT_NAMES = frozenset(
         "inline.yield",
         "store.error",
         "signal.dropped",
+        "step.progress",
         "schedule.fired",
         "schedule.missed",
         "schedule.skipped",
@@ -1001,7 +1063,7 @@ def _step_name(value: object) -> str:
     """Read a step's name: a string, or a `@step` method for its name."""
     if type(value) is str and value and value.isascii():
         return value
-    if getattr(value, "_durable_step", False):
+    if hasattr(value, "_durable_step"):
         return str(cast(Any, value).__name__)
     return _text(value, "a step's name", OutcomeError)
 
@@ -1040,9 +1102,17 @@ def _checked(check: Callable[..., object], **limits: Any) -> Callable[[Any, attr
     return validate
 
 
-def _not_negative(value: object, name: str, *, error: type[Exception]) -> None:
-    if value is not None:
+def _check_due(value: object, name: str, *, error: type[Exception]) -> None:
+    """Check when something is due: a duration from now, or an instant."""
+    if not isinstance(value, dt.datetime):
         _duration_ms(value, name, error)
+    elif value.utcoffset() is None:
+        raise error(f"{name} must be a duration or a timezone-aware instant, not the naive {value!r}")
+
+
+def _check_due_or_none(value: object, name: str, *, error: type[Exception]) -> None:
+    if value is not None:
+        _check_due(value, name, error=error)
 
 
 @attrs.frozen
@@ -1075,21 +1145,23 @@ class Next:
 
 @attrs.frozen
 class Retry:
-    """Run the same step again after `delay`; a retry that is not `counted` leaves `attempt` as it is."""
+    """Run the same step again after `delay` (or at an instant); one that is not `counted` leaves `attempt` as it is."""
 
-    delay: _Duration = attrs.field(default=0, validator=_checked(_duration_ms))
+    delay: _Duration | dt.datetime = attrs.field(default=0, validator=_checked(_check_due))
     state: Any = None
     counted: bool = attrs.field(default=True, kw_only=True, validator=_checked(_boolean))
 
 
 @attrs.frozen
 class Await:
-    """Park until a signal of one of `names` comes, or `timeout` is over, and go on with the step `then`."""
+    """Park until a signal of one of `names` comes, or `timeout` (a duration, an instant) is over, then go on."""
 
     names: tuple[str, ...] = attrs.field(converter=_signal_names)
     then: str = attrs.field(converter=_step_name)
     state: Any = None
-    timeout: _Duration | None = attrs.field(default=None, kw_only=True, validator=_checked(_not_negative))
+    timeout: _Duration | dt.datetime | None = attrs.field(
+        default=None, kw_only=True, validator=_checked(_check_due_or_none)
+    )
 
 
 @attrs.frozen
@@ -1568,9 +1640,15 @@ def _dump_value(value: object, name: str) -> str | None:
 # Behaviour
 # ==================================================================================================
 
-_State = typing.TypeVar("_State")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    _State = TypeVar("_State", default=Any)  # so that `Context` may stand without a parameter
+else:
+    _State = typing.TypeVar("_State")
 _AnyStep = typing.TypeVar("_AnyStep", bound=Callable[[Any, Any], "_Outcome | Awaitable[_Outcome]"])
 _Arguments = typing.ParamSpec("_Arguments")
+_Called = typing.TypeVar("_Called")
 _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
@@ -1615,16 +1693,34 @@ def _message(target: int | str, name: str, payload: Any, dedup_key: str | None) 
     return _Message(_target(target), _text(name, "a signal's name"), text, dedup_key)
 
 
+class _Kept(NamedTuple):
+    """What a call inside a step returned, as the file keeps it."""
+
+    name: str
+    value: str | None
+    is_awaited: bool
+
+
+async def _ready(value: Any) -> Any:
+    return value
+
+
+def _is_coroutine_function(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
 class Context(Generic[_State]):
     """What a step sees of its instance, and its verbs that add to the step's commit. Read-only."""
 
-    __slots__ = ("_children", "_claim", "_effects", "_state")
+    __slots__ = ("_called", "_children", "_claim", "_effects", "_kept", "_state")
 
     def __init__(self, claim: _Claim, state: _State) -> None:
         self._claim = claim
         self._state = state
         self._children: tuple[Instance, ...] | None = None
         self._effects: list[_Effect] | None = []
+        self._called: set[str] = set()
+        self._kept: dict[str, tuple[str | None, bool]] | None = None
 
     @classmethod
     def current(cls) -> Context[Any] | None:
@@ -1677,6 +1773,11 @@ class Context(Generic[_State]):
         return self._claim.row.parent_id
 
     @property
+    def now(self) -> dt.datetime:
+        """The present instant by the engine's clock."""
+        return _instant(self._claim.desk.now())
+
+    @property
     def scheduled_at(self) -> dt.datetime | None:
         """Instant that the instance stands for, if a schedule has inserted it."""
         return _instant_or_none(self._claim.row.scheduled_at)
@@ -1724,6 +1825,106 @@ class Context(Generic[_State]):
         """Add a signal to the step's commit; one without a live target is dropped and logged."""
         self._add(_message(target, name, payload, dedup_key))
 
+    @overload
+    def call(
+        self,
+        name: str,
+        function: Callable[_Arguments, Coroutine[Any, Any, _Called]],
+        /,
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> Awaitable[_Called]: ...
+    @overload
+    def call(
+        self,
+        name: str,
+        function: Callable[_Arguments, _Called],
+        /,
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Called: ...
+    def call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function whose effect a repeat of the step is not to repeat, and return what it returned.
+
+        What it returns, anything that JSON or cattrs can write, is committed before this returns it, as plain JSON
+        values. When the step runs again, after a `Retry`, an error or a crash, the kept value is returned and the
+        function is not called; values are dropped when the step progresses. What it raises is raised and not kept. A
+        crash between the effect and its commit repeats that one call.
+
+        `name` is unique within the step. A coroutine function is for `async def` steps: `await ctx.call("model:3",
+        client.ask, messages)`; a plain one runs where it is called, and an awaitable that it returns is to be awaited.
+
+        Raises `ValueError` for a name that this run has used, or a value that can't be written, `TypeError` for a
+        coroutine function in a plain step, and `DurableError` if the engine has lost the instance to another.
+        """
+        self._begin_call(name, function)
+        kept = self._kept_calls().get(name)
+        if kept is not None:
+            value = _load_value(kept[0])
+            return _ready(value) if kept[1] else value
+        try:
+            returned = function(*args, **kwargs)
+        except BaseException:
+            self._called.discard(name)
+            raise
+        if self._claim.is_async and inspect.isawaitable(returned):
+            return self._finish_call(name, returned)
+        call = self._make_kept(name, returned, is_awaited=False)
+        self._claim.keep(call)
+        return _load_value(call.value)
+
+    def _begin_call(self, name: str, function: object) -> None:
+        """Check what is to be called, and that the step is still the one that may."""
+        _text(name, "a call's name")
+        if not callable(function):
+            raise TypeError(f"call {name!r}: function must be callable, not {_brief(function)}")
+        if _is_coroutine_function(function) and not self._claim.is_async:
+            raise TypeError(f"call {name!r} is of a coroutine function: that needs an `async def` step")
+        if self._effects is None:
+            raise DurableError(f"the step {self.step!r} of instance {self.id} has ended: it can't call {name!r}")
+        if name in self._called:
+            raise ValueError(f"call {name!r} was made before in this step: each needs a name of its own")
+        self._claim.check_held()
+        self._called.add(name)
+
+    def _kept_calls(self) -> dict[str, tuple[str | None, bool]]:
+        if self._kept is None:
+            self._kept = self._claim.desk.calls(self.id) if self._claim.has_calls else {}
+        return self._kept
+
+    async def _finish_call(self, name: str, awaitable: Awaitable[Any]) -> Any:
+        try:
+            returned = await awaitable
+        except BaseException:
+            self._called.discard(name)
+            raise
+        call = self._make_kept(name, returned, is_awaited=True)
+        await self._claim.keep_soon(call)
+        return _load_value(call.value)
+
+    def _make_kept(self, name: str, returned: object, *, is_awaited: bool) -> _Kept:
+        try:
+            return _Kept(name, _dump_value(returned, f"what call {name!r} returned"), is_awaited)
+        except OutcomeError as error:
+            self._called.discard(name)
+            raise ValueError(str(error)) from error
+
+    def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
+        """Say how far the step has come: `done`, of `total` if that is known, with a `note`.
+
+        `Instance.progress` shows the latest, in every process; it is written at most five times a second, and the
+        event `step.progress` tells of each in this process. It survives a retry, and goes when the step progresses.
+        Raises `ValueError` for what is no number.
+        """
+        for value, name in ((done, "done"), (total, "total")):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number and not (value is None and name == "total"):
+                raise ValueError(f"{name} must be a finite number, not {value!r}")
+        if note is not None:
+            note = _printable(_text(note, "note"))
+        if self._effects is not None:
+            self._claim.desk.report_progress(self._claim, (done, total, note))
+
     def _add(self, effect: _Effect) -> None:
         if self._claim.desk.fork_guard.is_forked:
             raise EngineClosedError(
@@ -1746,12 +1947,60 @@ class Context(Generic[_State]):
 _Effect = _Statement | _Follower | _Message
 
 
-def step(method: _AnyStep) -> _AnyStep:
-    """Mark a method `(self, ctx)` as the step of its name."""
-    if not inspect.isfunction(method):
-        raise TypeError(f"@step goes on a method, not on {method!r}")
-    cast(Any, method)._durable_step = True
-    return method
+class _StepRule(NamedTuple):
+    """What `@step` gives a step of its own."""
+
+    max_attempts: int | None = None
+    timeout: _Duration | _Keep | None = KEEP
+    """KEEP: that of the class."""
+    backoff: _Duration | Callable[[int], _Duration] | None = None
+
+    def checked(self) -> _StepRule:
+        """Return it, or raise a TypeError for a value that can't be meant."""
+        if self.max_attempts is not None:
+            _integer(self.max_attempts, "@step: max_attempts", 1, TypeError)
+        if self.timeout is not KEEP and self.timeout is not None:
+            _positive_ms(self.timeout, "@step: timeout", TypeError)
+        if self.backoff is not None and self.max_attempts is None:
+            raise TypeError("@step: backoff is for a step that is tried again: give max_attempts, too")
+        if self.backoff is not None and not callable(self.backoff):
+            _duration_ms(self.backoff, "@step: backoff", TypeError)
+        return self
+
+    def delay(self, behaviour: FSM, attempt: int) -> Any:
+        """Say how long to wait after a failed attempt; a function may be the user's."""
+        if self.backoff is None:
+            return behaviour.backoff(attempt)
+        return self.backoff(attempt) if callable(self.backoff) else self.backoff
+
+
+@overload
+def step(method: _AnyStep, /) -> _AnyStep: ...
+@overload
+def step(
+    *,
+    max_attempts: int | None = None,
+    timeout: _Duration | _Keep | None = KEEP,
+    backoff: _Duration | Callable[[int], _Duration] | None = None,
+) -> Callable[[_AnyStep], _AnyStep]: ...
+def step(method: Any = None, /, **options: Any) -> Any:
+    """Mark a method `(self, ctx)` as the step of its name; `@step(...)` gives it a rule of its own.
+
+    * `max_attempts`: an error of the step is tried again while it has had fewer, and only then goes to `handle`
+    * `backoff`: what to wait before that, a duration or a function of the attempt, counted from 0; the class's
+      `backoff` unless given
+    * `timeout`: seconds or a timedelta that one run of it may take, in place of the class's; None for none
+    """
+    _refuse_unknown(options, _StepRule._fields, "@step: ")
+    rule = _StepRule(**options).checked()
+
+    def mark(marked: Any) -> Any:
+        if not inspect.isfunction(marked):
+            raise TypeError(f"@step goes on a method, not on {marked!r}")
+        cast(Any, marked)._durable_step = rule
+        return marked
+
+    return mark if method is None else mark(method)
 
 
 class _Plan(NamedTuple):
@@ -1844,6 +2093,7 @@ class _Code(NamedTuple):
 
     call: Callable[[Any, Context[Any]], Any]
     is_async: bool
+    rule: _StepRule = _StepRule()
 
 
 class _Spec(NamedTuple):
@@ -1863,12 +2113,20 @@ class _Spec(NamedTuple):
     inline: bool
     steps: dict[str, _Code]
     any_step: _Code | None
+    has_timeouts: bool
     has_async: bool
     is_job: bool
     retention_ms: int | None
     keeps_history: bool
     plan: _Plan | None
     """The schedule that it declares, if it does."""
+
+    def timeout_of(self, name: str) -> float | None:
+        """Seconds that one run of a step may take."""
+        code = self.steps.get(name)
+        if code is None or code.rule.timeout is KEEP:
+            return self.timeout_s
+        return None if code.rule.timeout is None else _positive_ms(code.rule.timeout, "timeout") / 1000
 
     def code(self, name: str) -> _Code:
         code = self.steps.get(name, self.any_step)
@@ -1890,7 +2148,13 @@ def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
 
 def _is_step(cls: type, name: str) -> bool:
     """Whether the method is a step: marked, or in place of a base's method that is."""
-    return any(getattr(vars(base).get(name), "_durable_step", False) for base in cls.__mro__)
+    return any(hasattr(vars(base).get(name), "_durable_step") for base in cls.__mro__)
+
+
+def _rule_of_step(cls: type, name: str) -> _StepRule:
+    """Return the rule of a step, that of the nearest class which marks it."""
+    marked = (vars(base).get(name) for base in cls.__mro__)
+    return next(cast(_StepRule, cast(Any, one)._durable_step) for one in marked if hasattr(one, "_durable_step"))
 
 
 def _module_name(module: str) -> str:
@@ -1958,7 +2222,11 @@ def _read_steps(cls: type[FSM]) -> tuple[dict[str, _Code], _Code | None]:
             " (a job), or pass abstract=True (a shared base)"
         )
     methods = {name: _checked_method(cls, name, "(self, ctx)", 2) for name in marked}
-    return {name: _Code(method, inspect.iscoroutinefunction(method)) for name, method in methods.items()}, None
+    codes = {
+        name: _Code(method, inspect.iscoroutinefunction(method), _rule_of_step(cls, name))
+        for name, method in methods.items()
+    }
+    return codes, None
 
 
 _NO_ARGUMENTS = attrs.make_class("State", {}, frozen=True)
@@ -1997,6 +2265,7 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         inline=_boolean(values["inline"], f"{where}: inline", TypeError),
         steps=steps,
         any_step=any_step,
+        has_timeouts=timeout is not None or any(code.rule.timeout is not KEEP for code in steps.values()),
         has_async=any(code is not None and code.is_async for code in (*steps.values(), any_step)),
         is_job=is_job,
         retention_ms=None if values["retention"] is None else _retention_ms(values["retention"], f"{where}: retention"),
@@ -2092,11 +2361,18 @@ class FSM:
         return self._retry_or_stop(error, ctx) if ctx._claim.spec.is_job else Stop(error)
 
     def _retry_or_stop(self, reason: str | BaseException, ctx: Context[Any]) -> Retry | Stop:
-        row = ctx._claim.row
-        if row.attempt + 1 >= (row.max_attempts or 0):
-            return Stop(reason)
+        return self._retry(reason, ctx) or Stop(reason)
+
+    def _retry(self, reason: str | BaseException, ctx: Context[Any]) -> Retry | Stop | None:
+        """Try a job, or a step that has a rule for it, again while it may be; None once it may not."""
+        row, spec = ctx._claim.row, ctx._claim.spec
+        code = spec.steps.get(row.step)
+        rule = _StepRule() if code is None else code.rule
+        max_attempts = row.max_attempts if spec.is_job else rule.max_attempts
+        if row.attempt + 1 >= (max_attempts or 0):
+            return None
         try:
-            return Retry(self.backoff(row.attempt))
+            return Retry(rule.delay(self, row.attempt))
         except Exception as error:  # noqa: BLE001 - the user's code: what was wrong with the step must not be lost for it
             return Stop(f"{_error_text(reason)}; and backoff({row.attempt}) is no delay: {_error_text(error)}")
 
@@ -2135,12 +2411,37 @@ def _resolve(fsm: object) -> _Spec:
 
 
 class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
-    """A function that is a job: it is called as ever, and `fsm` is the class made for it."""
+    """A function that is a job: it is called as ever, `fsm` is the class made for it, `args` makes its arguments."""
 
     fsm: type[FSM]
     __name__: str
 
     def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Returned_co: ...
+    def args(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> dict[str, Any]: ...
+
+
+class _ContextJob(typing.Protocol[_Arguments, _Returned_co]):
+    """One whose first parameter is its Context."""
+
+    fsm: type[FSM]
+    __name__: str
+
+    def __call__(self, ctx: Context[Any], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Returned_co: ...
+    def args(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> dict[str, Any]: ...
+
+
+def _make_args(function: types.FunctionType) -> Callable[..., dict[str, Any]]:
+    """Make the function that turns a call's arguments into the dict for `args=`, held against the signature."""
+    signature = inspect.signature(function)
+    own = signature.replace(parameters=[one for one in signature.parameters.values() if one.name != "ctx"])
+
+    def args(*arguments: Any, **named: Any) -> dict[str, Any]:
+        try:
+            return own.bind(*arguments, **named).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__qualname__}{own}: {error}") from None
+
+    return args
 
 
 def _parameter_names(function: types.FunctionType) -> list[str]:
@@ -2196,23 +2497,42 @@ def _function_perform(function: types.FunctionType, names: list[str]) -> Callabl
     return perform
 
 
+class _JobDecorator(typing.Protocol):
+    """What `@job(...)` with options returns."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Context[Any], _Arguments], _Returned_co], /
+    ) -> _ContextJob[_Arguments, _Returned_co]: ...
+    @overload
+    def __call__(self, function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
+
+
+@overload
+def job(
+    function: Callable[Concatenate[Context[Any], _Arguments], _Returned_co], /
+) -> _ContextJob[_Arguments, _Returned_co]: ...
 @overload
 def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
 @overload
 def job(
     **options: Unpack[_FSMOptions],
-) -> Callable[[Callable[_Arguments, _Returned_co]], _FunctionJob[_Arguments, _Returned_co]]: ...
+) -> _JobDecorator: ...
 def job(function: Any = None, /, **options: Any) -> Any:
     """Make a function, plain or async, a job, without changing it.
 
     Its parameters with their annotations and defaults are the schema of its `args`; a parameter named `ctx` gets
     the Context. What it returns and raises is read as from `perform`. Options are the class keywords of `FSM`.
+    `fetch.args("http://a", tries=3)` is the dict for `args=`, checked against the signature (by type checkers, too,
+    where `ctx`, if there is one, comes first).
 
     >>> @job(name="greet", max_attempts=3)
     ... def greet(name: str, times: int = 1):
     ...     return f"hello {name}" * times
     >>> greet("you")
     'hello you'
+    >>> greet.args("you", times=2)
+    {'name': 'you', 'times': 2}
     >>> greet.fsm.__name__
     'greet'
     """
@@ -2228,6 +2548,7 @@ def job(function: Any = None, /, **options: Any) -> Any:
         _PERFORM: _function_perform(function, names),
         "State": _arguments_class(function, names),
     }
+    cast(Any, function).args = _make_args(function)
     cast(Any, function).fsm = types.new_class(function.__name__, (FSM,), options, lambda space: space.update(body))
     return function
 
@@ -2354,6 +2675,7 @@ class _Row(NamedTuple):
     parent_id: int | None
     correlation_key: str | None
     scheduled_at: int | None
+    has_calls: int
     has_inbox: int
 
     @property
@@ -2419,8 +2741,11 @@ def _failed(row: _Row, last_error: str, traceback: str | None = None) -> _Finish
     return _Finish(Status.FAILED, None, last_error, traceback, row.attempt, 0)
 
 
-def _later(now: int, delay: _Duration) -> int:
-    return min(now + _duration_ms(delay, "delay"), _END_OF_TIME)
+def _later(now: int, due: _Duration | dt.datetime) -> int:
+    """Say when something is due in that time, or at that instant; one that is past means now."""
+    if isinstance(due, dt.datetime):
+        return max(now, _instant_ms(due, "due"))
+    return min(now + _duration_ms(due, "due"), _END_OF_TIME)
 
 
 def _transition(
@@ -2462,6 +2787,7 @@ def _advanced(row: _Row, change: _Progress) -> _Row:
         weight=change.weight,
         awaits=None,
         joining=0,
+        has_calls=0,
         has_inbox=0,
     )
 
@@ -2640,6 +2966,11 @@ CREATE INDEX durable_finished ON durable_instances (retention, updated_at, queue
     WHERE status = 'done' OR status = 'failed';
 DROP INDEX durable_inbox;
 CREATE INDEX durable_inbox ON durable_signals (target, consumed);
+ALTER TABLE durable_instances ADD COLUMN progress TEXT;
+ALTER TABLE durable_instances ADD COLUMN has_calls INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE durable_calls (
+    instance INTEGER NOT NULL, name TEXT NOT NULL, value TEXT, is_awaited INTEGER NOT NULL, PRIMARY KEY (instance, name)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE durable_transitions (
     instance INTEGER NOT NULL,
     seq INTEGER NOT NULL,
@@ -2697,7 +3028,7 @@ _UNDER_CLAIM = "WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_r
 _FINISH = f"""
 UPDATE durable_instances SET {_settings(_Finish)}, updated_at = ?,
     awaits = iif(?1 = 'failed', awaits, NULL), joining = iif(?1 = 'failed', joining, 0),
-    worker = NULL, cancel_reason = NULL
+    worker = NULL, cancel_reason = NULL, progress = NULL
 {_UNDER_CLAIM}"""
 _AGAIN = f"""
 UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
@@ -2705,14 +3036,23 @@ UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_a
 {_UNDER_CLAIM}"""
 _PROGRESS = f"""
 UPDATE durable_instances SET {_settings(_Progress)}, updated_at = ?,
-    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, worker = NULL, cancel_reason = NULL
+    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, worker = NULL, cancel_reason = NULL, progress = NULL,
+    has_calls = 0
 {_UNDER_CLAIM}"""
 # An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
 # is not written, not even as it is: that would have every index that depends on it looked at.
 _ADVANCE = f"""
 UPDATE durable_instances SET {_settings(_Progress, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
-    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, awaits = NULL, joining = 0, claim = claim + 1
+    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, awaits = NULL, joining = 0, claim = claim + 1,
+    progress = NULL, has_calls = 0
 {_UNDER_CLAIM}"""
+# A call is kept, and its step's progress shown, only as long as the claim is held under which it was made.
+_NOTE_CALLS = "UPDATE durable_instances SET has_calls = 1 WHERE id = ? AND status = 'executing' AND claim = ?"
+_KEEP_CALL = "INSERT OR REPLACE INTO durable_calls (instance, name, value, is_awaited) VALUES (?, ?, ?, ?)"
+_CALLS = "SELECT name, value, is_awaited FROM durable_calls WHERE instance = ?"
+_DROP_CALLS = "DELETE FROM durable_calls WHERE instance = ?"
+_SHOW_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND status = 'executing' AND claim = ?"
+_SHOW_LAST_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND claim = ? AND status = 'runnable'"
 _CANCEL_REASON = """
 SELECT cancel_reason FROM durable_instances
 WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NOT NULL
@@ -2829,6 +3169,7 @@ _LIVE_CHILD = """
 SELECT 1 FROM durable_instances
 WHERE parent_id = ? AND status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children') LIMIT 1
 """
+_CHILDREN_IDS = "SELECT id FROM durable_instances WHERE parent_id = ? ORDER BY id"
 _WAKE_PARENT = """
 UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, updated_at = ?1
 WHERE id = ?2 AND status = 'awaiting_children'
@@ -2913,7 +3254,7 @@ _REWIND = """
 UPDATE durable_instances SET
     status = 'runnable', step = ?2, state = ?3, awaits = ?4, joining = ?5, eligible_at = ?6, updated_at = ?6,
     attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
-    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1
+    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1, progress = NULL, has_calls = 0
 WHERE id = ?1 AND status <> 'executing'
 """
 _RETENTION = "SELECT retention FROM durable_instances WHERE id = ?"
@@ -2940,6 +3281,7 @@ _COLLECT = (
     "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')",
     "DELETE FROM durable_signals WHERE target = ?",
     "DELETE FROM durable_transitions WHERE instance = ?",
+    _DROP_CALLS,
 )
 _COLLECT_BUCKETS = """
 DELETE FROM durable_buckets WHERE key IN (
@@ -2948,17 +3290,24 @@ DELETE FROM durable_buckets WHERE key IN (
 
 _FIND = f"SELECT {_INSTANCE} FROM durable_instances WHERE "
 _FIND_BY = {
-    "status": "status = ?",
+    "status": "status IN (SELECT value FROM json_each(?))",
     "fsm": "fsm = ?",
     "queue": "queue = ?",
     "parent_id": "parent_id = ?",
     "correlation_key": "correlation_key = ?",
     "schedule": "schedule = ?",
+    "since": "updated_at >= ?",
     "before": "id < ?",
 }
 _FIND_FAILED = "status = 'failed'"  # a literal, for the index of the failed rows
 _FIND_END = " ORDER BY id DESC LIMIT ?"
 _GET = f"SELECT {_INSTANCE} FROM durable_instances WHERE id = ?"
+# What is to be done now, by queue: neither dated in the future, nor of a paused queue.
+_BUSY = """
+SELECT DISTINCT queue FROM durable_instances
+WHERE (status = 'executing' OR status = 'runnable' AND eligible_at <= ?)
+    AND queue NOT IN (SELECT queue FROM durable_paused)
+"""
 _ENDING = "SELECT id, status, result, last_error FROM durable_instances WHERE id = ?"
 _CHILDREN = f"SELECT {_INSTANCE} FROM durable_instances WHERE parent_id = ? ORDER BY id"
 # Each line reads one partial index and no row.
@@ -3391,7 +3740,7 @@ class _Reader:
         """Return the newest instances that pass all filters, which are columns or `before`."""
         given = {name: value for name, value in filters.items() if value is not None}
         clauses = [_FIND_BY[name] for name in given]
-        if given.get("status") == Status.FAILED:
+        if given.get("status") == _encode([Status.FAILED]):
             clauses.append(_FIND_FAILED)
         sql = _FIND + (" AND ".join(clauses) or "TRUE") + _FIND_END
         return [_make_instance(row) for row in self._rows(sql, (*given.values(), limit))]
@@ -3405,6 +3754,10 @@ class _Reader:
 
     def workers(self) -> list[Worker]:
         return [_make_worker(row) for row in self._rows(_WORKERS)]
+
+    def calls(self, instance: int) -> dict[str, tuple[str | None, bool]]:
+        """Return the calls that are kept of an instance's step: (value as JSON, whether it was awaited) by name."""
+        return {name: (value, bool(is_awaited)) for name, value, is_awaited in self._rows(_CALLS, (instance,))}
 
     def history(self, instance: int) -> list[Transition]:
         return [_make_transition(row) for row in self._rows(_HISTORY, (instance,))]
@@ -3428,6 +3781,10 @@ class _Reader:
 
     def paused(self) -> list[str]:
         return [queue for (queue,) in self._rows("SELECT queue FROM durable_paused ORDER BY queue")]
+
+    def busy(self, now: int) -> set[str]:
+        """Return the queues in which something is to be done now, or runs."""
+        return {queue for (queue,) in self._rows(_BUSY, (now,))}
 
     def queues(self) -> list[str]:
         return [queue for (queue,) in self._rows("SELECT DISTINCT queue FROM durable_instances")]
@@ -3670,6 +4027,14 @@ class _Store:
 
     def occupant(self, key: str) -> tuple[int, str] | None:
         return cast("tuple[int, str] | None", self._first(_OCCUPANT, (key,)))
+
+    def last_carrier(self, key: str) -> tuple[int, str] | None:
+        """Return the newest instance that carries a key, with its status."""
+        instance = self.db.execute(_CARRIER, (key,)).get
+        return None if instance is None else (instance, cast(str, self.status(instance)))
+
+    def children_ids(self, parent: int) -> list[int]:
+        return [one for (one,) in self.db.execute(_CHILDREN_IDS, (parent,))]
 
     def settle(self, row: _Row, change: _Change, now: int, cancel_reason: str | None = None) -> bool:
         """Write an outcome under the claim that produced it; False if that claim holds no more."""
@@ -3955,6 +4320,27 @@ class _Store:
         bindings = [(one,) for one in ids]
         for statement in _COLLECT:
             self.db.executemany(statement, bindings)
+
+    # Inside a step
+
+    def keep_call(self, row: _Row, call: _Kept) -> bool:
+        """Keep what a call returned; False if the claim under which it was made holds no more."""
+        self.db.execute(_NOTE_CALLS, (row.id, row.claim))
+        if not self.db.changes():
+            return False
+        self.db.execute(_KEEP_CALL, (row.id, *call))
+        return True
+
+    def drop_calls(self, instance: int) -> None:
+        self.db.execute(_DROP_CALLS, (instance,))
+
+    def show_last_progress(self, row: _Row, progress: str) -> None:
+        """Write how far a step had come that is to run again."""
+        self.db.execute(_SHOW_LAST_PROGRESS, (progress, row.id, row.claim))
+
+    def show_progress(self, shown: Iterable[tuple[str, int, int]]) -> None:
+        """Write (progress, id, claim) of steps that run."""
+        self.db.executemany(_SHOW_PROGRESS, shown)
 
     # History
 
@@ -4663,6 +5049,9 @@ class _ForkGuard:
             os._exit(status)
 
 
+_Reported = tuple[float, float | None, str | None, int]
+
+
 class _Desk:
     """What running steps may ask for: the time, and what is committed. They never touch the write connection."""
 
@@ -4674,7 +5063,10 @@ class _Desk:
         self._policies: dict[str, tuple[float, _Policy]] = {}
         self.fork_guard = _ForkGuard()
         self.children = reader.children
+        self.calls = reader.calls
         self.is_cancelled = reader.is_cancelled
+        self.progress: dict[tuple[int, int], _Reported] = {}
+        """The latest progress of running steps that is not written yet, by the id and the claim of their rows."""
 
     def now(self) -> int:
         """Milliseconds since the epoch, by the engine's clock."""
@@ -4682,6 +5074,19 @@ class _Desk:
 
     def new_row(self, insert: Insert) -> _NewRow:
         return _new_row(insert, self.now(), self.policy)
+
+    def open(
+        self,
+        perform: Callable[[Callable[[Any], Any]], Any],
+        perform_soon: Callable[[Callable[[Any], Any]], concurrent.futures.Future[Any]],
+        progress_noted: Callable[[_Claim], None],
+    ) -> None:
+        """Take how to have something done in a beat, and wait for it or not, and whom to tell of progress."""
+        self.perform, self.perform_soon, self._progress_noted = perform, perform_soon, progress_noted
+
+    def report_progress(self, claim: _Claim, progress: tuple[float, float | None, str | None]) -> None:
+        self.progress[claim.row.id, claim.row.claim] = (*progress, self.now())
+        self._progress_noted(claim)
 
     def policy(self, name: str) -> _Policy | None:
         """Return a rate limit; one that was found is believed for a second."""
@@ -4701,10 +5106,12 @@ class _Claim:
         "behaviour",
         "desk",
         "error",
+        "has_calls",
         "inbox",
         "inline_since",
         "is_disowned",
         "is_finished",
+        "is_lost",
         "is_timed_out",
         "row",
         "seen",
@@ -4738,6 +5145,9 @@ class _Claim:
         self.is_finished = False
         self.is_disowned = False
         self.is_timed_out = False
+        self.is_lost = False
+        """Whether it was seen that another engine has the row by now."""
+        self.has_calls = bool(row.has_calls)
 
     @property
     def awaited_ids(self) -> tuple[int, ...]:
@@ -4757,9 +5167,40 @@ class _Claim:
         failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
         failed.seen = self.seen
         failed.started_at, failed.began_at = self.started_at, self.began_at
-        failed.is_timed_out = self.is_timed_out
         failed.inline_since = self.inline_since
+        failed.is_timed_out, failed.has_calls = self.is_timed_out, self.has_calls
         return failed
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds that the step may take."""
+        return self.spec.timeout_of(self.row.step) if self.spec.has_timeouts else None
+
+    def check_held(self) -> None:
+        """Raise if the step no longer counts, as far as that is known."""
+        if self.is_disowned or self.is_lost:
+            raise DurableError(
+                f"step {self.row.step!r} of instance {self.row.id} no longer counts: it was taken from here"
+            )
+
+    def keep(self, call: _Kept) -> None:
+        """Commit what a call returned."""
+        self._note_kept(self.desk.perform(lambda beat: self._keep_in(beat, call)))
+
+    async def keep_soon(self, call: _Kept) -> None:
+        """Do so without blocking the event loop; many share a commit."""
+        import asyncio
+
+        self._note_kept(await asyncio.wrap_future(self.desk.perform_soon(lambda beat: self._keep_in(beat, call))))
+
+    def _keep_in(self, beat: Any, call: _Kept) -> bool:
+        return not self.is_disowned and beat.store.keep_call(self.row, call)
+
+    def _note_kept(self, is_kept: bool) -> None:
+        self.has_calls = True
+        if not is_kept:
+            self.is_lost = True
+            self.check_held()
 
     def start(self) -> None:
         self.started_at, self.began_at = time.perf_counter(), self.desk.now()
@@ -4801,7 +5242,8 @@ class _Commit(NamedTuple):
     @property
     def is_simple(self) -> bool:
         """Whether one statement writes it, which asks nothing and is followed by nothing."""
-        return not (self.effects or self.shown or self.change.status in _PARKED or (self.is_inline and self.is_asking))
+        is_alone = not (self.effects or self.shown or self.claim.has_calls)
+        return is_alone and self.change.status not in _PARKED and not (self.is_inline and self.is_asking)
 
     @property
     def is_asking(self) -> bool:
@@ -4867,8 +5309,9 @@ def _log_details(row: _Row) -> dict[str, Any]:
 def _log_attempt(row: _Row, what: str, error: BaseException) -> None:
     message = "instance %d (%s) failed in step %r, attempt %d: %s"
     details = _log_details(row)
+    shown = None if isinstance(error, Fail) else (type(error), error, _own_traceback(error))  # a Fail is no surprise
     try:
-        _log.warning(message, row.id, row.fsm, row.step, row.attempt, what, exc_info=error, extra=details)
+        _log.warning(message, row.id, row.fsm, row.step, row.attempt, what, exc_info=shown, extra=details)
     except Exception as refusal:  # noqa: BLE001 - a handler's or a filter's; the step's outcome is not to be lost for it
         threading.excepthook(threading.ExceptHookArgs((type(refusal), refusal, refusal.__traceback__, None)))
 
@@ -5011,7 +5454,9 @@ def _handled(claim: _Claim, ctx: Context[Any], error: BaseException) -> _Commit:
 
 
 def _recover(claim: _Claim, error: BaseException) -> _Commit:
-    """Turn a failed attempt into an outcome: by the retry rule for `Fail` and `Cancel`, else by `handle`."""
+    """Turn a failed attempt into an outcome: by a retry rule, else by `handle`."""
+    if claim.is_lost or claim.desk.is_cancelled(claim.row.id):
+        return _stop(claim, error)  # which is stale, or ends it as cancelled: `handle` hears nothing of it
     claim = claim.failed_with(error)  # so that a commit that is refused does not come back to `handle`
     if not isinstance(error, Cancel):
         _log_attempt(claim.row, _error_text(_reason_of(error)), error)
@@ -5019,7 +5464,8 @@ def _recover(claim: _Claim, error: BaseException) -> _Commit:
         ctx = claim.open_for_handle()
         if claim.spec.is_job and isinstance(error, Fail | Cancel):
             return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
-        return _handled(claim, ctx, error)
+        retry = None if claim.spec.is_job else cast(FSM, claim.behaviour)._retry(error, ctx)
+        return _handled(claim, ctx, error) if retry is None else _rule(claim, ctx, retry, error)
     except Exception as second:
         if _is_shortage(second):
             raise
@@ -5399,7 +5845,7 @@ class _Pool:
     def _run(self, claim: _Claim) -> _Commit | None:
         """Run a step; None if it has come to an error too late, which is nothing to `handle`."""
         try:
-            if claim.spec.timeout_s is not None and claim.error is None:
+            if claim.timeout_s is not None and claim.error is None:
                 self._port.watch(claim, self)
             verdict = _execute(claim)
             if isinstance(verdict, _Commit):
@@ -5463,6 +5909,10 @@ class _EventLoop:
     def cancel(self, claim: _Claim) -> None:
         self._loop.call_soon_threadsafe(lambda: claim in self._tasks and self._tasks[claim].cancel())
 
+    def running(self) -> list[_Claim]:
+        """List the claims whose steps run."""
+        return list(self._tasks)
+
     def close(self, timeout_s: float = 2.0) -> None:
         """Cancel what still runs, wait for it to be gone, and stop."""
         self._is_closing = True
@@ -5497,7 +5947,7 @@ class _EventLoop:
         self._is_roused = False  # first: what is added from now on rouses again
         while self._incoming:
             claim, pool = self._incoming.popleft()
-            if claim.spec.timeout_s is not None:
+            if claim.timeout_s is not None:
                 self._port.watch(claim, pool)
             self._tasks[claim] = self._loop.create_task(self._run(claim, pool))
 
@@ -6005,6 +6455,7 @@ class _History:
         if children:
             self._store.detach(instance, min(children))
         self._store.bring_back(instance, entry.seq)
+        self._store.drop_calls(instance)
         self._store.rewind(entry, entry.state if past.state is None else past.state, self._beat.now)
         self.record(row._replace(step=entry.step), "rewind", seq=row.claim + 1)
 
@@ -6325,6 +6776,8 @@ class _Beat:
             if not self.store.settle(row, change, self.now):
                 return None
         self.history.record_all((commit,), first_child)
+        if commit.claim.has_calls and isinstance(change, _Progress):
+            self.store.drop_calls(row.id)
         if commit.shown and commit.kind in ("next", "children"):
             self.store.consume(commit.shown, self.history.kept_by(commit.claim))
         return change
@@ -6425,6 +6878,8 @@ class _Beat:
         self.kinds.append(commit.kind)
         if self._wants_steps:
             self._tell_step(commit)
+        if isinstance(change, _Again) and (reported := commit.claim.desk.progress.get((row.id, row.claim))):
+            self.store.show_last_progress(row, _json(reported))
         done = change if isinstance(change, _Finish) and change.status == Status.DONE else None
         if done is not None and self._may_have_signals():
             self._empty_inbox(commit.claim)
@@ -6561,19 +7016,35 @@ class _Beat:
         self.inserted += sum(one is not None for one in ids)
         return ids
 
+    def _addressed(self, target: int | str) -> tuple[int, str | None]:
+        """Return whom a signal means, and its status: by key the occupant, else the last that carried it and ended."""
+        if isinstance(target, int):
+            return target, self.store.status(target) if abs(target) <= _MAX_INTEGER else None
+        occupant = self.store.occupant(target)
+        if occupant is not None and occupant[1] not in _TERMINAL:
+            return occupant
+        carrier = self.store.last_carrier(target)
+        return carrier if carrier is not None and carrier[1] in _TERMINAL else (0, None)
+
     def signal(self, message: _Message) -> None:
-        target = message.target
-        if isinstance(target, str):
-            occupant = self.store.occupant(target)
-            instance, status = occupant or (0, None)
-        else:
-            instance, status = target, self.store.status(target) if abs(target) <= _MAX_INTEGER else None
+        instance, status = self._addressed(message.target)
         if status is None or status in _TERMINAL:
+            place = "has the id" if isinstance(message.target, int) else "occupies the key"
             what = "no live instance" if status is None else f"instance {instance} has ended ({status}), so none"
-            raise NoTargetError(f"{what} {'has the id' if isinstance(target, int) else 'occupies the key'} {target!r}")
+            raise NoTargetError(f"{what} {place} {message.target!r}", None if status is None else Status(status))
         self._has_signals = True
         if self.store.deliver(instance, message, self.now):
             self.store.wake(instance, message.name, self.now)
+
+    def cancel_tree(self, instance: int, reason: str) -> bool:
+        """Cancel an instance and all its live descendants, those of an ended one, too."""
+        is_cancelled = self.cancel(instance, reason)
+        below = self.store.children_ids(instance)
+        while below:
+            child = below.pop()
+            self.cancel(child, reason)
+            below.extend(self.store.children_ids(child))
+        return is_cancelled
 
     def cancel(self, instance: int, reason: str) -> bool:
         found = self.store.row(instance)
@@ -6585,6 +7056,7 @@ class _Beat:
         if status == Status.EXECUTING:
             claim = self.core.take_unstarted(row)
             if claim is None:
+                self.after.append(functools.partial(self.core.cancel_running, instance))
                 return self.store.request_cancel(instance, reason)
             self.withdrawn.append(claim)
             change = _failed(row, row.cancel_reason or reason)
@@ -7087,7 +7559,7 @@ class _Behaviours:
 
 def _timeout_error(claim: _Claim) -> TimeoutError:
     claim.is_timed_out = True
-    return TimeoutError(f"step {claim.row.step!r} took over {claim.spec.timeout_s:g} s")
+    return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
 
 
 def _call_in_thread(call: Callable[[], Any], cancel: Callable[[], None]) -> Any:
@@ -7157,6 +7629,8 @@ class _Agenda:
     """When storage that failed is tried again."""
     registrations: int = 0
     """How many classes had been registered at the last look."""
+    progress_at: float = 0.0
+    """When the progress of steps may be written again."""
 
     def __init__(self, seen_at: int) -> None:
         self.seen_at = seen_at
@@ -7175,7 +7649,7 @@ class _Timeouts:
 
     def add(self, claim: _Claim, pool: _Pool) -> bool:
         """Mind a step from now on; True if it is the next to expire."""
-        deadline = time.monotonic() + cast(float, claim.spec.timeout_s)
+        deadline = time.monotonic() + cast(float, claim.timeout_s)
         with self._lock:
             if len(self._heap) >= self._room:  # steps that ended long before their deadline must not pile up
                 self._heap = [entry for entry in self._heap if not entry[2].is_finished]
@@ -7548,7 +8022,7 @@ class _Drain:
         async def run() -> _Commit | BaseException:
             running.append(asyncio.current_task())
             try:
-                return await asyncio.wait_for(_execute_async(claim), claim.spec.timeout_s)
+                return await asyncio.wait_for(_execute_async(claim), claim.timeout_s)
             except TimeoutError:
                 return _timeout_error(claim)
 
@@ -7565,7 +8039,7 @@ class _Drain:
 
     def _rule(self, claim: _Claim, context: contextvars.Context, verdict: _Commit | BaseException) -> _Commit:
         """Hold a step against its timeout, which is noticed only now that it has returned, and ask `handle`."""
-        timeout_s = claim.spec.timeout_s
+        timeout_s = claim.timeout_s
         if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
             verdict = _timeout_error(claim)
         return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
@@ -7582,6 +8056,8 @@ class _Scheduler:
     """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
+    PROGRESS_S = 0.2
+    """How long to wait before the progress of steps is written again."""
     REQUESTS_AT_ONCE = 5000
     INLINE_S = 0.1
     """For how long an instance may go on inline before it is looked whether it keeps others waiting."""
@@ -7596,6 +8072,7 @@ class _Scheduler:
         self.store = self._open()
         self.reader = _Reader(path, files=self.files)
         self.desk = _Desk(self.reader, options.clock)
+        self.desk.open(self.perform, self.perform_later, self._note_progress)
         self.hub = _Hub(self.desk.fork_guard)
         self.waiters = _Waiters()
         self.worker_id = os.urandom(8).hex()
@@ -7653,11 +8130,19 @@ class _Scheduler:
 
     def insert_later(self, row: _NewRow) -> concurrent.futures.Future[int]:
         """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
-        future: concurrent.futures.Future[int] = cast(Any, _future_type())(self.hub)
         if row.correlation_key is None:
-            self._enqueue(_Request(None, (row,), future))
-        else:
-            self._enqueue(_Request(lambda beat: beat.insert(row), future=future))
+            return self._later(None, (row,))
+        return self._later(lambda beat: beat.insert(row))
+
+    def perform_later(self, action: Callable[[_Beat], Any]) -> concurrent.futures.Future[Any]:
+        """Do something likewise."""
+        return self._later(action)
+
+    def _later(
+        self, action: Callable[[_Beat], Any] | None, rows: tuple[_NewRow, ...] = ()
+    ) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = cast(Any, _future_type())(self.hub)
+        self._enqueue(_Request(action, rows, future))
         if self._is_beating():
             self._bell.ring()
         elif not self._is_flushing:
@@ -7902,6 +8387,8 @@ class _Scheduler:
             duties.append(self.peers.renew)
         if self._agenda.regroup is not None:
             duties.append(self._regroup)
+        if self.desk.progress and time.monotonic() >= self._agenda.progress_at:
+            duties.append(self._show_progress)
         return duties
 
     def _transact(self, commits: list[_Commit], requests: list[_Request], wants: Callable[[_Beat], None]) -> _Beat:
@@ -8019,6 +8506,7 @@ class _Scheduler:
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
         for claim in claims:
+            self.desk.progress.pop((claim.row.id, claim.row.claim), None)
             if self._held.pop((claim.row.id, claim.row.claim), None) is not None:
                 self._held_ids.discard(claim.row.id)
                 self._in_flight[claim.row.queue] -= 1
@@ -8198,6 +8686,8 @@ class _Scheduler:
         if self._has_outcomes() or self._agenda.regroup is not None:
             instants.append(self._agenda.retry_at)
         instants.append(self._timeouts.next_at)
+        if self.desk.progress:
+            instants.append(max(self._agenda.progress_at, self._agenda.retry_at))
         if self._finished:
             instants.append(max(self.beat_at + self.WATCH_S, self._agenda.retry_at))
         if any(pool.is_to_be_watched for pool in self._pools.values()):
@@ -8259,6 +8749,17 @@ class _Scheduler:
                 if reason is not None:
                     self.post(functools.partial(_Beat.cancel_unstarted, row=row, reason=reason))
 
+        self._cancel_async(lambda claim: self.store.cancel_reason(claim.row) is not None)
+
+    def cancel_running(self, instance: int) -> None:
+        """Have an `async def` step end whose instance was cancelled; what it comes to is dropped."""
+        self._cancel_async(lambda claim: claim.row.id == instance)
+
+    def _cancel_async(self, is_cancelled: Callable[[_Claim], bool]) -> None:
+        loop = self._event_loop
+        for claim in filter(is_cancelled, loop.running()) if loop is not None else ():
+            cast(_EventLoop, loop).cancel(claim)
+
     def _withdraw_paused(self) -> None:
         """Give back the unstarted rows of queues that another engine has paused."""
         for queue, pool in self._pools.items():
@@ -8306,6 +8807,30 @@ class _Scheduler:
     def describe_schedule(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool = False) -> _ScheduleRow:
         row = self.desk.new_row(_make_insert(spec.cls, plan.insert))
         return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
+
+    def _note_progress(self, claim: _Claim) -> None:
+        """Tell of a step's progress, and have it written soon: at most five times a second, for all steps at once."""
+        row = claim.row
+        if self.hub.wants("step.progress"):
+            done, total, note, _ = self.desk.progress[row.id, row.claim]
+            metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "note": note}
+            self.hub.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
+        if self._drain is not None:
+            if time.monotonic() >= self._agenda.progress_at:
+                self.perform(lambda beat: None)
+        elif len(self.desk.progress) == 1:  # else the thread knows
+            self._bell.ring()
+
+    def _show_progress(self, beat: _Beat) -> None:
+        taken = dict(self.desk.progress)
+        beat.store.show_progress((_json(reported), *key) for key, reported in taken.items())
+        beat.after.append(functools.partial(self._note_shown, taken))
+
+    def _note_shown(self, taken: dict[tuple[int, int], _Reported]) -> None:
+        self._agenda.progress_at = time.monotonic() + self.PROGRESS_S
+        for key, reported in taken.items():
+            if self.desk.progress.get(key) is reported:
+                self.desk.progress.pop(key, None)
 
     def regroup_lines(self) -> None:
         """Have all lines of limits looked at: limits may have changed since they were formed."""
@@ -8532,11 +9057,13 @@ def _id_or_none(value: object, name: str) -> int | None:
     raise ValueError(f"{name} must be an id, not {value!r}")
 
 
-def _status(value: object) -> Status:
+def _statuses(value: object) -> str:
+    """Read one status, or several, as JSON for a statement."""
+    given = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
     try:
-        return Status(cast(str, value))
+        return _encode([Status(cast(str, one)) for one in given])
     except ValueError:
-        raise ValueError(f"status must be one of {', '.join(Status)}, not {value!r}") from None
+        raise ValueError(f"status must be one or several of {', '.join(Status)}, not {value!r}") from None
 
 
 def _checked_filters(
@@ -8546,16 +9073,18 @@ def _checked_filters(
     parent_id: Any = None,
     correlation_key: Any = None,
     schedule: Any = None,
+    since: Any = None,
     before: Any = None,
 ) -> dict[str, Any]:
     """Check what `find` is to look for."""
     return {
-        "status": None if status is None else _status(status),
+        "status": None if status is None else _statuses(status),
         "fsm": fsm if fsm is None or isinstance(fsm, str) else _spec_of(fsm).name,
         "queue": None if queue is None else _text(queue, "queue"),
         "parent_id": _id_or_none(parent_id, "parent_id"),
         "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
         "schedule": None if schedule is None else _text(schedule, "schedule"),
+        "since": None if since is None else _instant_ms(since, "since"),
         "before": _id_or_none(before, "before"),
     }
 
@@ -8589,6 +9118,8 @@ class Engine:
 
     _UNSEEN_S = 0.1
     """For how long to trust that an instance which this engine runs has not ended elsewhere."""
+    _IDLE_LOOK_S = 0.1
+    """How often `wait_idle` looks, and tells of changes."""
     _WARN_S = 5.0
     """After so long the log is told that somebody waits for what nobody is there to run."""
 
@@ -8703,18 +9234,22 @@ class Engine:
     def find(
         self,
         *,
-        status: str | None = None,
+        status: str | Iterable[str] | None = None,
         fsm: Any = None,
         queue: str | None = None,
         parent_id: int | None = None,
         correlation_key: str | None = None,
         schedule: str | None = None,
+        since: dt.datetime | None = None,
         limit: int = 100,
         before: int | None = None,
     ) -> list[Instance]:
-        """Return the newest instances that pass all filters, newest first; `before=id` pages."""
+        """Return the newest instances that pass all filters, newest first; `before=id` pages.
+
+        `status` may be several; `since` is an instant: those that have changed at it or after.
+        """
         self._core.check_open()
-        filters = _checked_filters(status, fsm, queue, parent_id, correlation_key, schedule, before)
+        filters = _checked_filters(status, fsm, queue, parent_id, correlation_key, schedule, since, before)
         return self._core.reader.find(filters, _at_least_1(limit, "limit"))
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -8732,6 +9267,39 @@ class Engine:
             raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
         reader = self._core.reader
         return self._wait(target, lambda waiter: reader.get(waiter.instance), _UNTIL[until], timeout)
+
+    def wait_idle(
+        self,
+        *,
+        queue: str | None = None,
+        timeout: _Duration | None = None,
+        on_change: Callable[[dict[str, dict[str, int]]], object] | None = None,
+    ) -> bool:
+        """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout.
+
+        Rows that are dated in the future, wait for a signal, or are of a paused queue do not count. `on_change(counts)`
+        is called in this thread whenever the counts have changed, at most ten times a second, and after the last
+        change; what it raises is raised on. Work that no running engine serves is a `DurableError`, not a wait for
+        ever.
+        """
+        if queue is not None:
+            _text(queue, "queue")
+        if on_change is not None and not callable(on_change):
+            raise ValueError(f"on_change must be callable, not {on_change!r}")
+        deadline = time.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
+        told: dict[str, dict[str, int]] | None = None
+        while True:
+            self._core.check_open()
+            busy = self._core.reader.busy(self._core.desk.now())
+            busy = busy if queue is None else busy & {queue}
+            if on_change is not None and (counts := self.counts()) != told:
+                told = counts
+                on_change(counts)
+            left_s = deadline - time.monotonic()
+            if not busy or left_s <= 0:
+                return not busy
+            self._refuse_unserved(busy)
+            time.sleep(min(left_s, self._IDLE_LOOK_S))
 
     def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
         """Wait for an instance to end and return its result.
@@ -8764,16 +9332,20 @@ class Engine:
 
     # Steer
 
-    def cancel(self, target: int | str, reason: str = "cancelled") -> bool:
+    def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
         """Fail an instance for a reason; True if it is failed now, or will be when its running step ends.
 
-        The running step's outcome is dropped, and its `ctx.cancelled` is true. False if it had ended. Raises
-        `NotFoundError`.
+        The running step's outcome is dropped, `handle` hears nothing of it, and its `ctx.cancelled` is true; an `async
+        def` step gets asyncio's CancelledError at once, one of another process within its `poll_interval`. False if
+        it had ended. With `children` its live descendants, those of an ended instance too, are cancelled in the same
+        transaction. Raises `NotFoundError`.
         """
         _text(reason, "reason")
+        _boolean(children, "children")
         self._core.check_open()
         instance = self._core.reader.identify(target)
-        return cast(bool, self._core.perform(lambda beat: beat.cancel(instance, reason)))
+        cancel = _Beat.cancel_tree if children else _Beat.cancel
+        return cast(bool, self._core.perform(lambda beat: cancel(beat, instance, reason)))
 
     def retry(self, target: int | str) -> None:
         """Let a failed instance go on from where it stood, with attempt 0.
@@ -9024,6 +9596,15 @@ class Engine:
         """Say in the log that somebody waits for what nobody is there to run."""
         if note := self._note_if_unserved(instance):
             _log.warning("instance %d is waited for: it is runnable%s", instance, note)
+
+    def _refuse_unserved(self, queues: set[str]) -> None:
+        """Refuse to wait for work that no engine is there to run, unless one was just about to end it."""
+        served = {queue for worker in self.workers() for queue in worker.queues}
+        unserved = queues - served and self._core.reader.busy(self._core.desk.now()) & queues - served
+        if unserved:
+            raise DurableError(
+                f"no running engine serves {', '.join(map(repr, sorted(unserved)))}, where there is work"
+            )
 
     def _note_if_unserved(self, instance: int) -> str:
         """Say whether a runnable instance has nobody to run it, for the end of a sentence."""
