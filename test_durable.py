@@ -300,7 +300,7 @@ StateError UnknownFSMError UnknownLimitError
 NAMES = f"""
 FSM step job Context Signal Cron Every
 Next Retry Await ScheduleChildren Done Stop Fail Cancel
-Engine Insert insert_into Instance Status LIVE KEEP RateLimit Event Worker Schedule Transition
+Engine Insert insert_into Instance Status LIVE KEEP RateLimit Event Worker Schedule Transition Progress
 DurableError {ERRORS}
 """
 
@@ -4186,7 +4186,7 @@ def test_records_have_the_fields_of_the_contract() -> None:
     fields = {
         Instance: "id fsm version step status state result last_error traceback attempt max_attempts crashes queue"
         " priority eligible_at worker concurrency_key rate_limit weight parked_on awaits await_deadline parent_id"
-        " correlation_key schedule scheduled_at inserted_at updated_at",
+        " correlation_key progress schedule scheduled_at inserted_at updated_at",
         durable.Schedule: "name fsm when next_at last_at last_id missed is_paused is_declared catch_up window overlap"
         " jitter",
         durable.Worker: "id name host pid queues started_at heartbeat_at lease_expires_at",
