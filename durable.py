@@ -3786,6 +3786,11 @@ class _Reader:
         """Return the queues in which something is to be done now, or runs."""
         return {queue for (queue,) in self._rows(_BUSY, (now,))}
 
+    def data_version(self) -> int:
+        """Return a number that changes when another connection than the one which is asked has committed."""
+        with self.reading() as connection:
+            return hash((id(connection), connection.execute("PRAGMA data_version").get))
+
     def queues(self) -> list[str]:
         return [queue for (queue,) in self._rows("SELECT DISTINCT queue FROM durable_instances")]
 
@@ -5981,12 +5986,32 @@ class _Waiter:
         """How it is done, if this engine's commit did it: nobody has to read that. One that failed may run again."""
 
 
+class _ResultWaiter:
+    """A future of an instance's result, which waits like a thread; nothing keeps it once nobody refers to it."""
+
+    __slots__ = ("_look", "bell", "done", "future", "instance", "until")
+
+    def __init__(self, instance: int, future: Any, look: Callable[[_ResultWaiter], object], forget: Any) -> None:
+        self.instance = instance
+        self.until = _TERMINAL
+        self.bell = self
+        self.done: _Finish | None = None
+        self.future = weakref.ref(future, lambda _: forget(self))
+        self._look = look
+
+    def ring(self) -> None:
+        """See how it has ended: not here, which may be within a beat."""
+        future = self.future()
+        if future is not None:
+            future._hub.post_apart(functools.partial(self._look, self))
+
+
 class _Waiters:
     """Threads that wait for instances to get somewhere; they are woken by the commit that brings them there."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of: dict[int, list[_Waiter]] = {}
+        self._lock = threading.RLock()  # a future may be collected, and so removed, while it is held
+        self._of: dict[int, list[_Waiter | _ResultWaiter]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._of)
@@ -5994,16 +6019,27 @@ class _Waiters:
     @contextlib.contextmanager
     def waiting(self, instance: int, until: tuple[Status, ...]) -> Iterator[_Waiter]:
         waiter = _Waiter(instance, until)
-        with self._lock:
-            self._of.setdefault(instance, []).append(waiter)
+        self.add(waiter)
         try:
             yield waiter
         finally:
-            with self._lock:
-                waiters = self._of[instance]
+            self.remove(waiter)
+
+    def add(self, waiter: _Waiter | _ResultWaiter) -> None:
+        with self._lock:
+            self._of.setdefault(waiter.instance, []).append(waiter)
+
+    def remove(self, waiter: _Waiter | _ResultWaiter) -> None:
+        with self._lock:
+            waiters = self._of.get(waiter.instance, [])
+            if waiter in waiters:
                 waiters.remove(waiter)
-                if not waiters:
-                    del self._of[instance]
+            if not waiters:
+                self._of.pop(waiter.instance, None)
+
+    def futures(self) -> list[_ResultWaiter]:
+        with self._lock:
+            return [one for waiters in self._of.values() for one in waiters if isinstance(one, _ResultWaiter)]
 
     def ids(self) -> list[int]:
         with self._lock:
@@ -6018,9 +6054,9 @@ class _Waiters:
 
     def wake_all(self) -> None:
         with self._lock:
-            for waiters in self._of.values():
-                for waiter in waiters:
-                    waiter.bell.ring()
+            waiting = [one for waiters in self._of.values() for one in waiters if isinstance(one, _Waiter)]
+        for waiter in waiting:
+            waiter.bell.ring()
 
 
 class _Hub:
@@ -6034,6 +6070,8 @@ class _Hub:
         self._subscribers: dict[object, tuple[Callable[[Event], object], frozenset[str]]] = {}
         self._wanted: frozenset[str] = frozenset()
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
+        self.pinned: set[concurrent.futures.Future[Any]] = set()
+        """Futures that callbacks wait for."""
         self._bell = _Bell()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -6170,7 +6208,31 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
             if self.done():
                 super().add_done_callback(fn)
             else:
-                super().add_done_callback(lambda done: self._hub.post_apart(functools.partial(fn, done)))
+                self._hub.pinned.add(self)  # until it is called: nobody else may refer to it
+                super().add_done_callback(lambda done: self._hub.post_apart(functools.partial(self._call, fn)))
+
+        def _call(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
+            self._hub.pinned.discard(self)
+            fn(self)
+
+        def __await__(self) -> Generator[Any, None, Any]:
+            """Wait for it in the running loop; who is cancelled while he waits leaves it to the others."""
+            import asyncio
+
+            loop = asyncio.get_running_loop()
+            waiting = loop.create_future()
+
+            def settle() -> None:
+                if not waiting.done():
+                    waiting.set_result(None)
+
+            def tell(_: object) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(settle)
+
+            super().add_done_callback(tell)
+            yield from waiting
+            return self.result()
 
     return Future
 
@@ -8056,6 +8118,7 @@ class _Scheduler:
     """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
+    _futures_thread: threading.Thread | None = None
     PROGRESS_S = 0.2
     """How long to wait before the progress of steps is written again."""
     REQUESTS_AT_ONCE = 5000
@@ -8152,6 +8215,64 @@ class _Scheduler:
             except RuntimeError:  # the system has no more
                 self._flush()
         return future
+
+    def result_later(self, instance: int) -> concurrent.futures.Future[Any]:
+        """Return a future of an instance's result."""
+        future: concurrent.futures.Future[Any] = cast(Any, _future_type())(self.hub)
+        waiter = _ResultWaiter(instance, future, self._look_for_result, self.waiters.remove)
+        self.waiters.add(waiter)
+        self._look_for_result(waiter)  # it may have ended before
+        if self.is_closed:
+            self._settle_future(waiter, error=EngineClosedError(f"the engine on {self.path} is stopped"))
+        elif not self.is_started:
+            self._look_for_others()
+        return future
+
+    def _look_for_result(self, waiter: _ResultWaiter) -> None:
+        """Settle a future if its instance has ended."""
+        try:
+            done = waiter.done
+            ending = self.reader.ending(waiter.instance) if done is None else None
+        except DurableError as error:
+            self._settle_future(waiter, error=error)
+            return
+        if done is not None:
+            self._settle_future(waiter, _load_value(done.result))
+        elif ending is not None and ending.status == Status.DONE:
+            self._settle_future(waiter, _load_value(ending.result))
+        elif ending is not None and ending.status == Status.FAILED:
+            self._settle_future(waiter, error=FailedError(ending.id, ending.last_error))
+
+    def _settle_future(self, waiter: _ResultWaiter, result: Any = None, error: BaseException | None = None) -> None:
+        self.waiters.remove(waiter)
+        future = waiter.future()
+        if future is None or future.done() or not future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _look_for_others(self) -> None:
+        """Have a thread look for futures' instances, on an engine whose scheduler's thread does not run."""
+        with self._request_lock:
+            if self._futures_thread is not None:
+                return
+            self._futures_thread = threading.Thread(target=self._serve_futures, name="durable-futures", daemon=True)
+            self._futures_thread.start()
+
+    def _serve_futures(self) -> None:
+        seen = None
+        while not self.is_closed and not self.is_started and self.waiters.futures():
+            version = self.reader.data_version()
+            if version != seen:
+                seen = version
+                self._notify_waiters()
+            time.sleep(self.options.poll_s)
+        with self._request_lock:
+            self._futures_thread = None
+        if not self.is_closed and not self.is_started and self.waiters.futures():  # added meanwhile
+            self._look_for_others()
 
     def _flush(self) -> None:
         """Commit what was inserted without waiting, on an engine that no thread beats for."""
@@ -8946,6 +9067,8 @@ class _Scheduler:
             cast(threading.Thread, self._thread).join()
         self.peers.unwatch()
         self.waiters.wake_all()
+        for waiter in self.waiters.futures():
+            self._settle_future(waiter, error=EngineClosedError(f"the engine on {self.path} was stopped"))
         with self._beat_lock:
             while self._requests:
                 request = self._requests.popleft()
@@ -9207,10 +9330,27 @@ class Engine:
         """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
 
         What `insert` would raise at the file, the future has as its exception; what is wrong with the options is
-        raised here. The future's callbacks are called one after the other in a thread of the engine's.
+        raised here. It can also be awaited, in any running loop. Its callbacks are called one after the other in a
+        thread of the engine's.
         """
         self._core.check_open()
         return self._core.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
+
+    def signal_nowait(
+        self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
+    ) -> concurrent.futures.Future[None]:
+        """Send a signal without waiting; the future is done once it is durable, or has what `signal` would raise."""
+        message = _message(target, name, payload, dedup_key)
+        return self._core.perform_later(lambda beat: beat.signal(message))
+
+    def result_nowait(self, target: int | str) -> concurrent.futures.Future[Any]:
+        """Return a future of an instance's result, which can also be awaited: no thread waits for it.
+
+        It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception.
+        Raises `NotFoundError`.
+        """
+        self._core.check_open()
+        return self._core.result_later(self._core.reader.identify(target))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
