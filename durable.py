@@ -2071,6 +2071,7 @@ class _FSMOptions(TypedDict, total=False):
     retention: _Duration | None
     history: bool
     schedule: Cron | Every | dict[str, Any] | None
+    aliases: Sequence[str]
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -2083,6 +2084,7 @@ _DEFAULTS: dict[str, Any] = {
     "inline": False,
     "retention": None,
     "history": True,
+    "aliases": (),
 }
 _PERFORM = "perform"
 """The one step of a job."""
@@ -2120,6 +2122,14 @@ class _Spec(NamedTuple):
     keeps_history: bool
     plan: _Plan | None
     """The schedule that it declares, if it does."""
+    aliases: tuple[str, ...]
+    migrates: bool
+    """Whether it takes rows of earlier versions."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names under which rows of it stand in the file."""
+        return (self.name, *self.aliases)
 
     def timeout_of(self, name: str) -> float | None:
         """Seconds that one run of a step may take."""
@@ -2135,15 +2145,18 @@ class _Spec(NamedTuple):
         return code
 
 
+_NOT_INHERITED = ("name", "schedule", "aliases")
+
+
 def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
-    """Check the class keywords and add those that the nearest base has; a name or a schedule is never inherited."""
+    """Check the class keywords and add those that the nearest base has; some are never inherited."""
     _refuse_unknown(options, ["abstract", *_FSMOptions.__annotations__], f"{cls.__qualname__}: ")
     inherited: dict[str, Any] = next(
         (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
     )
     if "State" in vars(cls):
         inherited = {name: value for name, value in inherited.items() if name != "state"}
-    return {**{name: value for name, value in inherited.items() if name not in ("name", "schedule")}, **options}
+    return {**{name: value for name, value in inherited.items() if name not in _NOT_INHERITED}, **options}
 
 
 def _is_step(cls: type, name: str) -> bool:
@@ -2233,6 +2246,12 @@ _NO_ARGUMENTS = attrs.make_class("State", {}, frozen=True)
 """The state of a function job without parameters. There is one text of it, and nothing else to be checked."""
 
 
+def _read_aliases(given: object, where: str) -> tuple[str, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{where}: aliases must be several names, such as ('old.Name',), not {given!r}")
+    return tuple(_text(one, f"{where}: a name in aliases", TypeError) for one in given)
+
+
 def _retention_ms(value: object, name: str, error: type[Exception] = TypeError) -> int:
     """Read how long ended rows are kept; `math.inf` is for ever."""
     return _END_OF_TIME if value == math.inf else _duration_ms(value, name, error)
@@ -2271,6 +2290,9 @@ def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
         retention_ms=None if values["retention"] is None else _retention_ms(values["retention"], f"{where}: retention"),
         keeps_history=_boolean(values["history"], f"{where}: history", TypeError),
         plan=_declared_plan(cls._options.get("schedule"), where),
+        aliases=_read_aliases(cls._options.get("aliases", ()), where),
+        migrates=hasattr(cls, "migrate")
+        and _checked_method(cls, "migrate", "(self, step, state, version)", 4) is not None,
     )
 
 
@@ -2288,15 +2310,23 @@ _registry = _Registry()
 
 
 def _register(spec: _Spec) -> None:
-    """Make a class known under its name and version; defining the same one again replaces it."""
-    known = _registry.get((spec.name, spec.version))
-    if known is not None and _definition(known.cls) != _definition(spec.cls):
-        raise TypeError(
-            f"{spec.cls.__qualname__}: {spec.name!r} version {spec.version} is taken by"
-            f" {'.'.join(_definition(known.cls))}: give it another name or version"
-        )
-    _registry[spec.name, spec.version] = spec
+    """Make a class known under its names and version; defining the same one again replaces it."""
+    for name in spec.names:
+        for (known_name, version), known in list(_registry.items()):
+            is_taken = known_name == name and (version == spec.version or known.name != spec.name)
+            if is_taken and _definition(known.cls) != _definition(spec.cls):
+                raise TypeError(
+                    f"{spec.cls.__qualname__}: {name!r} version {version} is taken by"
+                    f" {'.'.join(_definition(known.cls))}: give it another name or version"
+                )
+    for name in spec.names:
+        _registry[name, spec.version] = spec
     _registry.changes += 1
+
+
+def _names_of(name: str) -> tuple[str, ...]:
+    """Return the names of the rows that a name means: all of its class, where that is known here."""
+    return next((spec.names for (known, _), spec in list(_registry.items()) if known == name), (name,))
 
 
 class FSM:
@@ -2319,9 +2349,14 @@ class FSM:
       every engine on the file keeps to it; `math.inf` for ever
     * `history` (True): keep what was run of it, for `Engine.history`, `rewind` and `fork`: of a machine everything, of
       a job its failed attempts
+    * `aliases` (none): names under which rows of it may stand in the file, from before it was moved or renamed
     * `schedule` (none): a `Cron` or an `Every` by which instances are inserted, or a dict of what `Engine.schedule`
       takes, with `when`
     * `abstract=True`: a shared base that defines nothing to run
+
+    `def migrate(self, step, state, version)`, where a class has it, makes rows of earlier versions its own which no
+    class is registered for: it gets the step, the state as a plain dict and the row's version, and returns
+    `(step, state)`.
 
     A class that can't work is a `TypeError` when it is created. `self` is one object per engine, made without
     arguments or given in `Engine(fsms=[...])`: the place for dependencies, not for state.
@@ -3051,6 +3086,9 @@ _NOTE_CALLS = "UPDATE durable_instances SET has_calls = 1 WHERE id = ? AND statu
 _KEEP_CALL = "INSERT OR REPLACE INTO durable_calls (instance, name, value, is_awaited) VALUES (?, ?, ?, ?)"
 _CALLS = "SELECT name, value, is_awaited FROM durable_calls WHERE instance = ?"
 _DROP_CALLS = "DELETE FROM durable_calls WHERE instance = ?"
+_MIGRATE_ROW = """
+UPDATE durable_instances SET version = ?, step = ? WHERE id = ? AND status = 'executing' AND claim = ?
+"""
 _SHOW_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND status = 'executing' AND claim = ?"
 _SHOW_LAST_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND claim = ? AND status = 'runnable'"
 _CANCEL_REASON = """
@@ -3074,7 +3112,7 @@ ORDER BY eligible_at, id
 _KNOWN_CANDIDATES = f"""
 SELECT {_ROW_TO_CLAIM} FROM durable_instances i
 WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
-    AND (fsm, version) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?))
+    AND EXISTS (SELECT 1 FROM json_each(?) WHERE value ->> 0 = fsm AND version BETWEEN value ->> 1 AND value ->> 2)
 ORDER BY eligible_at, id
 """
 _NEXT_DUE = """
@@ -3291,7 +3329,7 @@ DELETE FROM durable_buckets WHERE key IN (
 _FIND = f"SELECT {_INSTANCE} FROM durable_instances WHERE "
 _FIND_BY = {
     "status": "status IN (SELECT value FROM json_each(?))",
-    "fsm": "fsm = ?",
+    "fsm": "fsm IN (SELECT value FROM json_each(?))",
     "queue": "queue = ?",
     "parent_id": "parent_id = ?",
     "correlation_key": "correlation_key = ?",
@@ -3307,6 +3345,10 @@ _BUSY = """
 SELECT DISTINCT queue FROM durable_instances
 WHERE (status = 'executing' OR status = 'runnable' AND eligible_at <= ?)
     AND queue NOT IN (SELECT queue FROM durable_paused)
+"""
+_LIVE_ROWS = """
+SELECT id, fsm, version, step, state FROM durable_instances
+WHERE status = 'runnable' OR status = 'executing' OR status = 'awaiting_signal' OR status = 'awaiting_children'
 """
 _ENDING = "SELECT id, status, result, last_error FROM durable_instances WHERE id = ?"
 _CHILDREN = f"SELECT {_INSTANCE} FROM durable_instances WHERE parent_id = ? ORDER BY id"
@@ -3790,6 +3832,11 @@ class _Reader:
         """Return a number that changes when another connection than the one which is asked has committed."""
         with self.reading() as connection:
             return hash((id(connection), connection.execute("PRAGMA data_version").get))
+
+    def live(self) -> Iterator[tuple[Any, ...]]:
+        """Yield (id, fsm, version, step, state) of the instances that have not ended."""
+        with self.reading() as connection:
+            yield from connection.execute(_LIVE_ROWS)
 
     def queues(self) -> list[str]:
         return [queue for (queue,) in self._rows("SELECT DISTINCT queue FROM durable_instances")]
@@ -4327,6 +4374,10 @@ class _Store:
             self.db.executemany(statement, bindings)
 
     # Inside a step
+
+    def migrate(self, row: _Row) -> None:
+        """Write the version and the step that a row was brought to, ahead of its outcome."""
+        self.db.execute(_MIGRATE_ROW, (row.version, row.step, row.id, row.claim))
 
     def keep_call(self, row: _Row, call: _Kept) -> bool:
         """Keep what a call returned; False if the claim under which it was made holds no more."""
@@ -5117,6 +5168,7 @@ class _Claim:
         "is_disowned",
         "is_finished",
         "is_lost",
+        "is_migrated",
         "is_timed_out",
         "row",
         "seen",
@@ -5153,6 +5205,8 @@ class _Claim:
         self.is_lost = False
         """Whether it was seen that another engine has the row by now."""
         self.has_calls = bool(row.has_calls)
+        self.is_migrated = False
+        """Whether the row is one of an earlier version that was brought to this."""
 
     @property
     def awaited_ids(self) -> tuple[int, ...]:
@@ -5174,12 +5228,38 @@ class _Claim:
         failed.started_at, failed.began_at = self.started_at, self.began_at
         failed.inline_since = self.inline_since
         failed.is_timed_out, failed.has_calls = self.is_timed_out, self.has_calls
+        failed.is_migrated = self.is_migrated
         return failed
 
     @property
     def timeout_s(self) -> float | None:
         """Seconds that the step may take."""
         return self.spec.timeout_of(self.row.step) if self.spec.has_timeouts else None
+
+    @property
+    def needs_migration(self) -> bool:
+        """Whether its row is one of an earlier version."""
+        return self.row.version != self.spec.version and self.error is None
+
+    def migrate(self) -> None:
+        """Bring a row of an earlier version to this; what is wrong with that is the step's error."""
+        self.start()
+        try:
+            with self.desk.fork_guard:
+                state = _decode(self.row.state)
+                returned = cast(Any, self.behaviour).migrate(self.row.step, state, self.row.version)
+            if not isinstance(returned, tuple) or len(returned) != 2:
+                raise OutcomeError(f"migrate must return (step, state), not {_brief(returned)}")
+            step_name = _step_name(returned[0])
+            self.spec.code(step_name)
+            text = _dump_state(self.spec.state, returned[1])
+        except BaseException as error:
+            if not _is_of_step(error):
+                raise
+            self.error = error
+        else:
+            self.row = self.row._replace(step=step_name, state=text, version=self.spec.version)
+            self.is_migrated = True
 
     def check_held(self) -> None:
         """Raise if the step no longer counts, as far as that is known."""
@@ -5247,7 +5327,7 @@ class _Commit(NamedTuple):
     @property
     def is_simple(self) -> bool:
         """Whether one statement writes it, which asks nothing and is followed by nothing."""
-        is_alone = not (self.effects or self.shown or self.claim.has_calls)
+        is_alone = not (self.effects or self.shown or self.claim.has_calls or self.claim.is_migrated)
         return is_alone and self.change.status not in _PARKED and not (self.is_inline and self.is_asking)
 
     @property
@@ -5338,6 +5418,8 @@ def _elapsed(claim: _Claim) -> float:
 
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Progress | _Again:
     """Apply an outcome that goes on, with the state as the step leaves it."""
+    if claim.row.version != claim.spec.version and outcome.state is not None:  # `handle`'s, in place of `migrate`'s
+        claim.row, claim.is_migrated = claim.row._replace(version=claim.spec.version), True
     state = ctx.state if outcome.state is None else outcome.state
     return _transition(claim.row, outcome, _dump_state(claim.spec.state, state, claim.row.state), claim.desk.now())
 
@@ -5816,11 +5898,22 @@ class _Pool:
             if claim is None:
                 bell.wait()
                 self._arrive()
+            elif claim.needs_migration and not self._migrate(claim):
+                continue
             elif claim.is_async:
                 self._port.execute_async(claim, self)
             elif not self.finish(claim, contextvars.copy_context().run(self._run, claim)):
                 self._port.drop(claim)
                 return
+
+    def _migrate(self, claim: _Claim) -> bool:
+        """Bring a row of an earlier version to this, which decides whose turn it is; False if that was a crash."""
+        try:
+            contextvars.copy_context().run(claim.migrate)
+        except BaseException as error:  # noqa: BLE001 - SystemExit and the like, as out of a step
+            self.finish(claim, _crash(claim, error))
+            return False
+        return True
 
     def _arrive(self) -> None:
         """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
@@ -5954,7 +6047,7 @@ class _EventLoop:
             claim, pool = self._incoming.popleft()
             if claim.timeout_s is not None:
                 self._port.watch(claim, pool)
-            self._tasks[claim] = self._loop.create_task(self._run(claim, pool))
+            self._tasks[claim] = self._loop.create_task(self._run(claim, pool), context=self._port.context.copy())
 
     async def _run(self, claim: _Claim, pool: _Pool) -> None:
         import asyncio
@@ -5971,6 +6064,42 @@ class _EventLoop:
             self._tasks.pop(claim, None)
         if not pool.finish_async(claim, result):
             self._port.drop(claim)
+
+
+class _CallersLoop(_EventLoop):
+    """The running loop of whoever started the engine, so that its clients and locks work in steps."""
+
+    def __init__(self, port: _Port, loop: asyncio.AbstractEventLoop) -> None:
+        self._port = port
+        self._loop = loop
+        self._tasks = {}
+        self._incoming = collections.deque()
+        self._is_roused = self._is_closing = False
+        self._gone = threading.Event()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Cancel what still runs, and wait for it to be gone, unless this is the loop's own thread."""
+        self._is_closing = True
+        try:
+            self._loop.call_soon_threadsafe(self._cancel_all)
+        except RuntimeError:  # it is closed, and its tasks with it
+            return
+        if not self._is_current() and not self._gone.wait(timeout_s):
+            _log.warning("an async step does not let itself be cancelled: it is left behind")
+
+    def _is_current(self) -> bool:
+        import asyncio
+
+        return asyncio._get_running_loop() is self._loop
+
+    def _cancel_all(self) -> None:
+        import asyncio
+
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        gone = asyncio.ensure_future(asyncio.gather(*tasks, return_exceptions=True))
+        gone.add_done_callback(lambda _: self._gone.set())
 
 
 class _Waiter:
@@ -6828,6 +6957,8 @@ class _Beat:
     def _write(self, commit: _Commit) -> _Change | None:
         """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
         row, change, first_child = commit.claim.row, commit.change, None
+        if commit.claim.is_migrated:
+            self.store.migrate(row)
         if commit.is_inline and self._may_go_on(commit):
             if not self.store.advance_many([commit], self.now):
                 return None
@@ -7567,7 +7698,7 @@ class _Behaviours:
 
     def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
         """Return a class's description and object; None if it is not known here, or has no object yet."""
-        spec = _registry.get((name, version))
+        spec = self.spec_for(name, version)
         if spec is None:
             return None
         behaviour = self._objects.get(spec.cls)
@@ -7616,7 +7747,18 @@ class _Behaviours:
     def known(self) -> str:
         """List what can be run or has not been met, as JSON for a statement."""
         left_out = self._unusable | self._coming | self.wanted
-        return _encode([key for key, spec in list(_registry.items()) if spec.cls not in left_out])
+        usable = [
+            (name, version, spec) for (name, version), spec in list(_registry.items()) if spec.cls not in left_out
+        ]
+        return _encode([(name, 0 if spec.migrates else version, version) for name, version, spec in usable])
+
+    def spec_for(self, name: str, version: int) -> _Spec | None:
+        """Return the class of a version, or the highest, if none is registered for that one and it migrates."""
+        exact = _registry.get((name, version))
+        if exact is not None:
+            return exact
+        highest = self.highest(name)
+        return highest if highest is not None and highest.migrates and version < highest.version else None
 
 
 def _timeout_error(claim: _Claim) -> TimeoutError:
@@ -8064,9 +8206,11 @@ class _Drain:
     def _run(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
         self.tally["steps"] += claim.error is None
-        run = self._run_async if claim.is_async else self._run_plain
         context = contextvars.copy_context()
         try:
+            if claim.needs_migration:
+                context.run(claim.migrate)
+            run = self._run_async if claim.is_async else self._run_plain
             self._core.finish(self._rule(claim, context, run(claim, context)))
         except BaseException as error:
             self._core.finish(_crash(claim, error))
@@ -8119,6 +8263,7 @@ class _Scheduler:
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
     _futures_thread: threading.Thread | None = None
+    _callers_loop: asyncio.AbstractEventLoop | None = None
     PROGRESS_S = 0.2
     """How long to wait before the progress of steps is written again."""
     REQUESTS_AT_ONCE = 5000
@@ -8420,8 +8565,12 @@ class _Scheduler:
 
     def execute_async(self, claim: _Claim, pool: _Pool) -> None:
         loop = self._loop()
-        if loop is not None:
+        if loop is None:
+            return
+        try:
             loop.submit(claim, pool)
+        except RuntimeError as error:  # the caller's loop, closed before the engine: the row waits for better times
+            pool.finish_async(claim, _crash(claim, error))
 
     def _loop(self) -> _EventLoop | None:
         """Return the event loop; a system that has no more threads or files is asked again, until this is closed."""
@@ -8429,7 +8578,8 @@ class _Scheduler:
             try:
                 with self._request_lock:
                     if self._event_loop is None:
-                        self._event_loop = _EventLoop(self)
+                        own = self._callers_loop
+                        self._event_loop = _EventLoop(self) if own is None else _CallersLoop(self, own)
                     return self._event_loop
             except (RuntimeError, OSError, ImportError) as error:
                 self.log_soon("the event loop could not be started", error)
@@ -8443,7 +8593,7 @@ class _Scheduler:
         return self.behaviours.known()
 
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
-        spec = _registry.get((row.fsm, row.version))
+        spec = self.behaviours.spec_for(row.fsm, row.version)
         is_new = (row.fsm, row.version) not in self._reported | beat.reported
         if is_new and not self.behaviours.is_coming(spec):
             beat.reported.add((row.fsm, row.version))
@@ -8710,9 +8860,11 @@ class _Scheduler:
 
     # The thread
 
-    def start(self) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Run the queues; `async def` steps on that loop, if one is given, which some other thread runs."""
         self.check_open()
         with self._alone():
+            self._callers_loop = loop
             self._start()
 
     @contextlib.contextmanager
@@ -9173,6 +9325,92 @@ class _EngineOptions(TypedDict, total=False):
     clock: Callable[[], float]
 
 
+class _Standing(NamedTuple):
+    """A live instance, as far as the code is held against it."""
+
+    id: int
+    fsm: str
+    version: int
+    step: str
+    state: str
+
+
+def _code_problem(one: _Standing) -> str | None:
+    """Say what would keep an instance from running with the classes that are known here, and what would help."""
+    spec = _registry.get((one.fsm, one.version))
+    if spec is None:
+        versions = sorted(version for name, version in list(_registry) if name == one.fsm)
+        if not versions:
+            return f"{one.fsm}: no class of that name: import it, or give the one that it is now aliases=({one.fsm!r},)"
+        if one.version < versions[-1] and _registry[one.fsm, versions[-1]].migrates:
+            return None
+        known = ", ".join(map(str, versions))
+        return f"{one.fsm}: no class of version {one.version}, only {known}: keep it, or write `migrate` in the highest"
+    if spec.any_step is None and one.step not in spec.steps:
+        return f"{one.fsm} version {one.version}: no step {one.step!r}: keep it, or make a new version with `migrate`"
+    try:
+        _load_state(spec.state, one.state)
+    except StateError as error:
+        problems = "; ".join(error.problems)
+        return f"{one.fsm} version {one.version}: the state no longer loads ({problems}): `handle` will be asked"
+    return None
+
+
+def _check_instances(reader: _Reader) -> Iterator[str]:
+    """Hold every live instance against the classes that are known here: a line for each problem."""
+    found: dict[str, list[int]] = {}
+    for row in reader.live():
+        one = _Standing(*row)
+        if (problem := _code_problem(one)) is not None:
+            found.setdefault(problem, []).append(one.id)
+    for problem, ids in found.items():
+        first = ", ".join(map(str, ids[:5]))
+        yield f"{problem} ({len(ids)} instance{'s' * (len(ids) > 1)}: {first}{', ...' if len(ids) > 5 else ''})"
+
+
+def _check_schedules(reader: _Reader) -> Iterator[str]:
+    names = {name for name, _ in list(_registry)}
+    for one in reader.schedules():
+        if one.fsm not in names:
+            yield f"schedule {one.name}: no class {one.fsm} is known: it does not fire here"
+
+
+def _named_steps(code: _Code) -> Iterator[str]:
+    """Yield the steps that a step's text names in its outcomes, as far as they stand there in quotes."""
+    import ast
+    import textwrap
+
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code.call)))
+    except (OSError, TypeError, SyntaxError):  # a class without a source, as one typed at a prompt
+        return
+    for call in ast.walk(tree):
+        name = getattr(call.func, "attr", getattr(call.func, "id", None)) if isinstance(call, ast.Call) else None
+        if not isinstance(call, ast.Call) or name not in ("Next", "Await", "ScheduleChildren"):
+            continue
+        position = 0 if name == "Next" else 1
+        given = [
+            *call.args[position : position + 1],
+            *(one.value for one in call.keywords if one.arg in ("step", "then")),
+        ]
+        yield from (one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str))
+
+
+def _check_texts() -> Iterator[str]:
+    """Look for steps that the text of a class names and the class does not have."""
+    for spec in {id(spec): spec for spec in list(_registry.values())}.values():
+        for name, code in spec.steps.items() if not spec.is_job else ():
+            for named in dict.fromkeys(_named_steps(code)):
+                if named not in spec.steps:
+                    known = ", ".join(map(repr, spec.steps))
+                    yield f"{spec.name}: step {name!r} goes on with {named!r}, which is none of its steps {known}"
+
+
+def _check_code(reader: _Reader) -> list[str]:
+    """Hold a file against the classes that are known here; nothing is run and nothing changed."""
+    return [*_check_instances(reader), *_check_schedules(reader), *_check_texts()]
+
+
 def _id_or_none(value: object, name: str) -> int | None:
     """Check an id to look for; one beyond SQLite's integers is that of nobody."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
@@ -9202,7 +9440,7 @@ def _checked_filters(
     """Check what `find` is to look for."""
     return {
         "status": None if status is None else _statuses(status),
-        "fsm": fsm if fsm is None or isinstance(fsm, str) else _spec_of(fsm).name,
+        "fsm": None if fsm is None else _encode(_names_of(fsm) if isinstance(fsm, str) else _spec_of(fsm).names),
         "queue": None if queue is None else _text(queue, "queue"),
         "parent_id": _id_or_none(parent_id, "parent_id"),
         "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
@@ -9297,6 +9535,29 @@ class Engine:
             for number, handler in previous:
                 signal.signal(number, handler)
             self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Start without blocking the running loop, and run `async def` steps on that loop."""
+        import asyncio
+
+        if not self._core.is_started:
+            await asyncio.to_thread(self._core.start, asyncio.get_running_loop())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop without blocking the loop; who is cancelled meanwhile waits for the end of it all the same."""
+        import asyncio
+
+        stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
+        cancelled: asyncio.CancelledError | None = None
+        while not stopping.done():
+            try:
+                await asyncio.shield(stopping)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        stopping.result()
+        if cancelled is not None:
+            raise cancelled
 
     def __enter__(self) -> Engine:
         if not self._core.is_started:
@@ -9675,10 +9936,17 @@ class Engine:
         self._core.check_open()
         return _living(self._path, self._core.reader.workers())
 
-    def check(self) -> list[str]:
-        """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound."""
+    def check(self, *, code: bool = False) -> list[str]:
+        """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound.
+
+        With `code` every live instance and every schedule is also held against the classes that are known here: a
+        class, a version or a step that is missing, a state that no longer loads; and these classes' own text, for
+        steps that it names and they do not have. Nothing is run and nothing changed.
+        """
+        _boolean(code, "code")
         self._core.check_open()
-        return self._core.reader.check()
+        problems = self._core.reader.check()
+        return problems + _check_code(self._core.reader) if code else problems
 
     def connect(self) -> apsw.Connection:
         """Return a connection to the file for the application's own use, with the engine's settings."""
@@ -9923,6 +10191,10 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             if has_log and not self._may_write() and not os.path.exists(f"{self.path}-shm"):
                 raise DurableError(f"{self.path} can't be read with its log where neither can be written: copy both")
             return _connect(self.path, apsw.SQLITE_OPEN_READONLY if has_log else apsw.SQLITE_OPEN_READWRITE)
+
+        def check(self, *, code: bool = False) -> list[str]:
+            """Audit the file, and with `code` hold it against the classes that are known here, as `Engine.check`."""
+            return super().check() + (_check_code(self) if code else [])
 
         def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
             """Return the newest instances that pass all filters, by the names that `Engine.find` has for them."""
