@@ -5136,9 +5136,10 @@ class _Desk:
         perform: Callable[[Callable[[Any], Any]], Any],
         perform_soon: Callable[[Callable[[Any], Any]], concurrent.futures.Future[Any]],
         progress_noted: Callable[[_Claim], None],
-    ) -> None:
+    ) -> Self:
         """Take how to have something done in a beat, and wait for it or not, and whom to tell of progress."""
         self.perform, self.perform_soon, self._progress_noted = perform, perform_soon, progress_noted
+        return self
 
     def report_progress(self, claim: _Claim, progress: tuple[float, float | None, str | None]) -> None:
         self.progress[claim.row.id, claim.row.claim] = (*progress, self.now())
@@ -5152,6 +5153,21 @@ class _Desk:
             if policy is not None:
                 self._policies[name] = time.monotonic(), policy
         return policy
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether the engine's storage has failed, and not the step which asked it for something."""
+    return isinstance(error, DurableError) and isinstance(error.__cause__, _STORE_FAILURES)
+
+
+def _is_of_step(error: BaseException) -> bool:
+    """Whether what came out of the user's code is an error of it, for `handle`; else it is a crash.
+
+    asyncio's CancelledError, which is no Exception, is one.
+    """
+    asyncio_errors = sys.modules.get("asyncio.exceptions")
+    is_cancelled = asyncio_errors is not None and isinstance(error, getattr(asyncio_errors, "CancelledError", ()))
+    return is_cancelled or (isinstance(error, Exception) and not _is_of_storage(error))
 
 
 class _Claim:
@@ -5487,24 +5503,9 @@ def _rule_of_job(claim: _Claim, ctx: Context[Any], error: Fail | Cancel) -> Retr
     return cast(FSM, claim.behaviour)._retry_or_stop(error.reason, ctx)
 
 
-def _is_of_storage(error: BaseException) -> bool:
-    """Whether the engine's storage has failed, and not the step which asked it for something."""
-    return isinstance(error, DurableError) and isinstance(error.__cause__, _STORE_FAILURES)
-
-
 def _is_shortage(error: BaseException) -> bool:
     """Whether something is lacking, where no code of the user's was called: no fault of what a step has returned."""
     return isinstance(error, OSError | ImportError | MemoryError | apsw.Error) or _is_of_storage(error)
-
-
-def _is_of_step(error: BaseException) -> bool:
-    """Whether what came out of the user's code is an error of it, for `handle`; else it is a crash.
-
-    asyncio's CancelledError, which is no Exception, is one.
-    """
-    asyncio_errors = sys.modules.get("asyncio.exceptions")
-    is_cancelled = asyncio_errors is not None and isinstance(error, getattr(asyncio_errors, "CancelledError", ()))
-    return is_cancelled or (isinstance(error, Exception) and not _is_of_storage(error))
 
 
 def _stop(claim: _Claim, error: BaseException) -> _Commit:
@@ -8279,8 +8280,7 @@ class _Scheduler:
         self.files = _OpenFiles(path)
         self.store = self._open()
         self.reader = _Reader(path, files=self.files)
-        self.desk = _Desk(self.reader, options.clock)
-        self.desk.open(self.perform, self.perform_later, self._note_progress)
+        self.desk = _Desk(self.reader, options.clock).open(self.perform, self.perform_later, self._note_progress)
         self.hub = _Hub(self.desk.fork_guard)
         self.waiters = _Waiters()
         self.worker_id = os.urandom(8).hex()
