@@ -4630,6 +4630,8 @@ class _OpenFiles:
         self._descriptors: dict[_Identity, int] = {}
         self._root: _Identity | None = None
         self._look_at = math.inf
+        self.is_closing = False
+        """Set before the engine closes them, after which the log goes by itself."""
         self.note()
         _process.open_files.add(self)
 
@@ -4663,7 +4665,7 @@ class _OpenFiles:
         self._look_at = time.monotonic() + self.LOOK_S
         if sys.platform != "win32" and self.loss is None:
             lost = next((name for name, identity in self._identities.items() if self._is_lost(name, identity)), None)
-            if lost is not None:
+            if lost is not None and not self.is_closing:
                 self.lose(_TAKEN_AWAY.format(name=lost) if lost == self.path else _LOG_TAKEN_AWAY.format(name=lost))
 
     def lose(self, how: str) -> None:
@@ -9229,6 +9231,7 @@ class _Scheduler:
         self.hub.flush()
         self.hub.stop()  # after the requests: one of them may be a subscriber's
         with self._beat_lock:
+            self.files.is_closing = True
             self.reader.close()
             self.store.close()
             self.files.close()
