@@ -2718,6 +2718,22 @@ class _Row(NamedTuple):
         return [] if self.awaits is None else cast(list[str], _decode(self.awaits))
 
 
+class _Waiting(NamedTuple):
+    """A row in the line of a limit. Sorts in the order of the line."""
+
+    priority: int
+    eligible_at: int
+    id: int
+    queue: str
+    weight: int
+    fsm: str
+    version: int
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return self[:3]
+
+
 # What an outcome makes of a row: the new values, in the order in which its statement binds them. What is not among
 # them is kept, or cleared by the statement.
 
@@ -3025,6 +3041,8 @@ CREATE TABLE durable_transitions (
     first_child INTEGER,
     PRIMARY KEY (instance, seq)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX durable_at_buckets ON durable_instances (rate_limit, queue, priority, eligible_at, id)
+    WHERE status = 'runnable' AND parked_on IS NULL AND rate_limit IS NOT NULL;
 INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
 """
 _MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND)
@@ -3136,12 +3154,17 @@ _EXECUTING = "SELECT count(*) FROM durable_instances WHERE concurrency_key = ? A
 _PARK = """
 UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL
 """
-_LINE_HEAD = """
-SELECT priority, eligible_at, id, weight FROM durable_instances
-WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT 1
+_LINE = f"""
+SELECT {", ".join(_Waiting._fields)} FROM durable_instances
+WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
 """
-_LINE = """
-SELECT id, weight FROM durable_instances WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
+_LINE_HEAD = f"{_LINE} LIMIT 1"
+# One seek a priority, as for candidates. A bucket's unparked rows in queues that are claimed from need no look-up: they
+# are met in their order.
+_NEXT_AT_BUCKET = f"""
+SELECT {", ".join(_Waiting._fields)} FROM durable_instances
+WHERE rate_limit = ? AND queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
+ORDER BY priority, eligible_at, id LIMIT 1
 """
 _LINE_START = """
 SELECT priority, eligible_at, id, queue FROM durable_instances
@@ -3163,7 +3186,7 @@ UPDATE durable_instances SET parked_on = NULL WHERE id IN (
 """
 _UNPARK_ALL = "UPDATE durable_instances SET parked_on = NULL WHERE parked_on IS NOT NULL"
 
-_BUCKET = "SELECT level, refilled_at, ready_at FROM durable_buckets WHERE key = ?"
+_BUCKET = "SELECT level, refilled_at FROM durable_buckets WHERE key = ?"
 _SAVE_BUCKET = """
 INSERT INTO durable_buckets (key, level, refilled_at, full_at, ready_at) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (key) DO UPDATE SET
@@ -3171,6 +3194,7 @@ ON CONFLICT (key) DO UPDATE SET
     ready_at = excluded.ready_at
 """
 _READY_BUCKETS = "SELECT key FROM durable_buckets WHERE ready_at <= ?"
+_NEXT_READY = "SELECT min(ready_at) FROM durable_buckets WHERE ready_at > ?"
 _SAVE_LIMIT = """
 INSERT INTO durable_limits (name, allowed, per_ms, burst) VALUES (?, ?, ?, ?)
 ON CONFLICT (name) DO UPDATE SET allowed = excluded.allowed, per_ms = excluded.per_ms, burst = excluded.burst
@@ -3225,7 +3249,7 @@ WHERE id IN (
 RETURNING id, fsm, step
 """
 
-_FOR_UPDATE = f"SELECT {_ROW}, i.status, i.parked_on FROM durable_instances i WHERE id = ?"
+_FOR_UPDATE = f"SELECT {_ROW}, i.status FROM durable_instances i WHERE id = ?"
 _END = """
 UPDATE durable_instances SET
     status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL,
@@ -3255,6 +3279,7 @@ _PAUSE = "INSERT INTO durable_paused (queue) VALUES (?) ON CONFLICT DO NOTHING"
 _RESUME = "DELETE FROM durable_paused WHERE queue = ?"
 _IS_PAUSED = "SELECT 1 FROM durable_paused WHERE queue = ?"
 
+_SERVED_ELSEWHERE = "SELECT key FROM durable_workers w, json_each(w.queues) WHERE w.id IS NOT ?"
 _REGISTER = """
 INSERT INTO durable_workers (id, name, host, pid, queues, started_at, heartbeat_at, lease_expires_at)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -4135,10 +4160,10 @@ class _Store:
         """Why the row was cancelled, if it is still held by that claim."""
         return cast("str | None", self.db.execute(_CANCEL_REASON, (row.id, row.claim)).get)
 
-    def row(self, instance: int) -> tuple[_Row, str, str | None] | None:
-        """Return a row with its status and what it is parked on."""
+    def row(self, instance: int) -> tuple[_Row, str] | None:
+        """Return a row with its status."""
         found = self._first(_FOR_UPDATE, (instance,))
-        return found and (_Row(*found[:-2]), found[-2], found[-1])
+        return found and (_Row(*found[:-1]), found[-1])
 
     def end(self, instance: int, reason: str, now: int) -> bool:
         self.db.execute(_END, (reason, now, instance))
@@ -4191,12 +4216,13 @@ class _Store:
     def park_many(self, parked: Iterable[tuple[str, int]]) -> None:
         self.db.executemany(_PARK, parked)
 
-    def line_head(self, parked_on: str, queue: str) -> tuple[int, int, int, int] | None:
-        """Return (priority, eligible_at, id, weight) of the first row parked on something in a queue."""
-        return cast("tuple[int, int, int, int] | None", self._first(_LINE_HEAD, (parked_on, queue)))
+    def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]:
+        return map(_Waiting._make, self.db.execute(_LINE, (parked_on, queue)))
 
-    def line(self, parked_on: str, queue: str) -> Iterator[tuple[int, int]]:
-        return cast(Iterator[tuple[int, int]], self.db.execute(_LINE, (parked_on, queue)))
+    def line_heads(self, parked_on: str) -> list[_Waiting]:
+        """Return the first row parked on something in each queue that has some."""
+        heads = (self._first(_LINE_HEAD, (parked_on, queue)) for queue in _parked_queues(self.db, parked_on))
+        return [_Waiting._make(head) for head in heads]
 
     def line_start(self, parked_on: str, queue: str, count: int) -> list[tuple[int, int, int, str]]:
         """Return (priority, eligible_at, id, queue) of the first rows parked on something in a queue."""
@@ -4237,13 +4263,27 @@ class _Store:
             level = old.level(level, refilled_at, now) * policy.per_ms // old.per_ms
             self.save_bucket(policy, key, min(level, policy.capacity), now, now)
 
-    def bucket(self, key: str) -> tuple[int, int, int | None] | None:
-        """Return (level, refilled_at, ready_at)."""
-        return cast("tuple[int, int, int | None] | None", self._first(_BUCKET, (key,)))
+    def bucket(self, key: str) -> tuple[int, int] | None:
+        """Return (level, refilled_at)."""
+        return cast("tuple[int, int] | None", self._first(_BUCKET, (key,)))
 
-    def save_bucket(self, policy: _Policy, key: str, level: int, now: int, ready_at: int | None) -> None:
-        full_at = policy.instant_of(policy.capacity, level, now)
-        self.db.execute(_SAVE_BUCKET, (key, level, now, full_at, ready_at))
+    def first_at_bucket(self, key: str, queue: str, now: int) -> _Waiting | None:
+        """Return the first row of a bucket that is due in a queue and in no line."""
+        priority = -_MAX_INTEGER - 1
+        while (found := self._first(_NEXT_AT_BUCKET, (key, queue, priority))) is not None:
+            row = _Waiting._make(found)
+            if row.eligible_at <= now:
+                return row
+            priority = row.priority
+        return None
+
+    def save_bucket(self, policy: _Policy, key: str, level: int, refilled_at: int, ready_at: int | None) -> None:
+        full_at = policy.instant_of(policy.capacity, level, refilled_at)
+        self.db.execute(_SAVE_BUCKET, (key, level, refilled_at, full_at, ready_at))
+
+    def next_ready(self, now: int) -> int | None:
+        """Return the next instant after now at which a bucket is ready for its line."""
+        return cast("int | None", self.db.execute(_NEXT_READY, (now,)).get)
 
     def ready_buckets(self, now: int) -> list[str]:
         return [key for (key,) in self.db.execute(_READY_BUCKETS, (now,))]
@@ -4322,6 +4362,10 @@ class _Store:
 
     def workers(self) -> list[Worker]:
         return [_make_worker(row) for row in self.db.execute(_WORKERS)]
+
+    def served_elsewhere(self, worker: str) -> frozenset[str]:
+        """Return the queues that other workers serve."""
+        return frozenset(queue for (queue,) in self.db.execute(_SERVED_ELSEWHERE, (worker,)))
 
     def claimed_by(self, worker: str) -> list[_Row]:
         return list(map(_Row._make, self.db.execute(_CLAIMED_BY, (worker,))))
@@ -6433,37 +6477,109 @@ def _order(row: _Row) -> tuple[int, int, int]:
     return row.priority, row.eligible_at, row.id
 
 
-class _Admission:
-    """Which rows the limits let in, within one transaction. The executing rows are the semaphore."""
+class _Service(NamedTuple):
+    """Who takes the rows of queues, as it stands in one transaction; asked only where a limit is met."""
 
-    def __init__(self, store: _Store, limits: Mapping[str, int], now: int) -> None:
+    room: Callable[[str], int]
+    """How many more rows of a queue this engine can claim now."""
+    is_live: Callable[[str], bool]
+    """Whether this or another engine serves a queue, which is not paused."""
+    closed: Callable[[], list[str]]
+    """The live queues in which this engine has no room: they are full, or others'."""
+    is_lost: Callable[[_Waiting], bool]
+    """Whether no engine that serves a row's queue can run its class."""
+
+
+class _Bucket:
+    """A token bucket within one transaction. Levels are units of its policy."""
+
+    __slots__ = ("let_out", "level", "policy", "spare", "stored")
+
+    def __init__(self, policy: _Policy, level: int, refilled_at: int, now: int) -> None:
+        self.policy = policy
+        self.stored = level, min(refilled_at, now)  # later, if the clock was set back: it fills from now on
+        """Its level when it was last charged, and when that was."""
+        self.level = policy.level(level, refilled_at, now)
+        self.spare = level + max(0, now - refilled_at) * policy.allowed
+        """What it would hold if there were no burst."""
+        self.let_out: list[_Waiting] = []
+        """Rows let out of its line in this transaction that no claim has met yet."""
+
+    def charge(self, weight: int, now: int) -> None:
+        self.level -= self.policy.price(weight)
+        self.spare = self.level
+        self.stored = self.level, now
+
+    def meet(self, instance: int) -> None:
+        """A claim has come to a row."""
+        self.let_out = [row for row in self.let_out if row.id != instance]
+
+
+_BEYOND = _Waiting(_MAX_INTEGER + 1, 0, 0, "", 0, "", 0)
+"""Sorts behind all rows."""
+
+
+class _Line(NamedTuple):
+    """Who stands at a bucket, over all live queues."""
+
+    heads: list[_Waiting]
+    """The first row that is parked in each queue: nobody overtakes one of them."""
+    absent: _Waiting | None
+    """The first of those that are not parked and can't be claimed now, for their queue is closed."""
+    has_more: bool
+    """Whether rows are parked behind an absent one of their queue."""
+    has_dead: bool
+    """Whether rows are parked in queues that are not live."""
+
+
+class _Admission:
+    """Which rows the limits let in, within one transaction. The executing rows are the semaphore.
+
+    A bucket has one line over all live queues, in the order of rows. In the queues that are claimed from, rows are met
+    in that order, and whoever is refused is parked: nobody behind it goes before it has its tokens. Of a closed queue
+    only the first row counts. Once its tokens are there it is let out, to be claimed when its queue has room or by the
+    engine whose it is; whoever passes it until then leaves it its price, out of all that the bucket was given since it
+    was last charged. What overflows counts for that, too: so a row that is not claimed for long halves the rate of
+    others at worst, and finds its tokens half of the time at least.
+    """
+
+    LOT = 1000
+    """So many rows that nobody takes leave a line at once."""
+    LOOK_AGAIN_MS = 1000
+
+    def __init__(self, store: _Store, limits: Mapping[str, int], service: _Service, now: int) -> None:
         self._store = store
         self._limits = limits
+        self._service = service
         self._now = now
         self._slots: dict[str, int] = {}
-        self._buckets: dict[str, tuple[_Policy, int]] = {}
-        self._charged: set[str] = set()
-        self._heads: dict[tuple[str, str], tuple[int, int, int] | None] = {}
-        self._promised: dict[str, list[tuple[int, int, int]]] = {}
+        self._buckets: dict[str, _Bucket] = {}
+        self._touched: set[str] = set()
+        """Buckets that were charged, or whose line has changed."""
+        self._key_heads: dict[str, list[_Waiting]] = {}
+        self._lines: dict[str, _Line] = {}
+        self._refused: dict[str, tuple[int, int, int]] = {}
+        """The first row that each bucket has refused in this claim, and that is not parked yet."""
 
     def refusal(self, row: _Row) -> str | None:
         """Charge a row's key and bucket and return None; or charge neither and return what it has to wait for."""
         key, rate = row.concurrency_key, row.rate_limit
-        if key is not None and (self._is_behind(f"key:{key}", row) or self._free_for(key, row) <= 0):
+        bucket = None if rate is None else self.bucket(rate)
+        if bucket is not None and bucket.let_out:
+            bucket.meet(row.id)
+        if key is not None and (self.slots(key) <= 0 or self._is_behind(key, row)):
             return f"key:{key}"
-        if rate is not None:
-            policy, level = self.bucket(rate)
-            price = policy.price(row.weight)
-            if level < price or self._is_behind(f"rate:{rate}", row):
-                self._heads[f"rate:{rate}", row.queue] = self._heads.get((f"rate:{rate}", row.queue)) or _order(row)
+        if bucket is not None and rate is not None:
+            self._touched.add(rate)
+            if not self._is_first(rate, bucket, row):
+                self._refused.setdefault(rate, _order(row))
                 return f"rate:{rate}"
-            self._buckets[rate] = policy, level - price
-            self._charged.add(rate)
+            bucket.charge(row.weight, self._now)
         if key is not None:
             self._slots[key] -= 1
-            if key in self._promised:
-                self._promised[key] = [one for one in self._promised[key] if one != _order(row)]
         return None
+
+    # Keys
 
     def slots(self, key: str) -> int:
         """How many more rows of that key may execute."""
@@ -6471,88 +6587,135 @@ class _Admission:
             self._slots[key] = self._limits.get(_limit_name(key), 1) - self._store.executing(key)
         return self._slots[key]
 
-    def promise(self, key: str, orders: Iterable[tuple[int, int, int]]) -> None:
-        """Keep slots of a key for rows that are let out of its line: who comes after them may be met before them.
-
-        Queues are gone through one after the other, and the order within a key holds over all of them.
-        """
-        self._promised[key] = list(orders)
-
-    def _free_for(self, key: str, row: _Row) -> int:
-        """How many slots of a key there are but for those promised to others that come before the row."""
-        free = self.slots(key)
-        return free - sum(one < _order(row) for one in self._promised.get(key, ())) if self._promised else free
-
     def forget(self, key: str) -> None:
         """Count a key's rows anew: one has left."""
         self._slots.pop(key, None)
 
+    def _is_behind(self, key: str, row: _Row) -> bool:
+        """Whether somebody who could go is in the key's line before the row: it must not overtake."""
+        if key not in self._key_heads:
+            self._key_heads[key] = self._store.line_heads(f"key:{key}")
+        before = (head.queue for head in self._key_heads[key] if head.order < _order(row))
+        return any(queue == row.queue or self._service.room(queue) > 0 for queue in before)
+
+    # Buckets
+
+    def bucket(self, rate: str) -> _Bucket:
+        """Return a bucket as it is now. One that is not in the file is full."""
+        if rate not in self._buckets:
+            policy = self._store.policy(_limit_name(rate)) or _Policy(rate, _MAX_INTEGER, 1, _MAX_INTEGER)
+            level, refilled_at = self._store.bucket(rate) or (policy.capacity, self._now)
+            self._buckets[rate] = _Bucket(policy, level, refilled_at, self._now)
+        return self._buckets[rate]
+
+    def _is_first(self, rate: str, bucket: _Bucket, row: _Row) -> bool:
+        """Whether the bucket affords a row, and nobody is in its line before it."""
+        line, order = self._lines.get(rate) or self._line(rate), _order(row)
+        if bucket.level < bucket.policy.price(row.weight) or self._refused.get(rate, order) < order:
+            return False
+        if not line.heads and line.absent is None and not bucket.let_out:
+            return True
+        is_behind = any(head.order < order for head in line.heads)
+        return not is_behind and self._earliest(rate, order, row.weight) <= self._now
+
+    def _earliest(self, rate: str, order: tuple[int, int, int], weight: int, ahead: int = 0) -> int:
+        """First instant at which the bucket affords a row behind those that take so many units, if none take more."""
+        bucket, absent = self.bucket(rate), self._line(rate).absent
+        policy = bucket.policy
+        passed = min([*bucket.let_out[:1], *([absent] if absent is not None else [])], default=None)
+        reserve = policy.price(passed.weight) if passed is not None and passed.order < order else 0
+        units = ahead + policy.price(weight)
+        return max(
+            policy.instant_of(units, bucket.level, self._now),
+            policy.instant_of(reserve + units, bucket.spare, self._now),
+        )
+
+    def _line(self, rate: str) -> _Line:
+        if rate not in self._lines:
+            parked = self._store.line_heads(f"rate:{rate}")
+            live = {row.queue: row for row in parked if self._service.is_live(row.queue)}
+            heads, absent = live.copy(), []
+            for queue in self._service.closed():
+                first = self._store.first_at_bucket(rate, queue, self._now)
+                if first is not None and not self._service.is_lost(first) and first < live.get(queue, _BEYOND):
+                    absent.append(first)
+                    heads.pop(queue, None)
+            has_more, has_dead = len(heads) < len(live), len(live) < len(parked)
+            self._lines[rate] = _Line(list(heads.values()), min(absent, default=None), has_more, has_dead)
+        return self._lines[rate]
+
+    def release_line(self, rate: str) -> None:
+        """Let out of a bucket's line what its tokens afford and there is room for, and what nobody takes."""
+        parked_on, bucket = f"rate:{rate}", self.bucket(rate)
+        self._touched.add(rate)
+        self._lines.pop(rate, None)
+        counts: collections.Counter[str] = collections.Counter()
+        let_out: list[_Waiting] = []
+        ahead = 0
+        for row in heapq.merge(*(self._next_of(parked_on, head.queue) for head in self._line(rate).heads)):
+            if not self._service.is_lost(row):
+                if self._earliest(rate, row.order, row.weight, ahead) > self._now:
+                    break
+                ahead += bucket.policy.price(row.weight)
+                let_out.append(row)
+            counts[row.queue] += 1
+        for queue in self._store.line_queues(parked_on):
+            count = counts[queue] if self._service.is_live(queue) else self.LOT
+            if count:
+                self._store.unpark(parked_on, queue, count)
+        bucket.let_out = sorted(bucket.let_out + let_out)
+        self._lines.pop(rate, None)
+
+    def _next_of(self, parked_on: str, queue: str) -> Iterator[_Waiting]:
+        """Yield those in a queue's part of a line for whom it has room, the first in any case, and who is lost."""
+        room = max(1, self._service.room(queue))
+        for row in self._store.line(parked_on, queue):
+            yield row
+            room -= not self._service.is_lost(row)
+            if room == 0:
+                return
+
+    def save(self) -> int | None:
+        """Write what has become of the buckets; return when the first of them is ready for its line."""
+        self.forget_lines()
+        earliest = None
+        for rate in self._touched:
+            bucket, ready_at = self.bucket(rate), self._ready_at(rate)
+            self._store.save_bucket(bucket.policy, rate, *bucket.stored, ready_at)
+            earliest = min(filter(None, (earliest, ready_at)), default=None)
+        self._touched.clear()
+        return earliest
+
+    def _ready_at(self, rate: str) -> int | None:
+        """When the first in the bucket's line can go; at once if there is something to clear away.
+
+        Rows behind an absent one are let out when that is claimed, unless its engine does not know its class.
+        """
+        line = self._line(rate)
+        look_again_at = self._now + self.LOOK_AGAIN_MS if line.has_more else None
+        if not line.heads:
+            return self._now if line.has_dead else look_again_at
+        first = min(line.heads)
+        ready_at = self._now if self._service.is_lost(first) else self._earliest(rate, first.order, first.weight)
+        return ready_at if look_again_at is None else min(ready_at, look_again_at)
+
+    # What is known of the file
+
+    def forget_closed(self) -> None:
+        """A queue has been filled: what it has to give way to has changed."""
+        self._lines.clear()
+
     def forget_lines(self) -> None:
-        self._heads.clear()
+        """Rows have been parked or let out."""
+        self._key_heads.clear()
+        self._lines.clear()
+        self._refused.clear()
 
     def forget_everything(self) -> None:
         """Read all anew: statements were undone. Whatever was charged and not undone has been saved."""
         self._slots.clear()
         self._buckets.clear()
-        self._heads.clear()
-        self._promised.clear()
-
-    def bucket(self, rate: str) -> tuple[_Policy, int]:
-        """Return a bucket's policy and its level now. One that is not in the file is full."""
-        if rate not in self._buckets:
-            policy = self._store.policy(_limit_name(rate)) or _Policy(rate, _MAX_INTEGER, 1, _MAX_INTEGER)
-            stored = self._store.bucket(rate)
-            level = policy.level(stored[0], stored[1], self._now) if stored else policy.capacity
-            self._buckets[rate] = policy, level
-        return self._buckets[rate]
-
-    def save(self, lined_up: set[str]) -> int | None:
-        """Write the buckets that were charged, or that a row was parked on; return when the first is ready."""
-        first = None
-        for rate in self._charged | lined_up:
-            policy, level = self.bucket(rate)
-            ready_at = self._ready_at(rate, policy, level)
-            self._store.save_bucket(policy, rate, level, self._now, ready_at)
-            first = min(filter(None, (first, ready_at)), default=None)
-        self._charged.clear()
-        return first
-
-    def release_line(self, rate: str) -> int | None:
-        """Let out of a bucket's line what its tokens afford, in every queue; return when the next can go."""
-        policy, level = self.bucket(rate)
-        released = [self.release_queue(rate, queue) for queue in self._store.line_queues(f"rate:{rate}")]
-        next_at = min((ready_at for _, ready_at in released if ready_at is not None), default=None)
-        self._store.save_bucket(policy, rate, level, self._now, next_at)
-        return next_at
-
-    def release_queue(self, rate: str, queue: str) -> tuple[int, int | None]:
-        """Do so in one queue; return how many rows were let out, and when the next can go."""
-        policy, level = self.bucket(rate)
-        line, count, ready_at = f"rate:{rate}", 0, None
-        for _, weight in self._store.line(line, queue):
-            price = policy.price(weight)
-            if level < price:
-                ready_at = policy.instant_of(price, level, self._now)
-                break
-            count, level = count + 1, level - price
-        self._store.unpark(line, queue, count)
-        self._heads.clear()
-        return count, ready_at
-
-    def _ready_at(self, rate: str, policy: _Policy, level: int) -> int | None:
-        """When the first of the bucket's line, in whichever queue, can be afforded."""
-        heads = (self._store.line_head(f"rate:{rate}", queue) for queue in self._store.line_queues(f"rate:{rate}"))
-        weights = [head[3] for head in heads if head is not None]
-        return policy.instant_of(policy.price(min(weights)), level, self._now) if weights else None
-
-    def _is_behind(self, parked_on: str, row: _Row) -> bool:
-        """Whether somebody is in line before the row: it must not overtake."""
-        line = parked_on, row.queue
-        if line not in self._heads:
-            head = self._store.line_head(*line)
-            self._heads[line] = head and head[:3]
-        first = self._heads[line]
-        return first is not None and first < _order(row)
+        self.forget_lines()
 
 
 _NO_SIGNALS: tuple[Signal, ...] = ()
@@ -6561,21 +6724,21 @@ _NO_SIGNALS: tuple[Signal, ...] = ()
 class _Pick:
     """What a claim has found so far in a queue."""
 
-    PARKED_AT_ONCE = 2000
-    """With so many rows parked, the beat ends; the next goes on at once."""
-
-    __slots__ = ("horizon", "parked", "queue", "slots", "taken")
+    __slots__ = ("horizon", "is_written", "parked", "queue", "rows", "slots", "taken")
 
     def __init__(self, queue: str, slots: int, horizon: int) -> None:
         self.queue = queue
         self.slots = slots
         self.horizon = horizon
+        self.rows: Iterator[tuple[_Row, tuple[_Spec, object]]] = iter(())
+        """Those that can run here, in their order."""
         self.taken: list[_Claim] = []
         self.parked: list[tuple[str, int]] = []
+        self.is_written = False
 
     @property
-    def is_full(self) -> bool:
-        return len(self.taken) >= self.slots or len(self.parked) >= self.PARKED_AT_ONCE
+    def room(self) -> int:
+        return self.slots - len(self.taken)
 
 
 def _describe_schedule(name: str, spec: _Spec, plan: _Plan, row: _NewRow, *, is_from_code: bool) -> _ScheduleRow:
@@ -6824,7 +6987,8 @@ class _Beat:
         self.store = core.store
         self.now = now
         self.is_careful = is_careful
-        self.admission = _Admission(core.store, core.options.concurrency_limits, now)
+        service = _Service(self._room, self._is_live, self._closed_queues, self._is_lost)
+        self.admission = _Admission(core.store, core.options.concurrency_limits, service, now)
         self.claims: list[_Claim] = []
         self.left: list[_Claim] = []
         self.refused: list[tuple[_Commit, Exception]] = []
@@ -6850,11 +7014,12 @@ class _Beat:
         self._has_signals: bool | None = None
         self._offered: set[str] = core.passed_on
         self.passed_on: set[str] = set()
-        """Lines of which somebody was let out, to be looked at again in the next beat."""
+        """Keys of whose line somebody was let out, to be looked at again in the next beat."""
         self.reported: set[tuple[str, int]] = set()
         """Classes that were reported as unknown."""
         self._rate_refused: set[tuple[str, str, str]] = set()
         self._paused: dict[str, bool] = {}
+        self._picks: dict[str, _Pick] = {}
         self._known: dict[tuple[str, int], tuple[_Spec, object]] = {}
         self._wants_steps = core.hub.wants("step.stop")
         self.history = _History(self)
@@ -6878,6 +7043,7 @@ class _Beat:
         if self._freed_keys or self._poked_buckets:
             self._release()
             self.is_unfinished = True
+        self._save_buckets()
 
     @property
     def has_news(self) -> bool:
@@ -7039,8 +7205,9 @@ class _Beat:
             eligible_at=self.now,
         )
         if self.admission.refusal(asking) is not None:
+            self.admission.forget_lines()
             return False
-        self.note_due(self.admission.save(set()))
+        self._save_buckets()
         return True
 
     def _conclude(self, commit: _Commit, change: _Change | None) -> None:
@@ -7246,7 +7413,7 @@ class _Beat:
         found = self.store.row(instance)
         if found is None:
             raise NotFoundError(f"no instance has the id {instance}")
-        row, status, parked_on = found
+        row, status = found
         if status in _TERMINAL:
             return False
         if status == Status.EXECUTING:
@@ -7262,7 +7429,7 @@ class _Beat:
         self.store.end(instance, reason, self.now)
         self.history.record(row, "cancel", seq=row.claim + 1, error=reason)
         self._departed(row, Status.FAILED)
-        if row.rate_limit is not None and status == Status.RUNNABLE and parked_on is None:
+        if row.rate_limit is not None and status == Status.RUNNABLE:
             self._poked_buckets.add(row.rate_limit)
         self.failures.append((row, _failed(row, reason)))
         return True
@@ -7308,6 +7475,7 @@ class _Beat:
 
     def pause(self, queue: str) -> None:
         self.store.pause(queue)
+        self._paused.clear()
         self.give_back_unstarted(queue)
         self.sweep_lines()  # a row of that queue may have been about to take a slot that others wait for
 
@@ -7404,8 +7572,8 @@ class _Beat:
         self.note_due(deadline)
         if ready_at is not None and ready_at <= self.now:
             self._poked_buckets.update(self.store.ready_buckets(self.now))
-        else:
-            self.note_due(ready_at)
+            ready_at = self.store.next_ready(self.now)
+        self.note_due(ready_at)
 
     def _fire_awaits(self, until: int) -> int:
         count = 0
@@ -7434,9 +7602,9 @@ class _Beat:
             self.admission.forget(key)
             self._unpark_key(key)
         poked, self._poked_buckets = self._poked_buckets, set()
-        self._offered = self._offered | {f"key:{key}" for key in freed} | {f"rate:{rate}" for rate in poked}
+        self._offered = self._offered | freed
         for rate in poked:
-            self.note_due(self.admission.release_line(rate))
+            self.admission.release_line(rate)
         if freed or poked:
             self.admission.forget_lines()
 
@@ -7450,13 +7618,11 @@ class _Beat:
         count = max(1, self.admission.slots(key))
         queues = self.store.line_queues(parked_on)
         shares = dict.fromkeys(queues, count)
-        if len(queues) > 1 or (queues and self.core.has_several_queues):
-            served = [queue for queue in queues if self.core.serves(queue, self)]
+        if len(queues) > 1:
+            served = [queue for queue in queues if self._room(queue) > 0]
             heads = heapq.merge(*(self.store.line_start(parked_on, queue, count) for queue in served))
-            first = list(itertools.islice(heads, count))
-            self.admission.promise(key, (head[:3] for head in first))
-            tally = collections.Counter(queue for *_, queue in first)
-            shares.update((queue, tally[queue]) for queue in served)
+            first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
+            shares.update((queue, first[queue]) for queue in served)
         for queue, share in shares.items():
             self.store.unpark(parked_on, queue, share)
 
@@ -7469,24 +7635,20 @@ class _Beat:
         """
         if not (self._offered or self._rate_refused):
             return
-        passed_on = {line for line in self._offered if self._offer_again(line)}
+        passed_on = {key for key in self._offered if self._offer_again(key)}
         for key, queue, rate in self._rate_refused:
             if self.store.unpark_other(f"key:{key}", queue, rate):
-                passed_on.add(f"key:{key}")
+                passed_on.add(key)
         self.passed_on = passed_on
         self.is_unfinished |= bool(passed_on)
 
-    def _offer_again(self, line: str) -> bool:
-        """Let the next rows of a line go, in queues that this engine serves; False if there are none."""
-        kind, _, limit = line.partition(":")
-        free = self.admission.slots(limit) if kind == "key" else 0
+    def _offer_again(self, key: str) -> bool:
+        """Let the next rows of a key's line go, in queues that this engine serves; False if there are none."""
+        line, free = f"key:{key}", self.admission.slots(key)
         count = 0
-        for queue in self.store.line_queues(line) if kind == "rate" or free > 0 else ():
-            if not self.core.serves(queue, self):
-                continue
-            if kind == "rate":
-                count += self.admission.release_queue(limit, queue)[0]
-            elif all((limit, queue) != refused[:2] for refused in self._rate_refused):
+        for queue in self.store.line_queues(line) if free > 0 else ():
+            is_refused = any((key, queue) == refused[:2] for refused in self._rate_refused)
+            if self._room(queue) > 0 and not is_refused:
                 count += self.store.unpark(line, queue, free)
         return count > 0
 
@@ -7498,50 +7660,119 @@ class _Beat:
             (self._freed_keys if kind == "key" else self._poked_buckets).add(limit)
             parked_on = self.store.next_line(parked_on)
 
+    def _save_buckets(self) -> None:
+        """Write the buckets, and note when the next is ready for its line."""
+        self.note_due(self.admission.save())
+
+    # Who serves what
+
+    def _room(self, queue: str) -> int:
+        """How many more rows of a queue this engine can claim now."""
+        if self._picks:
+            return self._picks[queue].room if queue in self._picks and not self._is_paused(queue) else 0
+        return self.core.room(queue, self)
+
+    @functools.cached_property
+    def _elsewhere(self) -> frozenset[str]:
+        """The queues that other engines serve."""
+        return self.store.served_elsewhere(self.core.worker_id)
+
+    def _is_live(self, queue: str) -> bool:
+        return not self._is_paused(queue) and (self.core.serves(queue) or queue in self._elsewhere)
+
+    def _closed_queues(self) -> list[str]:
+        queues = self._elsewhere.union(self.core.queues)
+        return [queue for queue in queues if self._room(queue) <= 0 and self._is_live(queue)]
+
+    def _is_lost(self, row: _Waiting) -> bool:
+        return row.queue not in self._elsewhere and not self.core.can_run(row.fsm, row.version)
+
     # Claims
 
-    def claim(self, queue: str, slots: int, *, horizon: int | None = None) -> int:
-        """Claim up to so many rows of a queue, by priority, time and id; note when the next is due."""
-        pick = _Pick(queue, slots, self.now if horizon is None else horizon)
+    PARKED_AT_ONCE = 2000
+    """With so many rows parked, the beat ends; the next goes on at once."""
+
+    def claim(self, room: Mapping[str, int], *, horizon: int | None = None, at_most: int = _MAX_INTEGER) -> int:
+        """Claim up to so many rows of each queue, and at most so many in all; note when the next is due.
+
+        Within a queue by priority, time and id. Rows with limits are met in that order over all the queues, since a
+        limit has one line; others are taken as they come, unless no more than some are wanted in all.
+        """
+        horizon = self.now if horizon is None else horizon
+        self._picks = {queue: _Pick(queue, slots, horizon) for queue, slots in room.items()}
+        met: list[tuple[tuple[int, int, int], _Pick, _Row, tuple[_Spec, object]]] = []
+        takes_any = at_most == _MAX_INTEGER
+        for pick in self._picks.values():
+            pick.rows = self._due_rows(pick)
+            self._go_through(pick, met, takes_any=takes_any)
+        count = parked = 0
+        while met and count < at_most and parked < self.PARKED_AT_ONCE:
+            _, pick, row, found = heapq.heappop(met)
+            is_taken = self._take_or_park(pick, row, found)
+            count, parked = count + is_taken, parked + (not is_taken)
+            self._go_through(pick, met, takes_any=takes_any)
+        self.is_unfinished |= parked >= self.PARKED_AT_ONCE
+        picks, self._picks = self._picks, {}
+        for pick in picks.values():
+            if not pick.is_written:
+                self._write_pick(pick)
+            if self.core.hub.wants("pick.stop"):
+                self.tell("pick.stop", {"count": len(pick.taken), "demand": pick.slots}, {"queue": pick.queue})
+        self.admission.forget_lines()
+        return sum(len(pick.taken) for pick in picks.values())
+
+    def _due_rows(self, pick: _Pick) -> Iterator[tuple[_Row, tuple[_Spec, object]]]:
+        """Yield what is due in a queue and can run here, in its order, with its class and object."""
         priority = -_MAX_INTEGER - 1
-        while not pick.is_full:
-            head = self.store.next_priority(queue, priority)
-            if head is None:
-                break
+        while (head := self.store.next_priority(pick.queue, priority)) is not None:
             priority, eligible_at = head
             if eligible_at > pick.horizon:
                 self.note_due(eligible_at)
-            elif not self._scan(pick, priority):
-                self.note_due(self.store.next_due(queue, priority, pick.horizon))
-        self.is_unfinished |= len(pick.parked) >= pick.PARKED_AT_ONCE
-        self._park(pick.parked)
+                continue
+            rows = self.store.candidates(pick.queue, priority, pick.horizon)
+            while (row := next(rows, None)) is not None:
+                found = self._known.get((row.fsm, row.version)) or self._find(row)
+                if found is None:
+                    rows = self._known_rows(pick, priority)
+                else:
+                    yield row, found
+            self.note_due(self.store.next_due(pick.queue, priority, pick.horizon))
+
+    def _go_through(self, pick: _Pick, met: list[Any], *, takes_any: bool) -> None:
+        """Take rows of a queue as far as they have no limits; the first that has is to be met in its turn."""
+        while not pick.is_written and (row_found := next(pick.rows, None)) is not None:
+            row, found = row_found
+            if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
+                heapq.heappush(met, (_order(row), pick, row, found))
+                return
+            self._take(pick, row, found)
+
+    def _take_or_park(self, pick: _Pick, row: _Row, found: tuple[_Spec, object]) -> bool:
+        """Take a row if its limits admit it; else it waits for the one that does not."""
+        refusal = self.admission.refusal(row)
+        if refusal is None:
+            self._take(pick, row, found)
+            return True
+        pick.parked.append((refusal, row.id))
+        self._note_parked(row, refusal)
+        return False
+
+    def _take(self, pick: _Pick, row: _Row, found: tuple[_Spec, object]) -> None:
+        inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
+        pick.taken.append(_Claim(row, *found, self.core.desk, inbox))
+        if len(pick.taken) == pick.slots:
+            self._write_pick(pick)
+            self.admission.forget_closed()
+
+    def _write_pick(self, pick: _Pick) -> None:
+        """Write what was found in a queue."""
+        pick.is_written = True
+        pick.rows = iter(())  # a statement that reads must not outlast the transaction
+        if pick.parked:
+            self.store.park_many(pick.parked)
         if pick.taken:
             self.store.claim_many(self.core.worker_id, pick.taken, self.now)
             self.claims.extend(pick.taken)
-        if self.core.hub.wants("pick.stop"):
-            self.tell("pick.stop", {"count": len(pick.taken), "demand": slots}, {"queue": queue})
-        return len(pick.taken)
-
-    def _scan(self, pick: _Pick, priority: int) -> bool:
-        """Go through one priority's due rows until the pick is full; False if it came to the end of them first."""
-        rows = self.store.candidates(pick.queue, priority, pick.horizon)
-        known = self._known
-        while (row := next(rows, None)) is not None:
-            found = known.get((row.fsm, row.version)) or self._find(row)
-            if found is None:
-                rows = self._known_rows(pick, priority)
-                continue
-            is_limited = row.concurrency_key is not None or row.rate_limit is not None
-            refusal = self.admission.refusal(row) if is_limited else None
-            if refusal is None:
-                inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
-                pick.taken.append(_Claim(row, *found, self.core.desk, inbox))
-            else:
-                pick.parked.append((refusal, row.id))
-                self._note_parked(row, refusal)
-            if pick.is_full:
-                return True
-        return False
 
     def _find(self, row: _Row) -> tuple[_Spec, object] | None:
         """Find a row's class and the object of it, asked for once in a beat; None if it can't run here, or not yet."""
@@ -7568,13 +7799,6 @@ class _Beat:
         self.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
         if row.concurrency_key is not None:
             self._rate_refused.add((row.concurrency_key, row.queue, cast(str, row.rate_limit)))
-
-    def _park(self, parked: list[tuple[str, int]]) -> None:
-        if parked:
-            self.store.park_many(parked)
-            self.admission.forget_lines()
-        rates = {parked_on.removeprefix("rate:") for parked_on, _ in parked if parked_on.startswith("rate:")}
-        self.note_due(self.admission.save(rates))
 
 
 def _log_failure(row: _Row, change: _Finish) -> None:
@@ -8187,7 +8411,7 @@ class _Drain:
         if not beat.claims and not self._ready:
             queues = beat.runnable_queues() if self._queue is None else (self._queue,)
             horizon = _END_OF_TIME if self._with_scheduled else beat.now
-            any(beat.claim(queue, 1, horizon=horizon) for queue in queues)
+            beat.claim(dict.fromkeys(queues, 1), horizon=horizon, at_most=1)
 
     def _make_objects(self) -> bool:
         """Make the objects of the classes that the last beat has met; False if there are none."""
@@ -8594,6 +8818,12 @@ class _Scheduler:
     def known_classes(self) -> str:
         return self.behaviours.known()
 
+    def can_run(self, name: str, version: int) -> bool:
+        """Whether rows of a class can run here, or will when its object is made."""
+        if self.behaviours.find(name, version) is not None:
+            return True
+        return self.behaviours.is_coming(_registry.get((name, version)))
+
     def report_unknown(self, beat: _Beat, row: _Row) -> None:
         spec = self.behaviours.spec_for(row.fsm, row.version)
         is_new = (row.fsm, row.version) not in self._reported | beat.reported
@@ -8834,11 +9064,10 @@ class _Scheduler:
         """Claim what the pools have room for."""
         if self.is_stopping:
             return
+        slots = {queue: self._slots(queue, beat) for queue in self._pools}
+        beat.claim({queue: count for queue, count in slots.items() if count > 0})
         for queue in self._pools:
-            slots = self._slots(queue, beat)
-            if slots > 0:
-                beat.claim(queue, slots)
-            else:
+            if slots[queue] <= 0:
                 beat.tell("scheduler.saturation", {"in_flight": self._in_flight[queue]}, {"queue": queue})
 
     def _slots(self, queue: str, beat: _Beat) -> int:
@@ -8848,17 +9077,19 @@ class _Scheduler:
         return self._pools[queue].width + self.options.prefetch - self._in_flight[queue] + leaving - coming
 
     @property
-    def has_several_queues(self) -> bool:
-        """Whether rows of more than one queue may be claimed here."""
-        return len(self._pools) > 1 or self._drain is not None
+    def queues(self) -> Iterable[str]:
+        """The queues that this engine has threads for."""
+        return () if self.is_stopping else self._pools
 
-    def serves(self, queue: str, beat: _Beat) -> bool:
-        """Whether this engine is about to claim from a queue."""
-        if self.store.is_paused(queue):
-            return False
-        if self._drain is not None:
-            return self._drain.serves(queue)
-        return queue in self._pools and not self.is_stopping and self._slots(queue, beat) > 0
+    def serves(self, queue: str) -> bool:
+        """Whether this engine takes rows of a queue, unless that is paused."""
+        return self._drain.serves(queue) if self._drain is not None else queue in self.queues
+
+    def room(self, queue: str, beat: _Beat) -> int:
+        """How many more rows of a queue this engine is about to claim."""
+        if not self.serves(queue) or self.store.is_paused(queue):
+            return 0
+        return 1 if self._drain is not None else max(0, self._slots(queue, beat))
 
     # The thread
 

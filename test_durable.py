@@ -70,7 +70,7 @@ import uuid
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -427,9 +427,10 @@ def test_readme_names_every_option() -> None:
 
 HOT = """
 _CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
-_GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE _UNPARK
-_BUCKET _READY_BUCKETS _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT
-_TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
+_GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE
+_UNPARK _BUCKET _READY_BUCKETS _NEXT_READY _NEXT_AT_BUCKET _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED
+_EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW
+_COLLECT_BUCKETS
 """
 
 
@@ -461,6 +462,7 @@ INDEXES = {
     "_NEXT_DUE": "durable_pick",
     "_LINE_HEAD": "durable_parked",
     "_UNPARK": "durable_parked",
+    "_NEXT_AT_BUCKET": "durable_at_buckets",
     "_EXECUTING": "durable_held",
     "_CLAIMED_BY": "durable_executing",
     "_FIRE": "durable_deadlines",
@@ -6772,6 +6774,48 @@ def test_order_within_a_key_is_strict_over_queues(make_engine: MakeEngine, desk:
     assert desk.arrivals == [holder, *order]
 
 
+class Summoner(Visitor):
+    """The same, and starts an urgent visitor of its key in a queue named `b` in the commit of its outcome."""
+
+    @step
+    def start(self, ctx: Ctx) -> Any:
+        order = self.desk.visit(ctx.id)
+        ctx.insert(Visitor, queue="b", correlation_key="urgent", concurrency_key="k", priority=-1)
+        return order
+
+
+def test_the_more_urgent_of_a_key_goes_first_though_it_was_never_parked(make_engine: MakeEngine, desk: Desk) -> None:
+    """Also where it is met in the very beat that frees the key, in a queue that is claimed from after the other."""
+    engine = make_engine(fsms=[Visitor(desk), Summoner(desk)], queues={"a": 5, "b": 5})
+    engine.start()
+    holder = engine.insert(Summoner, queue="a", concurrency_key="k")
+    desk.expect(holder)
+    waiting = engine.insert(Visitor, queue="a", concurrency_key="k")
+    parked(engine, waiting, "key:k")
+    desk.send_off(holder)
+    eventually(lambda: len(desk.arrivals) > 1)
+    urgent = engine.get("urgent").id
+    assert desk.arrivals == [holder, urgent]
+    desk.send_off(urgent)
+    desk.expect(waiting)
+
+
+def test_rows_of_a_key_in_a_paused_queue_hold_up_no_other_queue(make_engine: MakeEngine, desk: Desk) -> None:
+    """Whoever is of a paused queue can't go, however urgent, so those of the same key in other queues do."""
+    engine = visited(make_engine, desk, queues={"a": 5, "b": 5})
+    holder = engine.insert(Visitor, queue="a", concurrency_key="k")
+    desk.expect(holder)
+    for priority in (-2, -1):
+        parked(engine, engine.insert(Visitor, queue="b", priority=priority, concurrency_key="k"), "key:k")
+    engine.pause("b")
+    desk.send_off(holder)
+    for _ in range(3):
+        who = engine.insert(Visitor, queue="a", concurrency_key="k")
+        desk.expect(who)
+        desk.send_off(who)
+    assert engine.counts()["b"] == {"runnable": 2}
+
+
 class Starter(Visitor):
     """The same, and starts another visitor in a queue named `a` in the commit of its outcome."""
 
@@ -6931,7 +6975,7 @@ class Keys(RuleBasedStateMachine):
         started = [i for i in self.inside() if i in again or i not in before or before[i].status != "executing"]
         for late in map(self.rows.__getitem__, started):
             for row in self.rows.values():
-                if (row.status, row.queue, row.concurrency_key) == ("runnable", late.queue, late.concurrency_key):
+                if (row.status, row.concurrency_key) == ("runnable", late.concurrency_key) and row.concurrency_key:
                     assert order_of(row) > order_of(late), f"{late} ran before {row}"
 
     def quiet(self) -> bool:
@@ -7024,12 +7068,12 @@ def acquaintance():
     pass
 
 limits = {"slow": durable.RateLimit(1, per=3600)}
-engine = durable.Engine(sys.argv[1], queues={"default": 2}, rate_limits=limits)
+engine = durable.Engine(sys.argv[1], queues={"default": 2, "other": 2}, rate_limits=limits)
 engine.start()
-engine.insert(Stranger, $limit)
+engine.insert(Stranger, queue="$queue", $limit)
 here.wait()
 for _ in range(3):
-    engine.insert(Stranger, $limit)
+    engine.insert(Stranger, queue="$queue", $limit)
 last = engine.insert(acquaintance, $limit)
 while "priority" not in "$limit" and engine.get(last).parked_on is None:
     engine.wait(last, 0.01)
@@ -7038,9 +7082,10 @@ os._exit(0)
 """
 
 
+@pytest.mark.parametrize("queue", ["default", "other"])
 @pytest.mark.parametrize("limit", ["concurrency_key='k'", "rate_limit='slow'", "priority=1"])
 def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
-    make_engine: MakeEngine, tmp_path: Path, database: Path, clock: Clock, limit: str
+    make_engine: MakeEngine, tmp_path: Path, database: Path, clock: Clock, limit: str, queue: str
 ) -> None:
     """Rows of a class unknown in this process are only skipped: in the line of a key, of a bucket, of a queue."""
 
@@ -7048,12 +7093,12 @@ def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
     def acquaintance() -> str:
         return "met"
 
-    output = run_script(tmp_path, string.Template(STRANGERS).substitute(limit=limit), database)
+    output = run_script(tmp_path, string.Template(STRANGERS).substitute(limit=limit, queue=queue), database)
     clock.now = time.time() + 3700
-    engine = make_engine(clock=clock)
+    engine = make_engine(clock=clock, queues={"default": 2, "other": 2})
     engine.start()
     assert engine.result(int(output), PATIENCE) == "met"
-    assert engine.counts() == {"default": {"runnable": 4, "done": 1}}
+    assert engine.counts()[queue]["runnable"] == 4
     assert engine.check() == []
 
 
@@ -7061,15 +7106,17 @@ def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
 
 
 class Spender(FSM):
-    """Writes down when it ran and what it cost."""
+    """Writes down who ran when, and what it cost."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
         self.grants: list[tuple[float, int]] = []
+        self.order: list[int] = []
 
     @step
     def start(self, ctx: Ctx) -> Done:
         self.grants.append((self.clock(), ctx.state.get("weight", 1)))
+        self.order.append(ctx.id)
         return Done()
 
 
@@ -7304,6 +7351,173 @@ def test_grants_over_any_window_stay_within_burst_and_rate(
         assert sum(weight for _, weight in spender.grants[first : last + 1]) <= burst + rate * window + 0.01
 
 
+@PLAIN
+@hypothesis.given(
+    policy=st.sampled_from([(2, 4, 3), (1, 1, 1), (4, 2, 5), (3, 7, 4)]),
+    acts=st.lists(
+        st.tuples(
+            st.sampled_from([0, 250, 500, 1000, 3000]),
+            st.lists(st.tuples(st.integers(1, 4), st.integers(0, 1), st.sampled_from("abc")), max_size=4),
+            st.sampled_from(["all", "all", "all", "only a", "pause a", "pause b", "resume a"]),
+        ),
+        min_size=2,
+        max_size=12,
+    ),
+)
+def test_a_bucket_has_one_line_over_all_queues(
+    policy: tuple[int, int, int], acts: list[tuple[int, list[tuple[int, int, str]], str]]
+) -> None:
+    """Whoever is first by priority, time and id gets the next tokens, in whichever queue; heavy rows are waited for.
+
+    Rows of paused queues, and of those that are not drained, neither hold up the others nor lose their place.
+    """
+    allowed, per, burst = policy
+    price, clock = per * 1000, Clock()
+    spender, paused = Spender(clock), set[str]()
+    level, waiting, expected = burst * price, list[tuple[int, int, int, str, int]](), list[int]()
+    limits = {"stripe": RateLimit(allowed, per=per, burst=burst)}
+    with temporary_engine(clock=clock, fsms=[spender], rate_limits=limits) as engine:
+        for milliseconds, rows, verb in acts:
+            clock.now += milliseconds / 1000
+            level = min(burst * price, level + milliseconds * allowed)
+            for weight, priority, queue in rows:
+                if weight <= burst:
+                    (who,) = insert_many(engine, spenders(1, weight, queue=queue, priority=priority))
+                    waiting.append((priority, round(clock.now * 1000), who, queue, weight))
+            if verb.startswith("pause"):
+                engine.pause(verb[-1])
+                paused.add(verb[-1])
+            elif verb.startswith("resume"):
+                engine.resume(verb[-1])
+                paused.discard(verb[-1])
+            served = [row for row in waiting if row[3] not in paused and (verb != "only a" or row[3] == "a")]
+            for row in sorted(served):
+                if level < row[4] * price:
+                    break
+                level -= row[4] * price
+                waiting.remove(row)
+                expected.append(row[2])
+            engine.drain(queue="a" if verb == "only a" else None)
+            assert spender.order == expected
+            assert engine.check() == []
+
+
+def test_older_rows_of_one_queue_get_their_tokens_before_younger_ones_of_another(make_engine: MakeEngine) -> None:
+    """Whichever of the queues was named first, and however many threads it has; room for those under way."""
+    spender, limits = Spender(), {"stripe": RateLimit(300, per=1, burst=2)}
+    engine = make_engine(fsms=[spender], queues={"a": 8, "b": 1}, rate_limits=limits)
+    older = insert_many(engine, spenders(80, queue="b"))
+    engine.insert_all(spenders(300, queue="a"))
+    engine.start()
+    eventually(lambda: len(spender.order) >= 80)
+    assert len(set(older).intersection(spender.order[:80])) > 60
+
+
+class Endless(FSM, name="endless.taker"):
+    """Goes on and on, at the cost of a token each time if its state says so."""
+
+    def __init__(self) -> None:
+        self.runs: collections.Counter[str] = collections.Counter()
+
+    def step(self, name: str, ctx: Ctx) -> Next:
+        self.runs[ctx.queue] += 1
+        time.sleep(0.001)  # others have their turn meanwhile
+        return Next(name, rate_limit=ctx.state["rate_limit"])
+
+
+def busy_engines(make_engine: MakeEngine, count: int, *fsms: FSM) -> tuple[list[Engine], Endless]:
+    """One engine, or two that share the queues; work without end in `a`, which lives on the bucket, and what it did."""
+    endless = Endless()
+    limits = {"stripe": RateLimit(400, per=1, burst=20)}
+    split = [{"a": 2, "b": 1}] if count == 1 else [{"a": 2}, {"b": 1}]
+    engines = [make_engine(fsms=[endless, *fsms], queues=queues, rate_limits=limits) for queues in split]
+    engines[0].insert_all([Insert(Endless, state={"rate_limit": "stripe"}, queue="a", rate_limit="stripe")] * 6)
+    for engine in engines:
+        engine.start()
+    eventually(lambda: endless.runs["a"] > 40)
+    return engines, endless
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_heavy_row_in_another_queue_gets_its_tokens(make_engine: MakeEngine, count: int) -> None:
+    """It is first in the line, so nobody behind it goes before it; with several engines on the file as well."""
+    engines, endless = busy_engines(make_engine, count, Spender())
+    for weight in (20, 1, 20):
+        (who,) = insert_many(engines[-1], spenders(1, weight, queue="b", priority=-1))
+        engines[-1].result(who, PATIENCE)
+    before = endless.runs["a"]
+    eventually(lambda: endless.runs["a"] > before + 20)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_heavy_row_of_a_queue_that_is_always_full_gets_its_tokens(make_engine: MakeEngine, count: int) -> None:
+    """When its queue has room at last, its tokens are there at least half of the time: those who pass leave them."""
+    engines, endless = busy_engines(make_engine, count, Spender())
+    engines[0].insert_all([Insert(Endless, state={"rate_limit": None}, queue="b")] * 4)
+    eventually(lambda: endless.runs["b"] > 10)
+    for weight in (20, 1):
+        (who,) = insert_many(engines[-1], spenders(1, weight, queue="b", priority=-1))
+        engines[-1].result(who, PATIENCE)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_heavy_row_of_a_queue_that_stays_full_holds_nobody_up(make_engine: MakeEngine, desk: Desk, count: int) -> None:
+    """Whoever is behind it goes on with what the bucket is given beyond that row's price, though slower."""
+    spender = Spender()
+    engines, endless = busy_engines(make_engine, count, spender, Visitor(desk))
+    desk.expect(engines[-1].insert(Visitor, queue="b"))
+    (heavy,) = insert_many(engines[-1], spenders(1, 20, queue="b", priority=-1))
+    before = endless.runs["a"]
+    eventually(lambda: endless.runs["a"] > before + 100)
+    assert not spender.order
+    desk.close()
+    engines[-1].result(heavy, PATIENCE)
+
+
+@pytest.mark.parametrize("was_parked", [False, True])
+def test_whoever_passes_a_row_of_a_full_queue_leaves_it_its_tokens(
+    make_engine: MakeEngine, clock: Clock, desk: Desk, spender: Spender, was_parked: bool
+) -> None:
+    """Of a bucket of three, a light row goes behind a heavy one when four have come in; the heavy one keeps three."""
+    options: dict[str, Any] = {"clock": clock, "rate_limits": {"stripe": RateLimit(1, per=60, burst=3)}}
+    engine = make_engine(fsms=[spender], queues={"a": 1}, **options)
+    engine.insert_all(spenders(3, queue="a"))
+    assert engine.drain(queue="a")["done"] == 3
+    other = make_engine(fsms=[spender, Visitor(desk)], queues={"b": 1}, lease_ttl=10**6, **options)
+    heavy: int | None = None
+    if was_parked:
+        (heavy,) = insert_many(other, spenders(1, 3, queue="b", priority=-1))
+        other.drain(queue="b")
+        assert other.get(heavy).parked_on == "rate:stripe"
+    other.start()
+    visitor = other.insert(Visitor, queue="b", priority=-2)
+    desk.expect(visitor)
+    if heavy is None:
+        (heavy,) = insert_many(other, spenders(1, 3, queue="b", priority=-1))
+    light = insert_many(engine, spenders(2, queue="a"))
+    for seconds, done in ((0, 0), (179, 0), (60, 0), (1, 1), (0, 0), (60, 0)):
+        clock.now += seconds
+        assert engine.drain(queue="a")["done"] == done, seconds
+    assert engine.get(light[0]).status == "done"
+    desk.send_off(visitor)
+    other.result(heavy, PATIENCE)
+    clock.now += 60
+    assert engine.drain(queue="a")["done"] == 1
+
+
+def test_waiting_for_a_queue_that_is_full_costs_no_beats(make_engine: MakeEngine, desk: Desk) -> None:
+    """A row whose tokens are there and whose queue is full is looked at when there is room, not all the time."""
+    limits = {"stripe": RateLimit(50, per=1, burst=2)}
+    engine = visited(make_engine, desk, queues={"a": 1, "b": 1}, rate_limits=limits)
+    for queue in "ab":
+        desk.expect(engine.insert(Visitor, queue=queue))
+    engine.insert_all([Insert(Visitor, queue=queue, rate_limit="stripe") for queue in "ab" * 50])
+    time.sleep(0.1)
+    heard = Heard(engine, "pick.stop", "scheduler.saturation")
+    time.sleep(0.5)
+    assert len(heard.events) < 40
+
+
 def tokens_left(grants: list[tuple[float, int]], rate: float, burst: int, now: float) -> float:
     """What a bucket holds after these grants."""
     tokens, at = float(burst), 0.0
@@ -7315,17 +7529,37 @@ def tokens_left(grants: list[tuple[float, int]], rate: float, burst: int, now: f
 # ---- Both at once --------------------------------------------------------------------------------
 
 
-def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk) -> None:
-    """Neither limit is charged when the other refuses: here the key does."""
-    engine = visited(make_engine, desk, rate_limits={"slow": RateLimit(1, per=3600)})
-    holder = engine.insert(Visitor, concurrency_key="k")
+@pytest.mark.parametrize("queue", ["a", "b"])
+def test_refusal_of_the_key_takes_no_token(make_engine: MakeEngine, desk: Desk, queue: str) -> None:
+    """Neither limit is charged when the other refuses: here the key does, and others go, in whichever queue."""
+    engine = visited(make_engine, desk, queues={"a": 5, "b": 5}, rate_limits={"slow": RateLimit(1, per=3600)})
+    holder = engine.insert(Visitor, queue="a", concurrency_key="k")
     desk.expect(holder)
-    both = engine.insert(Visitor, concurrency_key="k", rate_limit="slow")
+    both = engine.insert(Visitor, queue="a", concurrency_key="k", rate_limit="slow")
     parked(engine, both, "key:k")
-    other = engine.insert(Visitor, rate_limit="slow")
+    other = engine.insert(Visitor, queue=queue, rate_limit="slow")
     desk.expect(other)
     desk.send_off(holder)
     parked(engine, both, "rate:slow")
+
+
+@pytest.mark.parametrize("queue", ["a", "b"])
+def test_row_whose_key_was_taken_leaves_the_bucket_to_those_behind_it(
+    make_engine: MakeEngine, desk: Desk, queue: str
+) -> None:
+    """Once its tokens are there: it waited for them, and then the key that was free refuses it."""
+    engine = visited(make_engine, desk, queues={"a": 5, "b": 5}, rate_limits={"slow": RateLimit(2, per=1)})
+    for _ in range(2):
+        desk.expect(engine.insert(Visitor, queue="a", rate_limit="slow"))
+    both = engine.insert(Visitor, queue="a", concurrency_key="k", rate_limit="slow", weight=2)
+    holder = engine.insert(Visitor, queue="a", concurrency_key="k")
+    desk.expect(holder)
+    other = engine.insert(Visitor, queue=queue, rate_limit="slow")
+    desk.expect(other)
+    assert both not in desk.arrivals
+    parked(engine, both, "key:k")
+    desk.send_off(holder)
+    desk.expect(both)
 
 
 def test_refusal_of_the_bucket_holds_no_slot(make_engine: MakeEngine, desk: Desk) -> None:
@@ -9297,7 +9531,7 @@ def test_engine_that_was_taken_for_dead_signs_on_again_before_it_claims(
         eventually(lambda: any(worker.heartbeat_at == clock.instant() for worker in other.workers()))
     eventually(lambda: len(other.workers()) == 1)
     who = engine.insert(Visitor, queue="a")
-    core.perform(lambda beat: beat.claim("a", 1))
+    core.perform(lambda beat: beat.claim({"a": 1}))
     assert engine.get(who).worker == core.worker_id
     assert engine.check() == []
 
@@ -13016,28 +13250,32 @@ class EngineModel:
     def claims(
         self,
         worker: str,
-        queue: str,
-        count: int,
+        room: Mapping[str, int],
         knows: Callable[[Twin], bool],
         was_claimed: Callable[[int], bool],
         horizon: float,
+        at_most: int = 99,
     ) -> list[Twin]:
-        """Claim what the contract says; only where it leaves a bucket's level open, what the engine claimed."""
-        runnable = [row for row in self.rows.values() if row.status == Status.RUNNABLE and row.queue == queue]
-        found = [row for row in runnable if row.eligible_at <= horizon and knows(row) and queue not in self.paused]
-        strangers = [row for row in runnable if not knows(row)]
+        """Claim what the contract says; where it leaves open whether a bucket admits a row, what the engine did."""
+        live = [row for row in self.rows.values() if row.queue not in self.paused]
+        runnable = [row for row in live if row.status == Status.RUNNABLE]
+        met = [row for row in runnable if row.queue in room and row.eligible_at <= horizon and knows(row)]
+        # One that can't be claimed here may be in its bucket's line, where another worker has put it, or not yet: one
+        # of an unknown class, or in a queue that has no room. So may one whose key was free then.
+        absent = [row for row in runnable if row.queue not in room or not knows(row)]
         keyed: list[Twin] = []
         taken: list[Twin] = []
         dry: set[str] = set()
-        for row in sorted(found, key=lambda row: row.order):
-            if len(taken) == count:
+        for row in sorted(met, key=lambda row: row.order):
+            if len(taken) == at_most:
                 break
+            if sum(one.queue == row.queue for one in taken) == room[row.queue]:
+                absent.append(row)
+                continue
             if row.concurrency_key is not None and self.slots(row.concurrency_key) <= 0:
                 keyed.append(row)
                 continue
-            # One of an unknown class may be in the bucket's line, where a worker that knows it has put it, or not yet;
-            # so may one whose key was free then.
-            lined_up = [*strangers, *(one for one in keyed if not self.affords(one, was_claimed))]
+            lined_up = [*absent, *(one for one in keyed if not self.affords(one, was_claimed))]
             is_behind = any(one.rate_limit == row.rate_limit and one.order < row.order for one in lined_up)
             is_open = is_behind and not was_claimed(row.id)
             if row.rate_limit is not None and (row.rate_limit in dry or is_open or not self.affords(row, was_claimed)):
@@ -13068,7 +13306,7 @@ class EngineModel:
         low, high = (price, price) if rate is None else self.levels(rate)
         if row.queue in self.paused or high < price or (is_new_key and self.slots(cast(str, key)) <= 0):
             return False
-        others = [one for one in self.rows.values() if one.status == Status.RUNNABLE and one.queue == row.queue]
+        others = [one for one in self.rows.values() if one.status == Status.RUNNABLE and one.queue not in self.paused]
         has_rivals = any(
             (is_new_key and one.concurrency_key == key) or (rate and one.rate_limit == rate) for one in others
         )
@@ -13199,12 +13437,14 @@ class Lap:
         self.claims: collections.deque[durable._Claim] = collections.deque()
         self.unmade: list[type[durable.FSM]] = []
         self.tally: collections.Counter[str] = collections.Counter()
+        self.queues: Collection[str] = ()
+        """Those that are claimed from now."""
 
     def submit(self, claims: Iterable[durable._Claim], *, first: bool = False) -> None:
         (self.claims.extendleft if first else self.claims.extend)(claims)
 
     def serves(self, queue: str) -> bool:
-        return False
+        return queue in self.queues
 
 
 class Hand:
@@ -13395,6 +13635,11 @@ fsm version step status state result last_error attempt max_attempts crashes que
 rate_limit weight awaits parent_id correlation_key
 """
 """The columns that model and file have by the same name."""
+
+
+def taken_all(taken: Mapping[str, list[int]], room: Mapping[str, int]) -> bool:
+    """Whether as many were taken of each queue as there was room for."""
+    return all(len(taken[queue]) == count for queue, count in room.items())
 
 
 class Theatre(RuleBasedStateMachine):
@@ -13629,37 +13874,38 @@ class Theatre(RuleBasedStateMachine):
 
     workers = st.integers(0, 1)
 
-    @rule(number=workers, queue=st.sampled_from(QUEUES), count=st.integers(1, 3))
-    def claim(self, number: int, queue: str, count: int) -> None:
-        self.claim_from(self.hands[number], queue, count)
+    @rule(number=workers, room=st.dictionaries(st.sampled_from(QUEUES), st.integers(1, 3), min_size=1))
+    def claim(self, number: int, room: dict[str, int]) -> None:
+        self.claim_from(self.hands[number], room)
 
     @rule(number=workers)
     def claim_all(self, number: int) -> None:
-        for queue in QUEUES:
-            self.claim_from(self.hands[number], queue, 9)
+        self.claim_from(self.hands[number], dict.fromkeys(QUEUES, 9))
 
-    def claim_from(self, hand: Hand, queue: str, count: int) -> None:
+    def claim_from(self, hand: Hand, room: Mapping[str, int]) -> None:
         while hand.failures:
-            hand.beat(functools.partial(self.claim_in, queue=queue, count=count))
+            hand.beat(lambda beat: beat.claim(room))
             assert not hand.lap.claims
         self.tick(hand)
         self.perform(hand, hand.beat)
-        taken: list[int] = []
+        taken: dict[str, list[int]] = {queue: [] for queue in room}
+        hand.lap.queues = room
         for _ in range(20):
-            rest = count - len(taken)
-            hand.beat(functools.partial(self.claim_in, queue=queue, count=rest))
-            taken += [claim.row.id for claim in hand.lap.claims][len(taken) :]
-            if len(taken) >= count or not hand.has_more_to_do():
+            rest = {queue: count - len(taken[queue]) for queue, count in room.items() if count > len(taken[queue])}
+            seen = len(hand.lap.claims)
+            hand.beat(lambda beat, rest=rest: beat.claim(rest))  # type: ignore[misc]
+            for claim in itertools.islice(hand.lap.claims, seen, None):
+                taken[claim.row.queue].append(claim.row.id)
+            if taken_all(taken, room) or not hand.has_more_to_do():
                 break
         else:
             raise AssertionError("the engine beats for ever")
-        expected = self.model.claims(hand.id, queue, count, hand.knows, taken.__contains__, self.model.now)
-        assert taken == [row.id for row in expected], f"claimed {taken}, not {[row.id for row in expected]}"
+        hand.lap.queues = ()
+        claimed = {who for ids in taken.values() for who in ids}
+        expected = self.model.claims(hand.id, room, hand.knows, claimed.__contains__, self.model.now)
+        for queue, ids in taken.items():
+            assert ids == [row.id for row in expected if row.queue == queue], (queue, taken, expected)
         self.absorb(hand)
-
-    @staticmethod
-    def claim_in(beat: durable._Beat, queue: str, count: int) -> int:
-        return beat.claim(queue, count)
 
     @precondition(lambda self: any(hand.held for hand in self.hands))
     @rule(data=st.data(), cue=cues(), is_committed=st.sampled_from([True, True, True, False]))
@@ -13679,7 +13925,7 @@ class Theatre(RuleBasedStateMachine):
             is_idle = True
             for hand, queue in itertools.product(self.hands, QUEUES):
                 if waiting and not hand.held:
-                    self.claim_from(hand, queue, 1)
+                    self.claim_from(hand, {queue: 1})
                 if hand.held and waiting:
                     is_idle = False
                     self.play(hand, min(hand.held), waiting.popleft())
@@ -13918,14 +14164,11 @@ class Theatre(RuleBasedStateMachine):
             self.model.beat([], functools.partial(self.sign_off, hand))
 
     def next_of_drain(self, seen: list[tuple[Any, ...]], played: int, *, with_scheduled: bool) -> list[Twin]:
-        """The next instance that a drain claims: the first of the first queue."""
+        """The next instance that a drain claims: the first of all queues."""
         horizon = NEVER if with_scheduled else self.model.now
         was_claimed = lambda identity: played < len(seen) and seen[played][0] == identity  # noqa: E731
-        for queue in sorted(QUEUES):
-            claimed = self.model.claims(self.client.id, queue, 1, self.client.knows, was_claimed, horizon)
-            if claimed:
-                return claimed
-        return []
+        client, room = self.client, dict.fromkeys(QUEUES, 1)
+        return self.model.claims(client.id, room, client.knows, was_claimed, horizon, at_most=1)
 
     # What must hold after every move
 
@@ -14168,6 +14411,38 @@ def buckets(at: Any) -> None:
     at.pass_time(100_001)
     at.acts(*[Next("middle", rate_limit="r", weight=2)] * 2, *[Next("start")] * 6)
     at.claim_all(1)
+
+
+@rehearsed
+def one_line_over_queues(at: Any) -> None:
+    """A bucket and a key serve the rows of all queues in one order, but not those of a paused one."""
+    at.insert(Puppet, rate_limit="r", weight=3)
+    at.claim_all(0)
+    at.insert(Puppet, queue="default", priority=1, rate_limit="r", weight=1)
+    at.insert(Puppet, queue="q1", rate_limit="r", weight=3)
+    at.insert(Puppet, queue="q2", priority=-1, rate_limit="r", weight=2)
+    at.claim_all(0)
+    at.pass_time(4000)
+    at.insert(Puppet, queue="default", priority=-2, rate_limit="r", weight=1)
+    for _ in range(8):
+        at.pass_time(4000)
+        at.claim_all(0)
+    at.pause("q1")
+    at.claim_all(1)
+    at.insert(Puppet, queue="default", rate_limit="r", weight=1)
+    for _ in range(2):
+        at.pass_time(4000)
+        at.claim_all(0)
+    at.resume()
+    at.insert(Puppet, queue="q2", concurrency_key="k")
+    at.claim_all(1)
+    at.insert(Puppet, queue="default", concurrency_key="k")
+    at.claim_all(1)
+    at.insert(Puppet, queue="q2", priority=-1, concurrency_key="k")
+    at.run_held(1, Done(1))
+    for _ in range(5):
+        at.claim_all(1)
+        at.pass_time(15_000)
 
 
 @rehearsed
@@ -14603,6 +14878,12 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "children of a failed parent are collected": reworded("_SWEEP", "OR p.status = 'failed'", ""),
     "ended rows are collected at once": reworded("_SWEEP", "updated_at < ?", "updated_at < ? + 1000000"),
     "nobody is let out of the line of a key": replaced(durable._Beat, "_unpark_key", nothing),
+    "nobody is let out of the line of a bucket": replaced(durable._Admission, "release_line", nothing),
+    "whoever finds tokens takes them": replaced(
+        durable._Admission, "_is_first", lambda _, rate, bucket, row: bucket.level >= bucket.policy.price(row.weight)
+    ),
+    "the urgent wait for their turn at limits": replaced(durable, "_order", lambda row: (0, row.eligible_at, row.id)),
+    "rows of paused queues are waited for": replaced(durable._Beat, "_is_paused", nothing),
     "a key has a slot too many": bent(
         durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1
     ),
