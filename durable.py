@@ -432,7 +432,8 @@ def _positive_integer(_: object, attribute: attrs.Attribute[Any], value: object)
 class RateLimit:
     """A token bucket: `allowed` tokens per `per` (seconds or a timedelta), at most `burst` at once.
 
-    `burst` is `allowed` unless given. A bucket that was never used, or that time has filled, is full.
+    `burst` is `allowed` unless given. A bucket that was never used, or that time has filled, is full. Its tokens go to
+    the rows of all queues that an engine serves in one order, so that a heavy one gets them at last.
 
     >>> RateLimit(100, per=60)
     RateLimit(allowed=100, per=60, burst=100)
@@ -10139,7 +10140,8 @@ class Engine:
     ) -> collections.Counter[str]:
         """Run everything that is runnable, in this thread, and return what it came to: `Counter(steps=3, done=1, ...)`.
 
-        No engine may be started. Work dated in the future counts as due unless `with_scheduled=False`; await
+        No engine may be started. The rows of all queues run in one order: by priority, when they are due, and id. Work
+        dated in the future counts as due unless `with_scheduled=False`; await
         deadlines and buckets keep to the clock. More than `max_steps` steps are a `DurableError` that names the
         instance still running. A step over its `timeout` is noticed when it returns.
         """
