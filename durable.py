@@ -51,6 +51,7 @@ import math
 import operator
 import os
 import pathlib
+import stat
 import sys
 import threading
 import time
@@ -3460,14 +3461,45 @@ class _LostFileError(DurableError):
 _STORE_FAILURES = (*_STORAGE_ERRORS, *_DAMAGE_ERRORS, _LostFileError)
 _LOCK_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's write lock."""
+_LONG_WAIT_S = 1.0
+"""After how long the log is told."""
+_LONGEST_PATH = 504
+"""What SQLite allows on POSIX, in bytes, with room for what it appends."""
+
+
+def _reading_error(path: str) -> apsw.Error | None:
+    """Return what the system says to a look at a file's head: what can't be read, SQLite calls damage."""
+    try:
+        with contextlib.closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+            connection.read("main", 0, 0, 100)
+    except apsw.Error as error:
+        return error
+    return None
+
+
+def _opening_trouble(path: str) -> str:
+    """Say why a file could not be opened, as far as one can see, for the start of a message."""
+    folder = os.path.dirname(path)
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        return f"{path} is too long: SQLite takes paths of at most {_LONGEST_PATH} bytes"
+    if not os.path.exists(folder):
+        return f"{path}: its folder {folder} is missing"
+    if os.path.isdir(path):
+        return f"{path} is a folder"
+    return path
 
 
 def _translated(error: apsw.Error, path: str) -> DurableError:
     """Say in the module's own errors what the driver said."""
     if isinstance(error, _DAMAGE_ERRORS):
-        return SchemaError(f"{path} is damaged or no database: {error}")
+        trouble = _reading_error(path)
+        if trouble is None:
+            return SchemaError(f"{path} is damaged or no database: {error}")
+        return DurableError(f"{path} can't be read: {_error_text(trouble)}")
     if isinstance(error, apsw.BusyError):
         return DurableError(f"{path}: another process held the write lock for over {_LOCK_TIMEOUT_S:g} s: {error}")
+    if isinstance(error, apsw.CantOpenError):
+        return DurableError(f"{_opening_trouble(path)}: {_error_text(error)}")
     return DurableError(f"{path}: {_error_text(error)}")
 
 
@@ -3485,22 +3517,34 @@ class _Patience:
     SQLite's own handler starts at whole milliseconds, which is longer than most transactions here last.
     """
 
-    def __init__(self) -> None:
-        self._deadline = 0.0
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._deadline = self._tells_at = 0.0
+        self.tell: Callable[[str], None] = _log.warning
+        """Hears of a long wait, once, while it lasts: the text is a line for the log."""
 
     def __call__(self, calls: int) -> bool:
         now = time.monotonic()
         if calls == 0:
-            self._deadline = now + _LOCK_TIMEOUT_S
+            self._deadline, self._tells_at = now + _LOCK_TIMEOUT_S, now + _LONG_WAIT_S
+        if now >= self._tells_at:
+            self._tells_at = math.inf
+            self.tell(
+                f"{self._path}: another connection has held the lock for over {_LONG_WAIT_S:g} s: it is waited for"
+            )
         time.sleep(min(0.002, 0.00005 * 2 ** min(calls, 6)))
         return now < self._deadline
 
 
-def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
+def _connect(
+    path: str,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+    patience: _Patience | None = None,
+) -> apsw.Connection:
     # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
     # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job.
     connection = apsw.Connection(path, flags=flags, statementcachesize=1024)
-    connection.set_busy_handler(_Patience())
+    connection.set_busy_handler(patience or _Patience(path))
     # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
     # place of 2 for the candidates of a claim.
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
@@ -3518,7 +3562,14 @@ def _database_path(database: str | os.PathLike[str]) -> str:
     path: object = os.fspath(database) if isinstance(cast(object, database), str | os.PathLike) else None
     if not isinstance(path, str) or path in ("", ":memory:"):
         raise ValueError(f"database must be the path of a file, not {database!r}")
-    return os.path.realpath(path)
+    try:
+        path = os.path.realpath(path)
+        path.encode()
+    except ValueError as error:  # of both
+        raise ValueError(f"database must be a path without null bytes that UTF-8 can write, not {path!r}") from error
+    except OSError as error:
+        raise DurableError(f"{path}: the current folder is gone ({error}): give an absolute path") from error
+    return path
 
 
 def _schema_of(connection: apsw.Connection) -> dict[str, str]:
@@ -3622,7 +3673,7 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
                 return 0
             rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
         version = int(cast(str, rows[0][0]))
-    except (*_DAMAGE_ERRORS, apsw.SQLError, LookupError, ValueError) as error:
+    except (apsw.SQLError, LookupError, ValueError) as error:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
     if version > _SCHEMA_VERSION:
         raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
@@ -3632,9 +3683,8 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
     return version
 
 
-def _enter_wal_mode(connection: apsw.Connection, path: str) -> None:
+def _enter_wal_mode(connection: apsw.Connection, path: str, patience: _Patience) -> None:
     """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
-    patience = _Patience()
     for calls in range(1_000_000):
         try:
             mode = connection.pragma("journal_mode", "wal")
@@ -3666,10 +3716,10 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         raise
 
 
-def _open_database(path: str, synchronous: str) -> apsw.Connection:
+def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Connection:
     """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
     with _driver_errors(path):
-        connection = _connect(path)
+        connection = _connect(path, patience=patience)
         try:
             # Closing the last connection copies the WAL into the file: not into one that may be refused.
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -3677,7 +3727,7 @@ def _open_database(path: str, synchronous: str) -> apsw.Connection:
             if connection.readonly("main"):
                 raise DurableError(f"{path} can only be read: durable needs to write")
             _configure(connection, synchronous)
-            _enter_wal_mode(connection, path)
+            _enter_wal_mode(connection, path, patience)
             _migrate(connection, path)
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         except BaseException:
@@ -3968,7 +4018,8 @@ class _Store:
     def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
         self.path = path
         self._files = files
-        self.db = _open_database(path, synchronous)
+        self.patience = _Patience(path)
+        self.db = _open_database(path, synchronous, self.patience)
         self._log_pages = 0
         # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
         # and its failure would look like the commit's.
@@ -4635,9 +4686,12 @@ def _is_mount_point(path: str) -> bool:
 def _refuse_second_name(path: str) -> None:
     """Refuse a file that can be reached by a name which leads to another log."""
     try:
-        links = os.stat(path).st_nlink
-    except OSError:  # there is none yet, or SQLite will say what it is
+        status = os.stat(path)
+    except OSError:  # there is none yet, or SQLite will say what is wrong with it
         return
+    if not stat.S_ISREG(status.st_mode):
+        return
+    links = status.st_nlink
     if links > 1:
         advice = "Remove the other hard link, or make a copy of the file in its place"
         raise DurableError(_SECOND_NAME.format(path=path, how=f"has {links} names", advice=advice))
@@ -8551,6 +8605,7 @@ class _Scheduler:
             self.files.close()
             raise
         self.files.watch()
+        store.patience.tell = self._tell_wait
         return store
 
     # Requests
@@ -8941,6 +8996,10 @@ class _Scheduler:
         text = _error_text(error)
         self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
 
+    def _tell_wait(self, text: str) -> None:
+        """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
+        self.hub.post_apart(functools.partial(_log.warning, "%s", text))
+
     def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
         """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
         if isinstance(error, apsw.Error):
@@ -8952,7 +9011,7 @@ class _Scheduler:
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
-        self._tell_failure(error)
+        self._tell_failure(translated if isinstance(error, _DAMAGE_ERRORS) else error)
         for request in requests:
             request.error = translated
             request.settle()
@@ -10194,7 +10253,8 @@ class Engine:
         """Copy the file as it is at one instant, while workers run.
 
         In the copy every queue is paused, so that opening it repeats no side effect, no worker is registered, and
-        what was executing is runnable. Raises `ValueError` if there is a file at `path`.
+        what was executing is runnable. Raises `ValueError` if there is a file at `path`, `DurableError` if none can be
+        made there.
         """
         self._core.check_open()
         target = _database_path(path)
@@ -10204,6 +10264,8 @@ class Engine:
         try:
             self._copy(partial)
             os.replace(partial, target)
+        except OSError as error:
+            raise DurableError(f"{target} can't be made: {error}") from error
         finally:
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
@@ -10262,9 +10324,13 @@ class Engine:
             self._core.perform(functools.partial(_Beat.save_policies, policies=policies))
 
     def _copy(self, path: str) -> None:
-        source, copy = _connect(self._path), apsw.Connection(path)
         closing = contextlib.closing
-        with _driver_errors(path), closing(source), closing(copy), copy.backup("main", source, "main") as backup:
+        with (
+            _driver_errors(path),
+            closing(_connect(self._path)) as source,
+            closing(apsw.Connection(path)) as copy,
+            copy.backup("main", source, "main") as backup,
+        ):
             backup.step(-1)
         with contextlib.closing(_Scheduler(path, _Options(), _Behaviours(()))) as copied:
             workers = copied.reader.workers()

@@ -2908,6 +2908,56 @@ def test_an_applications_own_file_gains_the_tables_and_keeps_its_own(make_engine
     assert engine.check() == []
 
 
+@posix
+@pytest.mark.parametrize("name", ["not-utf-8-\udcff.db", "null\0byte.db"])
+def test_a_path_that_sqlite_cannot_take_is_a_value_error(make_engine: MakeEngine, tmp_path: Path, name: str) -> None:
+    """The error names the path and what is allowed, and nothing is made."""
+    for path in (f"{tmp_path}/{name}", f"{tmp_path}/{name}/x.db"):
+        with pytest.raises(ValueError, match=r"database must be a path .* UTF-8") as refused:
+            make_engine(database=path)
+        assert repr(path) in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix
+def test_a_relative_path_in_a_removed_folder_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """Of what is relative to nothing nobody can say where it is."""
+    script = """
+import os, sys
+import durable
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir("../gone")
+try:
+    durable.Engine("x.db")
+except durable.DurableError as error:
+    print("x.db" in str(error) and "absolute path" in str(error))
+durable.Engine(sys.argv[1]).stop()
+"""
+    assert run_script(tmp_path, script, tmp_path / "durable.db") == "True\n"
+
+
+@posix
+def test_a_file_that_cannot_be_opened_says_why(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """A missing folder, a folder in the file's place, a path that is too long: not just that it can't be opened."""
+    (tmp_path / "folder.db").mkdir()
+    longest = 504 - len(os.fsencode(tmp_path))
+    deep = Path(*["d" * 100] * 9)
+    while len(os.fsencode(deep)) > longest - 10:
+        deep = deep.parent
+    (tmp_path / deep).mkdir(parents=True)
+    rest = longest - len(os.fsencode(deep)) - 2
+    for path, message in (
+        (tmp_path / "missing" / "deep" / "x.db", rf"its folder {tmp_path}/missing/deep is missing"),
+        (tmp_path / "folder.db", r"folder.db is a folder"),
+        (tmp_path / deep / ("x" * (rest + 1)), r"too long: SQLite takes paths of at most 504 bytes"),
+    ):
+        with pytest.raises(DurableError, match=message):
+            make_engine(database=path)
+    assert not (tmp_path / "missing").exists()
+    assert make_engine(database=tmp_path / deep / ("x" * rest)).check() == []
+
+
 def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: MakeEngine) -> None:
     """Several engines may share a file, also while it is being created."""
     ids: list[int] = []
@@ -9683,6 +9733,49 @@ def test_lock_timeout_is_an_error_of_the_caller_and_no_loss(make_engine: MakeEng
     assert engine.check() == []
 
 
+def test_what_cannot_be_read_is_no_damage(disk: Disk, make_engine: MakeEngine, database: Path) -> None:
+    """SQLite calls input errors of the system damage: where the file's head can't be read, it is a storage failure."""
+    engine = make_engine()
+    who = engine.insert(Visitor)
+    engine.stop()
+    engine = make_engine()
+    disk.fail(lambda: apsw.CorruptError("database disk image is malformed"), ("read",))
+    for call in (lambda: engine.get(who), lambda: engine.insert(Visitor), lambda: Engine(database)):
+        with pytest.raises(DurableError, match="can't be read") as refused:
+            call()
+        assert not isinstance(refused.value, durable.SchemaError)
+    disk.heal()
+    assert engine.get(who).status == "runnable"
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["started", "client"])
+def test_a_long_wait_for_the_lock_is_one_line_in_the_log(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    """Somebody holds the file for over a second: it is told while it is waited for, and once."""
+    assert durable._LONG_WAIT_S == 1
+    monkeypatch.setattr(durable, "_LONG_WAIT_S", 0.05)
+    engine = make_engine()
+    if started:
+        engine.start()
+
+    def told() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        return [line for line in lines if "has held the lock" in line]
+
+    for count in (1, 2):
+        with closing(engine.connect()) as other:
+            other.execute("begin immediate")
+            waiting = threading.Thread(target=engine.insert, args=(Waits,))
+            waiting.start()
+            eventually(lambda count=count: len(told()) == count)  # type: ignore[misc]
+            other.execute("rollback")
+            waiting.join()
+    assert len(told()) == 2
+    assert all("durable.db" in line for line in told())
+
+
 # ---- Files taken away ----------------------------------------------------------------------------
 
 
@@ -12194,6 +12287,25 @@ def test_a_snapshot_under_load_is_sound_paused_and_of_one_instant(
     other.resume("default")
     other.drain(max_steps=2000)
     assert ask(other, "select count(*) from account") == [(len(instances),)]
+
+
+@posix
+def test_a_snapshot_that_cannot_be_made_is_a_durable_error(
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what is wrong, and leaves nothing behind."""
+    engine = make_engine()
+    with pytest.raises(DurableError, match=rf"its folder {re.escape(str(tmp_path))}/missing is missing"):
+        engine.snapshot(tmp_path / "missing" / "copy.db")
+    before = set(tmp_path.iterdir())
+    refused = PermissionError(errno.EACCES, "not here")
+    with (
+        system_that_fails(monkeypatch, os, "replace", refused, lambda *_: True),
+        pytest.raises(DurableError, match=r"copy.db can't be made.*not here"),
+    ):
+        engine.snapshot(tmp_path / "copy.db")
+    assert set(tmp_path.iterdir()) == before
+    engine.snapshot(tmp_path / "copy.db")
 
 
 # ---- Events --------------------------------------------------------------------------------------
