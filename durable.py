@@ -38,6 +38,8 @@ import atexit
 import collections
 import contextlib
 import contextvars
+import copy
+import dataclasses
 import datetime as dt
 import enum
 import errno
@@ -89,6 +91,7 @@ import apsw
 import attrs
 import cattrs
 import cattrs.cols
+import cattrs.fns
 import cattrs.gen
 
 if TYPE_CHECKING:
@@ -159,7 +162,7 @@ class DurableError(Exception):
         |- NoTargetError      a signal found no live instance
         |- NotFoundError      no instance with that id or correlation key
         |- StateError         a state does not fit its schema; `.problems`, one line each
-        |- OutcomeError       a step's outcome is malformed
+        |- OutcomeError       a step's outcome, or a signal's payload, is malformed; a `ValueError`, too
         |- UnknownFSMError    no class is registered under that name
         |- UnknownLimitError  no rate limit of that name is in the file
         |- FailedError        `result` of an instance that failed
@@ -204,8 +207,8 @@ class StateError(DurableError):
         self.problems = tuple(problems)
 
 
-class OutcomeError(DurableError):
-    """An outcome is malformed, or something else was returned in its place."""
+class OutcomeError(DurableError, ValueError):
+    """An outcome is malformed, or something else was returned in its place; or a signal's payload can't be written."""
 
 
 class UnknownFSMError(DurableError):
@@ -369,9 +372,28 @@ def _load_value(text: str | None) -> Any:
     return None if text is None else _decode(text)
 
 
+_MAX_DEPTH = 200
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep, or in itself"
+
+
+def _refuse_depth(value: Any) -> None:
+    """Refuse what is nested so deep that reading it again may not have the stack for it: in a thread, or by a step."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        within = itertools.chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for one in within if isinstance(one, dict | list | tuple)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+
+
 def _json(value: object) -> str:
     """Write JSON as readable text; what UTF-8 can't write (a lone surrogate) is escaped."""
-    text = _encode(value)
+    try:
+        text = _encode(value)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if len(text) > 2 * _MAX_DEPTH and text.count("[") + text.count("{") > _MAX_DEPTH:
+        _refuse_depth(value)
     if not text.isascii():
         try:
             text.encode()
@@ -382,7 +404,10 @@ def _json(value: object) -> str:
 
 def _brief(value: object, width: int = 80) -> str:
     """Show a value in an error message, cut where it is long."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except Exception:  # noqa: BLE001 - nested too deep, or not able to say what it is: still to be refused by its name
+        shown = f"<{type(value).__name__}>"
     return shown if len(shown) <= width else f"{shown[: width - 3]}..."
 
 
@@ -1222,20 +1247,43 @@ class _Codec(NamedTuple):
     forms: tuple[type, ...] = (str,)
 
 
+def _write_moment(value: Any) -> str:
+    """Write a datetime or a time; with its zone only where an offset can't say it, as when clocks are set back."""
+    text, zone = value.isoformat(), getattr(value.tzinfo, "key", None)
+    is_said = value.utcoffset() is not None and value.fromisoformat(text) == value
+    return str(text if zone is None or is_said else f"{text}[{zone}]")
+
+
+def _read_moment(text: str, cls: Any, zone_of: Callable[[str], dt.tzinfo]) -> Any:
+    plain, _, zone = text.partition("[")
+    moment = cls.fromisoformat(plain)
+    if not zone:
+        return moment
+    moment = moment.replace(tzinfo=zone_of(zone.removesuffix("]")))
+    return moment if moment.isoformat() == plain else moment.replace(fold=1)
+
+
 # What states need is made when the first one is met: converters and the types they know take 10 ms of an import.
 
 
 @functools.cache
 def _codecs() -> dict[type, _Codec]:
-    """Say how the types are written that JSON does not have."""
     import base64
     import decimal
     import uuid
+    from zoneinfo import ZoneInfo
 
+    as_it_is = cattrs.fns.identity
     return {
-        dt.datetime: _Codec(dt.datetime.isoformat, dt.datetime.fromisoformat),
+        bool: _Codec(as_it_is, bool, (bool,)),
+        int: _Codec(as_it_is, int, (int,)),
+        float: _Codec(as_it_is, float, (int, float)),
+        str: _Codec(as_it_is, str),
+        types.NoneType: _Codec(as_it_is, as_it_is, (types.NoneType,)),
+        pathlib.Path: _Codec(str, pathlib.Path),
+        dt.datetime: _Codec(_write_moment, lambda text: _read_moment(text, dt.datetime, ZoneInfo)),
         dt.date: _Codec(dt.date.isoformat, dt.date.fromisoformat),
-        dt.time: _Codec(dt.time.isoformat, dt.time.fromisoformat),
+        dt.time: _Codec(_write_moment, lambda text: _read_moment(text, dt.time, ZoneInfo)),
         dt.timedelta: _Codec(dt.timedelta.total_seconds, lambda s: dt.timedelta(seconds=s), (int, float)),
         uuid.UUID: _Codec(str, uuid.UUID),
         decimal.Decimal: _Codec(str, decimal.Decimal),
@@ -1243,216 +1291,200 @@ def _codecs() -> dict[type, _Codec]:
     }
 
 
-@functools.cache
-def _scalars() -> dict[type, _Codec]:
-    return {
-        bool: _Codec(bool, bool, (bool,)),
-        int: _Codec(int, int, (int,)),
-        float: _Codec(float, float, (int, float)),
-        str: _Codec(str, str),
-        pathlib.PurePath: _Codec(str, str),
-        **_codecs(),
-    }
+def _invalid(cls: Any, value: object) -> ValueError:
+    return ValueError(f"not a valid {getattr(cls, '__name__', None) or cls}, {_brief(value)}")
 
 
-def _invalid(type_name: str, value: object) -> ValueError:
-    return ValueError(f"not a valid {type_name}, {_brief(value)}")
+def _own(cls: Any) -> Any:
+    return typing.get_origin(cls) or cls
 
 
-def _type_name(cls: Any) -> str:
-    return getattr(cls, "__name__", None) or str(cls)
-
-
-def _is_enum(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, enum.Enum)
-
-
-def _is_literal(cls: Any) -> bool:
-    return typing.get_origin(cls) is typing.Literal
-
-
-def _structure_choice(value: Any, cls: Any) -> Any:
-    """Read a member of an enumeration or a Literal; 1 is neither True nor 1.0."""
-    for one in typing.get_args(cls) if _is_literal(cls) else cls:
-        plain = one.value if isinstance(one, enum.Enum) else one
-        if plain == value and type(plain) is type(value):
-            return one
-    raise _invalid(_type_name(cls), value)
-
-
-def _structure_scalar(value: Any, cls: Any) -> Any:
-    if _is_enum(cls):
-        return _structure_choice(value, cls)
-    known = next(base for base in cls.__mro__ if base in _scalars())
-    codec = _scalars()[known]
-    if not isinstance(value, codec.forms) or (isinstance(value, bool) and known is not bool):
-        raise _invalid(_type_name(cls), value)
-    try:
-        scalar = codec.read(value)
-        return scalar if type(scalar) is cls else cls(scalar)
-    except (ValueError, ArithmeticError):
-        raise _invalid(_type_name(cls), value) from None
-
-
-def _is_collection(cls: Any) -> bool:
-    origin = typing.get_origin(cls) or cls
-    return isinstance(origin, type) and issubclass(origin, list | set | frozenset | tuple | collections.deque)
+def _is_choice(cls: Any) -> bool:
+    return typing.get_origin(cls) is typing.Literal or (isinstance(cls, type) and issubclass(cls, enum.Enum))
 
 
 def _is_union(cls: Any) -> bool:
     return typing.get_origin(cls) in (typing.Union, types.UnionType)
 
 
-def _structure_fixed_tuple(
-    container: type, hooks: list[tuple[Callable[[Any, Any], Any], Any]]
-) -> Callable[[Any, Any], Any]:
+@functools.cache
+def _field_names(cls: Any) -> tuple[str, ...] | None:
+    """Name the fields of an attrs class or a dataclass; None for any other class."""
+    own = _own(cls)
+    if attrs.has(own):
+        return tuple(field.name for field in attrs.fields(own))
+    return tuple(field.name for field in dataclasses.fields(own)) if dataclasses.is_dataclass(own) else None
+
+
+def _has_fields(cls: Any) -> bool:
+    return _field_names(cls) is not None
+
+
+def _form_of(cls: Any) -> type | None:
+    """Return the JSON form of a class with fields, a mapping or another collection; what else there is has its own."""
+    if not isinstance(cls, type) or issubclass(cls, str | bytes | enum.Enum):
+        return None
+    if _has_fields(cls) or issubclass(cls, Mapping):
+        return dict
+    return list if issubclass(cls, Collection) else None
+
+
+class _Converter(cattrs.Converter):
+    """Reads a value in the form that its type has, and leaves one that is not of its field's type as it is.
+
+    So nothing is turned into another type on its way, and what is wrong shows, with its path, when it is read again.
+    """
+
+    @functools.cache  # noqa: B019 - there are two of them, for ever
+    def get_structure_hook(self, kind: Any, cache_result: bool = True) -> Callable[[Any, Any], Any]:
+        read, own = super().get_structure_hook(kind, cache_result), _own(kind)
+        form = _form_of(own)
+        if form is None:
+            return read
+
+        def hook(value: Any, cls: Any) -> Any:
+            if isinstance(value, form):
+                return read(value, cls)
+            if value.__class__ is own:
+                return value
+            raise _invalid(own, value)
+
+        return hook
+
+    def structure(self, value: Any, kind: Any) -> Any:
+        return self.get_structure_hook(kind)(value, kind)
+
+    def get_unstructure_hook(self, kind: Any, cache_result: bool = True) -> Callable[[Any], Any]:
+        write, own = super().get_unstructure_hook(kind, cache_result), _own(kind)
+        if own is Any:
+            return cattrs.fns.identity
+        if write is cattrs.fns.identity or not isinstance(own, type) or _is_union(kind):
+            return write
+        if _form_of(own) is None:
+            return lambda value: write(value) if isinstance(value, own) else value
+        return lambda value: write(value) if value.__class__ is own else value
+
+
+def _read_choice(value: Any, cls: Any) -> Any:
+    """Read a member of an enumeration or a Literal; 1 is neither True nor 1.0."""
+    for one in typing.get_args(cls) or cls:
+        plain = one.value if isinstance(one, enum.Enum) else one
+        if one is value or (plain == value and type(plain) is type(value)):
+            return one
+    raise _invalid(cls, value)
+
+
+def _scalar_hook(known: type, codec: _Codec) -> Callable[[Any, Any], Any]:
     def hook(value: Any, cls: Any) -> Any:
-        if not isinstance(value, list) or len(value) != len(hooks):
-            raise _invalid(f"tuple of {len(hooks)}", value)
-        items, problems = [], []
-        for index, (one, (structure, kind)) in enumerate(zip(value, hooks, strict=True)):
-            try:
-                items.append(structure(one, kind))
-            except Exception as error:  # noqa: BLE001 - whatever a hook raises is reported with its path
-                error.add_note(cattrs.IterableValidationNote("", index, kind))
-                problems.append(error)
-        if problems:
-            raise cattrs.IterableValidationError("", problems, cls)
-        return tuple(items)
+        if cls is not known and _is_choice(cls):
+            return _read_choice(value, cls)
+        try:
+            if value.__class__ in codec.forms:
+                value = codec.read(value)
+            elif next((base for base in type(value).__mro__ if base in _codecs()), None) is not known:
+                raise _invalid(cls, value)
+            return value if isinstance(value, cls) else cls(value)
+        except (ValueError, ArithmeticError, LookupError):
+            raise _invalid(cls, value) from None
 
     return hook
 
 
-def _structure_list_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    """Read a JSON array as a list, set, frozenset, deque or tuple; a string is no array of its characters."""
-    container = typing.get_origin(cls) or cls
-    arguments = typing.get_args(cls) or (Any, ...)
-    if issubclass(container, tuple) and (len(arguments) != 2 or arguments[1] is not ...):
-        return _structure_fixed_tuple(container, [(converter.get_structure_hook(one), one) for one in arguments])
-    structure = cattrs.cols.list_structure_factory(list[arguments[0]], converter)  # type: ignore[valid-type]
+def _class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read all fields, those that the constructor does not take (`init=False`) too; no default is shared."""
+    read = cattrs.gen.make_dict_structure_fn(cls, converter, _cattrs_include_init_false=True)
+    fields = attrs.fields(_own(cls)) if attrs.has(cls) else ()
+    shared = [
+        one.name
+        for one in fields
+        if not hasattr(one.default, "factory") and copy.deepcopy(one.default) is not one.default
+    ]
+    if not shared:
+        return read
 
     def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, list):
-            raise _invalid(container.__name__, value)
-        items = structure(value, cls)
-        return items if container is list else container(items)
+        made = read(value, cls)
+        for name in shared:
+            if name not in value:
+                object.__setattr__(made, name, copy.deepcopy(getattr(made, name)))
+        return made
 
     return hook
 
 
-def _structure_mapping_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    """Read a JSON object as a mapping. JSON's keys are strings, so numeric keys are read back from them."""
-    key = (typing.get_args(cls) or (Any,))[0]
-    structure = cattrs.cols.mapping_structure_factory(cls, converter)
+def _set_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    items = types.GenericAlias(list, typing.get_args(cls) or (Any,))
+    read = converter.get_structure_hook(items)
+    return lambda value, _: _own(cls)(read(value, items))
+
+
+def _number_keys_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a mapping by numbers: JSON has made strings of them."""
+    key = typing.get_args(cls)[0]
+    read = cattrs.cols.mapping_structure_factory(cls, converter)
 
     def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _invalid("dict", value)
-        if key in (Any, str):
-            for name in value:
-                if not isinstance(name, str):
-                    raise ValueError(f"keys must be strings, not {_brief(name)}")
-        elif key in (int, float):
-            value = {key(name) if isinstance(name, str) else name: item for name, item in value.items()}
-        return structure(value, cls)
+        items = {key(name) if isinstance(name, str) else name: item for name, item in value.items()}
+        if len(items) < len(value):
+            raise ValueError(f"keys must differ as numbers, {_brief(value)}")
+        return read(items, cls)
 
     return hook
 
 
-def _unstructure_class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Write every field, those that the constructor does not take (`init=False`) among them."""
-    return cattrs.gen.make_dict_unstructure_fn(cls, converter, _cattrs_include_init_false=True)
-
-
-def _unstructure_mapping_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
-    """Write a mapping; only a declared number type makes a number a key, JSON would turn any into a string."""
-    key = (typing.get_args(cls) or (Any,))[0]
-    values = cattrs.cols.mapping_unstructure_factory(cls, converter, unstructure_to=dict)
-    if key in (int, float):
-        return values
-
-    def hook(value: Any) -> Any:
-        written = values(value)
-        for name in written:
-            if not isinstance(name, str):
-                raise ValueError(f"keys must be strings, not {_brief(name)}")
-        return written
-
-    return hook
-
-
-def _structure_class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    structure = cattrs.gen.make_dict_structure_fn(
-        cls,
-        converter,
-        _cattrs_forbid_extra_keys=converter.forbid_extra_keys,
-        _cattrs_detailed_validation=True,
-        _cattrs_include_init_false=True,
-    )
-
-    def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _invalid(_type_name(cls), value)
-        return structure(value, cls)
-
-    return hook
-
-
-def _structure_union_factory(
-    cls: Any, converter: cattrs.Converter, strict: cattrs.Converter | None
-) -> Callable[[Any, Any], Any]:
+def _union_factory(cls: Any, converter: cattrs.Converter, strict: cattrs.Converter | None) -> Callable[[Any, Any], Any]:
     """Read a union as the first of its members that takes the value, the strict reading before the lenient one."""
     members = [one for one in typing.get_args(cls) if one is not types.NoneType]
     takes_none = len(members) < len(typing.get_args(cls))
-    readings = [(converter.get_structure_hook(one), one) for one in members]
-    if strict is not None:
-        readings = [(strict.get_structure_hook(one), one) for one in members] + readings
+    readings = [(one.get_structure_hook(kind), kind) for one in (strict, converter) if one for kind in members]
 
     def hook(value: Any, _: Any) -> Any:
         if value is None and takes_none:
             return None
         if len(members) == 1:
             return readings[-1][0](value, members[0])  # its own error says more than the union's
-        for structure, one in readings:
+        for read, kind in readings:
             with contextlib.suppress(Exception):
-                return structure(value, one)
-        raise _invalid(" | ".join(_type_name(one) for one in typing.get_args(cls)), value)
+                return read(value, kind)
+        raise _invalid(cls, value)
 
     return hook
 
 
-def _write_scalar(cls: type, write: Callable[[Any], Any], value: Any) -> Any:
-    """Write a scalar of the declared type; another one is not turned into it, nor does a date drop the time."""
-    if not isinstance(value, cls) or (cls is dt.date and isinstance(value, dt.datetime)):
-        raise _invalid(_type_name(cls), value)
-    return write(value)
+def _sorted(items: Iterable[Any]) -> list[Any]:
+    """List a set's items in an order that is the same in every process."""
+    items = list(items)
+    try:
+        return sorted(items)
+    except TypeError:
+        return sorted(items, key=repr)
+
+
+def _refuse_type(_: Any, cls: Any) -> Any:
+    raise ValueError(f"of a type that a state can't hold, {cls}")
 
 
 def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
     """Make the converter that is strict, or with that one given, the lenient one."""
-    converter = cattrs.Converter(
+    converter = _Converter(
         forbid_extra_keys=strict is None,
-        unstruct_collection_overrides=dict.fromkeys((set, frozenset, tuple, collections.deque), list),
+        structure_fallback_factory=lambda _: _refuse_type,
+        unstruct_collection_overrides={set: _sorted, frozenset: _sorted, tuple: list},
     )
-    for cls, codec in _codecs().items():
-        write = functools.partial(_write_scalar, cls, codec.write)
-        converter.register_unstructure_hook_func(functools.partial(lambda known, cls: cls is known, cls), write)
-    # cattrs has a hook of its own for bytes, which goes before those above
-    converter.register_unstructure_hook(bytes, functools.partial(_write_scalar, bytes, _codecs()[bytes].write))
-    for path in (pathlib.PurePath, pathlib.Path):
-        converter.register_unstructure_hook(path, functools.partial(_write_scalar, path, str))
-    converter.register_unstructure_hook_factory(attrs.has, _unstructure_class_factory)
-    converter.register_unstructure_hook_factory(cattrs.cols.is_mapping, _unstructure_mapping_factory)
-    converter.register_structure_hook_factory(attrs.has, _structure_class_factory)
-    converter.register_structure_hook_factory(cattrs.cols.is_mapping, _structure_mapping_factory)
-    converter.register_structure_hook_factory(_is_collection, _structure_list_factory)
+    for known, codec in _codecs().items():
+        converter.register_structure_hook(known, _scalar_hook(known, codec))
+        converter.register_unstructure_hook(known, codec.write)
+    converter.register_unstructure_hook_factory(
+        _has_fields, lambda cls: cattrs.gen.make_dict_unstructure_fn(cls, converter, _cattrs_include_init_false=True)
+    )
+    converter.register_structure_hook_factory(_has_fields, _class_factory)
+    converter.register_structure_hook_factory(lambda cls: _own(cls) in (set, frozenset), _set_factory)
     converter.register_structure_hook_factory(
-        _is_union, lambda cls, converter: _structure_union_factory(cls, converter, strict)
+        lambda cls: cattrs.cols.is_mapping(cls) and typing.get_args(cls)[0] in (int, float), _number_keys_factory
     )
-    converter.register_structure_hook_func(lambda cls: _is_enum(cls) or _is_literal(cls), _structure_choice)
+    converter.register_structure_hook_factory(_is_union, lambda cls, converter: _union_factory(cls, converter, strict))
+    converter.register_structure_hook_func(_is_choice, _read_choice)
     converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)  # as Any
-    for cls in (*_scalars(), pathlib.Path):
-        converter.register_structure_hook(cls, _structure_scalar)
     return converter
 
 
@@ -1464,7 +1496,7 @@ def _strict() -> cattrs.Converter:
 
 @functools.cache
 def _lenient() -> cattrs.Converter:
-    """Return the converter that reads what the file holds, which an older version of the class may have written."""
+    """Return the converter that reads what the file holds, which another version of the class may have written."""
     return _make_converter(_strict())
 
 
@@ -1477,163 +1509,229 @@ def _problems(error: BaseException, path: str = "") -> Iterator[str]:
             yield from _problems(inner, path + where)
         for inner in rest:
             yield from _problems(inner, path)
-        return
-    where = path.removeprefix(".")
-    prefix = f"{where}: " if where else ""
-    if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        known = ", ".join(field.name for field in attrs.fields(error.cl))
-        for key in sorted(error.extra_fields, key=str):
-            yield f"{where + '.' if where else ''}{key}: unknown key; known are: {known or 'none'}"
+    elif isinstance(error, cattrs.ForbiddenExtraKeysError):
+        known = ", ".join(_field_names(error.cl) or error.cl.__annotations__) or "none"
+        yield from (f"{path}.{key}: unknown key; known are: {known}" for key in sorted(error.extra_fields, key=str))
     elif isinstance(error, KeyError):
-        yield f"{prefix}missing"
+        yield f"{path}: missing"
     else:
-        yield f"{prefix}{error.args[0] if error.args else type(error).__name__}"
+        yield f"{path}: {error.args[0] if error.args else type(error).__name__}"
 
 
-def _unstructure(value: Any) -> Any:
+_ATOMS = frozenset({type(None), bool, int, float, str})
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """Return what a value is made of, by field, key or index; None for a scalar or a set."""
+    names = _field_names(value.__class__)
+    if names is not None:
+        return {name: getattr(value, name, None) for name in names}
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else None
+
+
+def _is_same(given: Any, again: Any) -> bool:
+    """Whether a value came back as it was given: equal, and of the same types, if not of a scalar's own."""
+    kind = again.__class__
+    if kind in _ATOMS:
+        return bool(given == again)
+    if kind is not given.__class__:
+        return _parts(again) is None and kind not in (set, frozenset) and bool(given == again)
+    if (names := _field_names(kind)) is not None:  # as below, in half the time
+        return all([_is_same(getattr(given, one), getattr(again, one)) for one in names])  # noqa: C419 - and in less
+    ours, theirs = _parts(given), _parts(again)
+    if ours is None or theirs is None:
+        return bool(given == again)
+    return ours.keys() == theirs.keys() and all(map(_is_same, ours.values(), map(theirs.get, ours)))
+
+
+def _works(call: Callable[[Any], object], value: Any) -> bool:
     try:
-        return _strict().unstructure(value)
-    except Exception as error:
-        raise StateError([f"can't be written: {_error_text(error)}"]) from error
+        call(value)
+    except RecursionError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever it is, it is only asked whether there is one
+        return False
+    return True
+
+
+def _failing(is_good: Callable[..., bool], *values: Any, path: str = "") -> Iterator[tuple[Any, ...]]:
+    """Find the smallest parts of values that are not good, each after its path."""
+    parts = [_parts(value) or {} for value in values]
+    common = [(key, [one[key] for one in parts]) for key in parts[0] if all(key in one for one in parts)]
+    inner = [(key, items) for key, items in common if not is_good(*items)]
+    if not inner:
+        yield (path, *values)
+    for key, items in inner:
+        yield from _failing(is_good, *items, path=f"{path}.{key}" if isinstance(key, str) else f"{path}[{key!r}]")
+
+
+def _has_other_keys(value: Any) -> bool:
+    """Whether a dict somewhere has a key that is no string, which JSON would turn into one."""
+    is_dict = isinstance(value, dict)
+    for key, part in (value if is_dict else _parts(value) or {}).items():
+        if is_dict and not isinstance(key, str):
+            return True
+        if part.__class__ not in _ATOMS and _has_other_keys(part):
+            return True
+    return False
+
+
+def _refusal(problems: Iterable[str]) -> StateError:
+    return StateError([problem.removeprefix(".").removeprefix(": ") for problem in problems])
 
 
 def _structure(converter: cattrs.Converter, value: Any, cls: type) -> Any:
     try:
         return converter.structure(value, cls)
     except Exception as error:
-        raise StateError(list(_problems(error))) from error
-
-
-def _plain_problems(value: object, path: str = "") -> Iterator[str]:
-    """List what a plain dict state holds that JSON would not give back as it was."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str):
-                yield from _plain_problems(item, f"{path}.{key}" if path else key)
-            else:
-                yield f"{path + ': ' if path else ''}keys must be strings, not {_brief(key)}"
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _plain_problems(item, f"{path}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path}: JSON has no {value!r}"
-    elif value is not None and not isinstance(value, str | int | float):
-        yield f"{path}: not a JSON value, {_brief(value)}"
+        raise _refusal(_problems(error)) from error
 
 
 def _state_text(value: object) -> str:
     try:
         return _json(value)
-    except RecursionError as error:
-        raise StateError(["nested too deep, or in itself"]) from error
     except (TypeError, ValueError) as error:
-        raise StateError(list(_plain_problems(value)) or [_error_text(error)]) from error
+        works = functools.partial(_works, _encode)
+        if works(value):
+            raise StateError([str(error)]) from None
+        what = "JSON has no {!r}".format, lambda part: f"not a JSON value, {_brief(part)}"
+        found = _failing(works, value)
+        raise _refusal(f"{path}: {what[not isinstance(part, float)](part)}" for path, part in found) from error
+
+
+def _unstructured(value: Any) -> Any:
+    try:
+        return _strict().unstructure(value)
+    except Exception as error:
+        found = _failing(functools.partial(_works, _strict().unstructure), value)
+        raise _refusal(f"{path}: can't be written ({_error_text(error)})" for path, _ in found) from error
+
+
+def _refuse_changes(given: Any, again: Any) -> None:
+    """Refuse what did not come back from JSON as it was given."""
+    if not _is_same(given, again):
+        found = _failing(_is_same, given, again)
+        raise _refusal(f"{path}: {_brief(one)} would come back as {_brief(other)}" for path, one, other in found)
 
 
 def _dump_plain(value: object) -> str:
-    """Write a plain dict; what JSON gives back as it was, nearly all, needs no look into it."""
+    """Write a plain dict: of JSON's values, in which a tuple is one with a list."""
     if not isinstance(value, dict):
         raise StateError([f"not a dict, {_brief(value)}"])
     text = _state_text(value)
-    if _decode(text) != value and (problems := list(_plain_problems(value))):
-        raise StateError(problems)
+    if _has_other_keys(value):
+        _refuse_changes(value, _decode(text))
     return text
 
 
-def _dict_text(value: dict[Any, Any]) -> str:
-    """Write a dict given for a State: mostly of JSON values, which need no look by cattrs."""
-    try:
-        return _json(value)
-    except TypeError:
-        return _state_text(_unstructure(value))
-    except (ValueError, RecursionError):
-        return _state_text(value)
+class _Node(NamedTuple):
+    """A part of a state, its JSON form, and what is within it."""
+
+    part: Any
+    form: Any
+    inner: Mapping[Any, _Node | None]
 
 
-def _misfits(value: Any, kind: Any, path: str = "") -> Iterator[str]:
-    """List what in a state object is not of its field's type, with its path; only a refusal pays for it."""
-    where = f"{path.removeprefix('.')}: " if path else ""
-    arguments = typing.get_args(kind)
-    if not _fits(value, kind):
-        yield f"{where}not a valid {_type_name(kind)}, {_brief(value)}"
-    elif attrs.has(type(value)):
-        for field in attrs.fields(type(value)):
-            yield from _misfits(getattr(value, field.name), field.type, f"{path}.{field.name}")
-    elif isinstance(value, Mapping):
-        key_kind, item_kind = arguments if len(arguments) == 2 else (Any, Any)
-        for key, item in value.items():
-            if not isinstance(key, str) and key_kind in (Any, str):
-                yield f"{where}keys must be strings, not {_brief(key)}"
-            yield from _misfits(item, item_kind, f"{path}[{key!r}]")
-    elif _is_collection(type(value)):
-        is_fixed = typing.get_origin(kind) is tuple and ... not in arguments
-        kinds = arguments if is_fixed else (arguments or (Any,))[:1] * len(value)
-        for index, (item, item_kind) in enumerate(zip(value, kinds, strict=False)):
-            yield from _misfits(item, item_kind, f"{path}[{index}]")
+def _node(part: Any, form: Any, nodes: dict[int, _Node]) -> _Node | None:
+    """Note the parts of a state by their identities; None for a scalar, or a field that was not there yet."""
+    parts = _parts(part)
+    if parts is None or form is None:
+        return None
+    forms = map(form.get, parts) if _has_fields(part.__class__) else (_parts(form) or {}).values()
+    inner = {key: _node(parts[key], one, nodes) for key, one in zip(parts, forms, strict=True)}
+    nodes[id(part)] = node = _Node(part, form, inner)
+    return node
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is itself, whatever it holds, of an annotated type."""
-    wanted = typing.get_origin(kind) or kind
-    if _is_union(kind):
-        return any(not any(_misfits(value, one)) for one in typing.get_args(kind))
-    if wanted is dt.date:
-        return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
-    if isinstance(wanted, type) and wanted is not Any:
-        return isinstance(value, (int, float) if wanted is float else wanted)
-    return isinstance(value, (*_scalars(), list, dict, enum.Enum, types.NoneType)) or attrs.has(type(value))
+_Loaded = tuple[_Node | None, Mapping[int, _Node]]
+"""A state that was loaded, and all its parts by their identities; nothing where it has no keys that no class knows."""
+_ALL_KNOWN: _Loaded = (None, {})
 
 
-def _object_text(value: Any, cls: type) -> str:
-    try:
-        return _state_text(_unstructure(value))
-    except StateError as error:
-        with contextlib.suppress(RecursionError):
-            if problems := list(_misfits(value, cls)):
-                raise StateError(problems) from error
-        raise
-
-
-def _has_other_keys(value: object) -> bool:
-    """Whether a dict somewhere has a key that is no string, which JSON would turn into one."""
-    if isinstance(value, dict):
-        return any(not isinstance(key, str) or _has_other_keys(item) for key, item in value.items())
-    return isinstance(value, list | tuple) and any(map(_has_other_keys, value))
-
-
-def _dump_state(cls: type | None, value: Any, known: str | None = None) -> str:
-    """Write a state as JSON text, held against its schema; `known` is a text that is known to fit.
-
-    What is stored is what a strict reading of it would write, so that nothing is stored that does not load.
-    """
-    if cls is None:
-        return _dump_plain(value)
-    if not isinstance(value, cls | dict):
-        raise StateError([f"not a {cls.__name__} or a dict, {_brief(value)}"])
-    text = _dict_text(value) if isinstance(value, dict) else _object_text(value, cls)
-    if text == known:
-        return text
-    given = value if isinstance(value, dict) and _has_other_keys(value) else _decode(text)
-    state = _structure(_strict(), given, cls)
-    return text if isinstance(value, cls) else _object_text(state, cls)
-
-
-def _load_state(cls: type | None, text: str) -> Any:
-    """Read a stored state: keys that the class no longer has are ignored, new fields take their defaults."""
+def _load_state(cls: type | None, text: str) -> tuple[Any, _Loaded]:
+    """Read a stored state: keys that the class does not have are kept aside, new fields take their defaults."""
     value = _decode(text)
-    return value if cls is None else _structure(_lenient(), value, cls)
+    if cls is None:
+        return value, _ALL_KNOWN
+    with contextlib.suppress(Exception):
+        return _strict().structure(value, cls), _ALL_KNOWN
+    state = _structure(_lenient(), value, cls)
+    nodes: dict[int, _Node] = {}
+    return state, (_node(state, value, nodes), nodes)
+
+
+def _keep_unknown(now: _Node, place: _Node | None, loaded: Mapping[int, _Node], alive: Mapping[int, _Node]) -> None:
+    """Add to what is written of a state the keys that the classes don't know of what was loaded.
+
+    They stay with their object wherever it is by now, else with one of its class that has taken its place, in lists
+    only if these have not become shorter.
+    """
+    was = loaded.get(id(now.part))
+    if was is None and place is not None and place.part.__class__ is now.part.__class__ and id(place.part) not in alive:
+        was = place
+    form, inner = (was.form, was.inner) if was is not None else ({}, {})
+    names = _field_names(now.part.__class__)
+    if names is not None:
+        now.form.update({key: form[key] for key in form if key not in names})
+    is_shorter = isinstance(form, list) and len(now.form) < len(form)
+    for key, node in now.inner.items():
+        if node is not None:
+            _keep_unknown(node, None if is_shorter else inner.get(key), loaded, alive)
+
+
+def _dump_object(cls: type, value: Any, known: str | None, loaded: _Loaded) -> str:
+    """Write a state of a class, and hold against it what is read again, by the class's own converters, too."""
+    if value.__class__ is not cls:
+        if not isinstance(value, dict):
+            raise StateError([f"not a {cls.__name__} or a dict, {_brief(value)}"])
+        if known is not None and _works(_encode, value) and _json(value) == known:
+            return known
+        value = _structure(_strict(), value, cls)
+    written = _unstructured(value)
+    if loaded[0] is not None:
+        alive: dict[int, _Node] = {}
+        _keep_unknown(cast(_Node, _node(value, written, alive)), *loaded, alive)
+    text = _state_text(written)
+    if text != known:
+        _refuse_changes(value, _load_state(cls, text)[0])
+    return text
+
+
+def _dump_state(cls: type | None, value: Any, known: str | None = None, loaded: _Loaded = _ALL_KNOWN) -> str:
+    """Write a state as JSON text, held against its schema: what a step will get equals what is given, or it is refused.
+
+    `known` is a text that is known to fit, `loaded` what the state was loaded as.
+    """
+    try:
+        return _dump_plain(value) if cls is None else _dump_object(cls, value, known, loaded)
+    except RecursionError:
+        raise StateError([_TOO_DEEP]) from None
+
+
+def _plain(value: Any) -> Any:
+    plain = _strict().unstructure(value)
+    if plain is value:
+        raise TypeError(f"not a JSON value, {_brief(value)}")
+    return plain
 
 
 def _dump_value(value: object, name: str) -> str | None:
-    """Write a result or a payload: anything that JSON or cattrs can write; None stays SQL's NULL."""
+    """Write a result or a payload: whatever JSON or cattrs can write, with strings as keys; None stays SQL's NULL.
+
+    Tuples and sets come back as lists, objects as dicts.
+    """
     if value is None:
         return None
     try:
-        return _json(value)
-    except (TypeError, ValueError, RecursionError):
-        pass
-    try:
-        return _json(_strict().unstructure(value))
+        try:
+            text = _json(value)
+        except TypeError:
+            text = _json(_decode(json.dumps(value, default=_plain)))
+        if value.__class__ in _ATOMS or not _has_other_keys(value):
+            return text
+        raise ValueError("keys of a dict must be strings, at any depth")
     except Exception as error:
         raise OutcomeError(f"{name} can't be written as JSON: {_brief(value)} ({_error_text(error)})") from error
 
@@ -1688,11 +1786,7 @@ def _target(value: object) -> int | str:
 def _message(target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
     if dedup_key is not None:
         _text(dedup_key, "dedup_key")
-    try:
-        text = _dump_value(payload, "payload")
-    except OutcomeError as error:
-        raise ValueError(str(error)) from error
-    return _Message(_target(target), _text(name, "a signal's name"), text, dedup_key)
+    return _Message(_target(target), _text(name, "a signal's name"), _dump_value(payload, "payload"), dedup_key)
 
 
 class _Kept(NamedTuple):
@@ -1714,11 +1808,12 @@ def _is_coroutine_function(function: object) -> bool:
 class Context(Generic[_State]):
     """What a step sees of its instance, and its verbs that add to the step's commit. Read-only."""
 
-    __slots__ = ("_called", "_children", "_claim", "_effects", "_kept", "_state")
+    __slots__ = ("_called", "_children", "_claim", "_effects", "_kept", "_loaded", "_state")
 
-    def __init__(self, claim: _Claim, state: _State) -> None:
+    def __init__(self, claim: _Claim, state: _State, loaded: _Loaded = _ALL_KNOWN) -> None:
         self._claim = claim
         self._state = state
+        self._loaded = loaded
         self._children: tuple[Instance, ...] | None = None
         self._effects: list[_Effect] | None = []
         self._called: set[str] = set()
@@ -2183,12 +2278,46 @@ def _module_name(module: str) -> str:
     return pathlib.Path(file).stem if file else module
 
 
+def _classes_in(kind: Any) -> Iterator[type]:
+    """Go through the classes with fields that a type is made of."""
+    own = _own(kind)
+    if isinstance(own, type) and _field_names(own) is not None:
+        yield own
+    for one in typing.get_args(kind):
+        yield from _classes_in(one)
+
+
+def _resolve_annotations(state: type, owner: type, seen: set[type]) -> None:
+    """Resolve the annotations of a state's fields, and of the classes in these; one that can't be is a TypeError.
+
+    A class sees itself and the classes nested in it, and in its owner where it stands there, beside its module's names.
+    """
+    seen.add(state)
+    is_nested = state.__module__ == owner.__module__ and state.__qualname__.startswith(f"{owner.__qualname__}.")
+    outer = {**vars(owner), owner.__name__: owner} if is_nested else {}
+    around = {**outer, **vars(state), state.__name__: state}
+    names = {name: one for name, one in around.items() if isinstance(one, type) or typing.get_origin(one) is not None}
+    try:
+        kinds = list(typing.get_type_hints(state, None, names).values())
+        if attrs.has(state):
+            kinds = [field.type for field in attrs.fields(attrs.resolve_types(state, None, names))]
+    except Exception as error:
+        raise TypeError(
+            f"{owner.__qualname__}: an annotation of its {state.__qualname__} can't be resolved ({_error_text(error)}):"
+            " what it names must be known to its module, or be nested in the class"
+        ) from error
+    for inner in itertools.chain.from_iterable(map(_classes_in, kinds)):
+        if inner not in seen:
+            _resolve_annotations(inner, owner, seen)
+
+
 def _read_state_class(cls: type[FSM], values: dict[str, Any]) -> type | None:
     state = values.get("state", getattr(cls, "State", None))
     if state is None:
         return None
     if not isinstance(state, type) or not attrs.has(state):
         raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
+    _resolve_annotations(state, cls, set())
     return state
 
 
@@ -2423,6 +2552,11 @@ def _spec_of(fsm: object) -> _Spec:
     cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
     if not isinstance(cls, type) or not issubclass(cls, FSM):
         raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
+    if cls is not fsm and vars(cls).get("_function") is not fsm:
+        raise TypeError(
+            f"{_brief(fsm)} is what a decorator has made of the job {cls.__qualname__}, and would be skipped:"
+            " put @durable.job above all others"
+        )
     if cls._spec is None:
         raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
     return cls._spec
@@ -2495,21 +2629,30 @@ def _parameter_names(function: types.FunctionType) -> list[str]:
     return list(parameters)
 
 
-def _arguments_class(function: types.FunctionType, names: list[str]) -> type:
-    """Make the attrs class of a function's arguments."""
+def _annotation(function: types.FunctionType, parameter: inspect.Parameter) -> Any:
+    """Return the type that a parameter is annotated with; one that can't be resolved is refused."""
+    if parameter.annotation is parameter.empty:
+        return Any
+    alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
     try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except NameError:  # an annotation of a scope that is gone, under `from __future__ import annotations`
-        hints = {}
-    parameters = inspect.signature(function).parameters
+        return typing.get_type_hints(alone, inspect.unwrap(function).__globals__, include_extras=True)[parameter.name]
+    except Exception as error:
+        raise TypeError(
+            f"{function.__qualname__}: the annotation of its parameter {parameter} can't be resolved"
+            f" ({_error_text(error)}): what it names must be known to the module where the job is defined"
+        ) from error
+
+
+def _arguments_class(function: types.FunctionType) -> type:
+    """Make the attrs class of a function's arguments."""
     fields = {
         name: attrs.field(
-            type=hints.get(name, Any),
-            default=attrs.NOTHING if parameters[name].default is inspect.Parameter.empty else parameters[name].default,
+            type=_annotation(function, parameter),
+            default=attrs.NOTHING if parameter.default is parameter.empty else parameter.default,
             alias=name,
             kw_only=True,
         )
-        for name in names
+        for name, parameter in inspect.signature(function).parameters.items()
         if name != "ctx"
     }
     return attrs.make_class("State", fields, frozen=True) if fields else _NO_ARGUMENTS
@@ -2583,7 +2726,8 @@ def job(function: Any = None, /, **options: Any) -> Any:
         "__qualname__": function.__qualname__,
         "__doc__": function.__doc__,
         _PERFORM: _function_perform(function, names),
-        "State": _arguments_class(function, names),
+        "_function": function,
+        "State": _arguments_class(function),
     }
     cast(Any, function).args = _make_args(function)
     cast(Any, function).fsm = types.new_class(function.__name__, (FSM,), options, lambda space: space.update(body))
@@ -3491,16 +3635,21 @@ def _opening_trouble(path: str) -> str:
 
 def _translated(error: apsw.Error, path: str) -> DurableError:
     """Say in the module's own errors what the driver said."""
+    translated = DurableError(f"{path}: {_error_text(error)}")
     if isinstance(error, _DAMAGE_ERRORS):
         trouble = _reading_error(path)
-        if trouble is None:
-            return SchemaError(f"{path} is damaged or no database: {error}")
-        return DurableError(f"{path} can't be read: {_error_text(trouble)}")
-    if isinstance(error, apsw.BusyError):
-        return DurableError(f"{path}: another process held the write lock for over {_LOCK_TIMEOUT_S:g} s: {error}")
-    if isinstance(error, apsw.CantOpenError):
-        return DurableError(f"{_opening_trouble(path)}: {_error_text(error)}")
-    return DurableError(f"{path}: {_error_text(error)}")
+        translated = (
+            SchemaError(f"{path} is damaged or no database: {error}")
+            if trouble is None
+            else DurableError(f"{path} can't be read: {_error_text(trouble)}")
+        )
+    elif isinstance(error, apsw.BusyError):
+        held = f"another process held the write lock for over {_LOCK_TIMEOUT_S:g} s"
+        translated = DurableError(f"{path}: {held}: {error}")
+    elif isinstance(error, apsw.CantOpenError):
+        translated = DurableError(f"{_opening_trouble(path)}: {_error_text(error)}")
+    translated.__cause__ = error
+    return translated
 
 
 @contextlib.contextmanager
@@ -5408,7 +5557,7 @@ class _Claim:
         self.started_at, self.began_at = time.perf_counter(), self.desk.now()
 
     def open(self) -> Context[Any]:
-        return Context(self, _load_state(self.spec.state, self.row.state))
+        return Context(self, *_load_state(self.spec.state, self.row.state))
 
     def open_for_handle(self) -> Context[Any]:
         """Open a Context with the plain dict where the state no longer loads."""
@@ -5538,7 +5687,8 @@ def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | Sche
     if claim.row.version != claim.spec.version and outcome.state is not None:  # `handle`'s, in place of `migrate`'s
         claim.row, claim.is_migrated = claim.row._replace(version=claim.spec.version), True
     state = ctx.state if outcome.state is None else outcome.state
-    return _transition(claim.row, outcome, _dump_state(claim.spec.state, state, claim.row.state), claim.desk.now())
+    text = _dump_state(claim.spec.state, state, claim.row.state, ctx._loaded)
+    return _transition(claim.row, outcome, text, claim.desk.now())
 
 
 def _check_next(claim: _Claim, outcome: Next) -> None:
@@ -7408,7 +7558,7 @@ class _Beat:
             if not self.is_careful or isinstance(error, _STORE_FAILURES):
                 raise
             self._undo()
-            request.error = error
+            request.error = _translated(error, self.store.path) if isinstance(error, apsw.Error) else error
             return
         if self.is_careful:
             self.store.release()
@@ -9007,7 +9157,6 @@ class _Scheduler:
         if self.files.loss is not None:
             error = _LostFileError(self.files.loss)
         translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
-        translated.__cause__ = error if translated is not error else error.__cause__
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
         self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
