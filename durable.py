@@ -2739,6 +2739,19 @@ def job(function: Any = None, /, **options: Any) -> Any:
 # ==================================================================================================
 
 
+_SET_BACK_MS = 1000
+"""A clock that goes back by no more is waited for."""
+
+
+def _brought_back(instant: int, written_at: int, now: int) -> int:
+    """Say when is due what was written by a clock that was ahead of now: after the delay that it was to wait.
+
+    What was dated further ahead than that clock was wrong keeps its date. Pure.
+    """
+    delay = max(0, instant - written_at)
+    return now + delay if delay < written_at - now else instant
+
+
 class _NewRow(NamedTuple):
     """The columns of an instance to insert, in the order in which the statement binds them."""
 
@@ -2762,6 +2775,14 @@ class _NewRow(NamedTuple):
     schedule: str | None = None
     scheduled_at: int | None = None
     retention: int | None = None
+
+    def brought_back(self, now: int) -> _NewRow:
+        """Return it as made now: the clock was set back since it was."""
+        eligible_at = _brought_back(self.eligible_at, self.inserted_at, now)
+        return self._replace(eligible_at=eligible_at, inserted_at=now, updated_at=now)
+
+
+_inserted_at = operator.attrgetter("inserted_at")
 
 
 class _Entry(NamedTuple):
@@ -3291,8 +3312,11 @@ _CLAIM_MANY = _CLAIM.replace("id = ?", f"id IN ({', '.join('?' * _BULK)})")
 _NEXT_QUEUE = """
 SELECT min(queue) FROM durable_instances WHERE queue > ? AND status = 'runnable' AND parked_on IS NULL
 """
+# What was due when it was claimed is due now, whatever the clock says by now; a drain claims what is dated, too.
 _GIVE_BACK = """
-UPDATE durable_instances SET status = 'runnable', worker = NULL, updated_at = ?
+UPDATE durable_instances SET
+    status = 'runnable', worker = NULL, updated_at = ?1,
+    eligible_at = iif(eligible_at <= updated_at, min(eligible_at, ?1), eligible_at)
 WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NULL
 """
 
@@ -3330,7 +3354,6 @@ UPDATE durable_instances SET parked_on = NULL WHERE id IN (
         ORDER BY priority, eligible_at, id LIMIT 100)
     WHERE rate_limit IS NOT ? LIMIT 1)
 """
-_UNPARK_ALL = "UPDATE durable_instances SET parked_on = NULL WHERE parked_on IS NOT NULL"
 
 _BUCKET = "SELECT level, refilled_at FROM durable_buckets WHERE key = ?"
 _SAVE_BUCKET = """
@@ -3341,6 +3364,52 @@ ON CONFLICT (key) DO UPDATE SET
 """
 _READY_BUCKETS = "SELECT key FROM durable_buckets WHERE ready_at <= ?"
 _NEXT_READY = "SELECT min(ready_at) FROM durable_buckets WHERE ready_at > ?"
+# What a clock has written that was ahead of now (?1) by more than is waited for (up to ?2), at most so many rows (?3).
+# As `_brought_back` rules for each; those that were due when they were written become due in the order that they had.
+_AHEAD = "eligible_at > ?1 AND updated_at > ?2 AND eligible_at < 2 * updated_at - ?1"
+_AHEAD_RUNNABLE = f"""
+    SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_pick
+    WHERE status = 'runnable' AND parked_on IS NULL AND {_AHEAD}
+    UNION ALL
+    SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_parked
+    WHERE parked_on IS NOT NULL AND {_AHEAD}"""
+_AHEAD_AWAITING = """
+    SELECT id FROM durable_instances INDEXED BY durable_deadlines
+    WHERE await_deadline > ?1 AND updated_at > ?2 AND await_deadline < 2 * updated_at - ?1"""
+_AHEAD_EXECUTING = """
+    SELECT id FROM durable_instances INDEXED BY durable_executing
+    WHERE status = 'executing' AND eligible_at > ?1 AND eligible_at <= updated_at"""
+_AHEAD_ENDED = """
+    SELECT id FROM durable_instances
+    WHERE (status = 'done' OR status = 'failed') AND retention IS ?4 AND updated_at > ?2"""
+_IS_AHEAD = f"""
+SELECT EXISTS ({_AHEAD_RUNNABLE}) OR EXISTS ({_AHEAD_AWAITING}) OR EXISTS ({_AHEAD_EXECUTING})
+    OR EXISTS (SELECT 1 FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2)
+    OR EXISTS (SELECT 1 FROM durable_workers WHERE heartbeat_at > ?2)
+"""
+_SET_RIGHT_RUNNABLE = f"""
+WITH ahead AS ({_AHEAD_RUNNABLE}), placed AS (
+    SELECT id, delay, row_number() OVER same AS place, count(*) OVER (PARTITION BY delay > 0) AS count FROM ahead
+    WINDOW same AS (PARTITION BY delay > 0 ORDER BY eligible_at, id))
+UPDATE durable_instances SET updated_at = ?1, eligible_at = ?1 + iif(delay > 0, delay, place - count)
+FROM placed WHERE durable_instances.id = placed.id AND place <= ?3
+"""
+_SET_RIGHT_AWAITING = f"""
+UPDATE durable_instances SET await_deadline = ?1 + max(0, await_deadline - updated_at), updated_at = ?1
+WHERE id IN ({_AHEAD_AWAITING} LIMIT ?3)
+"""
+_SET_RIGHT_EXECUTING = f"UPDATE durable_instances SET eligible_at = ?1 WHERE id IN ({_AHEAD_EXECUTING} LIMIT ?3)"
+_SET_RIGHT_ENDED = f"UPDATE durable_instances SET updated_at = ?1 WHERE id IN ({_AHEAD_ENDED} LIMIT ?3)"
+_SET_RIGHT_BUCKETS = """
+UPDATE durable_buckets SET
+    full_at = full_at - refilled_at + ?1, ready_at = ready_at - refilled_at + ?1, refilled_at = ?1
+WHERE key IN (SELECT key FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2 LIMIT ?3)
+"""
+_SET_RIGHT_LEASES = """
+UPDATE durable_workers SET lease_expires_at = lease_expires_at - heartbeat_at + ?1, heartbeat_at = ?1
+WHERE heartbeat_at > ?2
+"""
+
 _SAVE_LIMIT = """
 INSERT INTO durable_limits (name, allowed, per_ms, burst) VALUES (?, ?, ?, ?)
 ON CONFLICT (name) DO UPDATE SET allowed = excluded.allowed, per_ms = excluded.per_ms, burst = excluded.burst
@@ -4066,6 +4135,11 @@ class _Reader:
     def queues(self) -> list[str]:
         return [queue for (queue,) in self._rows("SELECT DISTINCT queue FROM durable_instances")]
 
+    def is_ahead(self, now: int) -> bool:
+        """Whether something in the file was written by a clock that was ahead of now, and waits for it."""
+        horizon = now + _SET_BACK_MS
+        return bool(self._rows(_IS_AHEAD, (now, horizon))[0][0])
+
     def is_cancelled(self, instance: int) -> bool:
         rows = self._rows(_CANCEL_REQUESTED, (instance,))
         return bool(rows and rows[0][0])
@@ -4445,9 +4519,6 @@ class _Store:
         self.db.execute(_UNPARK_OTHER, (parked_on, queue, rate))
         return bool(self.db.changes())
 
-    def unpark_all(self) -> None:
-        self.db.execute(_UNPARK_ALL)
-
     def policy(self, name: str) -> _Policy | None:
         found = self._first(_LIMIT, (name,))
         return _Policy(*found) if found else None
@@ -4541,6 +4612,25 @@ class _Store:
 
     def fire(self, now: int, until: int) -> list[tuple[int, str, str]]:
         return cast(list[tuple[int, str, str]], list(self.db.execute(_FIRE, (now, until))))
+
+    def set_right(self, now: int, count: int) -> tuple[int, bool]:
+        """Set right what a clock that was ahead has written, so many rows of a kind.
+
+        Return how many instances were to run and are brought back, and whether there may be more.
+        """
+        horizon = now + _SET_BACK_MS
+        self.db.execute(_SET_RIGHT_LEASES, (now, horizon))
+        changes = []
+        for sql in (_SET_RIGHT_RUNNABLE, _SET_RIGHT_AWAITING, _SET_RIGHT_EXECUTING, _SET_RIGHT_BUCKETS):
+            self.db.execute(sql, (now, horizon, count))
+            changes.append(self.db.changes())
+        retention: int | None = None
+        while True:
+            self.db.execute(_SET_RIGHT_ENDED, (now, horizon, count, retention))
+            changes.append(self.db.changes())
+            retention = self.next_retention(retention)
+            if retention is None:
+                return changes[0] + changes[1], max(changes) >= count
 
     def register(self, worker: Sequence[Any]) -> None:
         self.db.execute(_REGISTER, worker)
@@ -5437,6 +5527,7 @@ class _Claim:
         "is_migrated",
         "is_timed_out",
         "row",
+        "ruled_at",
         "seen",
         "spec",
         "started_at",
@@ -5463,6 +5554,8 @@ class _Claim:
         self.started_at = 0.0
         self.began_at = 0
         """When it started, in milliseconds since the epoch."""
+        self.ruled_at = 0
+        """When it was said what becomes of the row, in milliseconds since the epoch."""
         self.inline_since: float | None = None
         """Since when it has gone on inline, or was last seen to keep nobody waiting; None for a first step."""
         self.is_finished = False
@@ -5590,6 +5683,16 @@ class _Commit(NamedTuple):
     error: BaseException | None = None
     """What `handle` has answered, for the history."""
 
+    def brought_back(self, now: int) -> _Commit:
+        """Return it as ruled on now: the clock was set back since then."""
+        change, ruled_at = self.change, self.claim.ruled_at
+        if isinstance(change, _Finish):
+            return self
+        change = change._replace(eligible_at=_brought_back(change.eligible_at, ruled_at, now))
+        if isinstance(change, _Progress) and change.await_deadline is not None:
+            change = change._replace(await_deadline=_brought_back(change.await_deadline, ruled_at, now))
+        return self._replace(change=change)
+
     @property
     def is_simple(self) -> bool:
         """Whether one statement writes it, which asks nothing and is followed by nothing."""
@@ -5688,7 +5791,8 @@ def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | Sche
         claim.row, claim.is_migrated = claim.row._replace(version=claim.spec.version), True
     state = ctx.state if outcome.state is None else outcome.state
     text = _dump_state(claim.spec.state, state, claim.row.state, ctx._loaded)
-    return _transition(claim.row, outcome, text, claim.desk.now())
+    claim.ruled_at = claim.desk.now()
+    return _transition(claim.row, outcome, text, claim.ruled_at)
 
 
 def _check_next(claim: _Claim, outcome: Next) -> None:
@@ -5915,6 +6019,7 @@ def _crash(claim: _Claim, error: BaseException) -> _Commit:
     runs again a little later, and no limit counts that.
     """
     row, now = claim.row, claim.desk.now()
+    claim.ruled_at = now
     is_own = isinstance(error, Exception)
     cause = f"crash: {_error_text(error)} {'around' if is_own else 'out of'} step {row.step!r}"
     _log_attempt(row, cause, error)
@@ -7187,10 +7292,14 @@ class _Schedules:
 class _Beat:
     """One transaction: outcomes, requests, timers, claims; and who has to hear of it after its commit."""
 
+    SET_RIGHT_AT_ONCE = 5000
+    """So many rows are dated anew in one transaction, where the clock was set back."""
+
     def __init__(self, core: _Scheduler, now: int, *, is_careful: bool = False) -> None:
         self.core = core
         self.store = core.store
         self.now = now
+        self._ahead_from = now + _SET_BACK_MS
         self.is_careful = is_careful
         service = _Service(self._room, self._is_live, self._closed_queues, self._is_lost)
         self.admission = _Admission(core.store, core.options.concurrency_limits, service, now)
@@ -7271,6 +7380,8 @@ class _Beat:
         """Commit outcomes in the order in which they came, runs of simple ones together."""
         run: list[_Commit] = []
         for commit in commits:
+            if commit.claim.ruled_at > self._ahead_from:
+                commit = commit.brought_back(self.now)
             if commit.is_simple and not self.is_careful:
                 run.append(commit)
             else:
@@ -7504,7 +7615,7 @@ class _Beat:
             case _Statement():
                 self.store.run(effect)
             case _Follower():
-                if self.store.insert(effect.row) is None:
+                if self._insert_row(effect.row) is None:
                     self.log(
                         _log.info,
                         "instance %d: its insert of %s is dropped, the correlation key %r is taken",
@@ -7538,7 +7649,7 @@ class _Beat:
     def _insert_rows(self, requests: list[_Request]) -> None:
         """Insert the rows of many requests as one statement."""
         rows = [row for request in requests for row in request.rows]
-        ids = iter(self.store.insert_many(rows) if rows else ())
+        ids = iter(self._insert_many(rows) if rows else ())
         for request in requests:
             request.value = [next(ids) for _ in request.rows]
         self.inserted += len(rows)
@@ -7549,7 +7660,7 @@ class _Beat:
             self.store.savepoint()
         try:
             if request.action is None:
-                request.value = [self.store.insert(row) for row in request.rows]
+                request.value = [self._insert_row(row) for row in request.rows]
             else:
                 request.value = request.action(self)
         except DurableError as error:
@@ -7563,8 +7674,16 @@ class _Beat:
         if self.is_careful:
             self.store.release()
 
+    def _insert_row(self, row: _NewRow) -> int | None:
+        return self.store.insert(row if row.inserted_at <= self._ahead_from else row.brought_back(self.now))
+
+    def _insert_many(self, rows: Sequence[_NewRow]) -> range:
+        if max(map(_inserted_at, rows)) > self._ahead_from:
+            rows = [row.brought_back(self.now) for row in rows]
+        return self.store.insert_many(rows)
+
     def insert(self, row: _NewRow) -> int:
-        instance = self.store.insert(row)
+        instance = self._insert_row(row)
         if instance is None:
             occupant = self.store.occupant(cast(str, row.correlation_key))
             raise DuplicateError(cast(str, row.correlation_key), occupant[0] if occupant else 0)
@@ -7577,9 +7696,9 @@ class _Beat:
         start = 0
         for end in (*(at for at, row in enumerate(rows) if row.correlation_key is not None), len(rows)):
             if end > start:
-                ids.extend(self.store.insert_many(rows[start:end]))
+                ids.extend(self._insert_many(rows[start:end]))
             if end < len(rows):
-                ids.append(self.store.insert(rows[end]))
+                ids.append(self._insert_row(rows[end]))
             start = end + 1
         self.inserted += sum(one is not None for one in ids)
         return ids
@@ -7856,6 +7975,18 @@ class _Beat:
             if self._room(queue) > 0 and not is_refused:
                 count += self.store.unpark(line, queue, free)
         return count > 0
+
+    def set_right(self) -> bool:
+        """Set right what was written by a clock that was ahead; False if there may be more to do."""
+        count, is_more = self.store.set_right(self.now, self.SET_RIGHT_AT_ONCE)
+        if count:
+            message = (
+                "the clock is behind what it has written: %d instances wait from now on for what they were to wait"
+            )
+            self.log(_log.warning, message, count)
+        self.is_unfinished |= is_more
+        self.sweep_lines()
+        return not is_more
 
     def sweep_lines(self) -> None:
         """Let everything out of line that the limits admit: they may have changed since it was parked."""
@@ -8592,6 +8723,7 @@ class _Drain:
         """Run one row after the other until none is left that is due."""
         core = self._core
         while True:
+            core.notice_set_back(core.desk.now())
             is_unfinished = core.beat_once(self._want)
             if core.failure is not None:
                 raise core.failure
@@ -9486,11 +9618,19 @@ class _Scheduler:
         gap = now - self._agenda.seen_at
         if gap > (self.options.lease_ms - self.options.heartbeat_ms) / 2:  # shorter, it has cost nobody the lease
             self.peers.renew_before_judging(now)
-        if gap < -1000:
-            self.peers.heartbeat_at = self._agenda.gc_at = self._agenda.due_at = now
-            self._agenda.regroup = lambda beat: beat.store.unpark_all()
+        if self.notice_set_back(now):
+            self.peers.renew_before_judging(now)
+            self._agenda.gc_at = now
+
+    def notice_set_back(self, now: int) -> bool:
+        """Notice a clock that was set back, and have set right what is dated by what it said before."""
+        is_set_back = now < self._agenda.seen_at - _SET_BACK_MS
+        if is_set_back:
+            self._agenda.due_at = now
+            self._agenda.regroup = lambda beat: beat.set_right()
             self.post(lambda beat: _Schedules(beat).realign())
         self._agenda.seen_at = now
+        return is_set_back
 
     def declare_schedules(self) -> None:
         """Write the schedules that the known classes declare, and set right what a clock that was ahead has left."""
@@ -9548,13 +9688,13 @@ class _Scheduler:
                 self.desk.progress.pop(key, None)
 
     def regroup_lines(self) -> None:
-        """Have all lines of limits looked at: limits may have changed since they were formed."""
-        self._agenda.regroup = _Beat.sweep_lines
+        """Have all lines of limits looked at, which may have changed, and what a clock that was ahead has written."""
+        is_ahead = self.reader.is_ahead(self.desk.now())
+        self._agenda.regroup = (lambda beat: beat.set_right()) if is_ahead else _Beat.sweep_lines
 
     def _regroup(self, beat: _Beat) -> None:
         regroup = self._agenda.regroup
-        if regroup is not None:
-            regroup(beat)
+        if regroup is not None and regroup(beat) is not False:  # else there is more of it for the next beat
             beat.after.append(functools.partial(self._note_regrouped, regroup))
 
     def _note_regrouped(self, regroup: Callable[[_Beat], object]) -> None:

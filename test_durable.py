@@ -13634,6 +13634,7 @@ class Twin:
     claim: int = 0
     cancel_reason: str | None = None
     ended_at: int | None = None
+    written_at: int = 0
     inbox: list[Letter] = attrs.Factory(list)
 
     @property
@@ -13766,7 +13767,7 @@ class EngineModel:
         return len(due)
 
     def wake(self, row: Twin) -> None:
-        row.status, row.eligible_at, row.deadline = Status.RUNNABLE, self.now, None
+        row.status, row.eligible_at, row.deadline, row.written_at = Status.RUNNABLE, self.now, None, self.now
 
     def join(self) -> None:
         for row in self.rows.values():
@@ -13794,8 +13795,9 @@ class EngineModel:
             state=copy.deepcopy(insert.state or {}),
             queue=insert.queue or spec.queue,
             priority=insert.priority,
-            eligible_at=at + delay,
-            inserted_at=at,
+            eligible_at=self.brought_back(at + delay, at),
+            inserted_at=self.brought_back(at, at),
+            written_at=self.brought_back(at, at),
             max_attempts=insert.max_attempts or spec.max_attempts,
             max_crashes=spec.max_crashes,
             concurrency_key=cast("str | None", insert.concurrency_key),
@@ -13842,6 +13844,7 @@ class EngineModel:
         if occupant is not None and occupant is not row:
             raise RefusedError(DuplicateError, occupant.id)
         row.status, row.attempt, row.crashes, row.eligible_at = Status.RUNNABLE, 0, 0, self.now
+        row.written_at = self.now
         row.ended_at = None
         if row.kept_wait is not None:
             row.status, (row.deadline,), row.kept_wait = Status.AWAITING_SIGNAL, row.kept_wait, None
@@ -13873,7 +13876,7 @@ class EngineModel:
         if BAD_STATEMENT in verdict.effects:
             return False
         if verdict.outcome is CRASHED:
-            self.crash(row, cast(str, verdict.error), verdict.at)
+            self.crash(row, cast(str, verdict.error), self.brought_back(verdict.at, verdict.at))
             return True
         self.move(row, verdict)
         for effect in verdict.effects:
@@ -13894,7 +13897,8 @@ class EngineModel:
             case Stop():
                 self.end(row, Status.FAILED, error=verdict.error)
             case Retry():
-                self.release(row, verdict.at + durable._duration_ms(outcome.delay, "delay"))
+                due_at = verdict.at + durable._duration_ms(outcome.delay, "delay")
+                self.release(row, self.brought_back(due_at, verdict.at))
                 row.attempt += outcome.counted
                 row.last_error = verdict.error or row.last_error
                 row.state = verdict.state
@@ -13927,13 +13931,15 @@ class EngineModel:
         if not any(one.name in outcome.names and one.number not in shown for one in row.letters()):
             row.status = Status.AWAITING_SIGNAL
             if outcome.timeout is not None:
-                row.deadline = verdict.at + durable._duration_ms(outcome.timeout, "timeout")
+                deadline = verdict.at + durable._duration_ms(outcome.timeout, "timeout")
+                row.deadline = self.brought_back(deadline, verdict.at)
 
     def release(self, row: Twin, eligible_at: int) -> None:
         row.status, row.worker, row.eligible_at, row.crashes = Status.RUNNABLE, None, eligible_at, 0
+        row.written_at = self.now
 
     def progress(self, row: Twin, verdict: Verdict, step: str) -> None:
-        self.release(row, verdict.at)
+        self.release(row, self.brought_back(verdict.at, verdict.at))
         row.step, row.state, row.last_error, row.attempt = step, verdict.state, None, 0
         row.rate_limit, row.weight, row.awaits, row.is_joining = None, 1, (), False
 
@@ -13951,6 +13957,7 @@ class EngineModel:
     def end(self, row: Twin, status: Status, *, result: Any = None, error: str | None = None) -> None:
         row.kept_wait = (row.deadline,) if row.status == Status.AWAITING_SIGNAL else None
         row.status, row.result, row.last_error, row.ended_at = status, result, error, self.now
+        row.written_at = self.now
         row.worker = row.cancel_reason = row.deadline = None
         row.crashes = 0
         if status == Status.DONE:
@@ -13982,7 +13989,9 @@ class EngineModel:
         if row.cancel_reason is not None:
             self.end(row, Status.FAILED, error=row.cancel_reason)
         else:
-            row.status, row.worker = Status.RUNNABLE, None
+            was_due = row.eligible_at <= row.written_at
+            row.eligible_at = min(row.eligible_at, self.now) if was_due else row.eligible_at
+            row.status, row.worker, row.written_at = Status.RUNNABLE, None, self.now
 
     def slots(self, key: str) -> int:
         held = sum(row.concurrency_key == key and row.status == Status.EXECUTING for row in self.rows.values())
@@ -14004,11 +14013,41 @@ class EngineModel:
             bucket.high_at = now
         self.now = now
 
+    def set_right(self) -> None:
+        """What a clock has written that was ahead waits from now on for as long as it was to wait."""
+        due = [
+            row for row in self.rows.values() if row.status == Status.RUNNABLE and self.is_ahead(row, row.eligible_at)
+        ]
+        at_once = sorted((row for row in due if row.eligible_at <= row.written_at), key=lambda row: row.order[1:])
+        for place, row in enumerate(at_once, 1):
+            row.eligible_at = self.now + place - len(at_once)
+        for row in due:
+            if row not in at_once:
+                row.eligible_at += self.now - row.written_at
+            row.written_at = self.now
+        for row in self.rows.values():
+            if row.deadline is not None and self.is_ahead(row, row.deadline):
+                row.deadline, row.written_at = self.now + max(0, row.deadline - row.written_at), self.now
+            if row.status == Status.EXECUTING and row.eligible_at <= row.written_at:
+                row.eligible_at = min(row.eligible_at, self.now)
+            if row.status in ENDED and row.written_at > self.now + 1000:
+                row.ended_at = row.written_at = self.now
+
+    def is_ahead(self, row: Twin, instant: int) -> bool:
+        """Whether it was written by a clock that was ahead, and was to wait for less than that."""
+        is_written_ahead = row.written_at > self.now + 1000
+        return instant > self.now and is_written_ahead and instant - row.written_at < row.written_at - self.now
+
+    def brought_back(self, instant: int, at: int) -> int:
+        """What an outcome or an insert says that was made before the clock was set back."""
+        delay = max(0, instant - at)
+        return self.now + delay if at > self.now + 1000 and delay < at - self.now else instant
+
     def take(self, row: Twin, worker: str) -> None:
         """Claim an instance that its limits admit."""
         if row.rate_limit is not None:
             self.charge(row.rate_limit, row.weight)
-        row.status, row.worker, row.claim = Status.EXECUTING, worker, row.claim + 1
+        row.status, row.worker, row.claim, row.written_at = Status.EXECUTING, worker, row.claim + 1, self.now
 
     def claims(
         self,
@@ -14242,6 +14281,8 @@ class Hand:
         self.went_on: set[int] = set()
         self.seen_at = self.core._agenda.seen_at
         self.judge_from = 0
+        self.is_behind = False
+        """Whether its clock was set back, and what it had written is still to be set right."""
         self.renewed_at = self.seen_at
         self.heartbeat_at = self.seen_at + HEARTBEAT_MS if is_worker else NEVER
         self.engine.subscribe(lambda event: self.went_on.add(event.metadata["id"]), "inline.continue")
@@ -14468,6 +14509,9 @@ class Theatre(RuleBasedStateMachine):
         finally:
             if self.model.now >= hand.heartbeat_at:
                 self.renew(hand)
+            if hand.is_behind:
+                self.set_right()
+                hand.is_behind = False
 
     @staticmethod
     def answer_of(call: Callable[[], Any]) -> Any:
@@ -14511,7 +14555,7 @@ class Theatre(RuleBasedStateMachine):
         if gap > SUSPENSION_MS:
             hand.judge_from, hand.heartbeat_at = now + LEASE_MS, now
         if gap < -1000:
-            hand.heartbeat_at = now
+            hand.judge_from, hand.heartbeat_at, hand.is_behind = now + LEASE_MS, now, True
         hand.core._notice_gap(now)
         self.perform(hand, hand.beat)
 
@@ -14526,6 +14570,12 @@ class Theatre(RuleBasedStateMachine):
             for worker, expires_at in list(self.leases.items()):
                 if expires_at <= now:
                     self.reap(worker)
+
+    def set_right(self) -> None:
+        self.model.set_right()
+        for worker, expires_at in self.leases.items():
+            if NEVER > expires_at > self.model.now + 1000 + LEASE_MS:
+                self.leases[worker] = self.model.now + LEASE_MS
 
     def reap(self, worker: str) -> None:
         self.model.reap(worker)
@@ -14785,6 +14835,7 @@ class Theatre(RuleBasedStateMachine):
         self.hands[number] = hand = self.enter(number)
         self.model.beat([])
         self.reap_dead()
+        self.set_right()
         self.model.beat([])
         self.leases[hand.id] = self.model.now + LEASE_MS
 
@@ -14856,6 +14907,7 @@ class Theatre(RuleBasedStateMachine):
         self.model.beat([])
         if not (has_failed and commits == 1):  # else not even the dead were reaped
             self.reap_dead()
+            self.set_right()
         self.follow_drain(given, seen, went_on, with_scheduled=with_scheduled, has_failed=has_failed)
         assert has_failed or tally["steps"] == len(seen)
         assert STAGE.handlings == self.model.handlings
@@ -14875,6 +14927,7 @@ class Theatre(RuleBasedStateMachine):
         tally = self.answer_of(lambda: engine.drain(with_scheduled=with_scheduled))
         unsubscribe()
         STAGE.cues.clear()
+        self.client.core._drain = cast(Any, self.client.lap)
         assert is_storage_failure(tally) or not isinstance(tally, Exception), tally
         return tally, list(STAGE.seen), went_on
 
@@ -14922,6 +14975,7 @@ class Theatre(RuleBasedStateMachine):
         left = len(hand.failures)
         with pytest.raises(DurableError) as caught:
             hand.engine.drain()
+        hand.core._drain = cast(Any, hand.lap)
         assert is_storage_failure(caught.value)
         if len(hand.failures) == left - 1:
             self.model.beat([], functools.partial(self.sign_off, hand))
@@ -14967,6 +15021,7 @@ class Theatre(RuleBasedStateMachine):
         differing = {name: (actual[name], expected[name]) for name in expected if expected[name] != actual[name]}
         assert not differing, f"instance {one.id}: {differing}"
         assert durable._instant(row.inserted_at) == one.inserted_at
+        assert durable._instant(row.written_at) == one.updated_at
         assert durable._instant_or_none(row.deadline) == one.await_deadline
         if row.status in (Status.RUNNABLE, Status.EXECUTING):
             assert durable._instant(row.eligible_at) == one.eligible_at
@@ -15415,6 +15470,49 @@ def time_that_jumps(at: Any) -> None:
 
 
 @rehearsed
+def a_clock_that_is_set_back(at: Any) -> None:
+    """What was due is due, in its order; a short delay begins anew, and what is dated further keeps its date."""
+    for seconds in (0, 0.5, 15, 90):
+        at.insert(Puppet, schedule_in=seconds)
+    at.pass_time(1000)
+    at.acts(Retry(15), Await("a", "start", timeout=1))
+    at.insert(Puppet, concurrency_key="k")
+    at.insert(Puppet, schedule_in=0.5)
+    at.insert(Puppet, concurrency_key="k")
+    at.claim_all(0)
+    at.fill_disk(0, [apsw.FullError] * 3)
+    at.run_held(0, Retry(0.5))
+    at.insert(Puppet)
+    at.pass_time(499)
+    at.insert(Labourer)
+    at.set_clock_back(30_000)
+    at.claim(1, "default", 1)
+    at.claim_all(1)
+    at.pass_time(500)
+    at.claim_all(1)
+    at.pass_time(500)
+    at.claim_all(1)
+    at.pass_time(15_000)
+    at.claim_all(1)
+
+
+@rehearsed
+def a_clock_that_is_set_back_under_a_claim(at: Any) -> None:
+    """What is given back then was due; what is new is dated by the clock as it is."""
+    at.insert(Puppet)
+    at.pass_time(1000)
+    at.claim_all(0)
+    for number in (0, 1):
+        at.fill_disk(number, [apsw.FullError] * 3)
+    at.set_clock_back(30_000)
+    at.give_back_held(0)
+    at.insert(Puppet, schedule_in=0.5)
+    at.claim_all(1)
+    at.leave(1)
+    at.claim_all(0)
+
+
+@rehearsed
 def full_disks_and_bad_statements(at: Any) -> None:
     """Nothing is kept of what failed, and nothing is lost that did not."""
     at.insert(Puppet)
@@ -15695,6 +15793,20 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "any retried step waits for its children": reworded("_REVIVE", "WHEN joining AND", "WHEN 1 AND"),
     "an ended instance occupies its key for ever": bent(
         durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0
+    ),
+    "a clock that is set back holds up what is due": replaced(durable._Store, "set_right", lambda *_: (0, False)),
+    "what was due first is due last on a clock that is set back": reworded(
+        "_SET_RIGHT_RUNNABLE", "ORDER BY eligible_at, id", "ORDER BY eligible_at DESC, id DESC"
+    ),
+    "a delay is over when the clock is set back": reworded(
+        "_SET_RIGHT_RUNNABLE", "iif(delay > 0, delay, place - count)", "0"
+    ),
+    "a deadline stays in the future of a clock that is set back": reworded(
+        "_SET_RIGHT_AWAITING", "= ?1 + max(0, await_deadline - updated_at)", "= await_deadline"
+    ),
+    "what is given back after that stays in the future": reworded("_GIVE_BACK", "min(eligible_at, ?1)", "eligible_at"),
+    "an outcome from before the clock was set back is dated ahead": replaced(
+        durable._Commit, "brought_back", lambda commit, _: commit
     ),
     "inline steps ignore their limits": replaced(durable._Beat, "_may_go_on", lambda *_: True),
 }
