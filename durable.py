@@ -3399,7 +3399,11 @@ UPDATE durable_instances SET await_deadline = ?1 + max(0, await_deadline - updat
 WHERE id IN ({_AHEAD_AWAITING} LIMIT ?3)
 """
 _SET_RIGHT_EXECUTING = f"UPDATE durable_instances SET eligible_at = ?1 WHERE id IN ({_AHEAD_EXECUTING} LIMIT ?3)"
-_SET_RIGHT_ENDED = f"UPDATE durable_instances SET updated_at = ?1 WHERE id IN ({_AHEAD_ENDED} LIMIT ?3)"
+_SET_RIGHT_ENDED = f"""
+UPDATE durable_instances SET updated_at = ?1, kept_deadline = iif(
+    kept_deadline > ?1 AND kept_deadline < 2 * updated_at - ?1, ?1 + max(0, kept_deadline - updated_at), kept_deadline)
+WHERE id IN ({_AHEAD_ENDED} LIMIT ?3)
+"""
 _SET_RIGHT_BUCKETS = """
 UPDATE durable_buckets SET
     full_at = full_at - refilled_at + ?1, ready_at = ready_at - refilled_at + ?1, refilled_at = ?1

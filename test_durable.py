@@ -10,8 +10,9 @@ In this order, each part with its sections:
   What takes long, or cannot be had; Looking; Waiting; Cancel; Retry; Drain; Operations; Order and timers; Several
   engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children; A model of inbox
   and park
-* Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; Crashes of a step;
-  Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning; Kills; Power cuts; Soak
+* Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; A clock that was
+  wrong; Crashes of a step; Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning;
+  Kills; Power cuts; Soak
 * The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
   application with accounts; Views and snapshots; Events; Logs
 * The whole engine against a model: Puppets; The model; Model and engine; Rehearsed plays; Planted faults; Random
@@ -9191,6 +9192,249 @@ def test_long_step_is_never_taken_from_a_worker_that_beats(make_engine: MakeEngi
     assert (row.status, row.attempt, desk.arrivals) == ("done", 0, [who])
 
 
+# ---- A clock that was wrong ----------------------------------------------------------------------
+
+HOUR, DAY = 3600, 86_400
+
+
+class Dated(FSM):
+    """Notes in which order its instances end; the first step of some does more than that."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate or Gate()
+        self.ended: list[str] = []
+
+    @step
+    def start(self, ctx: Ctx) -> Any:
+        match ctx.correlation_key:
+            case "again" if ctx.attempt == 0:
+                return Retry(1)
+            case "await":
+                return Await("nothing", then="end", timeout=2)
+            case "hold":
+                self.gate.hold()
+                ctx.insert(Dated, correlation_key="follower")
+                return Retry(3) if ctx.attempt == 0 else self.end(ctx)
+        return self.end(ctx)
+
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        self.ended.append(str(ctx.correlation_key))
+        return Done()
+
+
+FAR = ["in a day", "in a minute of a day"]
+
+
+def insert_dated(engine: Engine, clock: Clock) -> None:
+    """Instances that are due, in another order than that of their ids, and some that are to wait."""
+    engine.insert(Dated, correlation_key="third", schedule_at=clock.instant(-1))
+    engine.insert(Dated, correlation_key="second", schedule_at=clock.instant(-2))
+    engine.insert(Dated, correlation_key="first", schedule_at=clock.instant(-3))
+    engine.insert(Dated, correlation_key="urgent", priority=-1)
+    engine.insert(Dated, correlation_key="in a second", schedule_in=1)
+    engine.insert(Dated, correlation_key="in a minute", schedule_in=60)
+    for key, seconds in zip(FAR, (2 * DAY, 2 * DAY + 60), strict=True):
+        engine.insert(Dated, correlation_key=key, schedule_in=seconds)
+
+
+def test_what_was_due_runs_when_the_clock_is_set_back(make_engine: MakeEngine, clock: Clock, gate: Gate) -> None:
+    """In its order; short delays begin anew, deadlines too, and what is dated far ahead keeps its date."""
+    dated = Dated(gate)
+    engine = make_engine(fsms=[dated], clock=clock, queues={"default": 1})
+    for key in ("again", "await", "hold"):
+        engine.insert(Dated, correlation_key=key)
+    engine.start()
+    assert gate.entered.wait(PATIENCE)
+    insert_dated(engine, clock)
+    dates = [engine.get(key).eligible_at for key in FAR]
+    clock.advance(-HOUR)
+    eventually(lambda: engine.get("first").eligible_at <= clock.instant())
+    gate.leave.set()
+    eventually(lambda: len(dated.ended) == 5)
+    assert dated.ended == ["urgent", "first", "second", "third", "follower"]
+    due = {key: engine.get(key).eligible_at for key in ("again", "in a second", "hold", "in a minute")}
+    assert due == {key: clock.instant(delay) for key, delay in zip(due, (1, 1, 3, 60), strict=True)}
+    assert engine.get("await").await_deadline == clock.instant(2)
+    assert [engine.get(key).eligible_at for key in FAR] == dates
+    for seconds, keys in ((1, {"again", "in a second"}), (1, {"await"}), (1, {"hold"}), (57, {"in a minute"})):
+        clock.advance(seconds)
+        eventually(lambda: len(dated.ended) >= 5 + len(keys))  # noqa: B023
+        assert set(dated.ended[5:]) >= keys
+        del dated.ended[5:]
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("way", ["start", "drain"])
+def test_what_was_due_by_a_clock_that_was_ahead_runs_after_a_restart(
+    make_engine: MakeEngine, clock: Clock, way: str
+) -> None:
+    """A machine that ran a day ahead and was set right while it was off holds up nothing for a day."""
+    clock.advance(DAY)
+    before = make_engine(clock=clock, fsms=[Dated()])
+    for key in ("again", "await"):
+        before.insert(Dated, correlation_key=key)
+    before.drain(with_scheduled=False)
+    insert_dated(before, clock)
+    before.stop()
+    clock.advance(-DAY)
+    dated = Dated()
+    engine = make_engine(clock=clock, fsms=[dated], queues={"default": 1})
+    engine.insert(Dated, correlation_key="new", priority=5)  # by this clock: the latest row shows nothing of the other
+    dates = [engine.get(key).eligible_at for key in FAR]
+    if way == "start":
+        engine.start()
+    for count, seconds in ((5, 0), (7, 1), (8, 1), (9, 58)):
+        clock.advance(seconds)
+        if way == "drain":
+            engine.drain(with_scheduled=False)
+        eventually(lambda: len(dated.ended) >= count)  # noqa: B023
+        assert len(dated.ended) == count
+    assert dated.ended[:5] == ["urgent", "first", "second", "third", "new"]
+    assert [set(dated.ended[5:7]), *dated.ended[7:]] == [{"again", "in a second"}, "await", "in a minute"]
+    assert [engine.get(key).eligible_at for key in FAR] == dates
+    assert engine.check() == []
+
+
+def test_a_drain_notices_a_clock_that_is_set_back_under_it(make_engine: MakeEngine, clock: Clock) -> None:
+    """What is due when it begins runs, though the clock is set back by then."""
+    ended: list[int] = []
+
+    @durable.job(name="sets the clock back")
+    def sets_back(ctx: Ctx) -> None:
+        clock.advance(0 if ended else -HOUR)
+        ended.append(ctx.id)
+
+    engine = make_engine(clock=clock)
+    ids = insert_many(engine, [Insert(sets_back)] * 3)
+    engine.drain(with_scheduled=False)
+    assert ended == ids
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 20])
+def test_any_number_of_rows_is_set_right_in_small_transactions_and_in_order(
+    make_engine: MakeEngine, clock: Clock, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Other processes can write in between, and the order holds all the same."""
+    monkeypatch.setattr(durable._Beat, "SET_RIGHT_AT_ONCE", 3)
+    clock.advance(DAY)
+    ahead = make_engine(queues={}, clock=clock)
+    due = [ahead.insert(Echo, schedule_at=clock.instant(n * 3 % 7)) for n in range(count)]
+    dated = [ahead.insert(Echo, schedule_in=10 + n) for n in range(count)]
+    clock.advance(7)
+    ask(ahead, f"update durable_instances set updated_at = {int(clock.now * 1000)}")
+    order = [one.id for one in sorted(ahead.find(limit=100), key=lambda one: (one.eligible_at, one.id))][:count]
+    clock.advance(-DAY)
+    engine = make_engine(clock=clock)
+    engine.drain(with_scheduled=False)
+    assert sorted(order) == due
+    ran = sorted((engine.get(one) for one in order), key=lambda one: (one.eligible_at, one.id))
+    assert [one.id for one in ran] == order
+    assert {one.status for one in ran} == {Status.DONE}
+    assert {engine.get(one).status for one in dated} == {Status.RUNNABLE}
+    assert [engine.get(one).eligible_at for one in dated] == [clock.instant(3 + n) for n in range(count)]
+
+
+def test_an_engine_on_a_sound_file_sets_nothing_right(
+    make_engine: MakeEngine, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows that wait for dates and deadlines by the clock as it is are left alone, and nothing is told."""
+    engine = make_engine(clock=clock, fsms=[Dated()])
+    insert_dated(engine, clock)
+    engine.insert(Dated, correlation_key="await")
+    engine.drain(with_scheduled=False)
+    clock.advance(0.5)
+    found = engine.find()
+    engine.drain(with_scheduled=False)
+    assert engine.find() == found
+    assert not [record for record in caplog.records if "clock" in record.getMessage()]
+
+
+def test_a_bucket_fills_when_the_clock_is_set_back(make_engine: MakeEngine, clock: Clock) -> None:
+    """Whoever waits for it waits for as long as it takes to fill, counted from then, also after a restart."""
+    limits = {"r": RateLimit(1, per=60)}
+    engine = make_engine(clock=clock, rate_limits=limits)
+    engine.start()
+    for restarts in (False, True):
+        engine.result(engine.insert(Visitor, step="end", rate_limit="r"), PATIENCE)
+        waiting = engine.insert(Visitor, step="end", rate_limit="r")
+        parked(engine, waiting, "rate:r")
+        if restarts:
+            engine.stop()
+            clock.advance(-DAY)
+            engine = make_engine(clock=clock, rate_limits=limits)
+            engine.start()
+        else:
+            clock.advance(-DAY)
+        eventually(lambda: engine.get(waiting).eligible_at <= clock.instant())  # noqa: B023
+        clock.advance(59)
+        assert engine.get(waiting).status == "runnable"
+        clock.advance(2)
+        engine.result(waiting, PATIENCE)
+        clock.advance(60)
+
+
+def test_leases_and_retention_count_by_the_clock_as_it_is(make_engine: MakeEngine, clock: Clock) -> None:
+    """A lease that was taken, and an end that was noted, by a clock that was ahead are no longer for it."""
+    engine = make_engine(clock=clock, lease_ttl=60, retention=100)
+    clock.advance(DAY)
+    ended = engine.insert(Echo)
+    engine.drain()
+    path = durable._LockFile.path_of(engine._core.path, "hung")
+    with closing(durable._LockFile.create(path, engine._core.path)):
+        row = ("hung", "hung", "here", 1, "{}", clock.now * 1000, clock.now * 1000, (clock.now + 60) * 1000)
+        ask(engine, f"insert into durable_workers values {row}")
+        clock.advance(-DAY)
+        engine.drain()
+        assert [worker.lease_expires_at for worker in engine.workers()] == [clock.instant(60)]
+    clock.advance(99)
+    assert (engine.gc(), engine.get(ended).status) == (0, "done")
+    clock.advance(2)
+    assert engine.gc() == 1
+
+
+def test_what_was_made_before_the_clock_was_set_back_is_dated_by_it(make_engine: MakeEngine, clock: Clock) -> None:
+    """An outcome, a child, a follower and an insert that are committed only then."""
+
+    class Late(FSM):
+        @step
+        def start(self, ctx: Ctx) -> Any:
+            ctx.insert(Echo, correlation_key="follower", schedule_in=5)
+            return ctx.state["outcome"] and OUTCOMES_BEFORE[ctx.state["outcome"]]
+
+    OUTCOMES_BEFORE: dict[str, Any] = {  # noqa: N806 - a table
+        "next": Next("start", {"outcome": ""}),
+        "retry": Retry(7),
+        "await": Await("x", then="start", timeout=9),
+        "children": ScheduleChildren([Insert(Echo, correlation_key="child", schedule_in=11)], then="start"),
+    }
+    engine = make_engine(clock=clock, fsms=[Late()])
+    core = engine._core
+    for outcome in OUTCOMES_BEFORE:
+        who = engine.insert(Late, state={"outcome": outcome})
+        core.peers.join(10**9)
+        lap = Lap()
+        core._drain = cast(Any, lap)
+        core.beat_once(lambda beat: cast(None, beat.claim("default", 1)))
+        core.finish(contextvars.copy_context().run(execute, lap.claims[0]))
+        new = core.desk.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
+        clock.advance(-HOUR)
+        core.perform(lambda beat: beat.insert(new))  # noqa: B023
+        core._drain = None
+        core._sign_off()
+        row = engine.get(who)
+        waits = {"next": 0, "retry": 7, "await": 0, "children": 0}[outcome]
+        assert row.eligible_at == clock.instant(waits), outcome
+        assert outcome != "await" or row.await_deadline == clock.instant(9)
+        made = {one.correlation_key: one.eligible_at for one in engine.find() if one.correlation_key}
+        expected = {"follower": clock.instant(5), "inserted": clock.instant(3)}
+        assert made == expected | ({"child": clock.instant(11)} if outcome == "children" else {})
+        for one in engine.find():
+            engine.cancel(one.id)
+        clock.advance(2 * DAY)
+        engine.gc()
+
+
 # ---- Crashes of a step ---------------------------------------------------------------------------
 
 
@@ -14031,6 +14275,8 @@ class EngineModel:
             if row.status == Status.EXECUTING and row.eligible_at <= row.written_at:
                 row.eligible_at = min(row.eligible_at, self.now)
             if row.status in ENDED and row.written_at > self.now + 1000:
+                if row.kept_wait and row.kept_wait[0] is not None and self.is_ahead(row, row.kept_wait[0]):
+                    row.kept_wait = (self.now + max(0, row.kept_wait[0] - row.written_at),)
                 row.ended_at = row.written_at = self.now
 
     def is_ahead(self, row: Twin, instant: int) -> bool:
