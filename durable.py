@@ -250,6 +250,8 @@ _START_OF_TIME = -62_135_596_800_000
 """The first millisecond that a `datetime` of UTC can hold; what is earlier, east of Greenwich, is cut to it."""
 _END_OF_TIME = 253_402_300_799_999
 """The last one; later instants mean 'never' and are cut to it."""
+_LONG_AGO = _START_OF_TIME - 1
+"""Before any instant."""
 
 _MAX_INTEGER = 2**63 - 1
 
@@ -524,37 +526,72 @@ _CRON_ALIASES = {
 _NO_CRON = "Cron needs the packages cronsim and tzlocal: pip install 'durable-fsm[cron]'"
 _COUNTED = 1000
 """So many missed occurrences are counted exactly, and at most so many are caught up."""
+_CRON_INTERVAL_MS = 60_000
+"""Cron's smallest interval."""
 _ON_TIME_MS = 1000
 """An occurrence is late, not missed, while it is younger than this."""
 
 
+def _local_zone() -> dt.tzinfo:
+    """Find this machine's time zone, anew each time, for a laptop travels. It takes over a millisecond."""
+    try:
+        import tzlocal
+    except ImportError as error:
+        raise ImportError(_NO_CRON) from error
+    try:
+        return tzlocal.reload_localzone()
+    except Exception as error:  # of its own kinds, files that can't be read, warnings that are errors
+        raise ValueError(f"zone 'local' can't be told here, name one or set TZ: {_error_text(error)}") from error
+
+
 def _zone(name: object) -> dt.tzinfo:
-    """Find a time zone; the local one anew each time, for a laptop travels."""
+    """Find a time zone."""
     if name == "UTC":
         return dt.UTC  # which cronsim knows to have no changes of the clock
     if name == "local":
-        try:
-            import tzlocal
-        except ImportError as error:
-            raise ImportError(_NO_CRON) from error
-        return tzlocal.reload_localzone()
+        return _local_zone()
     import zoneinfo
 
     try:
         return zoneinfo.ZoneInfo(cast(str, name))
-    except (ValueError, TypeError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
         raise ValueError(
             f"zone must be an IANA name such as 'Europe/Berlin', 'UTC' or 'local', not {name!r}"
         ) from error
 
 
-def _cron_instants(expression: str, start: dt.datetime) -> Iterator[dt.datetime]:
+def _read_cron(expression: str, start: dt.datetime) -> Iterator[dt.datetime]:
     """Yield the instants of an expression from one on; within an hour that comes twice they may look back."""
     try:
         import cronsim
     except ImportError as error:
         raise ImportError(_NO_CRON) from error
     return cronsim.CronSim(_CRON_ALIASES.get(expression.lower(), expression), start)
+
+
+def _cron_instants(expression: str, zone: dt.tzinfo, after: int) -> Iterator[int]:
+    """Yield the instants of an expression after that one, in order, and at last the end of time."""
+    with contextlib.suppress(OverflowError):  # the end of the calendar
+        for found in _read_cron(expression, _instant(after).astimezone(zone)):
+            at = (found - _EPOCH) // _MILLISECOND
+            if at > after:
+                yield at
+                after = at
+    yield _END_OF_TIME
+
+
+# Schedules of one expression are due together; after a laptop's sleep with many occurrences each.
+
+
+@functools.lru_cache(maxsize=256)
+def _next_cron_instant(expression: str, zone: dt.tzinfo, after: int) -> int:
+    return next(_cron_instants(expression, zone, after))
+
+
+@functools.lru_cache(maxsize=256)
+def _count_cron_instants(expression: str, zone: dt.tzinfo, first: int, latest: int, limit: int) -> int:
+    passed = itertools.takewhile(lambda at: at <= latest, _cron_instants(expression, zone, first))
+    return 1 + sum(1 for _ in itertools.islice(passed, limit - 1))
 
 
 def _check_cron(_: object, attribute: attrs.Attribute[str], expression: object) -> None:
@@ -565,7 +602,7 @@ def _check_cron(_: object, attribute: attrs.Attribute[str], expression: object) 
     if len(expression.split()) != 5 and expression.lower() not in _CRON_ALIASES:
         raise ValueError(refusal)  # cronsim would take a sixth, for seconds
     try:
-        next(_cron_instants(expression, _EPOCH))
+        next(_read_cron(expression, _EPOCH))
     except ImportError:
         raise
     except StopIteration:
@@ -574,11 +611,69 @@ def _check_cron(_: object, attribute: attrs.Attribute[str], expression: object) 
         raise ValueError(f"{refusal}: {error}") from error
 
 
-def _walk(when: Cron | Every, first: int, last: int, written_at: int) -> Iterator[int]:
-    """Yield the instants of a grid from one to another."""
-    while first <= last:
-        yield first
-        first = when._after(first, written_at)
+class _EveryGrid(NamedTuple):
+    """Instants at an interval, before the start as well unless that is an anchor. All is milliseconds."""
+
+    start: int
+    interval: int
+    is_anchored: bool
+
+    def after(self, instant: int) -> int:
+        """Return the first instant of the grid after that one; the end of time if none comes."""
+        if self.is_anchored and instant < self.start:
+            return self.start
+        return min(self.start + ((instant - self.start) // self.interval + 1) * self.interval, _END_OF_TIME)
+
+    def latest(self, until: int, first: int) -> int:
+        """Return the last instant of the grid that is not after `until`; `first` is one of it, and not after either."""
+        return first + (until - first) // self.interval * self.interval
+
+    def last(self, first: int, latest: int, count: int) -> Sequence[int]:
+        """Return the last so many instants of the grid between two of it."""
+        return range(max(first, latest - (count - 1) * self.interval), latest + 1, self.interval)
+
+    def counted(self, first: int, latest: int, _limit: int) -> int:
+        """Count the instants of the grid between two of it, exactly up to a limit at least."""
+        return (latest - first) // self.interval + 1
+
+
+class _CronGrid(NamedTuple):
+    """Instants by a cron expression. All is milliseconds; what it has in common with `_EveryGrid` means the same."""
+
+    expression: str
+    zone: dt.tzinfo
+
+    def after(self, instant: int) -> int:
+        return _next_cron_instant(self.expression, self.zone, instant)
+
+    def latest(self, until: int, first: int) -> int:
+        """Look back over longer and longer spans, and then by bisection between the last two."""
+        low = high = until
+        span = _CRON_INTERVAL_MS
+        while low > first and self.after(low) > until:
+            low, high, span = max(first, until - span), low, span * 2
+        while high - low > _CRON_INTERVAL_MS:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.after(middle) <= until else (low, middle)
+        return max([first, *self._between(low, until)])
+
+    def last(self, first: int, latest: int, count: int) -> Sequence[int]:
+        span = count * _CRON_INTERVAL_MS
+        while True:
+            start = max(first, self.after(latest - span - 1))
+            found = [start, *self._between(start, latest)]
+            if start == first or len(found) >= count:
+                return found[-count:]
+            span *= 2
+
+    def counted(self, first: int, latest: int, limit: int) -> int:
+        return _count_cron_instants(self.expression, self.zone, first, latest, limit)
+
+    def _between(self, after: int, until: int) -> Iterator[int]:
+        return itertools.takewhile(lambda at: at <= until, _cron_instants(self.expression, self.zone, after))
+
+
+_Grid = _EveryGrid | _CronGrid
 
 
 @attrs.frozen
@@ -586,9 +681,9 @@ class Cron:
     """Instants by a cron expression: minute, hour, day, month and weekday, read as Debian's cron does.
 
     `expression` may also be `@hourly`, `@daily`, `@midnight`, `@weekly`, `@monthly` or `@yearly`; `zone` is an IANA
-    name, "UTC", or "local", this machine's zone, looked up anew each time. A fixed time in the hour that a change of
-    the clock skips is at that hour's end, one in the hour that comes twice the first of the two; wildcards follow
-    real time. The library cronsim reads it, an extra: `pip install 'durable-fsm[cron]'`.
+    name, "UTC", or "local", this machine's zone, looked up anew whenever a next instant is worked out. A fixed time in
+    the hour that a change of the clock skips is at that hour's end, one in the hour that comes twice the first of the
+    two; wildcards follow real time. The library cronsim reads it, an extra: `pip install 'durable-fsm[cron]'`.
 
     Raises `ValueError` for what is no such expression or zone, `ImportError` without the extra.
     """
@@ -599,42 +694,20 @@ class Cron:
     def __attrs_post_init__(self) -> None:
         _zone(self.zone)
 
-    def _after(self, instant: int, _: int) -> int:
-        """Return the first instant of the grid after that one; both are milliseconds since the epoch."""
-        with contextlib.suppress(OverflowError):  # the end of the calendar
-            for found in _cron_instants(self.expression, _instant(instant).astimezone(_zone(self.zone))):
-                at = (found - _EPOCH) // _MILLISECOND
-                if at > instant:
-                    return at
-        return _END_OF_TIME
-
-    def _latest(self, until: int, first: int, _: int) -> int:
-        """Return the last instant of the grid that is not after `until`; `first` is an earlier one of it.
-
-        By bisection: that something still comes by then holds up to the instant sought, and no longer from there on.
-        """
-        low, high = first - 1, until
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._after(middle, 0) <= until else (low, middle)
-        return self._after(low, 0)
-
-    def _last(self, first: int, last: int, count: int, _: int) -> list[int]:
-        """Return the last so many instants of the grid between two of it, looking back over longer and longer spans."""
-        span = count * 60_000  # cron's smallest interval is a minute
-        while True:
-            start = max(first, self._after(last - span - 1, 0))
-            found = collections.deque(_walk(self, start, last, 0), maxlen=count)
-            if start == first or len(found) == count:
-                return list(found)
-            span *= 2
-
-    def _count(self, first: int, last: int, limit: int, _: int) -> int:
-        """Count the instants of the grid between two of it, up to a limit."""
-        return sum(1 for _ in itertools.islice(_walk(self, first, last, 0), limit))
+    def _grid(self, _written_at: int, zone_of: Callable[[str], dt.tzinfo]) -> _Grid:
+        return _CronGrid(self.expression, zone_of(self.zone))
 
     def _stored(self) -> dict[str, Any]:
         return {"cron": self.expression, "zone": self.zone}
+
+
+def _check_interval(_: object, attribute: attrs.Attribute[Any], interval: object) -> None:
+    _positive_ms(interval, attribute.name)
+
+
+def _check_anchor(_: object, attribute: attrs.Attribute[Any], anchor: object) -> None:
+    if anchor is not None:
+        _instant_ms(anchor, attribute.name)
 
 
 @attrs.frozen
@@ -645,41 +718,16 @@ class Every:
     grid starts when the schedule is first written, and the first instant is an interval later. Raises `ValueError`.
     """
 
-    interval: _Duration = attrs.field(
-        eq=lambda interval: _duration_ms(interval, "interval"),
-        validator=lambda _self, attribute, interval: _positive_ms(interval, attribute.name) and None,
-    )
-    anchor: dt.datetime | None = attrs.field(
-        default=None,
-        kw_only=True,
-        validator=lambda _self, attribute, anchor: anchor and _instant_ms(anchor, attribute.name) and None,
-    )
+    interval: _Duration = attrs.field(eq=lambda interval: _positive_ms(interval, "interval"), validator=_check_interval)
+    anchor: dt.datetime | None = attrs.field(default=None, kw_only=True, validator=_check_anchor)
 
-    @property
-    def _interval_ms(self) -> int:
-        return _positive_ms(self.interval, "interval")
-
-    def _start(self, written_at: int) -> int:
-        return written_at if self.anchor is None else _instant_ms(self.anchor, "anchor")
-
-    def _after(self, instant: int, written_at: int) -> int:
-        start, interval = self._start(written_at), self._interval_ms
-        if self.anchor is not None and instant < start:
-            return start
-        return min(start + ((instant - start) // interval + 1) * interval, _END_OF_TIME)
-
-    def _latest(self, until: int, first: int, _: int) -> int:
-        return first + (until - first) // self._interval_ms * self._interval_ms
-
-    def _last(self, first: int, last: int, count: int, _: int) -> list[int]:
-        start = max(first, last - (count - 1) * self._interval_ms)
-        return list(range(start, last + 1, self._interval_ms))
-
-    def _count(self, first: int, last: int, _limit: int, _: int) -> int:
-        return (last - first) // self._interval_ms + 1
+    def _grid(self, written_at: int, _zone_of: Callable[[str], dt.tzinfo]) -> _Grid:
+        start = written_at if self.anchor is None else _instant_ms(self.anchor, "anchor")
+        return _EveryGrid(start, _positive_ms(self.interval, "interval"), self.anchor is not None)
 
     def _stored(self) -> dict[str, Any]:
-        return {"every": self._interval_ms, "anchor": None if self.anchor is None else self._start(0)}
+        anchor = None if self.anchor is None else _instant_ms(self.anchor, "anchor")
+        return {"every": _positive_ms(self.interval, "interval"), "anchor": anchor}
 
 
 def _read_when(text: str) -> Cron | Every:
@@ -708,8 +756,7 @@ class _Due(NamedTuple):
 class _Timetable(NamedTuple):
     """When a schedule fires, and what becomes of the occurrences that nobody was there for. Pure: it asks no clock."""
 
-    when: Cron | Every
-    written_at: int
+    grid: _Grid
     catch_up: str
     window_ms: int
     jitter_ms: int
@@ -717,42 +764,43 @@ class _Timetable(NamedTuple):
     """What jitter is a hash of, beside the instant: so that all processes agree, and other files do not."""
 
     def after(self, instant: int) -> int:
-        """Return the nominal instant of the first occurrence after that one."""
-        return self.when._after(instant, self.written_at)
+        """Return the nominal instant of the first occurrence after that one; `_END_OF_TIME` if none comes."""
+        return self.grid.after(instant)
 
     def fires_at(self, nominal: int) -> int:
-        """Return when an occurrence fires: up to the jitter later than its nominal instant."""
+        """Return when an occurrence fires: up to the jitter later than its nominal instant, but before the next."""
         if not self.jitter_ms:
             return nominal
         import hashlib  # only users of jitter pay for it
 
         digest = hashlib.blake2b(f"{self.salt}:{nominal}".encode(), digest_size=8).digest()
-        return nominal + int.from_bytes(digest, "big") % (self.jitter_ms + 1)
+        spread = max(1, min(self.jitter_ms + 1, self.after(nominal) - nominal))
+        return nominal + int.from_bytes(digest, "big") % spread
 
     def due(self, next_at: int, now: int) -> _Due:
         """Say which occurrences to insert, from the next one on, which fires by now: one path for late and missed."""
         latest = self._latest_due(next_at, now)
-        is_on_time = now - self.fires_at(latest) < _ON_TIME_MS
         fires = self._caught_up(next_at, latest, now)
+        is_on_time = now - self.fires_at(latest) < _ON_TIME_MS
         if is_on_time and latest not in fires:
             fires.append(latest)
-        counted = self.when._count(next_at, latest, _COUNTED + len(fires), self.written_at)
+        counted = self.grid.counted(next_at, latest, _COUNTED + len(fires))
         return _Due(fires, counted - len(fires), self.after(latest))
 
     def _latest_due(self, next_at: int, now: int) -> int:
         """Return the nominal instant of the last occurrence that fires by now."""
-        latest, surely_due = next_at, now - self.jitter_ms
-        if surely_due > next_at and self.after(next_at) <= surely_due:
-            latest = self.when._latest(surely_due, next_at, self.written_at)
-        while self.fires_at(following := self.after(latest)) <= now:
-            latest = following
+        if self.after(next_at) > now:
+            return next_at
+        latest = self.grid.latest(now, next_at)
+        if self.fires_at(latest) > now:
+            latest = self.grid.last(next_at, latest, 2)[0]
         return latest
 
     def _caught_up(self, first: int, latest: int, now: int) -> list[int]:
         if self.catch_up == "none":
             return []
-        count = _COUNTED if self.catch_up == "all" else 1
-        return [at for at in self.when._last(first, latest, count, self.written_at) if now - at <= self.window_ms]
+        fires = self.grid.last(first, latest, _COUNTED) if self.catch_up == "all" else [latest]
+        return [at for at in fires if now - at <= self.window_ms]
 
 
 # ==================================================================================================
@@ -2235,6 +2283,10 @@ class _Spec(NamedTuple):
             return self.timeout_s
         return None if code.rule.timeout is None else _positive_ms(code.rule.timeout, "timeout") / 1000
 
+    def has_ceased_to_declare(self, schedule: _ScheduleRow) -> bool:
+        """Whether a schedule came from the code of this class, which does not declare it any more."""
+        return bool(schedule.is_from_code) and (self.plan is None or schedule.name != self.name)
+
     def code(self, name: str) -> _Code:
         code = self.steps.get(name, self.any_step)
         if code is None:
@@ -2460,6 +2512,16 @@ def _names_of(name: str) -> tuple[str, ...]:
     return next((spec.names for (known, _), spec in list(_registry.items()) if known == name), (name,))
 
 
+def _check_declared(spec: _Spec) -> None:
+    """Refuse to declare a schedule of instances that could not be inserted, as far as the class alone can tell."""
+    if spec.plan is None:
+        return
+    insert = _make_insert(spec.cls, spec.plan.insert)
+    state = insert.state if insert.args is None else insert.args
+    with contextlib.suppress(NameError):  # an annotation that can't be resolved yet: told of by the first insert
+        _dump_state(spec.state, {} if state is None else state, spec.blank)
+
+
 class FSM:
     """Base of machines and jobs.
 
@@ -2507,6 +2569,10 @@ class FSM:
         cls._options = _merged_options(cls, dict(options))
         if not abstract:
             cls._spec = _read_class(cls, dict(options))
+            try:
+                _check_declared(cls._spec)
+            except (ValueError, StateError) as error:
+                raise TypeError(f"{cls.__qualname__}: schedule: {error}") from error
             _register(cls._spec)
 
     def backoff(self, attempt: int) -> _Duration:
@@ -2818,7 +2884,7 @@ class _ScheduleRow(NamedTuple):
     fsm: str
     when: str
     template: str
-    """The instance to insert, as JSON: the columns of a `_NewRow`."""
+    """The instance to insert, as JSON: the columns of a `_NewRow`, and which options were `given` for it."""
     catch_up: str
     window: int
     overlap: int
@@ -2833,10 +2899,12 @@ class _ScheduleRow(NamedTuple):
     last_at: int | None = None
     last_id: int | None = None
     missed: int = 0
+    fired_until: int | None = None
+    """The latest nominal instant that was inserted from the grid."""
 
-    def timetable(self, salt: str) -> _Timetable:
-        grid = _read_when(self.when)
-        return _Timetable(grid, self.written_at, self.catch_up, self.window, self.jitter, f"{salt}:{self.name}")
+    def timetable(self, salt: str, zone_of: Callable[[str], dt.tzinfo]) -> _Timetable:
+        grid = _read_when(self.when)._grid(self.written_at, zone_of)
+        return _Timetable(grid, self.catch_up, self.window, self.jitter, f"{salt}:{self.name}")
 
     def says_the_same(self, other: _ScheduleRow) -> bool:
         """Whether it says what another does; how far they have come apart."""
@@ -2845,7 +2913,7 @@ class _ScheduleRow(NamedTuple):
 
     def going_on_at(self, next_at: int, timetable: _Timetable) -> _ScheduleRow:
         """Say how the row stands with that next instant, unless it is paused."""
-        if self.is_paused or next_at >= _END_OF_TIME:
+        if self.is_paused:
             return self._replace(next_at=None, fires_at=None)
         return self._replace(next_at=next_at, fires_at=timetable.fires_at(next_at))
 
@@ -3174,8 +3242,8 @@ CREATE TABLE durable_schedules (
     last_at INTEGER,
     last_id INTEGER,
     missed INTEGER NOT NULL,
-    CHECK ((next_at IS NULL) = (fires_at IS NULL)),
-    CHECK (NOT is_paused OR next_at IS NULL)
+    fired_until INTEGER,
+    CHECK (is_paused = (next_at IS NULL) AND is_paused = (fires_at IS NULL))
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX durable_fires ON durable_schedules (fires_at) WHERE fires_at IS NOT NULL;
 ALTER TABLE durable_instances ADD COLUMN retention INTEGER;
@@ -3210,6 +3278,22 @@ CREATE TABLE durable_transitions (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX durable_at_buckets ON durable_instances (rate_limit, queue, priority, eligible_at, id)
     WHERE status = 'runnable' AND parked_on IS NULL AND rate_limit IS NOT NULL;
+DROP VIEW IF EXISTS durable_view_instances;
+CREATE VIEW durable_view_instances AS SELECT
+    id, fsm, version, step, status, queue, priority, attempt, max_attempts, crashes, correlation_key, parent_id,
+    parked_on, awaits, state, result, last_error, concurrency_key, rate_limit, weight, worker, schedule,
+    strftime('%Y-%m-%dT%H:%M:%fZ', scheduled_at / 1000.0, 'unixepoch') AS scheduled_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', eligible_at / 1000.0, 'unixepoch') AS eligible_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', await_deadline / 1000.0, 'unixepoch') AS await_deadline,
+    strftime('%Y-%m-%dT%H:%M:%fZ', inserted_at / 1000.0, 'unixepoch') AS inserted_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', updated_at / 1000.0, 'unixepoch') AS updated_at
+    FROM durable_instances;
+CREATE VIEW durable_view_schedules AS SELECT
+    name, fsm, "when", template, catch_up, window, overlap, jitter, is_declared, is_paused, last_id, missed,
+    strftime('%Y-%m-%dT%H:%M:%fZ', next_at / 1000.0, 'unixepoch') AS next_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', fires_at / 1000.0, 'unixepoch') AS fires_at,
+    strftime('%Y-%m-%dT%H:%M:%fZ', last_at / 1000.0, 'unixepoch') AS last_at
+    FROM durable_schedules;
 INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
 """
 _MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND)
@@ -3516,8 +3600,11 @@ _SCHEDULE_COLUMNS = ", ".join(f'"{name}"' for name in _ScheduleRow._fields)
 _SCHEDULES = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules ORDER BY name"
 _SCHEDULE = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE name = ?"
 _DUE_SCHEDULES = f"""
-SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE fires_at > ? AND fires_at <= ? ORDER BY fires_at
+SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE fires_at > ? AND fires_at <= ? ORDER BY fires_at, name
 """
+_SCHEDULES_AHEAD = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE next_at > ? ORDER BY name"
+_DECLARED_SCHEDULES = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE is_declared ORDER BY name"
+_HAS_OCCURRENCE = "SELECT 1 FROM durable_instances WHERE schedule = ? AND scheduled_at = ? LIMIT 1"
 _SAVE_SCHEDULE = f"""
 INSERT OR REPLACE INTO durable_schedules ({_SCHEDULE_COLUMNS}) VALUES ({", ".join("?" * len(_ScheduleRow._fields))})
 """
@@ -3542,6 +3629,10 @@ WHERE id = ?1 AND status <> 'executing'
 _RETENTION = "SELECT retention FROM durable_instances WHERE id = ?"
 _BRING_BACK = "UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ?"
 _DETACH = "UPDATE durable_instances SET parent_id = NULL WHERE parent_id = ? AND id >= ?"
+_RENAME_SCHEDULE = (
+    "UPDATE durable_schedules SET name = ? WHERE name = ?",
+    "UPDATE durable_instances SET schedule = ? WHERE schedule = ?",
+)
 _UNSCHEDULE = "DELETE FROM durable_schedules WHERE name = ?"
 _PAUSE_SCHEDULES = "UPDATE durable_schedules SET is_paused = 1, next_at = NULL, fires_at = NULL"
 _FILE_ID = "SELECT value FROM durable_meta WHERE key = 'file_id'"
@@ -3643,8 +3734,8 @@ _AUDITS = {
         SELECT id FROM durable_instances i WHERE parked_on = 'key:' || concurrency_key AND NOT EXISTS (
             SELECT 1 FROM durable_instances o WHERE o.concurrency_key = i.concurrency_key AND (o.status = 'executing'
                 OR o.status = 'runnable' AND (o.parked_on IS NULL OR o.parked_on LIKE 'rate:%')))""",
-    "schedules that are neither paused nor due at any time (by name)": """
-        SELECT name FROM durable_schedules WHERE NOT is_paused AND next_at IS NULL""",
+    "schedules that would fire before their instant (by name)": """
+        SELECT name FROM durable_schedules WHERE fires_at < next_at OR fires_at > next_at + jitter""",
     "schedules whose grid or instance is no JSON (by name)": """
         SELECT name FROM durable_schedules WHERE NOT json_valid("when") OR NOT json_valid(template)""",
     "schedules whose latest instance is another's (by name)": """
@@ -4112,6 +4203,9 @@ class _Reader:
 
     def schedules(self) -> list[Schedule]:
         return [_make_schedule(row) for row in self._rows(_LIST_SCHEDULES)]
+
+    def schedule_rows(self) -> list[_ScheduleRow]:
+        return [_ScheduleRow(*row) for row in self._rows(_SCHEDULES)]
 
     def children(self, parent: int) -> tuple[Instance, ...]:
         return tuple(map(_make_instance, self._rows(_CHILDREN, (parent,))))
@@ -4674,8 +4768,12 @@ class _Store:
     def is_paused(self, queue: str) -> bool:
         return self._first(_IS_PAUSED, (queue,)) is not None
 
-    def schedules(self) -> list[_ScheduleRow]:
-        return list(map(_ScheduleRow._make, self.db.execute(_SCHEDULES)))
+    def declared_schedules(self) -> list[_ScheduleRow]:
+        return list(map(_ScheduleRow._make, self.db.execute(_DECLARED_SCHEDULES)))
+
+    def schedules_ahead(self, now: int) -> list[_ScheduleRow]:
+        """Return the schedules whose next instant is still to come."""
+        return list(map(_ScheduleRow._make, self.db.execute(_SCHEDULES_AHEAD, (now,))))
 
     def schedule(self, name: str) -> _ScheduleRow | None:
         found = self._first(_SCHEDULE, (name,))
@@ -4685,8 +4783,16 @@ class _Store:
         """Return the schedules that fire in a span of time."""
         return list(map(_ScheduleRow._make, self.db.execute(_DUE_SCHEDULES, (after, until))))
 
+    def has_occurrence(self, name: str, nominal: int) -> bool:
+        """Whether an instance in the file stands for that instant of a schedule."""
+        return self._first(_HAS_OCCURRENCE, (name, nominal)) is not None
+
     def save_schedule(self, row: _ScheduleRow) -> None:
         self.db.execute(_SAVE_SCHEDULE, row)
+
+    def rename_schedule(self, old: str, new: str) -> None:
+        for statement in _RENAME_SCHEDULE:
+            self.db.execute(statement, (new, old))
 
     def unschedule(self, name: str) -> bool:
         self.db.execute(_UNSCHEDULE, (name,))
@@ -7055,24 +7161,6 @@ class _Pick:
         return self.slots - len(self.taken)
 
 
-def _describe_schedule(name: str, spec: _Spec, plan: _Plan, row: _NewRow, *, is_from_code: bool) -> _ScheduleRow:
-    """Make the row of a schedule that starts now."""
-    template = row._replace(eligible_at=0, inserted_at=0, updated_at=0, schedule=name)
-    return _ScheduleRow(
-        name=name,
-        fsm=spec.name,
-        when=_json(plan.when._stored()),
-        template=_json(template._asdict()),
-        catch_up=plan.catch_up,
-        window=plan.window_ms,
-        overlap=plan.overlap,
-        jitter=plan.jitter_ms,
-        is_declared=is_from_code,
-        is_from_code=is_from_code,
-        written_at=row.inserted_at,
-    )
-
-
 class _Past(NamedTuple):
     """A run to go back to, and a state to put in the place of what it had; a step without a run has one."""
 
@@ -7155,6 +7243,45 @@ class _History:
         return entries[0], entries
 
 
+_OPTIONS_OF_CLASS = {"step": "initial", "queue": "queue", "max_attempts": "max_attempts"}
+"""Options of an insert that its class has, by the class's name for them, unless they are given."""
+
+
+def _describe_schedule(name: str, spec: _Spec, plan: _Plan, row: _NewRow, *, is_from_code: bool) -> _ScheduleRow:
+    """Make the row of a schedule that starts now."""
+    template = row._replace(eligible_at=0, inserted_at=0, updated_at=0, schedule=name)._asdict()
+    given = [option for option in _OPTIONS_OF_CLASS if cast(dict[str, Any], plan.insert).get(option) is not None]
+    return _ScheduleRow(
+        name=name,
+        fsm=spec.name,
+        when=_json(plan.when._stored()),
+        template=_json({**template, "given": given}),
+        catch_up=plan.catch_up,
+        window=plan.window_ms,
+        overlap=plan.overlap,
+        jitter=plan.jitter_ms,
+        is_declared=is_from_code,
+        is_from_code=is_from_code,
+        written_at=row.inserted_at,
+    )
+
+
+def _occurrence(schedule: _ScheduleRow, spec: _Spec | None, now: int) -> _NewRow:
+    """Make the instance of an occurrence; of the highest version known here, where the class is."""
+    template = _decode(schedule.template)
+    given = template.pop("given")
+    new = _NewRow(**template)._replace(eligible_at=now, inserted_at=now, updated_at=now)
+    if spec is None:
+        return new
+    of_class = {option: getattr(spec, name) for option, name in _OPTIONS_OF_CLASS.items() if option not in given}
+    return new._replace(
+        fsm=spec.name, version=spec.version, max_crashes=spec.max_crashes, retention=spec.retention_ms, **of_class
+    )
+
+
+_Answer = typing.TypeVar("_Answer")
+
+
 class _Schedules:
     """The schedules of the file, within one transaction: rows that say when to insert which instance.
 
@@ -7166,31 +7293,41 @@ class _Schedules:
         self._store = beat.store
         self._now = beat.now
         self._salt = self._store.file_id()
+        self._zone_of = functools.cache(_zone)  # the local one is looked up anew, once for all
 
     # What callers ask for
 
     def write(self, new: _ScheduleRow) -> None:
         """Write a schedule, or replace that of its name; the same again changes nothing, a change holds from now on."""
         old = self._store.schedule(new.name)
-        if old is not None:
-            if old.says_the_same(new):
-                return
-            kept = ("written_at", "is_paused", "last_at", "last_id", "missed", "next_at", "fires_at")
-            new = new._replace(**{column: getattr(old, column) for column in kept})
-        if old is not None and (old.when, old.jitter) == (new.when, new.jitter):
-            self._store.save_schedule(new)
-        else:
+        if old is None:
             self._go_on_from_now(new)
+        elif not old.says_the_same(new):
+            kept = _ScheduleRow._fields[_ScheduleRow._fields.index("written_at") :]
+            new = new._replace(**{column: getattr(old, column) for column in kept})
+            is_firing = old.is_declared or not old.is_from_code
+            if is_firing and (old.when, old.jitter) == (new.when, new.jitter):
+                self._store.save_schedule(new)
+            else:
+                self._go_on_from_now(new)
 
-    def declare(self, declared: Iterable[_ScheduleRow], known: Container[str]) -> None:
-        """Write what the known classes declare, and note which of them have ceased to."""
+    def declare(self, declared: Iterable[tuple[_ScheduleRow, Iterable[str]]], known: Container[str]) -> None:
+        """Write what the known classes, with these aliases, declare, and note which of them have ceased to."""
         names = set()
-        for new in declared:
+        for new, aliases in declared:
+            self._adopt(new.name, aliases)
             self.write(new)
             names.add(new.name)
-        for row in self._store.schedules():
-            if row.is_declared and row.fsm in known and row.name not in names:
+        for row in self._store.declared_schedules():
+            if row.fsm in known and row.name not in names:
                 self._store.save_schedule(row._replace(is_declared=0))
+
+    def _adopt(self, name: str, aliases: Iterable[str]) -> None:
+        """Go on with what a class has declared under a name that it had before."""
+        for alias in aliases:
+            old = self._store.schedule(alias)
+            if old is not None and old.is_from_code and self._store.schedule(name) is None:
+                self._store.rename_schedule(alias, name)
 
     def remove(self, name: str) -> bool:
         return self._store.unschedule(name)
@@ -7198,8 +7335,8 @@ class _Schedules:
     def trigger(self, name: str) -> int:
         """Insert an instance now, beside the grid."""
         row = self._find(name)
-        spec = self._beat.core.behaviours.highest(row.fsm)
-        instance = self._beat.insert(self._instance(row, spec, self._now))
+        new = _occurrence(row, self._beat.core.behaviours.highest(row.fsm), self._now)
+        instance = self._beat.insert(new._replace(scheduled_at=self._now))
         self._store.save_schedule(row._replace(last_id=instance, last_at=self._now))
         return instance
 
@@ -7209,7 +7346,10 @@ class _Schedules:
     def resume(self, name: str) -> None:
         row = self._find(name)
         if row.is_paused:
-            self._go_on_from_now(row._replace(is_paused=0))
+            try:
+                self._go_on_from_now(row._replace(is_paused=0))
+            except (ImportError, ValueError) as error:
+                raise DurableError(f"the schedule {name!r} can't be resumed here: {error}") from error
 
     def _find(self, name: str) -> _ScheduleRow:
         row = self._store.schedule(name)
@@ -7221,73 +7361,77 @@ class _Schedules:
 
     def fire(self, after: int) -> None:
         """Insert what is due by now, of the classes known here; the others are left to other engines."""
+        core = self._beat.core
         for row in self._store.due_schedules(after, self._now):
-            spec = self._beat.core.behaviours.firing(row)
-            if spec is not None:
-                with self._unreadable_left_to_others(row):
-                    self._fire(row, spec)
+            spec = core.behaviours.highest(row.fsm)
+            if spec is None:
+                core.report_left(self._beat, row.name, f"nothing here can run {row.fsm}")
+            elif core.may_fire(row.name) and not spec.has_ceased_to_declare(row):
+                self._fire(row, spec)
 
     def realign(self) -> None:
         """Set right what a clock that was ahead has left: a next instant beyond the grid's next from now."""
-        self._beat.fired_until = 0
-        for row in self._store.schedules():
-            if row.next_at is not None:
-                with self._unreadable_left_to_others(row):
-                    timetable = row.timetable(self._salt)
-                    if row.next_at > timetable.after(self._now):
-                        self._go_on_from_now(row)
+        self._beat.look_at_schedules_again()
+        for row in self._store.schedules_ahead(self._now):
+            realigned = self._ask(row, functools.partial(self._from_now, row))
+            if realigned is not None and cast(int, realigned.next_at) < cast(int, row.next_at):
+                self._store.save_schedule(realigned)
 
     def _go_on_from_now(self, row: _ScheduleRow) -> None:
-        """Have the schedule go on with the first instant from now on that has not been."""
-        timetable = row.timetable(self._salt)
-        next_at = timetable.after(self._now)
-        if next_at == row.last_at:
-            next_at = timetable.after(next_at)
-        row = row.going_on_at(next_at, timetable)
-        self._store.save_schedule(row)
-        self._beat.note_due(row.fires_at)
+        self._store.save_schedule(self._from_now(row, row.timetable(self._salt, self._zone_of)))
 
-    @contextlib.contextmanager
-    def _unreadable_left_to_others(self, row: _ScheduleRow) -> Iterator[None]:
-        """Leave a grid that can't be read here, without the extra or the zone's data, to who can."""
+    def _from_now(self, row: _ScheduleRow, timetable: _Timetable) -> _ScheduleRow:
+        return row.going_on_at(timetable.after(self._now), timetable)
+
+    def _ask(self, row: _ScheduleRow, question: Callable[[_Timetable], _Answer]) -> _Answer | None:
+        """Ask about a schedule; one that can't be read here, without the extra or its zone, is left to others."""
         try:
-            yield
-        except (ImportError, ValueError) as error:
-            self._beat.log(_log.debug, "schedule %s is left to other engines: %s", row.name, error)
+            return question(row.timetable(self._salt, self._zone_of))
+        except Exception as error:  # noqa: BLE001 - of cron's library, of the zone's data: it must not stop the beat
+            self._beat.core.report_left(self._beat, row.name, _error_text(error))
+            return None
 
     def _fire(self, row: _ScheduleRow, spec: _Spec) -> None:
-        timetable = row.timetable(self._salt)
-        due = timetable.due(cast(int, row.next_at), self._now)
+        """Insert what has become due of a schedule, and move it on."""
+
+        def read(timetable: _Timetable) -> tuple[_Timetable, _Due, _NewRow]:
+            return timetable, timetable.due(cast(int, row.next_at), self._now), _occurrence(row, spec, self._now)
+
+        answer = self._ask(row, read)
+        if answer is None:
+            return
+        timetable, due, new = answer
+        moved = row
         for nominal in due.fires:
-            if not self._is_skipped(row):
-                row = self._insert(row, spec, nominal, self._now - timetable.fires_at(nominal))
+            late_ms = self._now - timetable.fires_at(nominal)
+            moved = self._insert(moved, new._replace(scheduled_at=nominal), nominal, late_ms)
         if due.missed:
             self._beat.tell("schedule.missed", {"count": due.missed}, {"name": row.name})
-        row = row.going_on_at(due.next_at, timetable)
-        self._store.save_schedule(row._replace(missed=row.missed + due.missed))
+        moved = moved.going_on_at(due.next_at, timetable)
+        self._store.save_schedule(moved._replace(missed=row.missed + due.missed))
+        self._beat.after.append(functools.partial(self._beat.core.note_fired, row.name))
 
-    def _is_skipped(self, row: _ScheduleRow) -> bool:
-        """Whether an occurrence is left out because the latest instance is live."""
-        is_live = not row.overlap and row.last_id is not None and self._store.status(row.last_id) in LIVE
-        if is_live:
-            self._skip(row, cast(int, row.last_id))
-        return is_live
-
-    def _insert(self, row: _ScheduleRow, spec: _Spec, nominal: int, late_ms: int) -> _ScheduleRow:
+    def _insert(self, row: _ScheduleRow, new: _NewRow, nominal: int, late_ms: int) -> _ScheduleRow:
+        """Insert an occurrence, unless it is skipped, or was inserted before the clock was set back."""
+        fired_until = _LONG_AGO if row.fired_until is None else row.fired_until
+        if nominal <= fired_until and self._store.has_occurrence(row.name, nominal):
+            return row
+        live = self._live_instance(row)
+        if live is not None:
+            self._skip(row, live)
+            return row
         try:
-            instance = self._beat.insert(self._instance(row, spec, nominal))
+            instance = self._beat.insert(new)
         except DuplicateError as error:
             self._skip(row, error.id)
             return row
         self._beat.tell("schedule.fired", {"late": late_ms / 1000}, {"name": row.name, "id": instance})
-        return row._replace(last_at=nominal, last_id=instance)
+        return row._replace(last_at=nominal, last_id=instance, fired_until=max(nominal, fired_until))
 
-    def _instance(self, row: _ScheduleRow, spec: _Spec | None, nominal: int) -> _NewRow:
-        """Make the instance of an occurrence; of the highest version known here, where the class is."""
-        new = _NewRow(**_decode(row.template))
-        if spec is not None:
-            new = new._replace(fsm=spec.name, version=spec.version)
-        return new._replace(eligible_at=self._now, inserted_at=self._now, updated_at=self._now, scheduled_at=nominal)
+    def _live_instance(self, row: _ScheduleRow) -> int | None:
+        """Return the latest instance, if it is live and must not be overlapped."""
+        is_live = not row.overlap and row.last_id is not None and self._store.status(row.last_id) in LIVE
+        return row.last_id if is_live else None
 
     def _skip(self, row: _ScheduleRow, instance: int) -> None:
         self._beat.tell("schedule.skipped", {}, {"name": row.name, "id": instance})
@@ -7325,7 +7469,7 @@ class _Beat:
         self.interrupt: BaseException | None = None
         self.inserted = 0
         self.fired_until = core.fired_until
-        """Up to when the schedules were looked at: what is left there can't be fired by this engine."""
+        """Up to when the schedules were looked at: what is left before that can't be fired by this engine."""
         self._freed_keys: set[str] = set()
         self._poked_buckets: set[str] = set()
         self._parents: set[int] = set()
@@ -7333,8 +7477,8 @@ class _Beat:
         self._offered: set[str] = core.passed_on
         self.passed_on: set[str] = set()
         """Keys of whose line somebody was let out, to be looked at again in the next beat."""
-        self.reported: set[tuple[str, int]] = set()
-        """Classes that were reported as unknown."""
+        self.reported: set[tuple[str, int | str]] = set()
+        """Classes, with their versions, that were reported as unknown, and schedules as left to others, and why."""
         self._rate_refused: set[tuple[str, str, str]] = set()
         self._paused: dict[str, bool] = {}
         self._picks: dict[str, _Pick] = {}
@@ -7891,7 +8035,7 @@ class _Beat:
         deadline, ready_at, fires_at = self.store.timers(self.fired_until)
         if fires_at is not None and fires_at <= self.now:
             _Schedules(self).fire(self.fired_until)
-            self.fired_until = self.now
+            self.fired_until = self.now  # it is not asked again and again for those that it has left
             _, _, fires_at = self.store.timers(self.now)
         self.note_due(fires_at)
         if deadline is not None and deadline <= self.now:
@@ -7902,6 +8046,10 @@ class _Beat:
             self._poked_buckets.update(self.store.ready_buckets(self.now))
             ready_at = self.store.next_ready(self.now)
         self.note_due(ready_at)
+
+    def look_at_schedules_again(self) -> None:
+        """Forget how far the schedules were looked at."""
+        self.fired_until = _LONG_AGO
 
     def _fire_awaits(self, until: int) -> int:
         count = 0
@@ -8302,14 +8450,15 @@ class _Behaviours:
 
     def highest(self, name: str) -> _Spec | None:
         """Return the highest version of a class that can be run here."""
-        specs = [spec for (one, _), spec in list(_registry.items()) if one == name and spec.cls not in self._unusable]
-        return max(specs, key=operator.attrgetter("version"), default=None)
+        return self.highest_by_name().get(name)
 
-    def firing(self, row: _ScheduleRow) -> _Spec | None:
-        """Return the class by which this engine fires a schedule: one that came from code must declare it still."""
-        spec = self.highest(row.fsm)
-        is_over = spec is not None and row.is_from_code and (spec.plan is None or row.name != spec.name)
-        return None if is_over else spec
+    def highest_by_name(self) -> dict[str, _Spec]:
+        """Return the highest version of each class that can be run here."""
+        highest: dict[str, _Spec] = {}
+        for (name, version), spec in list(_registry.items()):
+            if spec.cls not in self._unusable and (name not in highest or version > highest[name].version):
+                highest[name] = spec
+        return highest
 
     def known(self) -> str:
         """List what can be run or has not been met, as JSON for a statement."""
@@ -8402,6 +8551,8 @@ class _Agenda:
     """How many classes had been registered at the last look."""
     progress_at: float = 0.0
     """When the progress of steps may be written again."""
+    fired_until: int = _END_OF_TIME
+    """Up to when the schedules were looked at: all time, until what the classes declare is written."""
 
     def __init__(self, seen_at: int) -> None:
         self.seen_at = seen_at
@@ -8710,6 +8861,8 @@ class _Drain:
         self.tally: collections.Counter[str] = collections.Counter()
         self.unmade: list[type[FSM]] = []
         """Classes that the last beat has met for the first time."""
+        self.fired: set[str] = set()
+        """Schedules that have fired."""
         self._core = core
         self._queue = queue
         self._with_scheduled = with_scheduled
@@ -8837,8 +8990,6 @@ class _Scheduler:
     REQUESTS_AT_ONCE = 5000
     INLINE_S = 0.1
     """For how long an instance may go on inline before it is looked whether it keeps others waiting."""
-    fired_until: int = 0
-    """Up to when the schedules were looked at: what is left there can't be fired by this engine."""
     SWEPT_AT_ONCE = 500
 
     def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
@@ -8871,7 +9022,7 @@ class _Scheduler:
         self._drain: _Drain | None = None
         self._bell = _Bell()
         self._thread: threading.Thread | None = None
-        self._reported: set[tuple[str, int]] = set()
+        self._reported: set[tuple[str, int | str]] = set()
         self._timeouts = _Timeouts()
         self._is_flushing = False
         self._life_lock = threading.Lock()
@@ -9175,6 +9326,25 @@ class _Scheduler:
             beat.log(_log.warning, message, row.fsm, row.version)
             beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
 
+    def report_left(self, beat: _Beat, schedule: str, reason: str) -> None:
+        """Say, once, why this engine leaves a schedule to others."""
+        if (schedule, reason) not in self._reported | beat.reported:
+            beat.reported.add((schedule, reason))
+            beat.log(_log.warning, "the schedule %s is left to other engines: %s", schedule, reason)
+
+    @property
+    def fired_until(self) -> int:
+        """Up to when the schedules were looked at."""
+        return self._agenda.fired_until
+
+    def may_fire(self, schedule: str) -> bool:
+        """Whether a schedule may fire: in a drain once, so that none makes it endless."""
+        return self._drain is None or schedule not in self._drain.fired
+
+    def note_fired(self, schedule: str) -> None:
+        if self._drain is not None:
+            self._drain.fired.add(schedule)
+
     def take_unstarted(self, row: _Row) -> _Claim | None:
         """Take a claimed row back from its queue's pool, if it has not started."""
         pool = self._pools.get(row.queue)
@@ -9324,7 +9494,7 @@ class _Scheduler:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
         self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
         self.passed_on = beat.passed_on
-        self.fired_until = beat.fired_until
+        self._agenda.fired_until = beat.fired_until
         if beat.left:
             self._let_go(beat.left)
         if beat.claims or beat.refused:
@@ -9580,7 +9750,7 @@ class _Scheduler:
     def notice_others(self) -> None:
         """Look for what other processes have committed."""
         self._agenda.due_at = self.desk.now()
-        self.fired_until = 0
+        self._agenda.fired_until = _LONG_AGO
         self._notify_waiters()
         self._withdraw_cancelled()
         self._withdraw_paused()
@@ -9633,6 +9803,8 @@ class _Scheduler:
             self._agenda.due_at = now
             self._agenda.regroup = lambda beat: beat.set_right()
             self.post(lambda beat: _Schedules(beat).realign())
+        elif now < self._agenda.seen_at:
+            self.post(_Beat.look_at_schedules_again)
         self._agenda.seen_at = now
         return is_set_back
 
@@ -9648,12 +9820,11 @@ class _Scheduler:
             self.log_soon("a declared schedule could not be written", error)
 
     def _declaring(self) -> Callable[[_Beat], None]:
-        specs = filter(None, (self.behaviours.highest(name) for name in {name for name, _ in list(_registry)}))
-        known = {spec.name: spec for spec in specs}
+        known = self.behaviours.highest_by_name()
         declared = [
-            self.describe_schedule(spec.name, spec, spec.plan, is_from_code=True)
-            for spec in known.values()
-            if spec.plan is not None
+            (self.describe_schedule(spec.name, spec, spec.plan, is_from_code=True), spec.aliases)
+            for name, spec in known.items()
+            if spec.plan is not None and name == spec.name
         ]
 
         def declare(beat: _Beat) -> None:
@@ -9664,7 +9835,11 @@ class _Scheduler:
         return declare
 
     def describe_schedule(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool = False) -> _ScheduleRow:
-        row = self.desk.new_row(_make_insert(spec.cls, plan.insert))
+        try:
+            row = self.desk.new_row(_make_insert(spec.cls, plan.insert))
+        except Exception as error:
+            error.add_note(f"in the schedule {name!r}")
+            raise
         return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
 
     def _note_progress(self, claim: _Claim) -> None:
@@ -9858,6 +10033,7 @@ class _Scheduler:
             with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back as well
                 self._let_go(drain.withdraw())
             self._drain = None
+            self._agenda.fired_until = _END_OF_TIME
             if self.is_stopping:
                 self._close()
 
@@ -9955,11 +10131,19 @@ def _check_instances(reader: _Reader) -> Iterator[str]:
         yield f"{problem} ({len(ids)} instance{'s' * (len(ids) > 1)}: {first}{', ...' if len(ids) > 5 else ''})"
 
 
-def _check_schedules(reader: _Reader) -> Iterator[str]:
-    names = {name for name, _ in list(_registry)}
-    for one in reader.schedules():
-        if one.fsm not in names:
-            yield f"schedule {one.name}: no class {one.fsm} is known: it does not fire here"
+def _check_schedules(reader: _Reader, behaviours: _Behaviours) -> Iterator[str]:
+    """Hold every schedule, and the instance that it would insert, against the classes that are known here."""
+    for row in reader.schedule_rows():
+        spec = behaviours.highest(row.fsm)
+        if spec is None:
+            yield f"schedule {row.name}: no class {row.fsm} is known: it does not fire here"
+        elif spec.has_ceased_to_declare(row):
+            yield f"schedule {row.name}: {spec.name} declares it no more: it does not fire here"
+        else:
+            new = _occurrence(row, spec, 0)
+            problem = _code_problem(_Standing(0, new.fsm, new.version, new.step, new.state))
+            if problem is not None:
+                yield f"schedule {row.name}: {problem}"
 
 
 def _named_steps(code: _Code) -> Iterator[str]:
@@ -9995,7 +10179,7 @@ def _check_texts() -> Iterator[str]:
 
 def _check_code(reader: _Reader) -> list[str]:
     """Hold a file against the classes that are known here; nothing is run and nothing changed."""
-    return [*_check_instances(reader), *_check_schedules(reader), *_check_texts()]
+    return [*_check_instances(reader), *_check_schedules(reader, _Behaviours(())), *_check_texts()]
 
 
 def _id_or_none(value: object, name: str) -> int | None:
@@ -10443,9 +10627,12 @@ class Engine:
           older than `window` (seconds or a timedelta), "none" none, "all" each within it, the latest 1,000 at most
           (with `overlap=True` only). The others are counted in `missed`. A new schedule catches up nothing
         * `overlap`: insert also while the latest instance is live; otherwise that occurrence is skipped
-        * `jitter`: seconds or a timedelta up to which each is inserted later, by a hash of the file, name and instant
+        * `jitter`: seconds or a timedelta up to which each is inserted later, by a hash of the file, name and instant,
+          but before the next
 
-        Only engines that know the class fire it. Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
+        Only engines that know the class fire it, as its highest version; what a state or arguments leave out has the
+        defaults of now. A clock that is set back brings nothing a second time, as far as the instances are kept.
+        Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
         `UnknownLimitError`; then nothing was written.
         """
         self._core.check_open()
@@ -10493,9 +10680,9 @@ class Engine:
         """Run everything that is runnable, in this thread, and return what it came to: `Counter(steps=3, done=1, ...)`.
 
         No engine may be started. The rows of all queues run in one order: by priority, when they are due, and id. Work
-        dated in the future counts as due unless `with_scheduled=False`; await
-        deadlines and buckets keep to the clock. More than `max_steps` steps are a `DurableError` that names the
-        instance still running. A step over its `timeout` is noticed when it returns.
+        dated in the future counts as due unless `with_scheduled=False`; await deadlines and buckets keep to the clock,
+        and so do schedules, of which none fires a second time. More than `max_steps` steps are a `DurableError` that
+        names the instance still running. A step over its `timeout` is noticed when it returns.
         """
         if queue is not None:
             _text(queue, "queue")
@@ -10545,9 +10732,9 @@ class Engine:
     def snapshot(self, path: str | os.PathLike[str]) -> None:
         """Copy the file as it is at one instant, while workers run.
 
-        In the copy every queue is paused, so that opening it repeats no side effect, no worker is registered, and
-        what was executing is runnable. Raises `ValueError` if there is a file at `path`, `DurableError` if none can be
-        made there.
+        In the copy every queue and schedule is paused, so that opening it repeats no side effect, no worker is
+        registered, and what was executing is runnable. Raises `ValueError` if there is a file at `path`,
+        `DurableError` if none can be made there.
         """
         self._core.check_open()
         target = _database_path(path)

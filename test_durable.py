@@ -13,6 +13,8 @@ In this order, each part with its sections:
 * Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; A clock that was
   wrong; Crashes of a step; Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning;
   Kills; Power cuts; Soak
+* Recurring work: Grids; Timetables; Schedules of a file; Declared in code; What is missed; Overlap and keys; The clock;
+  What schedules cost; Several processes, or none of the extra
 * The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
   application with accounts; Views and snapshots; Events; Logs
 * The whole engine against a model: Puppets; The model; Model and engine; Rehearsed plays; Planted faults; Random
@@ -71,6 +73,7 @@ import typing
 import uuid
 import warnings
 import zipfile
+import zoneinfo
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -105,11 +108,14 @@ from durable import (
     Await,
     Cancel,
     Context,
+    Cron,
     Done,
     DuplicateError,
     DurableError,
     Engine,
     EngineClosedError,
+    Event,
+    Every,
     Fail,
     FailedError,
     Insert,
@@ -120,6 +126,7 @@ from durable import (
     OutcomeError,
     RateLimit,
     Retry,
+    Schedule,
     ScheduleChildren,
     StateError,
     Status,
@@ -429,7 +436,7 @@ HOT = """
 _CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
 _GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE
 _UNPARK _BUCKET _READY_BUCKETS _NEXT_READY _NEXT_AT_BUCKET _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED
-_EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW
+_EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _DUE_SCHEDULES _SCHEDULE _HAS_OCCURRENCE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW
 _COLLECT_BUCKETS
 """
 
@@ -471,6 +478,8 @@ INDEXES = {
     "_CARRIER": "durable_keys",
     "_SWEEP": "durable_finished",
     "_INBOX": "durable_inbox",
+    "_DUE_SCHEDULES": "durable_fires",
+    "_HAS_OCCURRENCE": "durable_scheduled",
 }
 
 
@@ -3821,6 +3830,19 @@ def test_a_file_of_the_first_version_opens_and_goes_on(make_engine: MakeEngine, 
     }
     assert (engine.get(5).attempt, engine.get(12).attempt) == (1, 1)
     assert engine.insert(old_job, args={"n": 13}) == 13
+    assert engine.check() == []
+
+
+@pytest.mark.usefixtures("old_file")
+def test_a_file_of_the_first_version_takes_schedules(make_engine: MakeEngine, clock: Clock) -> None:
+    """As a new one does; what was there before them is none of theirs."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", old_job, Every(60), args={"n": 7}, jitter=5)
+    clock.advance(65)
+    engine.drain(queue="none")
+    [found] = engine.find(schedule="s")
+    assert (found.id, found.state, found.scheduled_at) == (13, {"n": 7}, clock.instant(-5))
+    assert {(one.schedule, one.scheduled_at) for one in engine.find() if one.id < 13} == {(None, None)}
     assert engine.check() == []
 
 
@@ -11634,6 +11656,1811 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
 
 
 # ==================================================================================================
+# Recurring work
+# ==================================================================================================
+
+BERLIN, NEW_YORK, LORD_HOWE, SANTIAGO = "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "America/Santiago"
+CRON_ZONES = (BERLIN, NEW_YORK, LORD_HOWE, SANTIAGO, "UTC", "Asia/Kolkata")
+DAY = 86400
+EXAMPLES = cast(settings, settings.default).max_examples
+
+
+def milliseconds(instant: datetime) -> int:
+    """An instant as the engine counts them."""
+    return round((instant - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(milliseconds=1))
+
+
+def at(text: str, zone: str = "UTC") -> datetime:
+    """An instant by the clocks of a zone; with an offset, whatever they show."""
+    instant = datetime.fromisoformat(text)
+    return instant if instant.tzinfo else instant.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+
+
+def clock_at(text: str, zone: str = "UTC") -> Clock:
+    """A clock that stands at an instant."""
+    return Clock(at(text, zone).timestamp())
+
+
+def ran(engine: Engine, name: str) -> list[datetime]:
+    """The nominal instants of a schedule's instances, in the order in which they were inserted."""
+    instants = [one.scheduled_at for one in reversed(engine.find(schedule=name, limit=10_000))]
+    return cast("list[datetime]", instants)
+
+
+def schedule_of(engine: Engine, name: str) -> Schedule:
+    """The schedule of that name."""
+    [found] = [one for one in engine.schedules() if one.name == name]
+    return found
+
+
+@contextmanager
+def heard(engine: Engine, *names: str) -> Iterator[list[Event]]:
+    """The events of these names, as they come."""
+    events: list[Event] = []
+    unsubscribe = engine.subscribe(events.append, *names)
+    yield events
+    unsubscribe()
+
+
+@pytest.fixture
+def defined() -> Iterator[None]:
+    """Forget at the end the classes that the test defines: what they declare is for its own files alone."""
+    known = dict(durable._registry)
+    yield
+    durable._registry.clear()
+    durable._registry.update(known)
+
+
+# ---- Grids ---------------------------------------------------------------------------------------
+
+
+def test_grids_are_frozen_values() -> None:
+    """What says the same is equal, and nothing can be changed."""
+    assert Every(60) == Every(60.0) == Every(timedelta(minutes=1)) != Every(60.001)
+    assert len({Every(60), Every(timedelta(minutes=1)), Every(60, anchor=at("2020-01-01"))}) == 2
+    assert len({Cron("0 3 * * *"), Cron("0 3 * * *", zone="local"), Cron("0 3 * * *", zone="UTC")}) == 2
+    for value, field in ((Every(60), "interval"), (Cron("0 3 * * *", zone="UTC"), "zone")):
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            setattr(value, field, 1)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *(None, 5, b"* * * * *", "", "* * * *", "* * * * * *", "@reboot", "daily"),
+        *("60 * * * *", "0 24 * * *", "0 0 0 * *", "0 0 * 13 *", "0 0 * * 8", "0 0 30 2 *", "0 0 * * MON#6"),
+        *("*/0 * * * *", "5-1 * * * *", "a * * * *", "-1 * * * *"),
+    ],
+)
+def test_a_bad_expression_is_a_value_error_that_shows_it(expression: Any) -> None:
+    """Five fields that come to something, or one of the names: a sixth field, for seconds, is refused as well."""
+    with pytest.raises(ValueError, match="expression") as caught:
+        Cron(expression, zone="UTC")
+    assert repr(expression) in str(caught.value)
+
+
+@pytest.mark.parametrize("zone", [None, 1, "", "Nowhere/Town", "../UTC", "Europe", "europe/berlin ", UTC, []])
+def test_a_bad_zone_is_a_value_error_that_shows_it(zone: Any) -> None:
+    """An IANA name, "UTC" or "local"."""
+    with pytest.raises(ValueError, match="zone") as caught:
+        Cron("0 3 * * *", zone=zone)
+    assert repr(zone) in str(caught.value)
+
+
+@pytest.mark.parametrize("interval", [None, 0, -1, 0.0, math.nan, math.inf, True, "60", timedelta(0), [60]])
+def test_a_bad_interval_is_a_value_error(interval: Any) -> None:
+    """Seconds or a timedelta, a millisecond at least."""
+    with pytest.raises(ValueError, match="interval"):
+        Every(interval)
+
+
+@pytest.mark.parametrize("anchor", [0, "", False, datetime(2020, 1, 1), date(2020, 1, 1), "2020-01-01", 1.5])  # noqa: DTZ001  # naive, so refused
+def test_a_bad_anchor_is_a_value_error(anchor: Any) -> None:
+    """An aware datetime."""
+    with pytest.raises(ValueError, match="anchor"):
+        Every(60, anchor=anchor)
+
+
+def instants(when: Cron | Every, after: datetime, until: datetime) -> list[datetime]:
+    """The instants of a grid after one and up to another, asked for one by one."""
+    grid = when._grid(milliseconds(after), durable._zone)
+    found, instant = [], grid.after(milliseconds(after))
+    while instant <= milliseconds(until):
+        found.append(durable._instant(instant))
+        instant = grid.after(instant)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("@hourly", ["2024-02-28T01:00", "2024-02-28T02:00"]),
+        ("@daily", ["2024-02-29", "2024-03-01"]),
+        ("@midnight", ["2024-02-29", "2024-03-01"]),
+        ("@weekly", ["2024-03-03", "2024-03-10"]),
+        ("@monthly", ["2024-03-01", "2024-04-01"]),
+        ("@yearly", ["2025-01-01", "2026-01-01"]),
+        ("@Daily", ["2024-02-29", "2024-03-01"]),
+        ("30 9 * jan-MAR mon", ["2024-03-04T09:30", "2024-03-11T09:30"]),
+        ("0 0 L * *", ["2024-02-29", "2024-03-31"]),
+    ],
+)
+def test_names_stand_for_what_they_say(name: str, expected: list[str]) -> None:
+    """`@daily` and its like, months and weekdays by name."""
+    found = instants(Cron(name, zone="UTC"), at("2024-02-28"), at("2026-02-28"))
+    assert found[:2] == [at(one) for one in expected]
+
+
+CRON_FIELDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+
+
+@st.composite
+def cron_fields(draw: st.DrawFn, field: int) -> str:
+    """One field of an expression; a step over a single value is left to cronsim, which reads it in its own way."""
+    low, high = CRON_FIELDS[field]
+    number = st.integers(low, high)
+    kind = draw(st.sampled_from(["*", "*", "*/n", "a", "a-b", "a-b/n", "a,b"]))
+    if kind == "a-b/n":
+        first = draw(st.integers(low, high - 1))
+        return f"{first}-{draw(st.integers(first + 1, high))}/{draw(st.integers(1, 4))}"
+    first, second = sorted((draw(number), draw(number)))
+    return {
+        "*": "*",
+        "*/n": f"*/{draw(st.integers(2, max(2, high // 2)))}",
+        "a": f"{first}",
+        "a-b": f"{first}-{second}",
+        "a,b": f"{first},{second}",
+    }[kind]
+
+
+def cron_values(text: str, field: int) -> set[int]:
+    """The values that a field allows."""
+    low, high = CRON_FIELDS[field]
+    values: set[int] = set()
+    for part in text.split(","):
+        span, _, pace = part.partition("/")
+        first, _, last = (f"{low}-{high}" if span == "*" else span).partition("-")
+        values.update(range(int(first), int(last or first) + 1, int(pace or 1)))
+    return values
+
+
+@attrs.frozen
+class PlainCron:
+    """A cron expression, read by looking at every minute and every day: Debian's rules and nothing clever."""
+
+    fields: tuple[str, ...]
+    zone: zoneinfo.ZoneInfo
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it names times of the day, which a change of the clock does not take away."""
+        return not any(field.startswith("*") for field in self.fields[:2])
+
+    def has_day(self, day: date) -> bool:
+        _, _, days, months, weekdays = (cron_values(field, at) for at, field in enumerate(self.fields))
+        by_date, by_weekday = day.day in days, day.isoweekday() % 7 in weekdays
+        is_either = not (self.fields[2].startswith("*") or self.fields[4].startswith("*"))
+        return day.month in months and (by_date or by_weekday if is_either else by_date and by_weekday)
+
+    def between(self, after: datetime, until: datetime) -> list[datetime]:
+        found = self._fixed_times(after, until) if self.is_fixed else self._minutes(after, until)
+        return sorted({instant.astimezone(UTC) for instant in found if after < instant.astimezone(UTC) <= until})
+
+    def _minutes(self, after: datetime, until: datetime) -> Iterator[datetime]:
+        minutes, hours = cron_values(self.fields[0], 0), cron_values(self.fields[1], 1)
+        for count in range(int((until - after) / timedelta(minutes=1)) + 2):
+            local = (after.replace(second=0, microsecond=0) + count * timedelta(minutes=1)).astimezone(self.zone)
+            if local.minute in minutes and local.hour in hours and self.has_day(local.date()):
+                yield local
+
+    def _fixed_times(self, after: datetime, until: datetime) -> Iterator[datetime]:
+        for count in range((until - after).days + 4):
+            day = after.astimezone(self.zone).date() + (count - 1) * timedelta(days=1)
+            for hour, minute in itertools.product(*(cron_values(self.fields[at], at) for at in (1, 0))):
+                if self.has_day(day):
+                    yield self._first_from(datetime.combine(day, datetime.min.time().replace(hour, minute)))
+
+    def _first_from(self, wall: datetime) -> datetime:
+        """The first instant at which clocks show that time, or, if none do, the next that they show."""
+        while (local := wall.replace(tzinfo=self.zone)).astimezone(UTC).astimezone(self.zone).replace(
+            tzinfo=None
+        ) != wall:
+            wall += timedelta(minutes=1)
+        return local
+
+
+CLOCK_CHANGES = {
+    BERLIN: ["2024-03-31T01:00", "2024-10-27T01:00"],
+    NEW_YORK: ["2024-03-10T07:00", "2024-11-03T06:00"],
+    LORD_HOWE: ["2024-04-06T15:00", "2024-10-05T15:30"],
+    SANTIAGO: ["2024-04-07T03:00", "2024-09-08T04:00"],
+}
+"""When these zones change their clocks, in UTC."""
+
+
+@st.composite
+def crons(draw: st.DrawFn) -> PlainCron:
+    """An expression and a zone."""
+    zone = draw(st.sampled_from(CRON_ZONES))
+    fields = [draw(cron_fields(at)) for at in range(5)]
+    for field in range(2, 5):
+        fields[field] = draw(st.sampled_from(["*", fields[field]]))  # else there is seldom an instant near
+    fields[1] = draw(st.sampled_from([fields[1], "*", "0", "1", "2", "1,2", "0-3", "23"]))
+    if zone == LORD_HOWE and fields[0].startswith("*"):  # cronsim loses half an hour of those of certain hours
+        fields[1] = "*"
+    return PlainCron(tuple(fields), zoneinfo.ZoneInfo(zone))
+
+
+@st.composite
+def crons_and_instants(draw: st.DrawFn, hours: int = 30) -> tuple[PlainCron, datetime]:
+    """A cron and an instant, most likely a few hours before a change of the clock."""
+    cron = draw(crons())
+    near = at(draw(st.sampled_from(CLOCK_CHANGES.get(cron.zone.key, ["2024-02-28T20:00"]))))
+    return cron, near - draw(st.integers(0, hours * 60)) * timedelta(minutes=1)
+
+
+def cron_of(plain: PlainCron) -> Cron:
+    """The same for the engine; an expression that comes to nothing is no example."""
+    try:
+        return Cron(" ".join(plain.fields), zone=plain.zone.key)
+    except ValueError:
+        hypothesis.reject()
+
+
+@settings(max_examples=6 * EXAMPLES)
+@given(crons_and_instants(), st.data())
+def test_cron_names_the_instants_of_a_plain_reading(example: tuple[PlainCron, datetime], data: st.DataObject) -> None:
+    """Whatever the zone's clocks do; counted, looked up from behind, and from any instant between, as well."""
+    plain, start = example
+    end = start + timedelta(days=2)
+    expected = plain.between(start, end)
+    cron = cron_of(plain)
+    assert instants(cron, start, end) == expected
+    grid, stamps = cron._grid(0, durable._zone), [*map(milliseconds, expected)]
+    anywhere = data.draw(st.integers(milliseconds(start), milliseconds(end)))
+    assert next((one for one in stamps if one > anywhere), math.inf) == min(grid.after(anywhere), math.inf) or (
+        grid.after(anywhere) > milliseconds(end)
+    )
+    passed = [one for one in stamps if one <= anywhere]
+    if passed:
+        assert grid.latest(anywhere, passed[0]) == passed[-1]
+        count = data.draw(st.integers(1, 5))
+        assert list(grid.last(passed[0], passed[-1], count)) == passed[-count:]
+        assert grid.counted(passed[0], passed[-1], 10_000) == len(passed)
+        assert grid.counted(passed[0], passed[-1], 3) == min(3, len(passed))
+
+
+NIGHTS = [
+    # A fixed time in the hour that does not exist runs once, at its end.
+    (
+        "30 2 * * *",
+        BERLIN,
+        "2024-03-30",
+        ["2024-03-30T02:30+01:00", "2024-03-31T03:00+02:00", "2024-04-01T02:30+02:00"],
+    ),
+    ("0,30 2 * * *", BERLIN, "2024-03-31", ["2024-03-31T03:00+02:00", "2024-04-01T02:00+02:00"]),
+    ("30 2 * * *", NEW_YORK, "2024-03-10", ["2024-03-10T03:00-04:00", "2024-03-11T02:30-04:00"]),
+    ("15 2 * * *", LORD_HOWE, "2024-10-06", ["2024-10-06T02:30+11:00", "2024-10-07T02:15+11:00"]),
+    ("0 0 * * *", SANTIAGO, "2024-09-07T12:00", ["2024-09-08T01:00-03:00", "2024-09-09T00:00-03:00"]),
+    # One in the hour that comes twice runs once, the first time.
+    ("30 2 * * *", BERLIN, "2024-10-27", ["2024-10-27T02:30+02:00", "2024-10-28T02:30+01:00"]),
+    ("30 1 * * *", NEW_YORK, "2024-11-03", ["2024-11-03T01:30-04:00", "2024-11-04T01:30-05:00"]),
+    ("45 1 * * *", LORD_HOWE, "2024-04-07", ["2024-04-07T01:45+11:00", "2024-04-08T01:45+10:30"]),
+    ("30 23 * * *", SANTIAGO, "2024-04-06T12:00", ["2024-04-06T23:30-03:00", "2024-04-07T23:30-04:00"]),
+    # Wildcards follow real time.
+    ("0 * * * *", BERLIN, "2024-03-31T00:30", ["2024-03-31T01:00+01:00", "2024-03-31T03:00+02:00"]),
+    (
+        "*/30 * * * *",
+        BERLIN,
+        "2024-10-27T02:15",
+        ["2024-10-27T02:30+02:00", "2024-10-27T02:00+01:00", "2024-10-27T02:30+01:00", "2024-10-27T03:00+01:00"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("expression", "zone", "start", "expected"), NIGHTS)
+def test_a_night_with_a_change_of_the_clock_runs_as_debians_cron_has_it(
+    make_engine: MakeEngine, expression: str, zone: str, start: str, expected: list[str]
+) -> None:
+    """The clock passes through the night, and each instance says which instant it stands for."""
+    clock = clock_at(start, zone)
+    engine = make_engine(clock=clock)
+    engine.schedule("nightly", Echo, Cron(expression, zone=zone))
+    for nominal in expected:
+        clock.now = max(clock.now, at(nominal).timestamp() - 3 * 3600)  # what is long before is the plain reading's
+        while clock.now < at(nominal).timestamp():
+            assert engine.drain()["steps"] == 0
+            clock.advance(300)
+        assert engine.drain()["done"] == 1
+    assert ran(engine, "nightly") == [at(one) for one in expected]
+    assert schedule_of(engine, "nightly").missed == 0
+
+
+@settings(max_examples=4 * EXAMPLES)
+@given(st.integers(1, 10**6), st.none() | st.integers(-(10**9), 10**9), st.integers(0, 10**9), st.integers(1, 50))
+def test_every_is_a_grid(interval: int, anchor: int | None, written_at: int, count: int) -> None:
+    """From the anchor, or from when it was first written, as far as one likes, without a walk."""
+    given_anchor = None if anchor is None else durable._instant(anchor)
+    grid = Every(timedelta(milliseconds=interval), anchor=given_anchor)._grid(written_at, durable._zone)
+    start = written_at if anchor is None else anchor
+    first = grid.after(written_at)
+    assert (first - start) % interval == 0
+    assert first == anchor or written_at < first <= written_at + interval or (anchor or 0) > written_at
+    stamps = [first]
+    for _ in range(count):
+        stamps.append(grid.after(stamps[-1]))
+    assert stamps == [first + n * interval for n in range(count + 1)]
+    assert grid.latest(stamps[-1] + interval - 1, first) == grid.latest(stamps[-1], first) == stamps[-1]
+    assert list(grid.last(first, stamps[-1], 3)) == stamps[-3:]
+    assert grid.counted(first, stamps[-1], 1) == count + 1
+
+
+@posix
+def test_the_local_zone_is_looked_up_anew_each_time(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop travels: its next occurrence is the next by the clocks where it is then."""
+    clock = clock_at("2024-06-01T12:00")
+    engine = make_engine(clock=clock)
+    try:
+        monkeypatch.setenv("TZ", BERLIN)
+        time.tzset()
+        engine.schedule("nightly", Echo, Cron("0 3 * * *"))
+        assert schedule_of(engine, "nightly").next_at == at("2024-06-02T03:00", BERLIN)
+        clock.now = at("2024-06-02T03:00", BERLIN).timestamp()
+        monkeypatch.setenv("TZ", NEW_YORK)
+        time.tzset()
+        engine.drain()
+        assert schedule_of(engine, "nightly").next_at == at("2024-06-02T03:00", NEW_YORK)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@posix
+@pytest.mark.parametrize("zone", ["Nowhere/Town", "EST5EDT4,M3.2.0,M11.1.0/3", "/etc/passwd"])
+def test_a_local_zone_that_cannot_be_told_is_a_value_error(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+    """It says what helps."""
+    monkeypatch.setenv("TZ", zone)
+    with pytest.raises(ValueError, match="zone 'local' can't be told here, name one or set TZ"):
+        Cron("0 3 * * *")
+
+
+@pytest.mark.parametrize("package", ["cronsim", "tzlocal"])
+def test_without_the_extra_a_cron_is_an_import_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """`Every` needs nothing."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"durable-fsm\[cron\]"):
+        Cron("0 3 * * *")
+    assert Every(60).interval == 60
+
+
+# ---- Timetables ----------------------------------------------------------------------------------
+
+
+def timetable(when: Cron | Every, written_at: int = 0, **options: Any) -> durable._Timetable:
+    """When a schedule with these options fires."""
+    given = {"catch_up": "last", "window_ms": DAY * 1000, "jitter_ms": 0, "salt": "file:name", **options}
+    return durable._Timetable(when._grid(written_at, durable._zone), **given)
+
+
+GRIDS = (Every(1), Every(600), Every(0.25), Cron("* * * * *", zone="UTC"), Cron("30 2 * * *", zone=BERLIN))
+
+
+@settings(max_examples=4 * EXAMPLES)
+@given(st.sampled_from(GRIDS), st.integers(0, 10**6), st.integers(1, 10**10))
+def test_jitter_puts_an_occurrence_later_but_not_beyond_the_next(when: Any, jitter_ms: int, instant: int) -> None:
+    """Up to so much, always by the same, and before the next: so occurrences keep their order, and none is lost."""
+    table = timetable(when, jitter_ms=jitter_ms)
+    nominal = table.after(instant)
+    fires_at = table.fires_at(nominal)
+    assert nominal <= fires_at <= nominal + jitter_ms
+    assert fires_at < table.after(nominal)
+    assert fires_at == timetable(when, jitter_ms=jitter_ms).fires_at(nominal)
+
+
+def test_jitter_spreads_over_names_files_and_instants() -> None:
+    """A thousand desktops do not call at once, nor one of them always at the same second."""
+    table = timetable(Every(3600), jitter_ms=60_000)
+    over_files = [table._replace(salt=f"{n}:name").fires_at(3_600_000) for n in range(1000)]
+    over_instants = [table.fires_at(n * 3_600_000) - n * 3_600_000 for n in range(1000)]
+    for delays in (over_instants, [one - 3_600_000 for one in over_files]):
+        assert len(set(delays)) > 900
+        assert 28_000 < sum(delays) / 1000 < 32_000
+        assert min(delays) < 1000
+        assert max(delays) > 59_000
+
+
+class ReadTooFarError(Exception):
+    """More instants were read than may be."""
+
+
+@pytest.mark.parametrize("catch_up", ["last", "none", "all"])
+@pytest.mark.parametrize(
+    "when", [Every(1), Every(0.001), Cron("* * * * *", zone=BERLIN), Cron("*/5 1-3 * * *", zone=NEW_YORK)], ids=str
+)
+def test_a_year_of_missed_occurrences_is_not_walked_through(
+    when: Any, catch_up: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest is found by looking back, and what is counted ends at a thousand."""
+    read, reads = durable._read_cron, itertools.count()
+
+    def count(expression: str, start: datetime) -> Iterator[datetime]:
+        for one in read(expression, start):
+            if next(reads) > 8000:
+                raise ReadTooFarError
+            yield one
+
+    monkeypatch.setattr(durable, "_read_cron", count)
+    durable._next_cron_instant.cache_clear()
+    durable._count_cron_instants.cache_clear()
+    table = timetable(when, catch_up=catch_up, window_ms=400 * DAY * 1000)
+    now = milliseconds(at("2024-05-05T12:34:56"))
+    due = table.due(table.after(now - 365 * DAY * 1000), now)
+    assert due.missed >= 1000
+    assert len(due.fires) == {"none": 0, "last": 1, "all": 1000}[catch_up] or isinstance(when, Every)
+    assert due.next_at == table.after(now)
+    assert due.next_at > now
+
+
+# ---- Schedules of a file -------------------------------------------------------------------------
+
+
+def test_a_schedule_is_a_row_that_can_be_looked_at(make_engine: MakeEngine, clock: Clock) -> None:
+    """`schedules` has what was given, and how far it has come, in every process and after a restart."""
+    engine = make_engine(clock=clock)
+    cron = Cron("0 3 * * *", zone=BERLIN)
+    engine.schedule("b", Echo, cron, catch_up="all", window=60, overlap=True, jitter=timedelta(seconds=1.5))
+    engine.schedule("a", Echo, Every(600, anchor=clock.instant()), args={"customer": 42})
+    expected = [
+        Schedule(
+            name="a",
+            fsm=f"{__name__}.Echo",
+            when=Every(600, anchor=clock.instant()),
+            next_at=clock.instant(600),
+            last_at=None,
+            last_id=None,
+            missed=0,
+            is_paused=False,
+            is_declared=False,
+            catch_up="last",
+            window=DAY,
+            overlap=False,
+            jitter=0,
+        ),
+        Schedule(
+            name="b",
+            fsm=f"{__name__}.Echo",
+            when=cron,
+            next_at=instants(cron, clock.instant(), clock.instant(2 * DAY))[0],
+            last_at=None,
+            last_id=None,
+            missed=0,
+            is_paused=False,
+            is_declared=False,
+            catch_up="all",
+            window=60,
+            overlap=True,
+            jitter=1.5,
+        ),
+    ]
+    assert engine.schedules() == expected
+    engine.stop()
+    assert make_engine(queues={}).schedules() == expected
+
+
+def test_an_occurrence_is_an_ordinary_instance_that_says_what_it_stands_for(
+    make_engine: MakeEngine, clock: Clock
+) -> None:
+    """`schedule` and `scheduled_at` of it, `scheduled_at` in its Context; options are those of `insert`."""
+    engine, machine = scripted_engine(make_engine, clock=clock, rate_limits={"api": RateLimit(10, per=1)})
+    options: dict[str, Any] = {
+        "state": {"n": 1},
+        "step": "begin",
+        "queue": "reports",
+        "priority": -3,
+        "correlation_key": "report",
+        "correlation_scope": LIVE | {Status.DONE},
+        "concurrency_key": ("reports", 42),
+        "rate_limit": "api",
+        "weight": 2,
+    }
+    engine.schedule("report:42", Scripted, Every(600), **options)
+    written_at = clock.instant()
+    clock.advance(600.2)
+    assert engine.drain()["done"] == 1
+    [found] = engine.find(schedule="report:42")
+    assert (found.schedule, found.scheduled_at) == ("report:42", written_at + timedelta(seconds=600))
+    assert [ctx.scheduled_at for ctx in machine.runs] == [found.scheduled_at]
+    assert (found.inserted_at, found.eligible_at) == (clock.instant(), clock.instant())
+    plain = engine.get(engine.insert(Scripted, **{**options, "correlation_key": "other"}))
+    for name in ("fsm", "version", "step", "state", "queue", "priority", "concurrency_key", "rate_limit", "weight"):
+        assert getattr(found, name) == getattr(plain, name)
+    assert (plain.schedule, plain.scheduled_at) == (None, None)
+    assert found.correlation_key == "report"
+    listed = schedule_of(engine, "report:42")
+    assert (listed.last_at, listed.last_id, listed.next_at) == (
+        found.scheduled_at,
+        found.id,
+        written_at + timedelta(seconds=1200),
+    )
+    assert engine.find(schedule="other") == []
+    clock.advance(600)
+    with heard(engine, "schedule.skipped") as events:
+        engine.drain()
+    assert [event.metadata["id"] for event in events] == [found.id]  # its scope holds the key after its end
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize(
+    ("anchor", "offsets"),
+    [(None, [600, 1200]), (-250, [350, 950]), (0, [600, 1200]), (200, [200, 800]), (10_000, [10_000, 10_600])],
+)
+def test_the_first_occurrence_is_the_next_on_the_grid(
+    make_engine: MakeEngine, clock: Clock, anchor: int | None, offsets: list[int]
+) -> None:
+    """An interval after the anchor, or an anchor that is still to come; a new schedule catches up nothing."""
+    engine, begun = make_engine(clock=clock), clock.now
+    engine.schedule("s", Echo, Every(600, anchor=None if anchor is None else clock.instant(anchor)))
+    engine.drain()
+    assert (ran(engine, "s"), schedule_of(engine, "s").missed) == ([], 0)
+    for offset in offsets:
+        assert schedule_of(engine, "s").next_at == Clock(begun).instant(offset)
+        clock.now = begun + offset - 0.001
+        engine.drain()
+        clock.advance(0.001)
+        assert engine.drain()["done"] == 1
+    assert ran(engine, "s") == [Clock(begun).instant(offset) for offset in offsets]
+
+
+def test_the_same_schedule_again_changes_nothing(make_engine: MakeEngine, clock: Clock, tmp_path: Path) -> None:
+    """Not its grid, which began when it was first written, not what it has counted: programs write it at each start."""
+    engine = make_engine(clock=clock)
+    for wait in (0, 250, 400, 100, 10_000):
+        clock.advance(wait)
+        engine.schedule("s", Echo, Every(timedelta(minutes=10)), args={"n": 1}, jitter=0)
+        before = ask(engine, "select * from durable_schedules")
+        engine.schedule("s", Echo, Every(600), args={"n": 1}, catch_up="last", window=DAY)
+        assert ask(engine, "select * from durable_schedules") == before
+        engine.drain()
+    began = clock.now - 10_750
+    assert ran(engine, "s") == [Clock(began).instant(600), Clock(began).instant(10_200)]
+    assert schedule_of(engine, "s").missed == 15
+
+
+def test_a_changed_interval_keeps_the_anchor_and_holds_from_now_on(make_engine: MakeEngine, clock: Clock) -> None:
+    """What was due by the old grid and has not been fired is neither fired nor counted."""
+    engine, begun = make_engine(clock=clock), clock.now
+    engine.schedule("s", Echo, Every(600))
+    clock.advance(700)
+    engine.schedule("s", Echo, Every(400))
+    assert schedule_of(engine, "s").next_at == Clock(begun).instant(800)
+    engine.drain()
+    clock.advance(100)
+    engine.drain()
+    assert (ran(engine, "s"), schedule_of(engine, "s").missed) == ([Clock(begun).instant(800)], 0)
+    engine.schedule("s", Echo, Every(1000))
+    assert schedule_of(engine, "s").next_at == Clock(begun).instant(1000)
+    assert schedule_of(engine, "s").last_at == Clock(begun).instant(800)
+
+
+def test_what_is_due_is_fired_though_something_else_was_changed_meanwhile(
+    make_engine: MakeEngine, clock: Clock
+) -> None:
+    """New arguments or another policy do not cost the night's run, and hold for it."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600), args={"n": 1})
+    clock.advance(610)
+    engine.schedule("s", Fails, Every(600), args={"n": 2}, window=60)
+    engine.drain()
+    assert [(one.fsm, one.state) for one in engine.find(schedule="s")] == [(f"{__name__}.Fails", {"n": 2})]
+
+
+def test_unschedule_says_whether_there_was_one(make_engine: MakeEngine, clock: Clock) -> None:
+    """It fires no more; what it has inserted stays, and what takes its name begins anew."""
+    engine = make_engine(clock=clock)
+    assert engine.unschedule("s") is False
+    engine.schedule("s", Echo, Every(600))
+    clock.advance(700)
+    engine.drain()
+    assert engine.unschedule("s") is True
+    assert engine.unschedule("s") is False
+    assert engine.schedules() == []
+    clock.advance(600)
+    assert engine.drain()["steps"] == 0
+    assert len(ran(engine, "s")) == 1
+    engine.schedule("s", Echo, Every(600))
+    listed = schedule_of(engine, "s")
+    assert (listed.next_at, listed.last_at, listed.last_id) == (clock.instant(600), None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "fsm", "when", "options", "error", "text"),
+    [
+        ("", Echo, Every(60), {}, ValueError, "name"),
+        (None, Echo, Every(60), {}, ValueError, "name"),
+        (5, Echo, Every(60), {}, ValueError, "name"),
+        ("\ud800", Echo, Every(60), {}, ValueError, "name"),
+        ("s", Echo, 60, {}, ValueError, "when must be a Cron"),
+        ("s", Echo, "0 3 * * *", {}, ValueError, "when must be a Cron"),
+        ("s", Echo, None, {}, ValueError, "when must be a Cron"),
+        (
+            "s",
+            Echo,
+            Every(60),
+            {"catch_up": "some"},
+            ValueError,
+            "catch_up must be 'last', 'none' or 'all', not 'some'",
+        ),
+        ("s", Echo, Every(60), {"catch_up": []}, ValueError, "catch_up"),
+        ("s", Echo, Every(60), {"catch_up": "all"}, ValueError, "overlap=True"),
+        ("s", Echo, Every(60), {"window": -1}, ValueError, "window"),
+        ("s", Echo, Every(60), {"window": "day"}, ValueError, "window"),
+        ("s", Echo, Every(60), {"jitter": -1}, ValueError, "jitter"),
+        ("s", Echo, Every(60), {"jitter": None}, ValueError, "jitter"),
+        ("s", Echo, Every(60), {"overlap": 1}, ValueError, "overlap"),
+        ("s", Echo, Every(60), {"overlap": None, "catch_up": "all"}, ValueError, "overlap"),
+        ("s", Echo, Every(60), {"schedule_in": 5}, ValueError, "schedule_in is no option of a schedule"),
+        ("s", Echo, Every(60), {"schedule_at": at("2024-01-01")}, ValueError, "schedule_at is no option"),
+        ("s", Echo, Every(60), {"state": {}, "args": {}}, ValueError, "state and args"),
+        ("s", Echo, Every(60), {"weight": 0}, ValueError, "weight"),
+        ("s", Echo, Every(60), {"queue": ""}, ValueError, "queue"),
+        ("s", Echo, Every(60), {"args": {1: 2}}, StateError, "key"),
+        ("s", Echo, Every(60), {"rate_limit": "nowhere"}, UnknownLimitError, "nowhere"),
+        ("s", Echo, Every(60), {"colour": "red"}, TypeError, "colour"),
+        ("s", Waits, Every(60), {"max_attempts": 3}, TypeError, "max_attempts"),
+        ("s", Waits, Every(60), {"step": "nowhere"}, ValueError, "nowhere"),
+        ("s", Sums, Every(60), {}, StateError, "wanted"),
+        ("s", "no.such.class", Every(60), {}, UnknownFSMError, "no.such.class"),
+        ("s", int, Every(60), {}, TypeError, "fsm"),
+    ],
+)
+def test_what_a_schedule_cannot_be_is_refused_and_changes_nothing(
+    engine: Engine, name: Any, fsm: Any, when: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    """The error is that of `insert`, or a `ValueError` that names what was given; what has the name stays."""
+    engine.schedule("s", Echo, Every(60), args={"n": 1})
+    before = ask(engine, "select * from durable_schedules")
+    with pytest.raises(error, match=re.escape(text)):
+        engine.schedule(name, fsm, when, **options)
+    assert ask(engine, "select * from durable_schedules") == before
+
+
+def test_trigger_inserts_one_now_beside_the_grid(make_engine: MakeEngine, clock: Clock) -> None:
+    """Also while it is paused, or its latest instance is live; `scheduled_at` is now, and it counts as the latest."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Waits, Every(600), state={"timeout": None})
+    before = schedule_of(engine, "s")
+    clock.advance(10.5)
+    first, second = engine.trigger("s"), engine.trigger("s")
+    assert [one.id for one in engine.find(schedule="s", status="runnable")] == [second, first]
+    assert (engine.get(second).scheduled_at, engine.get(second).state) == (clock.instant(), {"timeout": None})
+    listed = schedule_of(engine, "s")
+    assert listed == attrs.evolve(before, last_at=clock.instant(), last_id=second)
+    engine.drain()
+    engine.signal(first, "go")
+    clock.advance(589.5)
+    with heard(engine, "schedule.skipped", "schedule.fired") as events:
+        engine.drain()
+    assert events == [Event("schedule.skipped", {}, {"name": "s", "id": second})]
+    engine.signal(second, "go")
+    engine.pause_schedule("s")
+    third = engine.trigger("s")
+    assert schedule_of(engine, "s").is_paused
+    assert (engine.drain(max_steps=10)["done"], engine.get(third).status) == (1, "awaiting_signal")
+
+
+def test_trigger_refuses_a_key_that_is_taken(engine: Engine) -> None:
+    """`DuplicateError`, whose `id` is the occupant's; nothing is inserted."""
+    engine.schedule("s", Echo, Every(600), correlation_key="k")
+    first = engine.trigger("s")
+    with pytest.raises(DuplicateError) as caught:
+        engine.trigger("s")
+    assert caught.value.id == first
+    assert [one.id for one in engine.find()] == [first]
+    assert schedule_of(engine, "s").last_id == first
+
+
+@pytest.mark.parametrize("verb", ["trigger", "pause_schedule", "resume_schedule", "unschedule"])
+def test_an_unknown_name_is_a_not_found_error(engine: Engine, verb: str) -> None:
+    """But for `unschedule`, which then has nothing to do; what can be no name is a `ValueError`."""
+    engine.schedule("s", Echo, Every(600))
+    if verb == "unschedule":
+        assert engine.unschedule("t") is False
+    else:
+        with pytest.raises(NotFoundError, match="'t'"):
+            getattr(engine, verb)("t")
+    for bad in ("", None, 1):
+        with pytest.raises(ValueError, match="name"):
+            getattr(engine, verb)(bad)
+    engine.stop()
+    for call in (lambda: getattr(engine, verb)("s"), engine.schedules, lambda: engine.schedule("s", Echo, Every(1))):
+        with pytest.raises(EngineClosedError):
+            call()
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_what_would_have_fired_during_a_pause_is_neither_caught_up_nor_counted(
+    make_engine: MakeEngine, clock: Clock, is_restarted: bool
+) -> None:
+    """A pause holds over restarts, and it may be asked for twice; the grid is what it was."""
+    engine, begun = make_engine(clock=clock), clock.now
+    engine.schedule("s", Echo, Every(600))
+    clock.advance(650)
+    engine.pause_schedule("s")  # what is due and was not fired is paused with it
+    engine.pause_schedule("s")
+    assert (schedule_of(engine, "s").next_at, schedule_of(engine, "s").is_paused) == (None, True)
+    clock.advance(5000)
+    engine.schedule("s", Echo, Every(600), args={"n": 1})
+    if is_restarted:
+        engine.stop()
+        engine = make_engine(clock=clock)
+    assert engine.drain()["steps"] == 0
+    engine.resume_schedule("s")
+    engine.resume_schedule("s")
+    assert (schedule_of(engine, "s").next_at, schedule_of(engine, "s").is_paused) == (Clock(begun).instant(6000), False)
+    assert engine.drain()["steps"] == 0
+    clock.advance(350)
+    assert engine.drain()["done"] == 1
+    assert (ran(engine, "s"), schedule_of(engine, "s").missed) == ([Clock(begun).instant(6000)], 0)
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_snapshot_has_its_schedules_paused(make_engine: MakeEngine, clock: Clock, tmp_path: Path) -> None:
+    """So that opening it repeats nothing, be they declared in code or not; those of the file go on."""
+    declared = define("Nightly", body={"perform": lambda self, args: None}, schedule=Every(300))
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600))
+    engine.drain()
+    engine.snapshot(tmp_path / "copy.db")
+    copy = make_engine(database=tmp_path / "copy.db", clock=clock)
+    clock.advance(600)
+    for queue in ("default",):
+        copy.resume(queue)
+    assert copy.drain()["steps"] == 0
+    assert [(one.next_at, one.is_paused) for one in copy.schedules()] == [(None, True)] * 2
+    assert copy.check() == []
+    assert engine.drain()["done"] == 2
+    copy.resume_schedule("s")
+    clock.advance(600)
+    assert copy.drain()["done"] == 1
+    assert [one.is_paused for one in copy.schedules() if one.name == declared._spec.name] == [True]
+
+
+def test_only_an_engine_that_runs_fires(make_engine: MakeEngine, clock: Clock) -> None:
+    """A client's commits leave the schedules to those who run."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600))
+    clock.advance(601)
+    engine.insert(Echo)
+    assert ran(engine, "s") == []
+    with make_engine(clock=clock, queues={}) as other:
+        other.insert(Echo)
+        assert ran(engine, "s") == []
+    with make_engine(clock=clock, queues={"other": 1}):  # whose work that is does not matter
+        eventually(lambda: ran(engine, "s"))
+    assert [one.status for one in engine.find(schedule="s")] == ["runnable"]
+
+
+@pytest.mark.usefixtures("defined")
+def test_occurrences_are_of_the_highest_version_with_what_it_says_of_itself(
+    make_engine: MakeEngine, clock: Clock
+) -> None:
+    """What was not given follows the class, as for an insert by name; what was given stays."""
+
+    def body(*names: str) -> dict[str, Any]:
+        return {name: step(lambda self, ctx: Done()) for name in names}
+
+    define("Grows", name="grows", body=body("start", "other"), initial="start", queue="old", max_crashes=3)
+    engine = make_engine(clock=clock, retention=0)
+    engine.schedule("given", "grows", Every(60), queue="mine", step="other")
+    engine.schedule("left", "grows", Every(60))
+    define("GrowsOn", name="grows", version=2, body=body("begin", "other"), initial="begin", queue="new", retention=9)
+    clock.advance(60)
+    engine.drain(queue="none")
+    found = {one.schedule: (one.version, one.queue, one.step) for one in engine.find()}
+    assert found == {"given": (2, "mine", "other"), "left": (2, "new", "begin")}
+    assert ask(engine, "select distinct max_crashes, retention from durable_instances") == [(20, 9000)]
+    assert engine.get(engine.trigger("left")).version == 2
+
+
+def test_what_happens_to_schedules_is_told(make_engine: MakeEngine, clock: Clock) -> None:
+    """`schedule.fired` with how late it was, `schedule.missed` with the count, `schedule.skipped` with who is live."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600))
+    with heard(engine, "schedule.fired", "schedule.missed", "schedule.skipped") as events:
+        clock.advance(600)
+        engine.drain()
+        clock.advance(1800.25)
+        engine.drain(queue="other")
+        clock.advance(600)
+        engine.drain(queue="other")
+    first, second = [one.id for one in reversed(engine.find(schedule="s"))]
+    assert events == [
+        Event("schedule.fired", {"late": 0.0}, {"name": "s", "id": first}),
+        Event("schedule.fired", {"late": 0.25}, {"name": "s", "id": second}),
+        Event("schedule.missed", {"count": 2}, {"name": "s"}),
+        Event("schedule.skipped", {}, {"name": "s", "id": second}),
+    ]
+    assert schedule_of(engine, "s").missed == 2
+
+
+@pytest.mark.parametrize("interval", [1e12, timedelta.max])
+def test_an_occurrence_may_be_as_far_off_as_the_calendar_goes(
+    make_engine: MakeEngine, clock: Clock, interval: Any
+) -> None:
+    """An interval beyond it comes at its end; nothing is wrong with the file."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(interval), jitter=60)
+    assert schedule_of(engine, "s").next_at == durable._instant(durable._END_OF_TIME)
+    assert engine.drain()["steps"] == 0
+    engine.trigger("s")
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("fires_at = next_at - 1", "fire before their instant (by name): s"),
+        ("fires_at = next_at + 1", "fire before their instant (by name): s"),
+        ("template = '{'", "no JSON (by name): s"),
+        ("\"when\" = 'noon'", "no JSON (by name): s"),
+        ("last_id = 1", "latest instance is another's (by name): s"),
+    ],
+)
+def test_check_audits_the_schedules(engine: Engine, damage: str, problem: str) -> None:
+    """It names what is wrong with them."""
+    engine.schedule("s", Echo, Every(600))
+    engine.insert(Echo)
+    assert engine.check() == []
+    ask(engine, f"update durable_schedules set {damage} where name = 's'")
+    [found] = engine.check()
+    assert problem in found
+
+
+@pytest.mark.parametrize("column", ["when", "template"])
+def test_a_schedule_that_cannot_be_read_keeps_nothing_else_from_running(
+    make_engine: MakeEngine, clock: Clock, caplog: pytest.LogCaptureFixture, column: str
+) -> None:
+    """It is left where it is, and that is said once; the others fire, and work is done."""
+    engine = make_engine(clock=clock)
+    for name in ("bad", "good"):
+        engine.schedule(name, Echo, Every(600))
+    ask(engine, f"update durable_schedules set \"{column}\" = '[]' where name = 'bad'")
+    clock.advance(600)
+    engine.insert(Echo)
+    for _ in range(3):
+        engine.drain()
+    assert (len(ran(engine, "good")), ran(engine, "bad")) == (1, [])
+    assert len(engine.find(status="done")) == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the schedule bad is left to other engines" in caplog.text
+
+
+# ---- Declared in code ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("defined")
+@pytest.mark.parametrize("how", ["drain", "start"])
+def test_a_declared_schedule_is_written_by_every_engine_that_runs(
+    make_engine: MakeEngine, clock: Clock, how: str
+) -> None:
+    """Under the class's name: by `start` and `drain`, not by a client; `ctx.scheduled_at` says what it stands for."""
+
+    @durable.job(name="test.backup", schedule=Cron("0 3 * * *", zone="UTC"))
+    def backup(ctx: Ctx) -> str:
+        return cast(datetime, ctx.scheduled_at).isoformat()
+
+    define("Hourly", body={"perform": lambda self, args: args}, schedule=Every(3600, anchor=at("2020-01-01")))
+    options: dict[str, Any] = {
+        "when": Every(60),
+        "args": {"n": 1},
+        "catch_up": "none",
+        "window": 5,
+        "overlap": True,
+        "jitter": 2,
+    }
+    define("Full", body={"perform": lambda self, args: args}, schedule={**options, "priority": 4, "queue": "q"})
+    clock.now = at("2024-01-01T02:59:30").timestamp()
+    engine = make_engine(clock=clock)
+    engine.insert(Echo)
+    assert engine.schedules() == []
+    engine.start() if how == "start" else engine.drain()
+    found = {one.name: one for one in engine.schedules()}
+    assert {name: one.next_at for name, one in found.items()} == {
+        "test.backup": at("2024-01-01T03:00"),
+        f"{__name__}.Hourly": at("2024-01-01T03:00"),
+        f"{__name__}.Full": at("2024-01-01T03:00:30"),
+    }
+    assert all(one.is_declared and one.fsm == one.name for one in found.values())
+    full = found[f"{__name__}.Full"]
+    assert (full.catch_up, full.window, full.overlap, full.jitter) == ("none", 5, True, 2)
+    clock.advance(30)
+    if how == "drain":
+        engine.drain()
+    eventually(lambda: engine.find(fsm=backup, status="done"))
+    assert engine.find(fsm=backup)[0].result == "2024-01-01T03:00:00+00:00"
+    assert engine.check() == []
+
+
+@pytest.mark.usefixtures("defined")
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (60, "schedule must be a Cron, an Every, or a dict with `when`, not 60"),
+        ("0 3 * * *", "schedule must be"),
+        ({}, "when must be a Cron"),
+        ({"args": {"n": 1}}, "when must be a Cron"),
+        ({"when": Every(60), "cath_up": "all"}, "unknown option 'cath_up'"),
+        ({"when": Every(60), "catch_up": "all"}, "overlap=True"),
+        ({"when": Every(60), "schedule_in": 5}, "schedule_in"),
+        ({"when": Every(60), "weight": 0}, "weight"),
+        ({"when": Every(60), "args": {"m": 1}}, "m"),
+        ({"when": Every(60), "args": {"n": "x"}}, "n"),
+        (Every(60), "n"),
+    ],
+)
+def test_a_class_whose_schedule_cannot_be_is_a_type_error(schedule: Any, text: str) -> None:
+    """Where it is defined, and so are arguments that do not fit it; it is not known then."""
+    with pytest.raises(TypeError, match=f"needs_n.*{re.escape(text)}"):
+
+        @durable.job(schedule=schedule)
+        def needs_n(n: int) -> None:
+            """Needs an argument."""
+
+    assert not any("needs_n" in name for name, _ in durable._registry)
+
+
+@pytest.mark.usefixtures("defined")
+def test_what_only_the_file_can_tell_of_a_declared_schedule_is_an_error_of_the_start(make_engine: MakeEngine) -> None:
+    """It says which schedule it is about."""
+    define("Limited", body={"perform": lambda self, args: args}, schedule={"when": Every(60), "rate_limit": "api"})
+    engine = make_engine()
+    with pytest.raises(UnknownLimitError, match="api") as caught:
+        engine.start()
+    assert f"in the schedule '{__name__}.Limited'" in caught.value.__notes__
+    with make_engine(rate_limits={"api": RateLimit(1, per=1)}) as other:
+        assert len(other.schedules()) == 1
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_subclass_inherits_no_schedule(make_engine: MakeEngine) -> None:
+    """Nor does what a decorator makes of the class lose it."""
+    base = define("Base", body={"perform": lambda self, args: args}, schedule=Every(60))
+    define("Derived", base)
+    attrs.define(define("Slotted", body={"perform": lambda self, args: args}, schedule=Every(60)))
+    engine = make_engine()
+    engine.drain()
+    assert [one.name for one in engine.schedules()] == [f"{__name__}.Base", f"{__name__}.Slotted"]
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_declaration_that_is_taken_away_fires_no_more(make_engine: MakeEngine, clock: Clock) -> None:
+    """Its row stays to be seen; one that is made again begins anew, on the grid that it had."""
+
+    def deploy(**options: Any) -> Engine:
+        define("Nightly", body={"perform": lambda self, args: args}, **options)
+        return make_engine(clock=clock)
+
+    name, begun = f"{__name__}.Nightly", clock.now
+    deploy(schedule=Every(600)).drain()
+    clock.advance(600)
+    engine = deploy()
+    assert engine.drain()["steps"] == 0
+    listed = schedule_of(engine, name)
+    assert (listed.is_declared, listed.next_at) == (False, clock.instant())
+    clock.advance(5000)
+    assert engine.drain()["steps"] == 0
+    engine = deploy(schedule=Every(600))
+    assert engine.drain()["steps"] == 0
+    listed = schedule_of(engine, name)
+    assert (listed.is_declared, listed.next_at, listed.missed) == (True, Clock(begun).instant(6000), 0)
+    clock.advance(400)
+    assert engine.drain()["done"] == 1
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_renamed_class_goes_on_with_what_it_has_declared(make_engine: MakeEngine, clock: Clock) -> None:
+    """An alias is a name that its declaration had: pause, grid and what was missed are kept, and so is the latest."""
+    body = {"perform": lambda self, args: args}
+    old, other = (define(name, body=body, schedule=Every(600)) for name in ("Old", "Other"))
+    engine = make_engine(clock=clock)
+    engine.drain()
+    clock.advance(1300)
+    engine.drain()
+    engine.pause_schedule(other._spec.name)
+    clock.advance(200)
+    for one in (old, other):
+        del durable._registry[one._spec.name, 1]
+        define(f"New{one.__name__}", body=body, schedule=Every(600), aliases=(one._spec.name,))
+    engine.schedule("at run time", old._spec.name, Every(400))
+    engine.drain()
+    listed = {one.name: one for one in engine.schedules()}
+    assert list(listed) == ["at run time", f"{__name__}.NewOld", f"{__name__}.NewOther"]
+    renamed = listed[f"{__name__}.NewOld"]
+    assert (renamed.is_declared, renamed.missed, renamed.next_at) == (True, 1, clock.instant(300))
+    assert renamed.last_id == engine.find(schedule=renamed.name)[0].id
+    assert listed[f"{__name__}.NewOther"].is_paused
+    clock.advance(400)
+    assert engine.drain()["done"] == 2
+    assert {one.fsm for one in engine.find(limit=2)} == {renamed.name}
+    assert engine.check(code=True) == []
+
+
+@pytest.mark.usefixtures("defined")
+def test_check_holds_schedules_against_the_code(make_engine: MakeEngine, clock: Clock) -> None:
+    """A class that is unknown, or declares it no more; a step or a state that would not do for its instances."""
+    define("Nightly", body={"perform": lambda self, args: args}, schedule=Every(600))
+    define("Steps", body={"start": step(lambda self, ctx: Done()), "other": step(lambda self, ctx: Done())})
+    engine = make_engine(clock=clock)
+    engine.drain()
+    for name in ("Nightly", "Steps"):
+        engine.schedule(f"of {name}", f"{__name__}.{name}", Every(600), state={"n": 1})
+    engine.schedule("step", f"{__name__}.Steps", Every(600), step="other")
+    assert engine.check(code=True) == []
+    state = attrs.make_class("State", {"n": attrs.field(type=str)})
+    define("Nightly", body={"perform": lambda self, args: args, "State": state})
+    define("Steps", body={"begin": step(lambda self, ctx: Done())}, initial="begin")
+    unloadable = "the state no longer loads (n: not a valid str, 1): `handle` will be asked"
+    assert engine.check(code=True) == [
+        f"schedule of Nightly: {__name__}.Nightly version 1: {unloadable}",
+        f"schedule step: {__name__}.Steps version 1: no step 'other': keep it, or make a new version with `migrate`",
+        f"schedule {__name__}.Nightly: {__name__}.Nightly declares it no more: it does not fire here",
+    ]
+    del durable._registry[f"{__name__}.Steps", 1]
+    assert f"schedule step: no class {__name__}.Steps is known: it does not fire here" in engine.check(code=True)
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_row_that_came_from_code_is_fired_only_where_the_code_declares_it(
+    make_engine: MakeEngine, clock: Clock
+) -> None:
+    """Not by an engine whose class has ceased to, though others still do; one written at run time is."""
+    make, body = functools.partial(make_engine, clock=clock), {"perform": lambda self, args: args}
+    define("Nightly", body=body, schedule=Every(600))
+    old = make()
+    old.drain()
+    engine = make()
+    known = dict(durable._registry)
+    define("Nightly", body=body)
+    engine.schedule("at run time", f"{__name__}.Nightly", Every(600))
+    clock.advance(600)
+    engine.drain(queue="none")
+    assert [one.schedule for one in engine.find()] == ["at run time"]
+    durable._registry.update(known)
+    old.drain(queue="none")
+    clock.advance(600)
+    old.drain(queue="none")
+    assert [one.schedule for one in engine.find()] == [f"{__name__}.Nightly", "at run time"]
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_class_that_is_defined_while_an_engine_runs_has_its_schedule_written(make_engine: MakeEngine) -> None:
+    """It fires like any other."""
+    with make_engine() as engine:
+        define("Late", body={"perform": lambda self, args: args}, schedule=Every(0.05))
+        eventually(lambda: engine.find(schedule=f"{__name__}.Late", status="done"))
+    assert schedule_of(make_engine(), f"{__name__}.Late").is_declared
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_declared_schedule_that_is_unscheduled_comes_back_with_the_next_start(
+    make_engine: MakeEngine, clock: Clock
+) -> None:
+    """In code it is as long as the class says so; a pause is what lasts."""
+    define("Nightly", body={"perform": lambda self, args: args}, schedule=Every(600))
+    engine, name = make_engine(clock=clock), f"{__name__}.Nightly"
+    engine.drain()
+    assert engine.unschedule(name)
+    clock.advance(100)
+    engine.drain()
+    assert schedule_of(engine, name).next_at == clock.instant(600)
+    engine.pause_schedule(name)
+    engine.drain()
+    assert schedule_of(engine, name).is_paused
+
+
+def beats_of(engine: Engine) -> Counter[str]:
+    """Count an engine's beats from now on, and the statements of them that look for schedules."""
+    counts: Counter[str] = Counter()
+    core = engine._core
+
+    def trace(cursor: apsw.Cursor, sql: str, bindings: object) -> bool:
+        counts["beats"] += sql == "BEGIN IMMEDIATE"
+        counts["looks"] += sql == durable._DUE_SCHEDULES
+        return True
+
+    core.store.db.exec_trace = trace
+    return counts
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_schedule_of_an_unknown_class_is_left_to_others_without_a_spin(
+    make_engine: MakeEngine, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It piles up nothing, is said once, and costs no look; who comes to know the class goes on with it."""
+    define("Foreign", body={"perform": lambda self, args: args})
+    engine, name = make_engine(clock=clock), f"{__name__}.Foreign"
+    engine.schedule("s", name, Every(60))
+    [known] = [durable._registry.pop(key) for key in list(durable._registry) if key[0] == name]
+    clock.advance(60)
+    with engine:
+        for n in range(20):
+            assert engine.result(engine.insert(Echo, args={"n": n}), PATIENCE) == {"n": n}
+        counts = beats_of(engine)
+        for n in range(20):
+            assert engine.result(engine.insert(Echo, args={"n": n}), PATIENCE) == {"n": n}
+        clock.advance(600)
+        engine.result(engine.insert(Echo), PATIENCE)
+        assert counts["looks"] == 0
+        assert counts["beats"] < 150
+        assert (ran(engine, "s"), schedule_of(engine, "s").missed) == ([], 0)
+        durable._registry[name, 1] = known
+        durable._registry.changes += 1
+        eventually(lambda: engine.find(schedule="s", status="done"))
+    engine = make_engine()
+    assert (len(ran(engine, "s")), schedule_of(engine, "s").missed) == (1, 10)
+    assert caplog.text.count("the schedule s is left to other engines: nothing here can run") == 1
+
+
+# ---- What is missed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("catch_up", "options", "gap", "fires", "missed"),
+    [
+        ("last", {}, 600, [600], 0),
+        ("last", {}, 3000.5, [3000], 4),
+        ("last", {}, 3100, [3000], 4),
+        ("last", {"window": 100}, 3100, [3000], 4),
+        ("last", {"window": 99}, 3100, [], 5),
+        ("last", {"window": 0}, 3000.999, [3000], 4),
+        ("none", {}, 600, [600], 0),
+        ("none", {}, 600.999, [600], 0),
+        ("none", {}, 601, [], 1),
+        ("none", {}, 3000.999, [3000], 4),
+        ("none", {"overlap": True}, 3001, [], 5),
+        ("all", {"overlap": True}, 3100, [600, 1200, 1800, 2400, 3000], 0),
+        ("all", {"overlap": True, "window": 1300}, 3100, [1800, 2400, 3000], 2),
+        ("all", {"overlap": True, "window": 0}, 3000.5, [3000], 4),
+        ("all", {"overlap": True, "window": 10**6}, 600 * 1700, [600 * n for n in range(701, 1701)], 700),
+    ],
+)
+@pytest.mark.parametrize("when", [Every(600), Cron("*/10 * * * *", zone="UTC")], ids=["every", "cron"])
+def test_what_was_missed_is_caught_up_as_the_policy_says(
+    make_engine: MakeEngine,
+    when: Any,
+    catch_up: str,
+    options: dict[str, Any],
+    gap: float,
+    fires: list[float],
+    missed: int,
+) -> None:
+    """The latest, none or all, within the window; what is late for less than a second is not missed."""
+    clock = clock_at("2024-06-01T12:00")
+    engine, begun = make_engine(clock=clock), clock.now
+    engine.schedule("s", Echo, when, catch_up=catch_up, **options)
+    clock.advance(gap)
+    with heard(engine, "schedule.missed") as events:
+        engine.drain(queue="other")
+    assert ran(engine, "s") == [Clock(begun).instant(one) for one in fires]
+    assert schedule_of(engine, "s").missed == sum(event.measurements["count"] for event in events) == missed
+    assert schedule_of(engine, "s").next_at == Clock(begun).instant(600 * (gap // 600 + 1))
+
+
+@pytest.mark.parametrize("when", [Every(60), Cron("* * * * *", zone=BERLIN)], ids=["every", "cron"])
+@pytest.mark.parametrize("count", [2, 1000, 1001, 1002, 5000])
+def test_missed_occurrences_are_counted_exactly_up_to_a_thousand(
+    make_engine: MakeEngine, when: Any, count: int
+) -> None:
+    """Beyond that at least so many, and over a restart."""
+    clock = clock_at("2024-06-01T12:00")
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, when)
+    engine.stop()
+    clock.advance(60 * count)
+    engine = make_engine(clock=clock)
+    engine.drain()
+    missed = schedule_of(engine, "s").missed
+    assert ran(engine, "s") == [clock.instant()]
+    assert missed == count - 1 if count <= 1001 else 1000 <= missed <= count - 1
+
+
+def test_a_failure_of_the_storage_only_delays_what_is_due(
+    make_engine: MakeEngine, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the beat was kept: neither the instance, nor that it was inserted."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600))
+    clock.advance(600)
+    commit = durable._Store.commit
+
+    def fail(store: durable._Store) -> None:
+        if store.db.execute("select count(*) from durable_instances").get:
+            raise apsw.FullError("database or disk is full")
+        commit(store)
+
+    monkeypatch.setattr(durable._Store, "commit", fail)
+    with pytest.raises(DurableError, match="disk is full"):
+        engine.drain()
+    monkeypatch.undo()
+    assert (ran(engine, "s"), schedule_of(engine, "s").next_at) == ([], clock.instant())
+    clock.advance(5)
+    assert engine.drain()["done"] == 1
+    assert (ran(engine, "s"), schedule_of(engine, "s").missed) == ([clock.instant(-5)], 0)
+
+
+@attrs.define
+class Forecast:
+    """What has to become of a schedule, by looking at each of its instants; milliseconds."""
+
+    grid: Callable[[int, int], list[int]]
+    """Its instants after one and up to another."""
+    catch_up: str
+    window: int
+    overlap: bool
+    judged: int
+    """Up to when it was decided what becomes of them."""
+    ran: list[int] = attrs.field(factory=list)
+    missed: int = 0
+    is_paused: bool = False
+
+    def go_back(self, now: int) -> None:
+        self.judged = min(self.judged, now)
+
+    def look(self, now: int, is_live: Callable[[], bool]) -> None:
+        """An engine looks at the clock."""
+        due = self.grid(self.judged, now)
+        if self.is_paused or not due:
+            return
+        self.judged = now
+        fires = self._caught_up(due, now)
+        if now - due[-1] < 1000 and due[-1] not in fires:
+            fires.append(due[-1])
+        self.missed += len(due) - len(fires)
+        self.ran += [one for one in fires if one not in self.ran and (self.overlap or not is_live())]
+
+    def _caught_up(self, due: list[int], now: int) -> list[int]:
+        latest = {"none": 0, "last": 1, "all": 1000}[self.catch_up]
+        return [one for one in due[len(due) - latest :] if now - one <= self.window]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[Cron | Every, Callable[[int, int], list[int]], datetime]:
+    """A grid, a plain reading of it, and when its schedule is written."""
+    if draw(st.booleans()):
+        plain, start = draw(crons_and_instants(hours=6))
+
+        def of_cron(after: int, until: int) -> list[int]:
+            return [*map(milliseconds, plain.between(durable._instant(after), durable._instant(until)))]
+
+        return cron_of(plain), of_cron, start
+    start, interval = at("2024-06-01T12:00"), draw(st.sampled_from([0.7, 60, 1000, 7200]))
+    offset = draw(st.none() | st.integers(-5000, 5000))
+    anchor = None if offset is None else start + timedelta(seconds=offset)
+
+    def of_every(after: int, until: int) -> list[int]:
+        first, pace = milliseconds(anchor or start), round(interval * 1000)
+        steps = range((after - first) // pace + 1, (until - first) // pace + 1)
+        return [first + n * pace for n in steps if anchor is None or n >= 0]
+
+    return Every(interval, anchor=anchor), of_every, start
+
+
+class RecurringWork(RuleBasedStateMachine):
+    """A schedule whose file is left alone, opened again, whose clock is set, whose work is slow; beside a forecast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.engine: Engine | None = None
+
+    @initialize(
+        grid=grids(),
+        catch_up=st.sampled_from(["last", "none", "all"]),
+        window=st.sampled_from([0, 60, 4000, DAY]),
+        overlap=st.booleans(),
+    )
+    def write(self, grid: Any, catch_up: str, window: int, overlap: bool) -> None:
+        when, reading, start = grid
+        overlap = overlap or catch_up == "all"
+        self.clock = Clock(start.timestamp())
+        self.forecast = Forecast(reading, catch_up, window * 1000, overlap, self.now)
+        self.open()
+        self.client.schedule("s", Echo, when, catch_up=catch_up, window=window, overlap=overlap)
+
+    @property
+    def client(self) -> Engine:
+        assert self.engine is not None
+        return self.engine
+
+    @property
+    def now(self) -> int:
+        return int(self.clock.now * 1000)
+
+    def open(self) -> None:
+        path = Path(self.folder.name) / "durable.db"
+        self.engine = Engine(path, synchronous="off", clock=self.clock, retention=math.inf)
+
+    @rule(seconds=st.integers(0, 5000) | st.floats(0, 3) | st.sampled_from([600, 3600, 7200]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now = round(self.clock.now + seconds, 3)
+
+    @rule()
+    def it_is_due(self) -> None:
+        """The clock comes to the very instant."""
+        next_at = schedule_of(self.client, "s").next_at
+        if next_at is not None:
+            self.clock.now = max(self.clock.now, min(next_at.timestamp(), self.clock.now + 7200))
+
+    @rule(seconds=st.sampled_from([0.5, 1, 700, 5000]))
+    def the_clock_is_set_back(self, seconds: float) -> None:
+        self.clock.now = round(self.clock.now - seconds, 3)
+
+    @rule(queue=st.sampled_from(["default", "none"]))
+    def an_engine_looks(self, queue: str) -> None:
+        """And does the work, or leaves it live."""
+        self.forecast.go_back(self.now)
+        self.forecast.look(self.now, lambda: bool(self.client.find(schedule="s", status="runnable")))
+        self.client.drain(queue=queue, max_steps=100_000)
+
+    @rule()
+    def it_is_opened_again(self) -> None:
+        self.client.stop()
+        self.open()
+
+    @rule()
+    def it_is_paused(self) -> None:
+        self.client.pause_schedule("s")
+        self.forecast.is_paused = True
+
+    @rule()
+    def it_is_resumed(self) -> None:
+        self.client.resume_schedule("s")
+        if self.forecast.is_paused:
+            self.forecast.is_paused, self.forecast.judged = False, self.now
+
+    @invariant()
+    def it_is_as_forecast(self) -> None:
+        if self.engine is not None:
+            listed = schedule_of(self.engine, "s")
+            assert [milliseconds(one) for one in ran(self.engine, "s")] == self.forecast.ran
+            assert listed.missed == self.forecast.missed or 1000 <= listed.missed < self.forecast.missed
+            assert listed.is_paused == self.forecast.is_paused == (listed.next_at is None)
+
+    def teardown(self) -> None:
+        if self.engine is not None:
+            assert self.engine.check() == []
+            self.engine.stop()
+        self.folder.cleanup()
+
+
+def test_occurrences_are_those_that_a_plain_forecast_names() -> None:
+    """Whatever the grid and the zone, through gaps, restarts and clocks that are set: each once."""
+    run_state_machine_as_test(RecurringWork, settings=settings(max_examples=3 * EXAMPLES))
+
+
+# ---- Overlap and keys ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_next_is_skipped_while_the_latest_is_live(make_engine: MakeEngine, clock: Clock, overlap: bool) -> None:
+    """Whatever it waits for; with `overlap=True` it is inserted all the same. A skip is no miss."""
+    engine, begun = make_engine(clock=clock), clock.now
+    engine.schedule("s", Waits, Every(600), overlap=overlap)
+    with heard(engine, "schedule.skipped") as events:
+        for _ in range(3):
+            clock.advance(600)
+            engine.drain()
+    first = engine.find(schedule="s")[-1].id
+    assert [event.metadata for event in events] == ([] if overlap else [{"name": "s", "id": first}] * 2)
+    assert len(ran(engine, "s")) == (3 if overlap else 1)
+    assert schedule_of(engine, "s").missed == 0
+    assert schedule_of(engine, "s").last_at == Clock(begun).instant(1800 if overlap else 600)
+    engine.signal(first, "go")
+    engine.drain()
+    clock.advance(600)
+    engine.drain()
+    assert ran(engine, "s")[-1] == Clock(begun).instant(2400)
+
+
+@pytest.mark.parametrize("end", ["done", "failed", "cancelled", "collected"])
+def test_what_has_ended_overlaps_nothing(make_engine: MakeEngine, clock: Clock, end: str) -> None:
+    """However it ended, and also when it is no longer in the file."""
+    engine = make_engine(clock=clock, retention=0)
+    engine.schedule("s", Fails if end == "failed" else Waits, Every(600))
+    clock.advance(600)
+    engine.drain(queue="none" if end == "cancelled" else None)
+    [first] = engine.find(schedule="s")
+    if end == "cancelled":
+        engine.cancel(first.id)
+    elif end != "failed":
+        engine.signal(first.id, "go")
+        engine.drain()
+    if end == "collected":
+        clock.advance(1)
+        engine.gc()
+    clock.advance(600)
+    engine.drain()
+    assert engine.find(schedule="s")[0].id > first.id
+
+
+def test_a_retried_instance_is_live_again(make_engine: MakeEngine, clock: Clock) -> None:
+    """So the next occurrence is skipped."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Fails, Every(600))
+    clock.advance(600)
+    engine.drain()
+    engine.retry(engine.find(schedule="s")[0].id)
+    clock.advance(600)
+    engine.drain(queue="none")
+    assert len(ran(engine, "s")) == 1
+
+
+def test_one_whose_key_is_taken_is_skipped_with_the_occupants_id(make_engine: MakeEngine, clock: Clock) -> None:
+    """Whoever that is, and with `overlap=True` too; the schedule goes on."""
+    engine = make_engine(clock=clock)
+    occupant = engine.insert(Waits, correlation_key="k")
+    engine.schedule("s", Echo, Every(600), correlation_key="k", catch_up="all", overlap=True)
+    clock.advance(1300)
+    with heard(engine, "schedule.skipped") as events:
+        engine.drain()
+    assert events == [Event("schedule.skipped", {}, {"name": "s", "id": occupant})] * 2
+    assert (ran(engine, "s"), schedule_of(engine, "s").missed, schedule_of(engine, "s").last_id) == ([], 0, None)
+    engine.signal("k", "go")
+    engine.drain()
+    clock.advance(500)
+    assert engine.drain()["done"] == 1
+    assert engine.check() == []
+
+
+# ---- The clock -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("catch_up", ["last", "none", "all"])
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_clock_that_was_ahead_is_set_right(
+    make_engine: MakeEngine, clock: Clock, catch_up: str, is_running: bool
+) -> None:
+    """At the next start, or when it goes back while an engine runs: the grid's next counts, and nothing comes twice."""
+    engine, begun = make_engine(clock=clock), Clock(clock.now)
+    engine.schedule("s", Echo, Every(600), catch_up=catch_up, overlap=catch_up == "all", window=10 * 365 * DAY)
+    if is_running:
+        engine.start()
+    look: Callable[[], object] = (lambda: None) if is_running else engine.drain
+    clock.advance(600)
+    look()
+    eventually(lambda: len(engine.find(schedule="s", status="done")) == 1)
+    clock.advance(30 * DAY)  # the clock is wrong
+    look()
+    eventually(lambda: cast(datetime, schedule_of(engine, "s").next_at) > clock.instant())
+    eventually(lambda: ended(engine, [one.id for one in engine.find(schedule="s", limit=2000)]))
+    before = ran(engine, "s")
+    clock.now = begun.now + 650
+    look()
+    eventually(lambda: schedule_of(engine, "s").next_at == begun.instant(1200))
+    for n in range(2, 5):
+        clock.now = begun.now + n * 600
+        look()
+        eventually(lambda: schedule_of(engine, "s").next_at == Clock(clock.now).instant(600))
+    assert ran(engine, "s") == before + [begun.instant(600 * n) for n in (2, 3, 4)]
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30, 3600])
+def test_a_clock_that_goes_back_brings_nothing_twice(make_engine: MakeEngine, clock: Clock, seconds: float) -> None:
+    """What has run stands for its instant, whenever that comes once more; what has not is run."""
+    engine, begun = make_engine(clock=clock), Clock(clock.now)
+    engine.schedule("s", Echo, Every(0.25), catch_up="none", overlap=True)
+
+    def is_settled() -> bool:
+        next_at = cast(datetime, schedule_of(engine, "s").next_at)
+        return clock.instant() < next_at <= clock.instant(1 if seconds < 1 else 0.25)
+
+    with engine:
+        for _ in range(2):
+            clock.advance(0.25)
+            eventually(is_settled)
+        clock.advance(-seconds)
+        for _ in range(5):
+            eventually(is_settled)
+            clock.advance(0.25)
+        eventually(is_settled)
+    found = ran(make_engine(), "s")
+    assert len(found) == len(set(found)) == (2 + 3 if seconds < 1 else 2 + 5)
+    assert found[:2] == [begun.instant(0.25), begun.instant(0.5)]
+
+
+def test_an_engine_wakes_for_the_instant_itself(make_engine: MakeEngine) -> None:
+    """Not for its next look at other processes, nor for a heartbeat."""
+    engine = make_engine(poll_interval=NEVER_POLL, heartbeat_interval=NEVER_POLL, lease_ttl=2 * NEVER_POLL)
+    with heard(engine, "schedule.fired") as events, engine:
+        engine.schedule("s", Echo, Every(0.3), overlap=True)
+        eventually(lambda: len(events) >= 3)
+    assert min(event.measurements["late"] for event in events) < 0.1
+
+
+def test_a_machine_that_slept_catches_up_when_it_wakes(make_engine: MakeEngine, clock: Clock) -> None:
+    """A running engine looks at the wall clock: its own sleep does not go on after the machine's."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Cron("0 9 * * *", zone=BERLIN), window=3 * DAY)
+    clock.now = at("2024-06-07T17:00", BERLIN).timestamp()
+    with engine:
+        engine.resume_schedule("s")
+        engine.schedule("s", Echo, Cron("0 9 * * MON-FRI", zone=BERLIN), window=3 * DAY)
+        clock.now = at("2024-06-10T09:30", BERLIN).timestamp()
+        eventually(lambda: engine.find(schedule="s", status="done"))
+    listed = schedule_of(engine := make_engine(), "s")
+    assert ran(engine, "s") == [at("2024-06-10T09:00", BERLIN)]
+    assert (listed.missed, listed.next_at) == (0, at("2024-06-11T09:00", BERLIN))
+
+
+def test_jitter_delays_the_run_and_not_its_instant(make_engine: MakeEngine, clock: Clock, tmp_path: Path) -> None:
+    """`scheduled_at` is nominal; every process agrees on the delay, and another file has another."""
+    engine, begun = make_engine(clock=clock), Clock(clock.now)
+    names = [f"s{n}" for n in range(20)]
+    others = make_engine(database=tmp_path / "other.db", clock=clock)
+    for name in names:
+        for one in (engine, others):
+            one.schedule(name, Echo, Every(600), jitter=60)
+    assert {schedule_of(engine, name).next_at for name in names} == {begun.instant(600)}
+    planned = dict(ask(engine, "select name, fires_at / 1000.0 from durable_schedules"))
+    assert planned != dict(ask(others, "select name, fires_at / 1000.0 from durable_schedules"))
+    assert len(set(planned.values())) > 15
+    assert all(0 <= one - begun.now - 600 <= 60 for one in planned.values())
+    for name, fires_at in sorted(planned.items(), key=lambda item: item[1]):
+        again = make_engine(clock=clock)  # each time another engine
+        clock.now = fires_at - 0.001
+        again.drain()
+        assert ran(again, name) == []
+        clock.now = fires_at
+        again.drain()
+        assert ran(again, name) == [begun.instant(600)]
+        again.stop()
+    assert {schedule_of(engine, name).missed for name in names} == {0}
+    engine.schedule("s0", Echo, Every(600))
+    assert ask(engine, "select fires_at = next_at from durable_schedules where name = 's0'") == [(1,)]
+
+
+@pytest.mark.parametrize("catch_up", ["none", "last", "all"])
+def test_with_jitter_an_occurrence_is_missed_a_second_after_it_should_have_run(
+    make_engine: MakeEngine, clock: Clock, catch_up: str
+) -> None:
+    """Late is counted from where jitter put it, also where jitter is longer than the interval."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600), jitter=6000, catch_up=catch_up, overlap=True)
+    for _ in range(50):
+        [(fires_at,)] = ask(engine, "select fires_at / 1000.0 from durable_schedules")
+        clock.now = fires_at + 0.9
+        assert engine.drain()["done"] == 1
+    instants = ran(engine, "s")
+    assert instants == [instants[0] + timedelta(seconds=600 * n) for n in range(50)]
+    assert schedule_of(engine, "s").missed == 0
+    [(fires_at,)] = ask(engine, "select fires_at / 1000.0 from durable_schedules")
+    clock.now = fires_at + 1
+    assert engine.drain()["done"] == (catch_up != "none")
+
+
+def test_a_drain_fires_what_is_due_by_the_clock_and_no_more(make_engine: MakeEngine, clock: Clock) -> None:
+    """Future work counts as due, future occurrences do not."""
+    engine = make_engine(clock=clock)
+    engine.schedule("s", Echo, Every(600))
+    engine.insert(Echo, schedule_in=100_000)
+    assert engine.drain() == Counter(steps=1, done=1)
+    clock.advance(600)
+    assert engine.drain() == Counter(steps=1, done=1)
+    assert engine.drain() == Counter()
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_schedule_is_no_endless_drain(make_engine: MakeEngine, clock: Clock) -> None:
+    """What becomes due again while it is drained is the next drain's; what becomes due for the first time is run."""
+
+    @durable.job(name="test.slow")
+    def slow() -> None:
+        clock.advance(90)
+
+    engine = make_engine(clock=clock)
+    for name in ("a", "b"):
+        engine.schedule(name, slow, Every(60 if name == "a" else 120))
+    clock.advance(60)
+    assert engine.drain(max_steps=10)["done"] == 2
+    assert (len(ran(engine, "a")), len(ran(engine, "b"))) == (1, 1)
+    assert engine.drain(max_steps=10)["done"] == 2
+    assert schedule_of(engine, "a").missed == 2
+
+
+# ---- What schedules cost -------------------------------------------------------------------------
+
+
+def with_schedules(engine: Engine, count: int) -> Engine:
+    """The engine, with so many schedules that are due in an hour."""
+    engine.insert(Echo)
+    for n in range(count):
+        engine.schedule(f"s{n}", Echo, Every(3600), args={"n": n})
+    return engine
+
+
+def test_a_thousand_schedules_cost_a_beat_nothing(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """Its statements are the same, and those that look for what is due find it through an index."""
+    counts = []
+    for many in (0, 1000):
+        engine = with_schedules(make_engine(database=tmp_path / f"{many}.db", synchronous="off"), many)
+        engine._core.peers.join(10**12)
+        engine._core._pools = {"default": NoPool(10, engine._core)}
+        counts.append(statements_of_beats(engine, 5))
+        engine._core._pools = {}
+    assert counts[0] == counts[1]
+
+
+def test_an_idle_engine_wakes_only_for_the_next(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """Whoever has a thousand parked schedules sleeps as well as who has none."""
+    sleeps = []
+    for many in (0, 1000):
+        engine = with_schedules(make_engine(database=tmp_path / f"{many}.db", synchronous="off"), many)
+        with engine:
+            assert ended(engine, [1])
+            counts = beats_of(engine)
+            with pytest.raises(TimeoutError):
+                engine.result(engine.insert(Waits), timeout=2)
+            sleeps.append(counts)
+    assert sleeps[0]["looks"] == sleeps[1]["looks"] == 0
+    assert sleeps[1]["beats"] <= sleeps[0]["beats"] + 4
+
+
+def test_many_schedules_that_are_due_together_are_one_beat(make_engine: MakeEngine, clock: Clock) -> None:
+    """A thousand occurrences are inserted and moved on in one transaction."""
+    engine = with_schedules(make_engine(clock=clock), 1000)
+    engine.drain()
+    clock.advance(3600)
+    with heard(engine, "commit.stop") as events:
+        engine.drain(queue="none")
+    assert max(event.measurements["inserts"] for event in events) == 1000
+    assert sorted(one.state["n"] for one in engine.find(status="runnable", limit=2000)) == list(range(1000))
+
+
+# ---- Several processes, or none of the extra -----------------------------------------------------
+
+
+@pytest.mark.parametrize("engines", [2, 4])
+def test_each_occurrence_is_inserted_once_over_all_engines_on_a_file(make_engine: MakeEngine, engines: int) -> None:
+    """However late somebody is, none is lost and none is there twice."""
+    first, *others = [make_engine(poll_interval=0.01) for _ in range(engines)]
+    names = [f"s{n}" for n in range(5)]
+    for name in names:
+        first.schedule(name, Echo, Every(0.05), catch_up="all", overlap=True, window=3600)
+    with contextlib.ExitStack() as stack:
+        for one in (first, *others):
+            stack.enter_context(one)
+        eventually(lambda: all(len(ran(first, name)) >= 30 for name in names))
+    client = make_engine()
+    for name in names:
+        found = ran(client, name)
+        assert found == [found[0] + n * timedelta(milliseconds=50) for n in range(len(found))]
+        assert schedule_of(client, name).missed == 0
+    assert client.check() == []
+
+
+SCHEDULED = """
+import os, signal, sys
+import durable
+
+@durable.job(name="test.occurs")
+def occurs(ctx):
+    ctx.execute("insert into occurred values (?)", (ctx.scheduled_at.isoformat(),))
+
+commit = durable._Store.commit
+
+def die(store):
+    fired = store.db.execute("select count(*) from durable_schedules where last_id is not null").get
+    if fired and sys.argv[2] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(store)
+    if fired and sys.argv[2] == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+durable._Store.commit = die
+engine = durable.Engine(sys.argv[1], poll_interval=0.01)
+engine.start()
+print("started", flush=True)
+sys.stdin.read()
+engine.stop()
+"""
+
+
+@posix
+@pytest.mark.usefixtures("defined")
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_process_that_is_killed_at_the_second_at_which_it_fires_loses_and_doubles_nothing(
+    make_engine: MakeEngine, spawn: Spawn, database: Path, moment: str
+) -> None:
+    """Before its commit another process fires; after it another process runs what was inserted."""
+
+    @durable.job(name="test.occurs")
+    def occurs(ctx: Ctx) -> None:
+        ctx.execute("insert into occurred values (?)", (cast(datetime, ctx.scheduled_at).isoformat(),))
+
+    engine = make_engine(poll_interval=0.01)
+    ask(engine, "create table occurred (instant text)")
+    process = spawn(SCHEDULED, database, moment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    engine.schedule("s", occurs, Every(0.5), catch_up="all", overlap=True, window=3600)
+    assert process.wait(PATIENCE) == -signal.SIGKILL
+    with engine:
+        eventually(lambda: len(engine.find(schedule="s", status="done")) >= 3)
+        engine.pause_schedule("s")
+        eventually(
+            lambda: engine.find(schedule="s", status="runnable") == engine.find(schedule="s", status="executing")
+        )
+        found = ran(engine, "s")
+        assert found == [found[0] + n * timedelta(milliseconds=500) for n in range(len(found))]
+        assert sorted(ask(engine, "select instant from occurred")) == [(one.isoformat(),) for one in found]
+        assert engine.check() == []
+
+
+BARE = """
+import logging, sys
+sys.modules["cronsim"] = sys.modules["tzlocal"] = None
+import durable
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
+
+@durable.job(name="test.echo")
+def echo(n: int = 0):
+    return n
+
+now = [float(sys.argv[2])]
+engine = durable.Engine(sys.argv[1], clock=lambda: now[0])
+print([(one.name, one.when, one.next_at.isoformat()) for one in engine.schedules()])
+now[0] += 86400
+engine.insert(echo)
+for _ in range(2):
+    print(dict(engine.drain()))
+print(engine.check(), engine.get(engine.trigger("nightly")).state)
+engine.pause_schedule("nightly")
+try:
+    engine.resume_schedule("nightly")
+except durable.DurableError as error:
+    print(error)
+engine.stop()
+"""
+
+
+@pytest.mark.usefixtures("defined")
+def test_a_process_without_the_extra_does_everything_else(
+    make_engine: MakeEngine, clock: Clock, database: Path, tmp_path: Path
+) -> None:
+    """It opens the file, lists its schedules, fires those that need nothing, and leaves cron to others, said once."""
+
+    @durable.job(name="test.echo")
+    def echo(n: int = 0) -> int:
+        return n
+
+    clock.now = at("2024-06-01T12:00").timestamp()
+    engine = make_engine(clock=clock)
+    engine.schedule("nightly", echo, Cron("0 3 * * *", zone=BERLIN), args={"n": 1})
+    engine.schedule("often", echo, Every(3600))
+    engine.stop()
+    listed, first, left, *rest = run_script(tmp_path, BARE, database, clock.now).splitlines()
+    assert listed == (
+        "[('nightly', Cron(expression='0 3 * * *', zone='Europe/Berlin'), '2024-06-02T01:00:00+00:00'),"
+        " ('often', Every(interval=3600, anchor=None), '2024-06-01T13:00:00+00:00')]"
+    )
+    assert first.startswith("WARNING the schedule nightly is left to other engines: ImportError: Cron needs")
+    assert left == "{'steps': 2, 'done': 2}"
+    assert rest[0] == "{}"
+    assert rest[1] == "[] {'n': 1}"
+    assert rest[2].startswith("the schedule 'nightly' can't be resumed here: Cron needs the packages cronsim")
+    clock.now += DAY
+    engine = make_engine(clock=clock)
+    engine.drain()
+    engine.resume_schedule("nightly")
+    clock.now += DAY
+    engine.drain()
+    assert at("2024-06-03T01:00") in ran(engine, "nightly")
+
+
+# ==================================================================================================
 # The user's own data, events, logs
 # ==================================================================================================
 
@@ -13141,6 +14968,7 @@ connection.close()
         ("instances", ["inserted_at", "updated_at", "eligible_at", "await_deadline"]),
         ("signals", ["sent_at"]),
         ("workers", ["started_at", "heartbeat_at", "lease_expires_at"]),
+        ("schedules", ["next_at", "last_at"]),
     ],
 )
 def test_views_show_iso_times_to_any_sqlite_tool(
@@ -13151,8 +14979,13 @@ def test_views_show_iso_times_to_any_sqlite_tool(
         target = engine.insert(Listener, state={"name": "x"}, correlation_key="k", schedule_in=0.25)
         engine.wait(target, PATIENCE)
         engine.signal(target, "other")
+        engine.schedule("s", Listener, Every(3600), state={"name": "x"})
         [row] = json.loads(run_script(tmp_path, VIEW, database, view))
-        shown = {"instances": engine.get(target), "workers": engine.workers()[0]}.get(view)
+        shown: Any = {
+            "instances": engine.get(target),
+            "workers": engine.workers()[0],
+            "schedules": engine.schedules()[0],
+        }.get(view)
     for column in columns:
         text = row[column] and row[column].replace(" ", "T").replace("Z", "+00:00")
         instant = text and datetime.fromisoformat(text).replace(tzinfo=UTC)
