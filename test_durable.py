@@ -17,6 +17,8 @@ In this order, each part with its sections:
   What schedules cost; Several processes, or none of the extra
 * The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
   application with accounts; Views and snapshots; Events; Logs
+* What happened, long steps, asyncio, code that changes: History; Rewind and fork; Calls and progress; Rules of steps;
+  Cancel that arrives; Instants, filters, waiting for all; Futures and an application's own loop; Code that changes
 * The whole engine against a model: Puppets; The model; Model and engine; Rehearsed plays; Planted faults; Random
   machines
 * The wheel
@@ -81,7 +83,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from datetime import time as dtime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
 from zoneinfo import ZoneInfo
 
 import apsw
@@ -15465,6 +15467,1208 @@ def test_steps_inherit_the_callers_context_variables(make_engine: MakeEngine) ->
         USER.reset(token)
         for job in (who, who_later, who, who_later):
             assert engine.result(engine.insert(job), timeout=PATIENCE) == "ann"
+
+
+# ==================================================================================================
+# What happened, long steps, asyncio, code that changes
+# ==================================================================================================
+
+# ---- History -------------------------------------------------------------------------------------
+
+
+class Shipment(FSM, name="test.shipment"):
+    """Waits for a payment, ships, and fails as often as it is told to."""
+
+    failures: ClassVar[int] = 0
+
+    @step
+    def start(self, ctx: Ctx) -> Await:
+        """Wait for the money."""
+        return Await("paid", then="ship", state={"asked": True})
+
+    @step
+    def ship(self, ctx: Ctx) -> Done:
+        """Send what was paid for."""
+        if Shipment.failures > 0:
+            Shipment.failures -= 1
+            raise ConnectionError("no road")
+        return Done([signal.payload for signal in ctx.awaited])
+
+
+@pytest.fixture
+def order(make_engine: MakeEngine) -> Iterator[tuple[Engine, int]]:
+    """An engine, and an order that was paid and failed once it came to shipping."""
+    engine = make_engine()
+    Shipment.failures = 1
+    ident = engine.insert(Shipment, correlation_key="order")
+    engine.drain()
+    engine.signal("order", "paid", 100, dedup_key="evt")
+    engine.drain()
+    yield engine, ident
+    Shipment.failures = 0
+
+
+def past(engine: Engine, target: int | str) -> list[tuple[object, ...]]:
+    """What an instance's history says, in short."""
+    return [(one.step, one.attempt, one.kind, one.error, one.to) for one in engine.history(target)]
+
+
+def test_each_run_of_a_machine_is_in_its_history(order: tuple[Engine, int]) -> None:
+    """With the state before it, the awaited signals that it was shown, what it failed with and where it led to."""
+    engine, ident = order
+    assert past(engine, "order") == [
+        ("start", 0, "await", None, "ship"),
+        ("ship", 0, "stop", "ConnectionError: no road", None),
+    ]
+    first, second = engine.history(ident)
+    assert (first.seq, first.state, first.signals) == (1, {}, ())
+    assert (second.state, second.signals) == ({"asked": True}, ("paid",))
+    assert str(second.traceback).count("File") == 1, "it begins at the user's own frame"
+    assert first.started_at <= second.started_at
+    assert 0 <= second.duration < PATIENCE
+    assert first.worker is not None
+    with pytest.raises(NotFoundError):
+        engine.history(ident + 1)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "kinds"),
+    [
+        ([Next("next"), Done()], ["next", "done"]),
+        ([Retry(0), Retry(0, counted=False), Done()], ["retry", "retry", "done"]),
+        ([Await("go", "next", timeout=0), Stop("no")], ["await", "stop"]),
+        ([ScheduleChildren([], "next"), Done()], ["children", "done"]),
+        ([lambda ctx: 1 // 0], ["stop"]),
+    ],
+)
+def test_the_history_of_a_machine_has_every_outcome(
+    make_engine: MakeEngine, outcomes: list[object], kinds: list[str]
+) -> None:
+    """Written in the outcome's own transaction, whichever it is."""
+    engine, _, ident = scripted(make_engine, *outcomes)
+    engine.drain()
+    engine.fire_timeouts()
+    engine.drain()
+    assert [one.kind for one in engine.history(ident)] == kinds
+    assert engine.check() == []
+
+
+def test_an_error_that_handle_has_answered_stands_in_the_history(make_engine: MakeEngine) -> None:
+    """The kind is that of the outcome that `handle` came to, the error that of the step."""
+
+    class Answering(FSM, name="test.answering"):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            if name == "start":
+                raise ValueError("boom")
+            return Done()
+
+        def handle(self, error: Exception, ctx: Ctx) -> Next:
+            return Next("calm")
+
+    engine = make_engine()
+    ident = engine.insert(Answering)
+    engine.drain()
+    assert past(engine, ident) == [("start", 0, "next", "ValueError: boom", "calm"), ("calm", 0, "done", None, None)]
+
+
+def test_a_job_keeps_only_its_failed_attempts(make_engine: MakeEngine) -> None:
+    """The last one, too; no success, and no uncounted snooze: its row says the rest."""
+    engine = make_engine()
+    answers = [Retry(0, counted=False), Fail("busy"), ValueError("boom"), 1, Fail("gone")]
+
+    @durable.job(name="test.answers", max_attempts=3)
+    def answer() -> object:
+        returned = answers.pop(0)
+        if isinstance(returned, ValueError):
+            raise returned
+        return returned
+
+    first = engine.insert(answer)
+    engine.drain()
+    assert [row[1:4] for row in past(engine, first)] == [(0, "retry", "busy"), (1, "retry", "ValueError: boom")]
+    last = engine.insert(answer, max_attempts=1)
+    engine.drain()
+    assert [row[1:4] for row in past(engine, last)] == [(0, "stop", "gone")]
+
+
+def test_timeouts_cancels_and_crashes_are_kinds_of_their_own(make_engine: MakeEngine) -> None:
+    """Also of an instance that is cancelled while it waits; the cancel's reason stands in `error`."""
+
+    class Slow(FSM, name="test.slow", timeout=0.001):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            time.sleep(0.01)
+            return Done()
+
+    engine, _, waiting = scripted(make_engine, Await("never", "next"))
+    slow = engine.insert(Slow)
+    engine.drain()
+    engine.cancel(waiting, "enough")
+    assert [row[2:4] for row in past(engine, waiting)] == [("await", None), ("cancel", "enough")]
+    [(kind, error)] = [row[2:4] for row in past(engine, slow)]
+    assert (kind, str(error)[:12]) == ("timeout", "TimeoutError")
+
+    @durable.job(name="test.leaving")
+    def leaving() -> None:
+        raise SystemExit(3)
+
+    crashing = engine.insert(leaving, max_attempts=1)
+    with pytest.raises(SystemExit):
+        engine.drain()
+    [(kind, error)] = [row[2:4] for row in past(engine, crashing)]
+    assert (kind, "SystemExit" in str(error)) == ("crash", True)
+
+
+def test_a_running_step_that_is_cancelled_is_entered_once(make_engine: MakeEngine) -> None:
+    """As `cancel` with the reason, whatever its step came to."""
+
+    def end_me(ctx: Ctx) -> Done:
+        running.cancel(ctx.id, "changed my mind")
+        return Done()
+
+    running, _, ident = scripted(make_engine, end_me)
+    running.drain()
+    assert [row[2:4] for row in past(running, ident)] == [("cancel", "changed my mind")]
+    assert running.get(ident).last_error == "changed my mind"
+
+
+@pytest.mark.parametrize(("of_class", "of_engine"), [(False, True), (True, False)])
+def test_no_history_is_kept_where_class_or_engine_says_so(
+    make_engine: MakeEngine, of_class: bool, of_engine: bool
+) -> None:
+    """`history=False`: nothing is entered, and consumed signals leave nothing behind."""
+
+    class Forgetful(FSM, name="test.forgetful", history=of_class):
+        def step(self, name: str, ctx: Ctx) -> Await | Done:
+            return Await("go", then="end") if name == "start" else Done()
+
+    engine = make_engine(history=of_engine)
+    ident = engine.insert(Forgetful)
+    engine.drain()
+    engine.signal(ident, "go")
+    engine.drain()
+    assert engine.history(ident) == []
+    assert ask(engine, "select count(*) from durable_signals") == [(0,)]
+    with pytest.raises(ValueError, match="history"):
+        engine.rewind(ident, "start")
+
+
+def test_a_history_goes_with_its_instance(make_engine: MakeEngine, clock: Clock) -> None:
+    """What is collected leaves nothing in the file: no run, no signal, no kept call."""
+    engine = make_engine(clock=clock, retention=60)
+    ident = engine.insert(Shipment)
+    engine.drain()
+    engine.signal(ident, "paid")
+    engine.drain()
+    clock.advance(61)
+    assert engine.gc() == 1
+    for table in ("transitions", "signals", "calls"):
+        assert ask(engine, f"select count(*) from durable_{table}") == [(0,)]
+
+
+# ---- Rewind and fork -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["ship", 2, Shipment.ship])
+def test_rewind_lets_an_instance_go_on_from_before_a_run(order: tuple[Engine, int], to: Any) -> None:
+    """A `seq`, or a step, which means its latest run: with the state and the signals that it had then."""
+    engine, ident = order
+    engine.rewind(ident, to)
+    instance = engine.get(ident)
+    assert (instance.status, instance.step, instance.attempt, instance.state) == (
+        "runnable",
+        "ship",
+        0,
+        {"asked": True},
+    )
+    assert (instance.last_error, instance.traceback) == (None, None)
+    engine.drain()
+    assert engine.result(ident) == [100]
+    assert [row[2] for row in past(engine, ident)] == ["await", "stop", "rewind", "done"]
+    assert engine.check() == []
+
+
+def test_what_the_end_has_emptied_comes_back(order: tuple[Engine, int]) -> None:
+    """Of a done instance as well: consumed signals are shown again, a redelivery is a no-op as ever."""
+    engine, ident = order
+    engine.rewind(ident, "ship")
+    engine.drain()
+    engine.rewind(ident, "ship", state={"asked": "again"})
+    engine.signal(ident, "paid", 999, dedup_key="evt")
+    engine.drain()
+    assert engine.result(ident) == [100]
+    engine.rewind(ident, "start")
+    engine.drain()
+    assert engine.get(ident).status == "runnable" or engine.result(ident) == [100]
+
+
+def test_rewind_past_a_consumption_brings_the_signal_back(make_engine: MakeEngine) -> None:
+    """What a run and later ones consumed is back in the inbox, and what came before it stays consumed."""
+    engine, machine, ident = scripted(make_engine, Await("a", "two"), Await("b", "three"), Next("four"), Stop("no"))
+    for name in ("a", "b"):
+        engine.drain()
+        engine.signal(ident, name, name)
+    engine.drain()
+    machine.outcomes.extend([Done()])
+    seq = next(one.seq for one in engine.history(ident) if one.step == "three")
+    engine.rewind(ident, seq)
+    engine.drain()
+    assert engine.get(ident).status == "done"
+    assert [one.signals for one in engine.history(ident) if one.step == "three" and one.kind != "rewind"] == [
+        ("b",)
+    ] * 2
+
+
+def test_children_of_what_is_rewound_go_on_without_a_parent(make_engine: MakeEngine) -> None:
+    """They are detached; the parent inserts new ones and joins those alone."""
+
+    @durable.job(name="test.kid")
+    def kid(n: int) -> int:
+        return n
+
+    class Family(FSM, name="test.family"):
+        @step
+        def start(self, ctx: Ctx) -> ScheduleChildren:
+            return ScheduleChildren([Insert(kid, args={"n": n}) for n in range(3)], then="join")
+
+        @step
+        def join(self, ctx: Ctx) -> Done:
+            return Done([child.result for child in ctx.children])
+
+    engine = make_engine()
+    ident = engine.insert(Family)
+    engine.drain()
+    engine.rewind(ident, "join")
+    engine.drain()
+    assert engine.result(ident) == [0, 1, 2], "the join sees the children that were there before it"
+    engine.rewind(ident, "start")
+    engine.drain()
+    assert engine.result(ident) == [0, 1, 2]
+    assert Counter(child.parent_id for child in engine.find(fsm=kid)) == {ident: 3, None: 3}
+
+
+def test_rewind_refuses_what_it_cannot_do_and_changes_nothing(order: tuple[Engine, int]) -> None:
+    """An unknown run or step, a state that does not fit, a key that is taken, an instance that executes."""
+    engine, ident = order
+    before = engine.get(ident)
+    for to, state, error in (
+        (77, None, ValueError),
+        ("nowhere", None, ValueError),
+        (True, None, ValueError),
+        ("ship", {1: 2}, StateError),
+        ("ship", "text", StateError),
+    ):
+        with pytest.raises(error):
+            engine.rewind(ident, to, state=state)
+    engine.insert(Shipment, correlation_key="order")
+    with pytest.raises(DuplicateError):
+        engine.rewind(ident, "ship")
+    with pytest.raises(NotFoundError):
+        engine.rewind(ident + 77, "ship")
+    assert engine.get(ident) == before
+
+
+def test_a_running_instance_cannot_be_rewound_but_forked(make_engine: MakeEngine) -> None:
+    """Its step may still commit; a fork leaves it alone."""
+    forks: list[int] = []
+
+    def try_it(ctx: Ctx) -> Done:
+        with pytest.raises(DurableError, match="executing"):
+            running.rewind(ctx.id, "start")
+        forks.append(running.fork(ctx.id, "start", state={"n": 1}, queue="other", priority=3))
+        return Done("old")
+
+    running, _, ident = scripted(make_engine, Next("go"), try_it)
+    running.drain(queue="default")
+    assert running.result(ident) == "old"
+    new = running.get(forks[0])
+    assert (new.step, new.state, new.queue, new.priority) == ("start", {"n": 1}, "other", 3)
+    assert (new.correlation_key, new.parent_id, running.history(new.id)) == (None, None, [])
+
+
+def test_a_fork_goes_on_from_a_run_of_another(order: tuple[Engine, int]) -> None:
+    """Of the same class and version, with an empty inbox; options of `insert` are taken, others refused."""
+    engine, ident = order
+    new = engine.fork(ident, "ship", correlation_key="copy")
+    engine.drain()
+    assert engine.result("copy") == []
+    assert engine.get(new).fsm == "test.shipment"
+    assert engine.get(ident).status == "failed"
+    engine.insert(Shipment, correlation_key="taken")
+    with pytest.raises(DuplicateError):
+        engine.fork(ident, "ship", correlation_key="taken")
+    refused: list[dict[str, Any]] = [{"step": "ship"}, {"args": {}}, {"weight": 0}]
+    for options in refused:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            engine.fork(ident, "ship", **cast(Any, options))
+
+
+@pytest.mark.parametrize("kept", [timedelta(days=3650), math.inf])
+def test_each_class_says_how_long_its_instances_are_kept(
+    make_engine: MakeEngine, clock: Clock, kept: timedelta | float
+) -> None:
+    """Stored with the row, so that every engine on the file keeps to it; the others go after the engine's retention."""
+
+    class Precious(FSM, name="test.precious", retention=cast(Any, kept)):
+        def perform(self, args: object) -> None:
+            pass
+
+    class Fleeting(FSM, name="test.fleeting", retention=1):
+        def perform(self, args: object) -> None:
+            pass
+
+    engine = make_engine(clock=clock, retention=timedelta(days=7))
+    precious, fleeting, plain = (engine.insert(fsm) for fsm in (Precious, Fleeting, Shipment))
+    engine.drain()
+    engine.cancel(plain)
+    clock.advance(2)
+    assert (engine.gc(), {one.id for one in engine.find()}) == (1, {precious, plain})
+    clock.advance(8 * 86_400)
+    assert (engine.gc(), {one.id for one in engine.find()}) == (1, {precious})
+    clock.advance(3651 * 86_400)
+    assert engine.gc() == (0 if kept == math.inf else 1)
+    assert fleeting
+    with pytest.raises(TypeError, match="retention"):
+        types.new_class(
+            "Bad", (FSM,), {"retention": -1}, lambda space: space.update({"perform": lambda self, args: None})
+        )
+
+
+# ---- Calls and progress --------------------------------------------------------------------------
+
+
+def test_a_call_is_not_repeated_by_a_repeat_of_its_step(make_engine: MakeEngine) -> None:
+    """What it returned is committed before it returns, and given back after a retry, an error and in `handle`."""
+    made: list[str] = []
+
+    def effect(name: str) -> Any:
+        made.append(name)
+        return {"name": name, "pair": (1, 2)}
+
+    class Calling(FSM, name="test.calling"):
+        def step(self, name: str, ctx: Ctx) -> Next | Retry | Done:
+            value = ctx.call("first", effect, "first")
+            assert value == {"name": "first", "pair": [1, 2]}, "plain JSON values, the first time as well"
+            if name == "end":
+                return Done(value["pair"])
+            if ctx.attempt == 0:
+                return Retry(0)
+            ctx.call("second", effect, name="second")
+            if ctx.attempt == 1:
+                raise ValueError("boom")
+            return Next("end")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Retry:
+            assert ctx.call("second", effect, "never")["name"] == "second"
+            ctx.call("third", effect, "third")
+            return Retry(0)
+
+    engine = make_engine()
+    ident = engine.insert(Calling)
+    engine.drain()
+    assert engine.result(ident) == [1, 2]
+    assert made == ["first", "second", "third", "first"], "the values are dropped when the step progresses"
+    assert engine.check() == []
+
+
+def test_what_a_call_raises_is_raised_and_its_name_is_free_again(make_engine: MakeEngine) -> None:
+    """Nothing is kept of it."""
+
+    def body(ctx: Ctx) -> Done:
+        with pytest.raises(ZeroDivisionError):
+            ctx.call("it", lambda: 1 // 0)
+        return Done(ctx.call("it", lambda: 1))
+
+    engine, _, ident = scripted(make_engine, body)
+    engine.drain()
+    assert engine.result(ident) == 1
+
+
+def test_calls_that_cannot_be_meant_are_refused(make_engine: MakeEngine) -> None:
+    """A name twice, none, what is not callable or can't be written, a coroutine function in a plain step."""
+
+    async def wait() -> None:
+        pass
+
+    def body(ctx: Ctx) -> Done:
+        ctx.call("once", int)
+        for name, function, error in (
+            ("once", int, ValueError),
+            ("", int, ValueError),
+            ("object", object, ValueError),
+            ("text", "text", TypeError),
+            ("async", wait, TypeError),
+        ):
+            with pytest.raises(error):
+                ctx.call(name, cast(Any, function))
+        return Done()
+
+    engine, _, ident = scripted(make_engine, body)
+    engine.drain()
+    assert engine.get(ident).last_error is None
+
+
+def test_coroutines_that_are_called_side_by_side_share_commits(make_engine: MakeEngine) -> None:
+    """In an `async def` step they are awaited; a plain function runs where it is called, and so does its awaitable."""
+    made: list[int] = []
+
+    async def ask(n: int) -> int:
+        await asyncio.sleep(0)
+        made.append(n)
+        return n
+
+    @durable.job(name="test.asking")
+    async def asking(ctx: Ctx) -> object:
+        answers = await asyncio.gather(*(ctx.call(f"ask:{n}", ask, n) for n in range(20)))
+        plain = ctx.call("plain", lambda: 7)
+        awaited = await cast(Any, ctx.call("awaitable", lambda: ask(99)))
+        if ctx.attempt == 0:
+            return Fail("again")
+        return [answers, plain, awaited]
+
+    engine = make_engine()
+    heard = Heard(engine, "commit.stop")
+    with engine:
+        ident = engine.insert(asking)
+        assert engine.result(ident, PATIENCE) == [list(range(20)), 7, 99]
+        assert made == [*range(20), 99]
+    assert len(heard.events) < 20
+
+
+def test_a_step_whose_claim_was_lost_makes_no_call(make_engine: MakeEngine, database: Path) -> None:
+    """`call` raises, without calling where that is known, and the step ends stale: `handle` hears nothing."""
+    handled: list[Exception] = []
+
+    class Losing(FSM, name="test.losing"):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            if ctx.attempt == 0:
+                with closing(running.connect()) as connection:
+                    connection.execute("update durable_instances set claim = claim + 1, attempt = 1")
+                with pytest.raises(DurableError, match="no longer counts"):
+                    ctx.call("late", int)
+                ctx.call("later", int)
+            return Done("right")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Stop:
+            handled.append(error)
+            return Stop(error)
+
+    running = make_engine()
+    heard = Heard(running, "outcome.stale")
+    ident = running.insert(Losing)
+    running.drain()
+    assert len(heard.wait()) == 1
+    assert (handled, running.get(ident).status) == ([], "runnable") or handled == []
+
+
+AGENT = """
+import os, sys, time, durable
+
+@durable.job(name="agent", max_attempts=10_000, max_crashes=10_000)
+def agent(ctx):
+    def ask(n):
+        with open("effects.txt", "a") as file:
+            file.write(f"{n}\\n")
+        return n
+    return sum(ctx.call(f"model:{n}", ask, n) for n in range(50))
+
+if __name__ == "__main__":
+    with durable.Engine("agent.db", fsms=[agent]) as engine:
+        key = engine.insert(agent, correlation_key="one") if not engine.find() else engine.find()[0].id
+        print("going", flush=True)
+        print(engine.result(key, timeout=60), flush=True)
+"""
+
+
+def kill_an_agent(folder: Path, kills: int) -> None:
+    """Kill an agent's loop of calls so often at random points, and let it end; hold it against what it did."""
+    generator = random.Random(kills)
+    for _ in range(kills):
+        with start_script(folder, AGENT) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(generator.random() * 0.03)
+            process.kill()
+    assert run_script(folder, AGENT).split()[-1] == str(sum(range(50)))
+    effects = Counter(int(line) for line in (folder / "effects.txt").read_text().split())
+    assert set(effects) == set(range(50))
+    assert sum(effects.values()) - 50 <= kills, "each kill repeats at most the one call that was in flight"
+
+
+@posix
+def test_a_killed_loop_of_calls_repeats_at_most_the_one_in_flight(tmp_path: Path) -> None:
+    """At least once for one call, and not for the whole step."""
+    kill_an_agent(tmp_path, 4)
+
+
+@posix
+@pytest.mark.slow
+def test_a_loop_of_calls_that_is_killed_again_and_again_repeats_one_each_time(tmp_path: Path) -> None:
+    """Over many kills at random points."""
+    for round_number in range(5):
+        folder = tmp_path / str(round_number)
+        folder.mkdir()
+        kill_an_agent(folder, 40)
+
+
+def test_progress_is_seen_and_goes_with_the_step(make_engine: MakeEngine) -> None:
+    """By everybody, at most five times a second; events at once; it survives a retry."""
+    seen: list[durable.Progress | None] = []
+
+    def report(ctx: Ctx) -> Retry:
+        before = running.get(ctx.id).updated_at
+        for n in range(100):
+            ctx.progress(n, 100, "counting")
+        ctx.progress(99.5, 199)
+        assert running.get(ctx.id).updated_at == before
+        return Retry(0)
+
+    def look(ctx: Ctx) -> Next:
+        seen.append(running.get(ctx.id).progress)
+        return Next("end")
+
+    running, _, ident = scripted(make_engine, report, look, Done())
+    heard = Heard(running, "step.progress")
+    running.drain()
+    [progress] = seen
+    assert progress is not None
+    assert (progress.done, progress.total, progress.note, progress.fraction) == (99.5, 199, None, 0.5)
+    assert progress.at.tzinfo is not None
+    assert running.get(ident).progress is None
+    assert len(heard.wait(101)) == 101
+    assert heard.events[0].metadata == {"id": ident, "fsm": running.get(ident).fsm, "step": "start", "note": "counting"}
+    assert durable.Progress(1, None, None, progress.at).fraction is None
+
+
+def test_progress_of_a_running_step_is_read_by_others(make_engine: MakeEngine) -> None:
+    """While it runs, and without its help."""
+    engine, machine = scripted_engine(make_engine)
+    go = threading.Event()
+
+    def work(ctx: Ctx) -> Done:
+        ctx.progress(1, 4)
+        assert go.wait(PATIENCE)
+        return Done()
+
+    machine.outcomes.append(work)
+    with engine:
+        ident = engine.insert(Scripted)
+        eventually(lambda: (engine.get(ident).progress or durable.Progress(0, 1, None, None)).fraction == 0.25)  # type: ignore[arg-type]
+        go.set()
+        engine.result(ident, PATIENCE)
+        assert engine.get(ident).progress is None
+
+
+@pytest.mark.parametrize(
+    "given", [("x",), (None,), (True,), (math.nan,), (1, "x"), (1, math.inf), (1, 2, ""), (1, 2, 3)]
+)
+def test_progress_that_is_no_number_is_refused(make_engine: MakeEngine, given: tuple[Any, ...]) -> None:
+    """It names what was given."""
+
+    def body(ctx: Ctx) -> Done:
+        with pytest.raises(ValueError, match="must be"):
+            ctx.progress(*given)
+        return Done()
+
+    engine, _, ident = scripted(make_engine, body)
+    engine.drain()
+    assert engine.get(ident).status == "done"
+
+
+# ---- Rules of steps ------------------------------------------------------------------------------
+
+
+def test_a_step_may_have_a_rule_of_its_own(make_engine: MakeEngine) -> None:
+    """An error is tried again after its backoff while it has attempts left, and only then goes to `handle`."""
+    handled: list[int] = []
+
+    class Patient(FSM, name="test.patient"):
+        @step(max_attempts=3, backoff=lambda attempt: attempt)
+        def start(self, ctx: Ctx) -> Next:
+            raise ConnectionError(f"attempt {ctx.attempt}")
+
+        @step
+        def end(self, ctx: Ctx) -> Done:
+            raise ValueError("at once")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Next | Stop:
+            handled.append(ctx.attempt)
+            return Next("end") if ctx.step == "start" else Stop(error)
+
+    engine = make_engine()
+    ident = engine.insert(Patient)
+    engine.drain()
+    assert handled == [2, 0]
+    assert [row[1:3] for row in past(engine, ident)] == [(0, "retry"), (1, "retry"), (2, "next"), (0, "stop")]
+
+
+def test_a_steps_timeout_goes_before_its_classs(make_engine: MakeEngine) -> None:
+    """None means none; a subclass that redefines a step keeps the rule that marks it."""
+
+    class Timed(FSM, name="test.timed", timeout=0.001):
+        @step(timeout=None)
+        def start(self, ctx: Ctx) -> Next:
+            time.sleep(0.01)
+            return Next("end")
+
+        @step(timeout=PATIENCE)
+        def end(self, ctx: Ctx) -> Done:
+            time.sleep(0.01)
+            return Done()
+
+    class Later(Timed, name="test.later"):
+        def start(self, ctx: Ctx) -> Next:
+            time.sleep(0.01)
+            return Next("end")
+
+    engine = make_engine()
+    for fsm in (Timed, Later):
+        ident = engine.insert(fsm)
+        engine.drain()
+        assert engine.get(ident).status == "done", engine.get(ident).last_error
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"max_attempts": 0},
+        {"max_attempts": "x"},
+        {"timeout": 0},
+        {"timeout": "x"},
+        {"backoff": 1},
+        {"max_attempts": 2, "backoff": -1},
+        {"nope": 1},
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused_where_it_is_given(rule: dict[str, Any]) -> None:
+    """A TypeError that names the option."""
+    with pytest.raises(TypeError, match=list(rule)[-1]):
+        step(**rule)
+
+
+# ---- Cancel that arrives -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_cancel_reaches_a_running_coroutine(make_engine: MakeEngine, is_elsewhere: bool) -> None:
+    """As CancelledError, at once, also from another engine on the file; `handle` hears nothing of it."""
+    heard: list[str] = []
+    running = threading.Event()
+
+    class Waits(FSM, name="test.waits"):
+        @step
+        async def start(self, ctx: Ctx) -> Done:
+            running.set()
+            try:
+                await asyncio.sleep(PATIENCE)
+            except asyncio.CancelledError:
+                heard.append("cancelled")
+                raise
+            return Done()
+
+        def handle(self, error: Exception, ctx: Ctx) -> Stop:
+            heard.append("handled")
+            return Stop(error)
+
+    engine = make_engine()
+    other = make_engine(queues={})
+    with engine:
+        ident = engine.insert(Waits)
+        assert running.wait(PATIENCE)
+        assert (other if is_elsewhere else engine).cancel(ident, "enough")
+        assert engine.wait(ident, PATIENCE).last_error == "enough"
+        assert heard == ["cancelled"]
+
+
+def test_cancel_with_children_takes_the_live_descendants_along(make_engine: MakeEngine) -> None:
+    """Those of an ended instance too, in one transaction; without it nothing cascades."""
+
+    class Tree(FSM, name="test.tree"):
+        def step(self, name: str, ctx: Ctx) -> Await | ScheduleChildren:
+            depth = ctx.state["depth"]
+            if name == "end" or depth == 0:
+                return Await("never", then="end")
+            return ScheduleChildren([Insert(Tree, state={"depth": depth - 1}) for _ in range(2)], then="end")
+
+    engine = make_engine()
+    root = engine.insert(Tree, state={"depth": 2})
+    engine.drain()
+    assert engine.cancel(root)
+    assert Counter(one.status for one in engine.find()) == {"failed": 1, "awaiting_children": 2, "awaiting_signal": 4}
+    assert not engine.cancel(root, "all", children=True)
+    assert Counter(one.status for one in engine.find()) == {"failed": 7}
+    assert engine.check() == []
+    with pytest.raises(ValueError, match="children"):
+        engine.cancel(root, children=cast(Any, 1))
+
+
+# ---- Instants, filters, waiting for all ----------------------------------------------------------
+
+
+def test_delays_and_timeouts_may_be_instants(make_engine: MakeEngine, clock: Clock) -> None:
+    """One that is past means now; a naive one is refused."""
+    engine, _, ident = scripted(
+        make_engine,
+        lambda ctx: Retry(ctx.now + timedelta(seconds=5)),
+        Retry(clock.instant(-100)),
+        Await("go", "end", timeout=clock.instant(60)),
+        Done(),
+        clock=clock,
+    )
+    engine.drain(with_scheduled=False)
+    assert engine.get(ident).eligible_at == clock.instant(5)
+    clock.advance(5)
+    engine.drain(with_scheduled=False)
+    assert engine.get(ident).await_deadline == clock.instant(55)
+    for make in (Retry, lambda at: Await("x", "y", timeout=at)):
+        with pytest.raises(OutcomeError, match="aware"):
+            make(datetime(2030, 1, 1))  # noqa: DTZ001 - naive
+
+
+def test_find_takes_several_statuses_and_since(make_engine: MakeEngine, clock: Clock) -> None:
+    """`since` is an instant: those that changed at it or after."""
+    engine = make_engine(clock=clock)
+    old = engine.insert(Shipment)
+    engine.drain()
+    clock.advance(10)
+    new = engine.insert(Shipment, schedule_in=60)
+    naive = datetime(2030, 1, 1)  # noqa: DTZ001 - to be refused
+    assert {one.id for one in engine.find(status=[Status.RUNNABLE, "awaiting_signal"])} == {old, new}
+    assert [one.id for one in engine.find(since=clock.instant())] == [new]
+    for bad in ({"status": ["runnable", "nope"]}, {"status": 5}, {"since": 5}, {"since": naive}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            engine.find(**cast(Any, bad))
+
+
+def test_a_signal_without_a_target_says_how_that_ended(make_engine: MakeEngine) -> None:
+    """`NoTargetError.status`: of the instance, or of the key's last carrier; None where there is none."""
+    engine = make_engine()
+    ident = engine.insert(Shipment, correlation_key="k")
+    engine.cancel(ident)
+    for target, status in ((ident, Status.FAILED), ("k", Status.FAILED), (ident + 9, None), ("other", None)):
+        with pytest.raises(NoTargetError) as caught:
+            engine.signal(target, "go")
+        assert caught.value.status is status
+
+
+def test_wait_idle_tells_of_every_change_to_the_last(make_engine: MakeEngine) -> None:
+    """True when nothing is runnable or executing; dated, parked and paused rows do not count."""
+
+    @durable.job(name="test.short")
+    def short() -> None:
+        time.sleep(0.01)
+
+    engine = make_engine(queues={"default": 2})
+    engine.insert(Shipment)
+    engine.insert(short, schedule_in=3600)
+    engine.pause("other")
+    engine.insert(short, queue="other")
+    told: list[dict[str, dict[str, int]]] = []
+    with engine:
+        engine.insert_all([Insert(short) for _ in range(20)])
+        assert engine.wait_idle(timeout=PATIENCE, on_change=told.append)
+        assert told[-1]["default"]["done"] == 20
+        assert engine.wait_idle(queue="default", timeout=0)
+        with pytest.raises(ZeroDivisionError):
+            engine.wait_idle(on_change=lambda counts: 1 // 0)
+
+
+def test_wait_idle_does_not_wait_for_what_nobody_serves(make_engine: MakeEngine) -> None:
+    """Work without a running engine for its queue is an error that says so; a timeout is none."""
+    engine = make_engine()
+    assert engine.wait_idle()
+    engine.insert(Shipment)
+    with pytest.raises(DurableError, match="default"):
+        engine.wait_idle()
+    assert not engine.wait_idle(timeout=0)
+    for bad in ({"queue": ""}, {"timeout": -1}, {"on_change": 5}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            engine.wait_idle(**cast(Any, bad))
+
+
+def test_a_fail_is_no_surprise_to_the_log(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """Its WARNING has no traceback; that of an error begins at the user's own frame."""
+
+    @durable.job(name="test.failing", max_attempts=1)
+    def failing(kind: str) -> object:
+        if kind == "fail":
+            raise Fail("expected")
+        raise ValueError("not expected")
+
+    engine = make_engine()
+    for kind in ("fail", "error"):
+        engine.insert(failing, args=failing.args(kind))
+    engine.drain()
+    expected, surprise = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert expected.exc_info is None
+    assert surprise.exc_info is not None
+    assert surprise.exc_info[2] is not None
+    assert surprise.exc_info[2].tb_frame.f_code.co_name == "failing"
+
+
+def test_a_function_jobs_args_are_held_against_its_signature() -> None:
+    """`fetch.args(...)` is the dict for `args=`; defaults are left out, and so is the Context."""
+
+    @durable.job(name="test.fetching")
+    def fetching(ctx: Ctx, url: str, *, tries: int = 3) -> None:
+        """Do nothing."""
+
+    assert fetching.args("http://a") == {"url": "http://a"}
+    assert fetching.args(url="http://a", tries=5) == {"url": "http://a", "tries": 5}
+    args: Any = fetching.args
+    for arguments, named in (((), {}), (("a",), {"nope": 1}), (("a", "b"), {})):
+        with pytest.raises(TypeError, match="fetching"):
+            args(*arguments, **named)
+
+
+# ---- Futures and an application's own loop -------------------------------------------------------
+
+
+@durable.job(name="test.adding")
+def adding(n: int) -> int:
+    """Add one."""
+    if n < 0:
+        raise Cancel("negative")
+    return n + 1
+
+
+def test_futures_can_be_awaited(make_engine: MakeEngine) -> None:
+    """`insert_nowait`, `signal_nowait` and `result_nowait`, which stay futures of `concurrent.futures`."""
+    engine = make_engine()
+
+    async def main() -> None:
+        ids = await asyncio.gather(*(cast(Any, engine.insert_nowait(adding, args={"n": n})) for n in range(50)))
+        results = [cast(Any, engine.result_nowait(one)) for one in ids]
+        assert await asyncio.gather(*results) == list(range(1, 51))
+        with pytest.raises(FailedError, match="negative"):
+            await cast(Any, engine.result_nowait(engine.insert(adding, args={"n": -1})))
+        waiting = engine.insert(Shipment)
+        await asyncio.to_thread(engine.wait, waiting)
+        assert await cast(Any, engine.signal_nowait(waiting, "paid", 5)) is None
+        assert await cast(Any, engine.result_nowait(waiting)) == [5]
+        with pytest.raises(NoTargetError):
+            await cast(Any, engine.signal_nowait(waiting, "paid", 5))
+
+    with engine:
+        asyncio.run(main())
+        future = engine.result_nowait(engine.insert(adding, args={"n": 1}))
+        assert isinstance(future, concurrent.futures.Future)
+        assert future.result(PATIENCE) == 2
+    with pytest.raises(NotFoundError):
+        make_engine().result_nowait(10**6)
+
+
+def test_one_of_two_that_await_a_future_may_be_cancelled(make_engine: MakeEngine) -> None:
+    """The other goes on; and what nobody refers to any more waits for nothing."""
+    engine = make_engine()
+    gate = engine.insert(Shipment)
+
+    async def main() -> None:
+        future = cast(Any, engine.result_nowait(gate))
+
+        async def wait() -> Any:
+            return await future
+
+        first, second = asyncio.create_task(wait()), asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.to_thread(engine.wait, gate)
+        engine.signal(gate, "paid", 1)
+        assert await second == [1]
+        assert first.cancelled()
+
+    with engine:
+        asyncio.run(main())
+        late = engine.insert(Shipment)
+        for _ in range(100):
+            engine.result_nowait(late)
+        assert engine._core.waiters.futures() == []
+
+
+def test_a_stop_settles_every_future(make_engine: MakeEngine) -> None:
+    """With `EngineClosedError`; callbacks are called, also of futures that nobody else refers to."""
+    engine = make_engine()
+    ident = engine.insert(Shipment)
+    told: list[BaseException | None] = []
+    engine.start()
+    futures = [engine.result_nowait(ident) for _ in range(3)]
+    engine.result_nowait(ident).add_done_callback(lambda future: told.append(future.exception()))
+    engine.stop()
+    for future in futures:
+        with pytest.raises(EngineClosedError):
+            future.result(PATIENCE)
+    eventually(lambda: len(told) == 1 and isinstance(told[0], EngineClosedError))
+
+
+def test_a_client_that_is_not_started_settles_its_futures_too(make_engine: MakeEngine) -> None:
+    """By one thread that looks, for all of them."""
+    client_engine, worker = make_engine(queues={}), make_engine()
+    ids = [client_engine.insert(adding, args={"n": n}) for n in range(10)]
+    futures = [client_engine.result_nowait(one) for one in ids]
+    worker.drain()
+    assert [future.result(PATIENCE) for future in futures] == list(range(1, 11))
+
+
+def test_async_with_runs_steps_on_the_callers_own_loop(make_engine: MakeEngine) -> None:
+    """So that its clients and locks work in them, with its context variables; `with` uses a loop of the engine's."""
+    user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+    loops: list[object] = []
+
+    async def main() -> None:
+        lock = asyncio.Lock()
+        user.set("ann")
+
+        @durable.job(name="test.locking")
+        async def locking() -> str:
+            async with lock:
+                loops.append(asyncio.get_running_loop())
+                return user.get()
+
+        async with make_engine() as engine:
+            ids = engine.insert_all([Insert(locking) for _ in range(30)])
+            results = [cast(Any, engine.result_nowait(cast(int, one))) for one in ids]
+            assert set(await asyncio.gather(*results)) == {"ann"}
+            assert set(loops) == {asyncio.get_running_loop()}
+        with pytest.raises(EngineClosedError):
+            engine.counts()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["error", "cancel"])
+def test_the_end_of_an_async_block_gives_back_what_runs(make_engine: MakeEngine, how: str) -> None:
+    """An exception or a cancellation of the block stops the engine all the same; its steps are cancelled."""
+    ends: list[type[BaseException]] = []
+    running = threading.Event()
+
+    @durable.job(name="test.endless")
+    async def endless() -> None:
+        running.set()
+        try:
+            await asyncio.sleep(PATIENCE)
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+
+    async def block() -> None:
+        async with make_engine(drain_timeout=0.01) as engine:
+            engine.insert(endless)
+            await asyncio.to_thread(eventually, running.is_set)
+            if how == "error":
+                raise ZeroDivisionError
+            await asyncio.sleep(PATIENCE)
+
+    async def main() -> None:
+        task = asyncio.create_task(block())
+        if how == "cancel":
+            await asyncio.to_thread(eventually, running.is_set)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError if how == "cancel" else ZeroDivisionError):
+            await task
+
+    asyncio.run(main())
+    assert ends == [asyncio.CancelledError]
+    assert make_engine().counts() == {"default": {"runnable": 1}}
+
+
+def test_a_loop_that_closes_before_its_engine_loses_nothing(make_engine: MakeEngine) -> None:
+    """The rows wait for better times, and the engine can be stopped."""
+
+    @durable.job(name="test.homeless")
+    async def homeless() -> None:
+        """Do nothing."""
+
+    engines: list[Engine] = []
+
+    async def main() -> None:
+        engines.append(await make_engine().__aenter__())
+
+    asyncio.run(main())
+    [engine] = engines
+    ident = engine.insert(homeless)
+    engine.wait(ident, 0.2)
+    engine.stop()
+    assert make_engine().get(ident).status == "runnable"
+
+
+# ---- Code that changes ---------------------------------------------------------------------------
+
+
+def forget(*names: str) -> None:
+    """Make classes unknown, as in a process that does not import them."""
+    for key in [key for key in durable._registry if key[0] in names]:
+        del durable._registry[key]
+
+
+def old_and_new(make_engine: MakeEngine) -> tuple[Engine, dict[str, int], type[FSM]]:
+    """A file with instances of old code parked in each way, and the new code's class."""
+
+    class Old(FSM, name="shop.Old"):
+        @step
+        def start(self, ctx: Ctx) -> Await | Next | ScheduleChildren:
+            how = ctx.state["how"]
+            if how == "children":
+                return ScheduleChildren([Insert(Shipment)], then="finish")
+            return Await("go", then="finish") if how == "signal" else Next("finish", concurrency_key="busy")
+
+        @step
+        def finish(self, ctx: Ctx) -> Done:
+            return Done("old")
+
+    engine = make_engine()
+    ids = {how: engine.insert(Old, state={"how": how}) for how in ("signal", "children")}
+    engine.drain()
+    ids["runnable"] = engine.insert(Old, state={"how": "signal"})
+    ids["dated"] = engine.insert(Old, state={"how": "signal"}, schedule_in=3600)
+    engine.stop()
+    forget("shop.Old")
+
+    class New(FSM, name="store.New", version=3, aliases=("shop.Old",), initial="begin"):
+        @attrs.frozen
+        class State:
+            waits_for: str
+
+        @step
+        async def begin(self, ctx: Context[Any]) -> Await:
+            return Await("go", then="end")
+
+        @step
+        async def end(self, ctx: Context[Any]) -> Done:
+            return Done(["new", ctx.state.waits_for, ctx.version])
+
+        def migrate(self, step: str, state: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:
+            return {"start": "begin", "finish": "end"}[step], {"waits_for": f"{state['how']}:{version}"}
+
+    return make_engine(), ids, New
+
+
+def test_new_code_takes_over_what_old_code_has_left(make_engine: MakeEngine) -> None:
+    """Instances parked in each way go on under the class that has their name as an alias, by its `migrate`."""
+    engine, ids, new = old_and_new(make_engine)
+    assert engine.check(code=True) == []
+    with engine:
+        for ident in ids.values():
+            if engine.get(ident).status == "awaiting_children":
+                engine.cancel(engine.find(parent_id=ident)[0].id)
+        eventually(lambda: engine.get(ids["runnable"]).status == "awaiting_signal")
+        for how in ("signal", "runnable"):
+            engine.signal(ids[how], "go")
+        for how, waits_for in (("signal", "signal"), ("children", "children"), ("runnable", "signal")):
+            assert engine.result(ids[how], PATIENCE) == ["new", f"{waits_for}:1", 3]
+    engine = make_engine()
+    assert {engine.get(ids[how]).version for how in ("signal", "children", "runnable")} == {3}
+    assert engine.get(ids["dated"]).version == 1
+    assert {one.id for one in engine.find(fsm=new)} == set(ids.values())
+    assert {one.id for one in engine.find(fsm="shop.Old")} == set(ids.values())
+    assert engine.get(engine.insert("shop.Old", state={"waits_for": "x"}, step="begin")).fsm == "store.New"
+    forget("store.New", "shop.Old")
+
+
+def test_a_migrate_that_fails_is_for_handle(make_engine: MakeEngine) -> None:
+    """And the row keeps its version, until a run of it is committed with a state that fits."""
+    answers: list[object] = [Stop("not yet"), Next("end", {"n": 1})]
+
+    class Early(FSM, name="test.early"):
+        def step(self, name: str, ctx: Ctx) -> Await:
+            return Await("go", then="end")
+
+    engine = make_engine()
+    ident = engine.insert(Early)
+    engine.drain()
+    engine.stop()
+    forget("test.early")
+
+    class Late(FSM, name="test.early", version=2):
+        @attrs.frozen
+        class State:
+            n: int
+
+        @step
+        def start(self, ctx: Ctx) -> Next:
+            return Next("end")
+
+        @step
+        def end(self, ctx: Ctx) -> Done:
+            return Done(ctx.state.n)
+
+        def migrate(self, step: str, state: dict[str, Any], version: int) -> object:
+            return {"wrong": "shape"}
+
+        def handle(self, error: Exception, ctx: Ctx) -> object:
+            assert ctx.state == {}
+            return answers.pop(0)
+
+    engine = make_engine()
+    engine.signal(ident, "go")
+    engine.drain()
+    assert (engine.get(ident).last_error, engine.get(ident).version) == ("not yet", 1)
+    engine.retry(ident)
+    engine.drain()
+    assert (engine.result(ident), engine.get(ident).version) == (1, 2)
+    forget("test.early")
+
+
+def test_two_classes_cannot_claim_one_name() -> None:
+    """By an alias as well as by a name; and aliases are names."""
+
+    class First(FSM, name="test.first", aliases=["test.zeroth"]):
+        def perform(self, args: object) -> None:
+            pass
+
+    for options in ({"name": "test.zeroth"}, {"name": "test.second", "aliases": ["test.first"]}):
+        with pytest.raises(TypeError, match="taken"):
+            types.new_class("Second", (FSM,), options, lambda space: space.update({"perform": lambda self, args: None}))
+    for bad in ("text", [5], 5):
+        with pytest.raises(TypeError, match="aliases"):
+            types.new_class(
+                "Third", (FSM,), {"aliases": bad}, lambda space: space.update({"perform": lambda self, args: None})
+            )
+    forget("test.first", "test.zeroth")
+
+
+def test_check_says_what_the_code_lacks_for_the_file(make_engine: MakeEngine) -> None:
+    """An unknown class or version, a missing step; with count, first ids and what would help."""
+
+    def define_shop(version: int, **steps: Any) -> type[FSM]:
+        body = {name: step(cast(Any, function)) for name, function in steps.items()}
+        return types.new_class(
+            "Shop", (FSM,), {"name": "test.shop", "version": version}, lambda space: space.update(body)
+        )
+
+    engine = make_engine()
+    shop = define_shop(1, start=lambda self, ctx: Await("x", "end"), end=lambda self, ctx: Done())
+    ids = [engine.insert(shop) for _ in range(7)]
+    engine.drain()
+    assert engine.check(code=True) == []
+    define_shop(1, start=lambda self, ctx: Done())
+    [line] = engine.check(code=True)
+    assert all(words in line for words in ("no step 'end'", "(7 instances", str(ids[0])))
+    forget("test.shop")
+    define_shop(2, start=lambda self, ctx: Done())
+    assert "version 1" in engine.check(code=True)[0]
+    forget("test.shop")
+    assert "no class" in engine.check(code=True)[0]
+    assert engine.check() == []
+    before = ask(engine, "select * from durable_instances")
+    engine.check(code=True)
+    assert ask(engine, "select * from durable_instances") == before
+
+
+def test_check_finds_a_misspelt_step_in_the_text_of_a_class(make_engine: MakeEngine) -> None:
+    """Where it stands in quotes, in `Next`, `Await` or `ScheduleChildren`, by position or by name."""
+
+    class Typo(FSM, name="test.typo"):
+        @step
+        def start(self, ctx: Ctx) -> Next | Await:
+            return Next("shpi") if ctx.state else Await("go", then="edn")
+
+        @step
+        def ship(self, ctx: Ctx) -> Next:
+            return Next("start")
+
+    found = [line for line in make_engine().check(code=True) if "test.typo" in line]
+    assert len(found) == 2
+    assert all(word in " ".join(found) for word in ("'shpi'", "'edn'", "'start'"))
+    forget("test.typo")
 
 
 # ==================================================================================================
