@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -35,8 +36,8 @@ import apsw
 import attrs
 
 import durable
-from durable import DurableError, Engine, Insert, Instance, NotFoundError, Status, Worker, tools
-from durable_tools.screen import BLOCKS, Screen, distance, ended, fit, moment, now, plain
+from durable import DurableError, Engine, Insert, Instance, NotFoundError, Status, Transition, Worker, tools
+from durable_tools.screen import BLOCKS, Screen, distance, ended, fit, moment, now, plain, span
 
 _TERMINAL = frozenset(Status) - durable.LIVE
 
@@ -143,6 +144,12 @@ def _seconds_argument(text: str) -> float:
         if 0 <= float(text) < math.inf:
             return float(text)
     raise _UsageError(f"not a number of seconds: {text!r}")
+
+
+def _count_argument(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise _UsageError(f"not a number of at least 1: {text!r}")
+    return int(text)
 
 
 def _queue_argument(text: str) -> tuple[str, int]:
@@ -304,6 +311,72 @@ def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engin
     return engine
 
 
+class _Fleet:
+    """Worker processes of one target, kept alive by their parent, whose log they share."""
+
+    QUICK_S = 5.0
+    """A worker that dies sooner after its start than this is replaced with more and more patience."""
+    LONGEST_S = 30.0
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._command = [sys.executable, "-m", "durable", "run", options.target, "--log-level", options.log_level]
+        if options.database:
+            self._command += ["--database", str(options.database)]
+        if options.queue:
+            self._command += ["--queue", *(f"{name}={width}" for name, width in options.queue)]
+        self._count = options.processes
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._started_at: dict[int, float] = {}
+        self._pause_s = 0.25
+        self._is_stopping = False
+
+    def run(self) -> int:
+        """Keep the workers alive until a signal has come and all have ended; return the first status that is not 0."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
+        while len(self._workers) < self._count:
+            self._start()
+        statuses: list[int] = []
+        while self._workers:
+            time.sleep(0.05)
+            for worker in [one for one in self._workers if one.poll() is not None]:
+                self._workers.remove(worker)
+                statuses.append(worker.returncode)
+                if not self._is_stopping and not self._replace(worker):
+                    self._pass_on(signal.SIGTERM, None)
+        return next((abs(status) for status in statuses[-self._count :] if status), 0)
+
+    def _start(self) -> None:
+        # A group of its own: the terminal's Ctrl-C reaches the parent alone, who passes it on once.
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        worker = subprocess.Popen(self._command, start_new_session=True, creationflags=flags)
+        self._started_at[worker.pid] = time.monotonic()
+        self._workers.append(worker)
+
+    def _replace(self, dead: subprocess.Popen[bytes]) -> bool:
+        """Start another in place of a worker that has died; False if it was refused, as all others would be."""
+        lived_s = time.monotonic() - self._started_at.pop(dead.pid)
+        if dead.returncode in (1, 2) and lived_s < self.QUICK_S:
+            return False
+        if dead.returncode == 0:
+            return True  # its engine was stopped: that is meant
+        self._pause_s = min(2 * self._pause_s, self.LONGEST_S) if lived_s < self.QUICK_S else 0.25
+        _complain(f"worker {dead.pid} has died (status {dead.returncode}): another starts in {self._pause_s:g} s")
+        end = time.monotonic() + self._pause_s
+        while time.monotonic() < end and not self._is_stopping:
+            time.sleep(0.05)
+        if not self._is_stopping:
+            self._start()
+        return True
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self._is_stopping = True
+        meant = getattr(signal, "CTRL_BREAK_EVENT", number) if os.name == "nt" else number
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.send_signal(meant)
+
+
 @_verb(
     "durable run jobs.py",
     "durable run shop.worker:engine",
@@ -317,16 +390,26 @@ def _engine_for(options: argparse.Namespace, queues: Mapping[str, int]) -> Engin
         metavar="NAME=N",
         help="run N steps of queue NAME at once; others not at all",
     ),
+    _argument(
+        "--processes",
+        type=_count_argument,
+        default=1,
+        metavar="N",
+        help="so many processes, for steps that need the processor",
+    ),
     _LOG_LEVEL,
     prints=False,
 )
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     """Run an engine until SIGINT or SIGTERM.
 
     TARGET's own engine, or a new one on --database with all classes of TARGET, in their own queues unless
     --queue says which, and how many steps of each at once. Several may run on one file. The first signal
-    asks for a drain: what runs may end, nothing new begins. The second leaves at once.
+    asks for a drain: what runs may end, nothing new begins. The second leaves at once. With --processes N a parent
+    keeps so many workers alive, replaces those that die, and passes signals on.
     """
+    if options.processes > 1:
+        return _Fleet(options).run()
 
     def leave(number: int, _frame: object) -> None:
         os._exit(128 + number)  # nothing is lost: what was committed stays, the rest runs again
@@ -337,6 +420,7 @@ def _run(options: argparse.Namespace) -> None:
     if sys.platform == "win32":
         signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
     engine.run()
+    return 0
 
 
 @_verb(
@@ -389,6 +473,31 @@ def _insert(options: argparse.Namespace) -> None:
 # ---- list, counts, workers, show, wait, check: looking, with a file that is only read
 
 
+def _how_far(progress: durable.Progress) -> str:
+    """A step's progress: `3 of 8, 38 %: unpacking`."""
+    total = "" if progress.total is None else f" of {progress.total:g}"
+    percent = "" if progress.fraction is None else f", {progress.fraction:.0%}"
+    return f"{progress.done:g}{total}{percent}" + (f": {progress.note}" if progress.note else "")
+
+
+def _timeline(screen: Screen, history: Iterable[Transition]) -> Iterator[str]:
+    """What was run of an instance: when, how long, which step, what it came to, where, and what was wrong."""
+    rows = [
+        (
+            it.seq,
+            f"{it.started_at.astimezone():%Y-%m-%d %H:%M:%S}",
+            span(it.duration),
+            it.step,
+            it.kind,
+            it.to,
+            it.worker,
+            it.error,
+        )
+        for it in history
+    ]
+    return screen.table(("run", "when", "took", "step", "kind", "to", "worker", "error"), rows)
+
+
 def _remark(it: Instance) -> str:
     """What one asks next about an instance: its error, what it waits for, what came of it."""
     match it.status:
@@ -396,6 +505,8 @@ def _remark(it: Instance) -> str:
             return "" if it.result is None else json.dumps(it.result, ensure_ascii=False)
         case Status.AWAITING_SIGNAL:
             return " ".join(it.awaits) + (f", {distance(it.await_deadline)}" if it.await_deadline else "")
+        case Status.EXECUTING if it.progress:
+            return _how_far(it.progress)
         case Status.RUNNABLE if it.parked_on:
             return f"parked on {it.parked_on}"
         case Status.RUNNABLE if it.eligible_at > now():
@@ -529,6 +640,7 @@ class _Case(NamedTuple):
         yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
         yield "since", moment(it.updated_at)
         yield "waits for", reason
+        yield "progress", it.progress and f"{_how_far(it.progress)}, {distance(it.progress.at)}"
         yield "try", verb
         yield "crashes", it.crashes
         yield "key", it.correlation_key
@@ -550,6 +662,8 @@ class _Case(NamedTuple):
             yield from ("", screen.paint("last error", "bold"))
             yield from (screen.paint(f"  {plain(line)}", Status.FAILED) for line in it.last_error.splitlines())
             yield from (screen.paint(f"  {plain(line)}", "dim") for line in (it.traceback or "").splitlines())
+        if history := self.reader.history(it.id):
+            yield from ("", *_timeline(screen, history))
         if signals := self.reader.signals(it.id):
             rows = [(each.id, each.name, json.dumps(each.payload), distance(each.sent_at)) for each in signals]
             yield from ("", *screen.table(("signal", "name", "payload", "sent"), rows))
@@ -567,7 +681,16 @@ def _show(reader: tools.Reader, options: argparse.Namespace) -> None:
     Where it stands, why, since when, what it waits for, its last error, signals and children, and what helps.
     """
     it = reader.get(_meant(options.target, options, reader.get))
-    options.screen.answer(it, _Case(reader, options.file, it).tell(options.screen), as_json=options.json)
+    whole = attrs.asdict(it, recurse=False) | {"history": reader.history(it.id)}
+    options.screen.answer(whole, _Case(reader, options.file, it).tell(options.screen), as_json=options.json)
+
+
+@_verb("durable history shop.db order:42", _TARGET("target"), *_BY, _JSON, opens=tools.Reader)
+def _history(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """List what was run of an instance, oldest first."""
+    it = reader.get(_meant(options.target, options, reader.get))
+    history = reader.history(it.id)
+    options.screen.answer(history, _timeline(options.screen, history), as_json=options.json)
 
 
 @_verb(
@@ -592,10 +715,21 @@ def _wait(reader: tools.Reader, options: argparse.Namespace) -> None:
     print(options.screen.json(it.result))
 
 
-@_verb("durable check shop.db", _JSON, opens=tools.Reader)
+@_verb(
+    "durable check shop.db",
+    "durable check shop.db shop.worker",
+    _argument("target", nargs="?", metavar="TARGET", help="a module or script, whose classes the file is held against"),
+    _JSON,
+    opens=tools.Reader,
+)
 def _check(reader: tools.Reader, options: argparse.Namespace) -> int:
-    """Audit the file; exit status 1 if it has problems."""
-    problems = reader.check()
+    """Audit the file; exit status 1 if it has problems.
+
+    With TARGET every live instance and schedule is also held against its classes: what would no longer run.
+    """
+    if options.target is not None:
+        _load(options.target)
+    problems = reader.check(code=options.target is not None)
     options.screen.answer(problems, map(plain, problems or ["sound"]), as_json=options.json)
     return 1 if problems else 0
 
@@ -636,6 +770,7 @@ def _signal(engine: Engine, options: argparse.Namespace) -> None:
     _TARGET("targets", nargs="+"),
     *_BY,
     _argument("--reason", default="cancelled", help="what last_error will say (cancelled)"),
+    _argument("--children", action="store_true", help="their live descendants as well"),
     opens=_client,
     prints=False,
 )
@@ -643,7 +778,7 @@ def _cancel(engine: Engine, options: argparse.Namespace) -> int:
     """Fail instances; what a running step does is dropped."""
 
     def cancel(word: str) -> None:
-        if not engine.cancel(_meant(word, options, engine.get), options.reason):
+        if not engine.cancel(_meant(word, options, engine.get), options.reason, children=options.children):
             raise DurableError(f"{word} had ended already")
 
     return _on_each(options.targets, cancel)
@@ -686,6 +821,30 @@ def _retry(engine: Engine, options: argparse.Namespace) -> int:
         return _on_each(_all_failed(engine, _given(options, _FIND_BY)), engine.retry)
     options.by_key = by_key is not None
     return _on_each(targets, lambda word: engine.retry(_meant(word, options, engine.get)))
+
+
+_PAST = (
+    _TARGET("target"),
+    _argument("to", metavar="TO", help="a run's number in `history`, or a step: its latest run"),
+    _argument("--state", type=_json_argument, metavar="JSON", help="another state than it had then"),
+    *_BY,
+)
+
+
+def _run_or_step(word: str) -> int | str:
+    return int(word) if word.isascii() and word.isdigit() else word
+
+
+@_verb("durable rewind shop.db order:42 ship", *_PAST, opens=_client, prints=False)
+def _rewind(engine: Engine, options: argparse.Namespace) -> None:
+    """Have an instance stand again before a run of its history; what was done outside the file stays done."""
+    engine.rewind(_meant(options.target, options, engine.get), _run_or_step(options.to), state=options.state)
+
+
+@_verb("durable fork shop.db order:42 ship", *_PAST, opens=_client)
+def _fork(engine: Engine, options: argparse.Namespace) -> None:
+    """Insert a new instance that goes on from before a run of another, and print its id."""
+    print(engine.fork(_meant(options.target, options, engine.get), _run_or_step(options.to), state=options.state))
 
 
 @_verb("durable pause shop.db checkout", _QUEUE, opens=_client, prints=False)
