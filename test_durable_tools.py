@@ -6,6 +6,7 @@ In this order:
 * Looking
 * Writing
 * The user's code
+* The past, and code against the file
 * What is shown, and where
 * Processes
 
@@ -544,9 +545,9 @@ def test_show_tells_of_instants_at_the_ends_of_the_calendar(
 
 
 def test_show_as_json_is_the_instance(command: Command, shop: Path) -> None:
-    """`show --json` is one object with Instance's fields."""
+    """`show --json` is one object with Instance's fields, and its history."""
     found = command("show", shop, "order:2", "--json").json
-    assert set(found) == {field.name for field in attrs.fields(Instance)}
+    assert set(found) == {field.name for field in attrs.fields(Instance)} | {"history"}
     assert found["status"] == "awaiting_signal"
 
 
@@ -933,6 +934,134 @@ def test_an_instant_on_the_command_line_may_be_at_an_end_of_the_calendar(
         assert command(*insert, f"{end.isoformat()}+00:00").status == 0
         said = command(*insert, end.isoformat())
         assert said.status == 0 or (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+
+
+# ---- The past, and code against the file ---------------------------------------------------------
+
+
+def test_history_is_a_timeline(command: Command, shop: Path) -> None:
+    """`history` lists the runs, `show` has them too; as JSON they are keyed by `Transition`'s fields."""
+    out = command("history", shop, "order:1").out
+    assert out.splitlines()[0].split() == ["run", "when", "took", "step", "kind", "to", "worker", "error"]
+    [run] = command("history", shop, "order:1", "--json").json
+    assert (run["seq"], run["step"], run["kind"], run["to"]) == (1, "ship", "done", None)
+    assert set(run) == set(attrs.fields_dict(durable.Transition))
+    assert "ship" in command("show", shop, "order:1").out.split("run", 1)[1]
+    assert command("show", shop, "order:1", "--json").json["history"] == [run]
+
+
+def test_rewind_and_fork_do_what_the_methods_do(command: Command, shop: Path) -> None:
+    """TO is a run's number or a step; a fork's id is printed; what they refuse is one line and status 1."""
+    said = command("rewind", shop, "order:1", "1", "--state", '{"again": true}')
+    assert (said.status, said.out) == (0, "")
+    assert (get(shop, "order:1").status, get(shop, "order:1").state) == ("runnable", {"again": True})
+    new = int(command("fork", shop, "order:2", "start").out)
+    assert (get(shop, new).step, get(shop, new).correlation_key) == ("start", None)
+    for words in (["77"], ["nowhere"], ["ship", "--state", "[1]"]):
+        said = command("rewind", shop, "order:2", *words)
+        assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert command("rewind", shop, "order:2", "start", "--state", "{").status == 2
+
+
+def test_check_holds_the_file_against_the_code(command: Command, script: Path, tmp_path: Path) -> None:
+    """With TARGET: what would no longer run, by its classes; without, only the file's own soundness."""
+    database = tmp_path / "x.db"
+    with client(database) as engine:
+        engine.insert(CliOrder)
+        engine.drain()
+    assert command("check", database, script).out == "sound\n"
+    kept = durable._registry.pop(("cli.Order", 1))
+    try:
+        assert command("check", database).status == 0
+        said = command("check", database, script)
+        assert (said.status, "cli.Order" in said.out) == (1, True)
+        assert command("check", database, script, "--json").json == [said.out.strip()]
+    finally:
+        durable._registry["cli.Order", 1] = kept
+    assert command("check", database, tmp_path / "none.py").status == 1
+
+
+def test_cancel_takes_children_along(command: Command, tmp_path: Path) -> None:
+    """With --children; else nothing cascades."""
+    path = tmp_path / "p.db"
+    with client(path) as engine:
+        parent = engine.insert(Parent)
+        engine.drain()
+    assert command("cancel", path, parent, "--children").status == 0
+    with client(path) as engine:
+        assert {one.status for one in engine.find()} == {Status.FAILED}
+
+
+def test_progress_is_shown(command: Command, tmp_path: Path) -> None:
+    """By `list` and `show`, while the step runs."""
+    path = tmp_path / "x.db"
+    shown: list[str] = []
+
+    @durable.job(name="cli.counting")
+    def counting(ctx: Ctx) -> None:
+        ctx.progress(3, 8, "unpacking")
+        eventually(lambda: tools_get(path, ctx.id).progress is not None)
+        shown.extend(command(*words).out for words in (["list", path], ["show", path, ctx.id]))
+
+    with client(path, queues={"default": 1}) as engine:
+        engine.start()
+        engine.result(engine.insert(counting), 60)
+    assert all("3 of 8, 38%: unpacking" in out for out in shown), shown
+    assert len(shown) == 2
+
+
+def tools_get(path: Path, target: int) -> Instance:
+    """An instance as the tools read it."""
+    with durable.tools.Reader(path) as reader:
+        return reader.get(target)
+
+
+FLEET = """
+import os, time
+import durable
+
+@durable.job
+def where() -> int:
+    time.sleep(0.05)
+    return os.getpid()
+"""
+
+
+@posix
+def test_several_processes_are_kept_alive_by_their_parent(tmp_path: Path) -> None:
+    """Those that die are replaced, signals are passed on, and nothing is lost."""
+    script, path = tmp_path / "cli_fleet.py", tmp_path / "fleet.db"
+    script.write_text(FLEET, encoding="utf-8")
+    with start("run", script, "--database", path, "--processes", "2") as parent, client(path) as engine:
+        try:
+            eventually(lambda: len(engine.workers()) == 2)
+            victim = engine.workers()[0].pid
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: len({one.pid for one in engine.workers()} - {victim}) == 2)
+            with start("insert", f"{script}:where", "--database", path) as process:
+                ident = int(process.communicate(timeout=60)[0])
+            assert engine.result(ident, 60) in {one.pid for one in engine.workers()}
+            parent.send_signal(signal.SIGTERM)
+            _, err = parent.communicate(timeout=60)
+        finally:
+            parent.kill()
+        assert (parent.returncode, f"worker {victim} has died" in err) == (0, True), err
+        assert engine.workers() == []
+
+
+@posix
+def test_a_target_that_no_process_can_run_is_refused_once(tmp_path: Path) -> None:
+    """Its workers are not started again and again."""
+    with start("run", tmp_path / "none.py", "--database", tmp_path / "x.db", "--processes", "2") as parent:
+        _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, "has died" in err) == (1, False), err
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_a_number_of_processes_is_a_number(command: Command, script: Path, count: str) -> None:
+    """Exit status 2, naming what was given."""
+    said = command("run", script, "--processes", count)
+    assert (said.status, count in said.err) == (2, True)
 
 
 # ---- What is shown, and where --------------------------------------------------------------------
