@@ -146,6 +146,10 @@ class Bench:
         """Both in turns, each time on a fresh file."""
         return self.take_turns(what, unit, lambda: self.once(ours), lambda: self.once(floor), **bar)
 
+    def alone(self, what: str, unit: str, ours: Work) -> Figure:
+        """What has no floor."""
+        return Figure(what, unit, [self.once(ours) for _ in range(self.rounds)], [])
+
     def take_turns(
         self, what: str, unit: str, ours: Callable[[], float], floor: Callable[[], float], **bar: float
     ) -> Figure:
@@ -507,6 +511,78 @@ def steps(bench: Bench) -> Iterator[Figure]:
             march = partial(Floor.march, machines=2_200, in_flight=10 + ahead, inline=fsm is FiveInline)
             drain = partial(Floor.drain, jobs=11_000, in_flight=10 + ahead)
             yield bench.compare("  the same of the skeleton", "steps/s", bare(march), bare(drain))
+
+
+@section
+def past(bench: Bench) -> Iterator[Figure]:
+    """What a history costs: machines of five steps, and jobs, with one and without; and its size in the file."""
+
+    def machines(*, history: bool) -> Work:
+        pace_of = rate([Insert(Five, state=ARGS)] * 2_200, history=history)
+        return lambda path: 5 * pace_of(path)
+
+    yield bench.compare("five steps", "steps/s", machines(history=True), machines(history=False), at_least=0.8)
+    jobs = rate(noops(11_000), history=True), rate(noops(11_000), history=False)
+    yield bench.compare("jobs, whose rows say the rest", "jobs/s", *jobs, at_least=0.95)
+
+    def bytes_a_run(engine: Engine) -> float:
+        settle(engine, engine.insert_all([Insert(Five, state=ARGS)] * 2_000))
+        with contextlib.closing(engine.connect()) as connection:
+            size = connection.execute("SELECT sum(pgsize) FROM dbstat WHERE name = 'durable_transitions'").get
+        return float(size) / 10_000
+
+    yield bench.alone("a run in the file", "bytes", running(bytes_a_run))
+
+
+@section
+def kept(bench: Bench) -> Iterator[Figure]:
+    """Calls that are kept, one after the other in one step, beside a bare commit each; and reports of progress."""
+
+    def call_ms(engine: Engine) -> float:
+        return float(engine.result(engine.insert(Calling, state={"calls": 300})))
+
+    def bare_ms(floor: Floor) -> float:
+        return median_ms(lambda: seconds(floor.insert), 300)
+
+    yield bench.compare("a kept call", "ms", running(call_ms), bare(bare_ms), at_most=2.0)
+    yield bench.alone("a report of progress", "us", running(lambda engine: engine.result(engine.insert(Reporting))))
+
+
+class Calling(FSM):
+    """Makes calls; the median time of one in milliseconds."""
+
+    def perform(self, args: dict[str, int], ctx: Context[Any]) -> float:
+        """Call as often as it is told."""
+        names = iter(range(args["calls"]))
+        return median_ms(lambda: seconds(lambda: ctx.call(str(next(names)), int)), args["calls"])
+
+
+class Reporting(FSM):
+    """Reports progress; the time of one in microseconds."""
+
+    def perform(self, args: object, ctx: Context[Any]) -> float:
+        """Report a hundred thousand times."""
+        return seconds(lambda: repeat(lambda: ctx.progress(1, 2), 100_000)) * 10
+
+
+@section
+def futures(bench: Bench) -> Iterator[Figure]:
+    """Ten thousand that await a result: what they take, and how many threads."""
+
+    def waiters(engine: Engine) -> tuple[float, int]:
+        import tracemalloc
+
+        parked = engine.insert(Five, state=ARGS, schedule_in=3600)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        threads = threading.active_count()
+        held = [engine.result_nowait(parked) for _ in range(10_000)]
+        size = (tracemalloc.get_traced_memory()[0] - before) / len(held)
+        tracemalloc.stop()
+        return size, threading.active_count() - threads
+
+    yield bench.alone("memory of one", "bytes", running(lambda engine: waiters(engine)[0]))
+    yield bench.alone("threads more for all", "threads", running(lambda engine: float(waiters(engine)[1])))
 
 
 @section

@@ -3609,7 +3609,9 @@ _SAVE_SCHEDULE = f"""
 INSERT OR REPLACE INTO durable_schedules ({_SCHEDULE_COLUMNS}) VALUES ({", ".join("?" * len(_ScheduleRow._fields))})
 """
 _ENTRY_COLUMNS = ", ".join(f'"{name}"' for name in _Entry._fields)
-_RECORD = f"INSERT INTO durable_transitions ({_ENTRY_COLUMNS}) VALUES ({', '.join('?' * len(_Entry._fields))})"
+_ENTRY_VALUES = f"({', '.join('?' * len(_Entry._fields))})"
+_RECORD = f"INSERT INTO durable_transitions ({_ENTRY_COLUMNS}) VALUES {_ENTRY_VALUES}"
+_RECORD_MANY = _RECORD + f", {_ENTRY_VALUES}" * (_BULK - 1)
 _HISTORY = "SELECT {} FROM durable_transitions WHERE instance = ? ORDER BY seq".format(
     ", ".join(f'"{field.name}"' for field in attrs.fields(Transition))
 )
@@ -4845,8 +4847,11 @@ class _Store:
 
     # History
 
-    def record(self, entries: Iterable[_Entry]) -> None:
-        self.db.executemany(_RECORD, entries)
+    def record(self, entries: Sequence[_Entry]) -> None:
+        lots, rest = _in_bulk(entries)
+        for lot in lots:
+            self.db.execute(_RECORD_MANY, tuple(itertools.chain.from_iterable(lot)))
+        self.db.executemany(_RECORD, rest)
 
     def entries_from(self, instance: int, seq: int) -> list[_Entry]:
         return list(map(_Entry._make, self.db.execute(_ENTRIES_FROM, (instance, seq))))
@@ -5841,23 +5846,24 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
         to = row.step if isinstance(change, _Again) else None
         is_answered = error is not None or not isinstance(change, _Again)
         text, traceback = (change.last_error, change.traceback) if is_answered else (None, None)
+    kind = "timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind
     return _Entry(
-        instance=row.id,
-        seq=row.claim,
-        step=row.step,
-        attempt=row.attempt,
-        kind="timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind,
-        started_at=claim.began_at,
-        duration=commit.duration * 1000,
-        worker=worker,
-        error=text,
-        traceback=traceback,
-        state=row.state,
-        signals=claim.signal_names,
-        to=to,
-        awaits=row.awaits,
-        joining=row.joining,
-        first_child=first_child,
+        row.id,
+        row.claim,
+        row.step,
+        row.attempt,
+        kind,
+        claim.began_at,
+        commit.duration * 1000,
+        worker,
+        text,
+        traceback,
+        row.state,
+        claim.signal_names,
+        to,
+        row.awaits,
+        row.joining,
+        first_child,
     )
 
 
