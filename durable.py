@@ -7453,7 +7453,6 @@ class _Beat:
         self.core = core
         self.store = core.store
         self.now = now
-        self._ahead_from = now + _SET_BACK_MS
         self.is_careful = is_careful
         service = _Service(self._room, self._is_live, self._closed_queues, self._is_lost)
         self.admission = _Admission(core.store, core.options.concurrency_limits, service, now)
@@ -7512,6 +7511,11 @@ class _Beat:
             self._release()
             self.is_unfinished = True
         self._save_buckets()
+
+    @property
+    def _ahead_from(self) -> int:
+        """From when on an instant tells of a clock that was ahead."""
+        return self.now + _SET_BACK_MS
 
     @property
     def has_news(self) -> bool:

@@ -435,11 +435,11 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
-_GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE _LINE_HEAD _LINE_START _LINE_QUEUE _NEXT_LINE
-_UNPARK _BUCKET _READY_BUCKETS _NEXT_READY _NEXT_AT_BUCKET _STATUS _WAKE _INBOX _UNSEEN _CONSUME _CONSUME_KEYED
-_EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _DUE_SCHEDULES _SCHEDULE _HAS_OCCURRENCE _NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW
-_COLLECT_BUCKETS
+" _CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
+_GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE _LINE_HEAD _LINE_START _LINE_QUEUE
+_NEXT_LINE _UNPARK _BUCKET _READY_BUCKETS _NEXT_READY _NEXT_AT_BUCKET _STATUS _WAKE _INBOX _UNSEEN _CONSUME
+_CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _DUE_SCHEDULES _SCHEDULE _HAS_OCCURRENCE
+_NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
 """
 
 
@@ -2372,7 +2372,7 @@ def numbered(name: str, count: int) -> Numbered:
     return made
 
 
-BERLIN = ZoneInfo("Europe/Berlin")
+BERLIN_TIME = ZoneInfo("Europe/Berlin")
 PRESERVED: list[tuple[Any, Any]] = [
     (Numbered, numbered("a", 5)),
     (Shape, {"side": 3}),
@@ -2387,9 +2387,9 @@ PRESERVED: list[tuple[Any, Any]] = [
     (bytes, b"\x00\xff"),
     (timedelta, timedelta(days=-1, microseconds=1)),
     (datetime, datetime(2024, 5, 6, 12)),  # noqa: DTZ001 - a naive one is what it is
-    (dtime, dtime(12, 30, tzinfo=BERLIN)),
-    *[(datetime, datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN, fold=fold)) for fold in (0, 1)],
-    *[(datetime, datetime(2024, 3, 31, 2, 30, tzinfo=BERLIN, fold=fold)) for fold in (0, 1)],
+    (dtime, dtime(12, 30, tzinfo=BERLIN_TIME)),
+    *[(datetime, datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN_TIME, fold=fold)) for fold in (0, 1)],
+    *[(datetime, datetime(2024, 3, 31, 2, 30, tzinfo=BERLIN_TIME, fold=fold)) for fold in (0, 1)],
 ]
 
 
@@ -9439,7 +9439,7 @@ def test_what_was_made_before_the_clock_was_set_back_is_dated_by_it(make_engine:
         core.peers.join(10**9)
         lap = Lap()
         core._drain = cast(Any, lap)
-        core.beat_once(lambda beat: cast(None, beat.claim("default", 1)))
+        core.beat_once(lambda beat: cast(None, beat.claim({"default": 1})))
         core.finish(contextvars.copy_context().run(execute, lap.claims[0]))
         new = core.desk.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
         clock.advance(-HOUR)
