@@ -8,8 +8,7 @@ In this order, each part with its sections:
   What handle answers; The object and async steps; Context; States; Outcomes; The table of outcomes; The last error
 * Engine, scheduling, signals, identity, children: Options; Opening; Life cycle; Insert; insert_all and insert_nowait;
   What takes long, or cannot be had; Looking; Waiting; Cancel; Retry; Drain; Operations; Order and timers; Several
-  engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children; A model of inbox
-  and park
+  engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children
 * Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; A clock that was
   wrong; Crashes of a step; Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning;
   Kills; Power cuts; Soak
@@ -91,12 +90,10 @@ import apsw.ext
 import attrs
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
-    initialize,
-    invariant,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -435,7 +432,7 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-" _CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
+_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
 _GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE _LINE_HEAD _LINE_START _LINE_QUEUE
 _NEXT_LINE _UNPARK _BUCKET _READY_BUCKETS _NEXT_READY _NEXT_AT_BUCKET _STATUS _WAKE _INBOX _UNSEEN _CONSUME
 _CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _DUE_SCHEDULES _SCHEDULE _HAS_OCCURRENCE
@@ -1047,10 +1044,12 @@ def test_inline_runs_a_next_on_the_same_claim(make_engine: MakeEngine) -> None:
 def test_a_method_that_is_not_marked_is_no_step(timed_engine: Engine) -> None:
     """Only methods marked `@step` are steps; to name another is to name an unknown step."""
 
+    named = "helper"
+
     class Helped(FSM):
         @step
         def start(self, ctx: Ctx) -> Any:
-            return Next("helper")
+            return Next(named)
 
         def helper(self, ctx: Ctx) -> Any:
             return Done("never")
@@ -6953,224 +6952,6 @@ def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: in
     assert len(machine.runs) == 2
 
 
-# ---- A model of inbox and park -------------------------------------------------------------------
-
-Plan = tuple[Any, ...]
-
-
-class Mailbox(FSM):
-    """Follows the plans that the test makes for each instance; without one it waits for ``a`` or ``b``."""
-
-    def __init__(self) -> None:
-        self.plans: dict[int, collections.deque[Plan]] = collections.defaultdict(collections.deque)
-        self.shown: dict[int, list[tuple[list[int], list[int], int]]] = collections.defaultdict(list)
-
-    def step(self, name: str, ctx: Ctx) -> object:
-        awaited, inbox = ([signal.payload for signal in group] for group in (ctx.awaited, ctx.inbox))
-        self.shown[ctx.id].append((awaited, inbox, ctx.attempt))
-        plans = self.plans[ctx.id]
-        return outcome_of(plans.popleft() if plans else DEFAULT_PLAN)
-
-
-DEFAULT_PLAN: Plan = ("await", ("a", "b"), None)
-
-
-def outcome_of(plan: Plan) -> object:
-    """Give the outcome that a plan stands for."""
-    match plan:
-        case ("next",):
-            return Next("hear")
-        case ("retry", delay, counted):
-            return Retry(delay, counted=counted)
-        case ("await", names, timeout):
-            return Await(names, "hear", timeout=timeout)
-        case ("children",):
-            return ScheduleChildren([], "hear")
-        case ("stop",):
-            return Stop("planned")
-        case _:
-            return Done()
-
-
-@attrs.define
-class Box:
-    """What the contract says an instance of `Mailbox` is, and what its steps must have been shown."""
-
-    eligible: float
-    status: str = "runnable"
-    attempt: int = 0
-    deadline: float | None = None
-    awaits: tuple[str, ...] = ()
-    waited: bool = False
-    """Whether it waited when it was cancelled, until its deadline."""
-    inbox: dict[int, str] = attrs.field(factory=dict)
-    dedup: set[tuple[str, int]] = attrs.field(factory=set)
-    plans: collections.deque[Plan] = attrs.field(factory=collections.deque)
-    shown: list[tuple[list[int], list[int], int]] = attrs.field(factory=list)
-
-    @property
-    def live(self) -> bool:
-        return self.status in LIVE
-
-    def deliver(self, serial: int, name: str, dedup: int | None) -> None:
-        if dedup is not None:
-            if (name, dedup) in self.dedup:
-                return
-            self.dedup.add((name, dedup))
-        self.inbox[serial] = name
-        if self.status == "awaiting_signal" and name in self.awaits:
-            self.wake()
-
-    def wake(self) -> None:
-        self.status, self.deadline, self.eligible = "runnable", None, 0.0
-
-    def end(self, status: str) -> None:
-        self.waited, self.status = self.status == "awaiting_signal", status
-        if status == "done":
-            self.deadline, self.awaits, self.inbox, self.dedup = None, (), {}, set()
-
-    def retry(self, now: float) -> None:
-        self.status, self.attempt, self.eligible = "awaiting_signal" if self.waited else "runnable", 0, now
-
-    def run(self, now: float) -> str:
-        """One step as the table of outcomes has it; the kind of the outcome."""
-        awaited = [serial for serial, name in self.inbox.items() if name in self.awaits]
-        self.shown.append((awaited, list(self.inbox), self.attempt))
-        plan = self.plans.popleft() if self.plans else DEFAULT_PLAN
-        match plan:
-            case ("next" | "children",):
-                self.inbox = {serial: name for serial, name in self.inbox.items() if serial not in awaited}
-                self.attempt, self.awaits, self.eligible = 0, (), now
-            case ("retry", delay, counted):
-                self.attempt, self.eligible = self.attempt + counted, now + delay
-            case ("await", names, timeout):
-                self.attempt, self.awaits, self.status = 0, names, "awaiting_signal"
-                self.deadline = None if timeout is None else now + timeout
-                if any(name in names and serial not in awaited for serial, name in self.inbox.items()):
-                    self.wake()
-            case (kind,):
-                self.end("failed" if kind == "stop" else "done")
-        return str(plan[0])
-
-    def drain(self, now: float, with_scheduled: bool) -> Counter[str]:
-        tally: Counter[str] = Counter()
-        while True:
-            if self.status == "awaiting_signal" and self.deadline is not None and self.deadline <= now:
-                self.wake()
-            if self.status != "runnable" or not (with_scheduled or self.eligible <= now):
-                return tally
-            tally.update(["steps", self.run(now)])
-
-
-LETTERS = st.sampled_from("abc")
-PLANS = st.one_of(
-    st.just(("next",)),
-    st.just(("children",)),
-    st.tuples(st.just("retry"), st.sampled_from([0, 5]), st.booleans()),
-    st.tuples(
-        st.just("await"),
-        st.lists(LETTERS, min_size=1, max_size=3, unique=True).map(tuple),
-        st.sampled_from([None, 0, 10]),
-    ),
-    st.sampled_from([("done",), ("stop",)]),
-)
-
-
-class InboxAndPark(RuleBasedStateMachine):
-    """The engine and a model of it get the same signals, plans, timeouts and cancellations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = contextlib.ExitStack()
-        self.clock, self.mailbox = Clock(), Mailbox()
-        self.engine = self.stack.enter_context(temporary_engine(fsms=[self.mailbox], clock=self.clock))
-        self.boxes: dict[int, Box] = {}
-        self.serials = itertools.count()
-        self.add()
-
-    def teardown(self) -> None:
-        self.stack.close()
-
-    def pick(self, index: int) -> tuple[int, Box]:
-        return list(self.boxes.items())[index % len(self.boxes)]
-
-    @precondition(lambda self: len(self.boxes) < 3)
-    @rule()
-    def add(self) -> None:
-        self.boxes[self.engine.insert(Mailbox)] = Box(self.clock.now)
-
-    @rule(index=st.integers(0, 2), plans=st.lists(PLANS, min_size=1, max_size=4))
-    def plan(self, index: int, plans: list[Plan]) -> None:
-        ident, box = self.pick(index)
-        self.mailbox.plans[ident].extend(plans)
-        box.plans.extend(plans)
-
-    @rule(index=st.integers(0, 2), name=LETTERS, dedup=st.none() | st.integers(0, 2))
-    def signal(self, index: int, name: str, dedup: int | None) -> None:
-        ident, box = self.pick(index)
-        dedup_key = None if dedup is None else f"{dedup}"
-        serial = next(self.serials)
-        if box.live:
-            self.engine.signal(ident, name, serial, dedup_key=dedup_key)
-            box.deliver(serial, name, dedup)
-        else:
-            with pytest.raises(NoTargetError):
-                self.engine.signal(ident, name, serial, dedup_key=dedup_key)
-
-    @rule(seconds=st.sampled_from([1, 5, 10]))
-    def advance(self, seconds: int) -> None:
-        self.clock.advance(seconds)
-
-    @rule()
-    def fire_timeouts(self) -> None:
-        armed = [box for box in self.boxes.values() if box.status == "awaiting_signal" and box.deadline is not None]
-        due = [box for box in armed if box.deadline is not None and box.deadline <= self.clock.now]
-        assert len(armed) - len(due) <= self.engine.fire_timeouts() <= len(armed)
-        for box in armed:
-            box.wake()
-
-    @rule(index=st.integers(0, 2))
-    def cancel(self, index: int) -> None:
-        ident, box = self.pick(index)
-        assert self.engine.cancel(ident) is box.live
-        if box.live:
-            box.end("failed")
-
-    @rule(index=st.integers(0, 2))
-    def retry(self, index: int) -> None:
-        ident, box = self.pick(index)
-        if box.status == "failed":
-            self.engine.retry(ident)
-            box.retry(self.clock.now)
-        else:
-            with pytest.raises(DurableError):
-                self.engine.retry(ident)
-
-    @rule(with_scheduled=st.booleans())
-    def drain(self, with_scheduled: bool) -> None:
-        expected = sum((box.drain(self.clock.now, with_scheduled) for box in self.boxes.values()), Counter())
-        assert self.engine.drain(with_scheduled=with_scheduled) == expected
-        for ident, box in self.boxes.items():
-            assert self.mailbox.shown[ident] == box.shown
-
-    @invariant()
-    def the_rows_are_what_the_model_says(self) -> None:
-        for ident, box in self.boxes.items():
-            row = self.engine.get(ident)
-            if box.status == "awaiting_signal" and box.deadline is not None and box.deadline <= self.clock.now:
-                assert row.status in ("awaiting_signal", "runnable")
-            else:
-                assert (row.status, row.attempt) == (box.status, box.attempt)
-            assert set(row.awaits) == set(box.awaits)
-        assert self.engine.check() == []
-
-
-InboxAndPark.TestCase.settings = settings(
-    deadline=None, max_examples=40, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
-)
-TestInboxAndPark = InboxAndPark.TestCase
-
-
 # ==================================================================================================
 # Limits and faults
 # ==================================================================================================
@@ -7609,142 +7390,6 @@ def test_cancel_of_the_row_whose_turn_it_is_passes_the_turn_on(make_engine: Make
     assert engine.check() == []
 
 
-class Keys(RuleBasedStateMachine):
-    """An engine whose instances are at a desk; after each act it is compared with what the keys allow."""
-
-    NAMES = (None, "one:x", "one:y", "two:x")
-
-    @initialize()
-    def begin(self) -> None:
-        """Opens an engine in a folder of its own."""
-        self.folder = Path(tempfile.mkdtemp())
-        self.limits = {"two": 2}
-        self.rows: dict[int, Instance] = {}
-        self.open()
-
-    def open(self) -> None:
-        """A new engine and its desk."""
-        self.desk = Desk()
-        self.engine = Engine(
-            self.folder / "keys.db",
-            queues={"a": 30, "b": 30},
-            fsms=[Visitor(self.desk)],
-            concurrency_limits=self.limits,
-            synchronous="normal",
-            drain_timeout=0,
-        )
-        self.engine.start()
-
-    def inside(self) -> list[int]:
-        """The instances at the desk."""
-        return sorted(who for who, row in self.rows.items() if row.status == "executing")
-
-    @rule(key=st.sampled_from(NAMES), queue=st.sampled_from("ab"), priority=st.integers(0, 2))
-    def insert(self, key: str | None, queue: str, priority: int) -> None:
-        """One more instance."""
-        self.engine.insert(Visitor, queue=queue, priority=priority, concurrency_key=key)
-        self.settle()
-
-    @precondition(lambda self: self.inside())
-    @rule(
-        data=st.data(),
-        order=st.one_of(
-            st.sampled_from([WAYS_OUT[name] for name in ("done", "stop", "error", "retry", "await")]),
-            st.just(Retry()),
-            st.just(Next("start")),
-            st.sampled_from(NAMES).map(lambda key: Next("start", concurrency_key=key)),
-        ),
-    )
-    def leave(self, data: st.DataObject, order: Any) -> None:
-        """One of the running steps ends."""
-        who = data.draw(st.sampled_from(self.inside()))
-        visits = self.desk.arrivals.count(who)
-        self.desk.send_off(who, order)
-        eventually(lambda: self.engine.get(who).status != "executing" or self.desk.arrivals.count(who) > visits)
-        self.settle({who})
-
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        """One of the live instances is cancelled; a running one ends thereby."""
-        who = data.draw(st.sampled_from(sorted(self.rows)))
-        self.engine.cancel(who)
-        self.desk.send_off(who)
-        eventually(lambda: self.engine.get(who).status == "failed")
-        self.settle()
-
-    @rule(data=st.data())
-    def signal(self, data: st.DataObject) -> None:
-        """One of the waiting instances is woken."""
-        waiting = [row.id for row in self.engine.find(status="awaiting_signal")]
-        if waiting:
-            who = data.draw(st.sampled_from(sorted(waiting)))
-            self.engine.signal(who, "never")
-            eventually(lambda: self.engine.get(who).status != "awaiting_signal")
-            self.settle()
-
-    @rule(two=st.integers(1, 3))
-    def reopen(self, two: int) -> None:
-        """The engine stops with steps running, and another opens with another limit."""
-        self.engine.stop()
-        self.desk.close()
-        self.limits = {"two": two}
-        self.rows = {}
-        self.open()
-        self.settle()
-
-    def settle(self, again: Iterable[int] = ()) -> None:
-        """Waits until each key has as many running as it can, then looks at the order."""
-        before, self.rows = self.rows, {}
-        eventually(self.quiet)
-        assert parked_in_vain(self.engine, self.limits) == []
-        started = [i for i in self.inside() if i in again or i not in before or before[i].status != "executing"]
-        for late in map(self.rows.__getitem__, started):
-            for row in self.rows.values():
-                if (row.status, row.concurrency_key) == ("runnable", late.concurrency_key) and row.concurrency_key:
-                    assert order_of(row) > order_of(late), f"{late} ran before {row}"
-
-    def quiet(self) -> bool:
-        """Whether the running instances are at the desk, and as many as the keys allow."""
-        rows = [*self.engine.find(status="runnable", limit=1000), *self.engine.find(status="executing", limit=1000)]
-        now = time.time()
-        self.rows = {r.id: r for r in rows if r.status == "executing" or r.eligible_at.timestamp() <= now}
-        due = collections.Counter(row.concurrency_key for row in self.rows.values())
-        running = collections.Counter(self.rows[who].concurrency_key for who in self.inside())
-        for key, count in running.items():
-            if key is not None:
-                assert count <= self.slots(key), f"{count} of {key} at once"
-        full = {key: n if key is None else min(n, self.slots(key)) for key, n in due.items()}
-        return set(self.inside()) == self.desk.inside and {k: n for k, n in full.items() if n} == dict(running)
-
-    def slots(self, key: str) -> int:
-        """How many of a key may run."""
-        return self.limits.get(key.partition(":")[0], 1)
-
-    def teardown(self) -> None:
-        """Ends with an audit."""
-        if hasattr(self, "engine"):
-            assert self.engine.check() == []
-            self.engine.stop()
-            self.desk.close()
-            shutil.rmtree(self.folder)
-
-
-def order_of(row: Instance) -> tuple[Any, ...]:
-    """What orders the rows of a queue."""
-    return row.priority, row.eligible_at, row.id
-
-
-TestKeys = Keys.TestCase
-TestKeys.settings = hypothesis.settings(PLAIN, max_examples=12, stateful_step_count=20)
-
-
-@pytest.mark.long
-def test_keys_hold_in_long_histories() -> None:
-    """Never more than K of a key, strict order within it, nothing parked in vain: many long histories."""
-    run_state_machine_as_test(Keys, settings=hypothesis.settings(PLAIN, max_examples=300, stateful_step_count=60))
-
-
 class Hopper(FSM):
     """Goes from key to key, and is counted in each."""
 
@@ -8068,7 +7713,7 @@ def test_grants_over_any_window_stay_within_burst_and_rate(
             engine.drain()
             if sweep:
                 engine.gc()
-            waiting = sorted(engine.find(status="runnable"), key=order_of)
+            waiting = sorted(engine.find(status="runnable"), key=lambda row: (row.priority, row.eligible_at, row.id))
             if waiting:
                 assert waiting[0].weight > tokens_left(spender.grants, rate, burst, clock.now) - 0.01
         assert engine.check() == []
@@ -12307,7 +11952,7 @@ def test_unschedule_says_whether_there_was_one(make_engine: MakeEngine, clock: C
         ("s", Echo, Every(60), {"state": {}, "args": {}}, ValueError, "state and args"),
         ("s", Echo, Every(60), {"weight": 0}, ValueError, "weight"),
         ("s", Echo, Every(60), {"queue": ""}, ValueError, "queue"),
-        ("s", Echo, Every(60), {"args": {1: 2}}, StateError, "key"),
+        ("s", Echo, Every(60), {"args": {1: 2}}, StateError, "come back"),
         ("s", Echo, Every(60), {"rate_limit": "nowhere"}, UnknownLimitError, "nowhere"),
         ("s", Echo, Every(60), {"colour": "red"}, TypeError, "colour"),
         ("s", Waits, Every(60), {"max_attempts": 3}, TypeError, "max_attempts"),
@@ -18774,7 +18419,7 @@ def a_clock_that_is_set_back(at: Any) -> None:
     at.pass_time(499)
     at.insert(Labourer)
     at.set_clock_back(30_000)
-    at.claim(1, "default", 1)
+    at.claim(1, {"default": 1})
     at.claim_all(1)
     at.pass_time(500)
     at.claim_all(1)
