@@ -3663,6 +3663,13 @@ DELETE FROM durable_buckets WHERE key IN (
     SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
 """
 
+_INCREMENTAL = 2
+"""What `PRAGMA auto_vacuum` says of a file that can give space back."""
+_FREE_PAGES = "PRAGMA freelist_count"
+_SHRUNK_AT_ONCE = 64
+"""Pages; it takes 1 to 4 ms."""
+_SHRINK = f"PRAGMA incremental_vacuum({_SHRUNK_AT_ONCE})"
+
 _FIND = f"SELECT {_INSTANCE} FROM durable_instances WHERE "
 _FIND_BY = {
     "status": "status IN (SELECT value FROM json_each(?))",
@@ -3866,8 +3873,15 @@ def _connect(
     return connection
 
 
+_LOG_PAGES = 1000
+"""Size of the write-ahead log at which it is copied into the database, SQLite's own default."""
+
+
 def _configure(connection: apsw.Connection, synchronous: str) -> apsw.Connection:
     connection.execute(f"PRAGMA synchronous = {synchronous}; PRAGMA foreign_keys = ON")
+    # To this a longer log is cut, once it has been copied and nobody reads in it any more. Usually it is a tenth over
+    # its pages, so that it is cut only after somebody has held it up.
+    connection.pragma("journal_size_limit", 2 * _LOG_PAGES * connection.pragma("page_size"))
     if synchronous == "full":  # on macOS only these reach the platter; elsewhere they change nothing
         connection.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
     return connection
@@ -4041,6 +4055,8 @@ def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Con
             _file_version(connection, path)
             if connection.readonly("main"):
                 raise DurableError(f"{path} can only be read: durable needs to write")
+            if connection.pragma("page_count") == 0:  # else it is too late, or the application's to say
+                connection.pragma("auto_vacuum", "incremental")
             _configure(connection, synchronous)
             _enter_wal_mode(connection, path, patience)
             _migrate(connection, path)
@@ -4335,15 +4351,20 @@ def _in_bulk(rows: Sequence[_One]) -> tuple[list[Sequence[_One]], Sequence[_One]
 class _Store:
     """The write connection: every statement of a beat, a method each, no logic."""
 
-    LOG_PAGES = 1000
-    """Size of the write-ahead log at which it is copied into the database, SQLite's own default."""
+    LONG_LOG_PAGES = 4 * _LOG_PAGES
+    SPARE_PAGES = 256
+    """So many free pages are kept for what is written next."""
 
     def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
         self.path = path
         self._files = files
         self.patience = _Patience(path)
         self.db = _open_database(path, synchronous, self.patience)
+        self._can_shrink = self.db.pragma("auto_vacuum") == _INCREMENTAL
         self._log_pages = 0
+        self.copied_pages = 0
+        """How much of the log is in the database already."""
+        self._is_copy_due = False
         # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
         # and its failure would look like the commit's.
         self.db.set_wal_hook(self._note_log)
@@ -4378,14 +4399,23 @@ class _Store:
 
     def checkpoint(self) -> apsw.Error | None:
         """Copy the write-ahead log into the database once it is large; an error means only that it is copied later."""
-        if self._log_pages < self.LOG_PAGES:
+        if self._log_pages < _LOG_PAGES and not self._is_copy_due:
             return None
-        self._log_pages = 0
+        self._log_pages, self._is_copy_due = 0, False
+        return self.copy_log(self.db)
+
+    @property
+    def is_log_long(self) -> bool:
+        """Whether there is so much to copy that nobody should wait for it: who read for long has held it up."""
+        return self._log_pages - self.copied_pages > self.LONG_LOG_PAGES
+
+    def copy_log(self, connection: apsw.Connection) -> apsw.Error | None:
+        """Copy into the database what nobody reads in the log; an error means only that it is copied later."""
         self._files.look()
         if self._files.loss is not None:
             return None
         try:
-            self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            _, self.copied_pages = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:
             pass  # another process is at it
         except apsw.Error as error:
@@ -4394,8 +4424,23 @@ class _Store:
 
     def _note_log(self, _: apsw.Connection, name: str, pages: int) -> int:
         if name == "main":
+            if pages < self.copied_pages:  # it was begun anew
+                self.copied_pages = 0
             self._log_pages = pages
         return apsw.SQLITE_OK
+
+    def spare_pages(self) -> int:
+        """Count the free pages that can be given back to the file system."""
+        return max(0, int(self.db.execute(_FREE_PAGES).get) - self.SPARE_PAGES) if self._can_shrink else 0
+
+    def shrink(self) -> None:
+        """Give back `_SHRUNK_AT_ONCE` free pages; pages from the end of the file are moved to where they were."""
+        for _ in self.db.execute(_SHRINK):
+            pass
+
+    def copy_log_soon(self) -> None:
+        """Have the log copied after this transaction, however short it is: only then the file becomes smaller."""
+        self._is_copy_due = True
 
     def data_version(self) -> int:
         """A number that changes when another connection has committed."""
@@ -6451,6 +6496,50 @@ class _Port(typing.Protocol):
     def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
 
 
+class _LogCopier:
+    """Copies a log that has become long, in a thread of its own: it takes a second for 300 MB.
+
+    While somebody reads for long the log can't be copied; when he is through, no beat should have to wait for it.
+    """
+
+    PAUSE_S = 1.0
+    """How often it is tried, at most."""
+
+    def __init__(self, store: _Store, reader: _Reader, synchronous: str) -> None:
+        self._store = store
+        self._reader = reader
+        self._synchronous = synchronous
+        self._thread: threading.Thread | None = None
+        self._next_at = -math.inf
+
+    def start(self) -> None:
+        """Have the log copied, unless that is under way or has just been tried."""
+        if time.monotonic() < self._next_at or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._next_at = time.monotonic() + self.PAUSE_S
+        thread = threading.Thread(target=self._copy, name="durable-checkpoint", daemon=True)
+        with contextlib.suppress(RuntimeError):  # the system has no more; it is tried again
+            thread.start()
+            self._thread = thread
+
+    def wait(self) -> None:
+        """Wait for the end of a copying that is under way."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _copy(self) -> None:
+        store, copied, error = self._store, -1, None
+        try:
+            with self._reader.reading() as connection:
+                _configure(connection, self._synchronous)
+                while store.is_log_long and store.copied_pages > copied and error is None:
+                    copied, error = store.copied_pages, store.copy_log(connection)
+        except DurableError as refusal:
+            _log.warning("%s: its write-ahead log could not be copied yet: %s", store.path, refusal)
+        if error is not None:
+            _log.warning("%s: its write-ahead log could not be copied yet: %s", store.path, _error_text(error))
+
+
 class _EventLoop:
     """A thread with an asyncio loop for `async def` steps, started when the first one is claimed."""
 
@@ -8033,6 +8122,16 @@ class _Beat:
             return _SweepPosition(following, has_freed=has_freed)
         return _SweepPosition() if has_freed else None
 
+    def shrink(self, spare: int) -> int:
+        """Give some of so many free pages back to the file system; return how many are left to give back."""
+        spare = min(spare, self.store.spare_pages())
+        if spare > 0:
+            self.store.shrink()
+            spare = max(0, spare - _SHRUNK_AT_ONCE)
+            if spare == 0:
+                self.store.copy_log_soon()
+        return spare
+
     def runnable_queues(self) -> Iterator[str]:
         queue = self.store.next_queue("")
         while queue is not None:
@@ -8552,6 +8651,8 @@ class _Agenda:
     gc_at: int = 0
     sweep_from: _SweepPosition | None = None
     """Where a sweep that is under way goes on."""
+    spare_pages: int | None = 0
+    """Free pages to give back when it is over: those that nobody has needed since the last; None: to be counted."""
     failure: Exception | None = None
     """What storage said last, until it works again."""
     failures_in_a_row: int = 0
@@ -8563,6 +8664,11 @@ class _Agenda:
     """When the progress of steps may be written again."""
     fired_until: int = _END_OF_TIME
     """Up to when the schedules were looked at: all time, until what the classes declare is written."""
+
+    @property
+    def is_cleaning(self) -> bool:
+        """Whether a sweep is under way, or space to be given back after it."""
+        return self.sweep_from is not None or bool(self.spare_pages)
 
     def __init__(self, seen_at: int) -> None:
         self.seen_at = seen_at
@@ -9001,6 +9107,8 @@ class _Scheduler:
     INLINE_S = 0.1
     """For how long an instance may go on inline before it is looked whether it keeps others waiting."""
     SWEPT_AT_ONCE = 500
+    CLEAN_S = 0.01
+    """How long to leave others the file between two steps of cleaning, each of which takes some milliseconds."""
 
     def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
         self.options = options
@@ -9008,13 +9116,14 @@ class _Scheduler:
         self.files = _OpenFiles(path)
         self.store = self._open()
         self.reader = _Reader(path, files=self.files)
+        self._copier = _LogCopier(self.store, self.reader, options.synchronous)
         self.desk = _Desk(self.reader, options.clock).open(self.perform, self.perform_later, self._note_progress)
         self.hub = _Hub(self.desk.fork_guard)
         self.waiters = _Waiters()
         self.worker_id = os.urandom(8).hex()
         self.context = contextvars.copy_context()
         self.is_stopping = self.is_closed = False
-        self._is_loss_told = False
+        self._is_loss_told = self._is_flushing = False
         self.behaviours = behaviours
         self.beat_at = -math.inf
         """When the last beat ended, by the monotonic clock."""
@@ -9034,7 +9143,6 @@ class _Scheduler:
         self._thread: threading.Thread | None = None
         self._reported: set[tuple[str, int | str]] = set()
         self._timeouts = _Timeouts()
-        self._is_flushing = False
         self._life_lock = threading.Lock()
         self._life_owner: int | None = None
         self._drained = _Bell()
@@ -9387,12 +9495,19 @@ class _Scheduler:
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
         self._publish(beat, requests)
-        refusal = self.store.checkpoint()
-        if refusal is not None:
-            self.log_soon("its write-ahead log could not be copied yet", refusal)
+        self._checkpoint()
         if beat.interrupt is not None:
             raise beat.interrupt
         return beat.is_unfinished
+
+    def _checkpoint(self) -> None:
+        """Have the log copied once it is large: here, or aside if that takes long and there are threads."""
+        if self.store.is_log_long and self._thread is not None:
+            self._copier.start()
+            return
+        refusal = self.store.checkpoint()
+        if refusal is not None:
+            self.log_soon("its write-ahead log could not be copied yet", refusal)
 
     def _take_finished(self) -> list[_Commit]:
         return [self._finished.popleft() for _ in range(len(self._finished))]
@@ -9723,6 +9838,8 @@ class _Scheduler:
             instants.append(max(self.beat_at + self.WATCH_S, self._agenda.retry_at))
         if any(pool.is_to_be_watched for pool in self._pools.values()):
             instants.append(monotonic + self.WATCH_S)
+        if self._agenda.is_cleaning:
+            instants.append(max(monotonic + self.CLEAN_S, self._agenda.retry_at))
         return max(0.0, min(instants) - monotonic)
 
     # Chores
@@ -9738,8 +9855,7 @@ class _Scheduler:
 
     def _has_chores(self) -> bool:
         monotonic, agenda = time.monotonic(), self._agenda
-        is_sweeping = agenda.sweep_from is not None or self.desk.now() >= agenda.gc_at
-        return is_sweeping or monotonic >= self.peers.next_look_at(monotonic)
+        return agenda.is_cleaning or self.desk.now() >= agenda.gc_at or monotonic >= self.peers.next_look_at(monotonic)
 
     def _do_chores(self) -> None:
         """What is to be done by the clock, none of it for a caller."""
@@ -9753,9 +9869,9 @@ class _Scheduler:
         now = self.desk.now()
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
-            self._agenda.sweep_from = _SweepPosition()
-        if self._agenda.sweep_from is not None and time.monotonic() >= self._agenda.retry_at:
-            self.post(self._sweep)
+            self._agenda.sweep_from, self._agenda.spare_pages = _SweepPosition(), None
+        if self._agenda.is_cleaning and time.monotonic() >= self._agenda.retry_at:
+            self.post(self._clean)
 
     def notice_others(self) -> None:
         """Look for what other processes have committed."""
@@ -9890,8 +10006,15 @@ class _Scheduler:
         if self._agenda.regroup is regroup:  # else it was asked for again, by the thread that reads the clock
             self._agenda.regroup = None
 
-    def _sweep(self, beat: _Beat) -> None:
-        _, self._agenda.sweep_from = beat.collect(self._agenda.sweep_from or _SweepPosition(), self.SWEPT_AT_ONCE)
+    def _clean(self, beat: _Beat) -> None:
+        """Go on with a sweep of ended rows; after it, with giving back what was free before it and is not needed."""
+        agenda = self._agenda
+        if agenda.spare_pages is None:
+            agenda.spare_pages = beat.store.spare_pages()
+        if agenda.sweep_from is not None:
+            _, agenda.sweep_from = beat.collect(agenda.sweep_from, self.SWEPT_AT_ONCE)
+        else:
+            agenda.spare_pages = beat.shrink(agenda.spare_pages)
 
     def _expire_steps(self, monotonic: float) -> None:
         for claim, pool in self._timeouts.take_expired(monotonic):
@@ -9999,6 +10122,7 @@ class _Scheduler:
                 request.settle()
         self.hub.flush()
         self.hub.stop()  # after the requests: one of them may be a subscriber's
+        self._copier.wait()
         with self._beat_lock:
             self.files.is_closing = True
             self.reader.close()
@@ -10708,12 +10832,18 @@ class Engine:
     # Maintain
 
     def gc(self) -> int:
-        """Collect what is older than `retention` now; return the number of rows deleted."""
-        total = 0
+        """Collect what is older than `retention` now; return the number of rows deleted.
+
+        Space that this sets free goes back to the file system, but for a megabyte; not from a file that the
+        application made itself, or that an older version did: there SQLite can only use it again.
+        """
+        total, spare = 0, _MAX_INTEGER
         after: _SweepPosition | None = _SweepPosition()
         while after is not None:
             count, after = self._core.perform(functools.partial(_Beat.collect, after=after, count=500))
             total += count
+        while spare > 0:
+            spare = self._core.perform(functools.partial(_Beat.shrink, spare=spare))
         return total
 
     def workers(self) -> list[Worker]:

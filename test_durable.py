@@ -10886,6 +10886,154 @@ def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
     eventually(lambda: engine.find() == [])
 
 
+def fill_and_collect(engine: Engine, clock: Clock, rows: int = 3000) -> int:
+    """Make the file large, let all of it be done and old, and return its size."""
+    engine.insert_all([Insert(Visitor, step="end", state={"pad": "x" * 1000})] * rows)
+    engine.drain(max_steps=rows)
+    clock.advance(100)
+    size = ask(engine, "select page_count * page_size from pragma_page_count, pragma_page_size")
+    return int(size[0][0])
+
+
+def test_gc_gives_back_the_space_that_it_has_set_free(make_engine: MakeEngine, clock: Clock, database: Path) -> None:
+    """The file itself becomes smaller, at once, whoever has it open; what is left of it is sound."""
+    engine, other = make_engine(clock=clock, retention=10), make_engine(clock=clock, queues={})
+    full = fill_and_collect(engine, clock)
+    kept = engine.insert_all([Insert(Visitor, step="end", state={"n": n}, schedule_in=9999) for n in range(100)])
+    assert engine.gc() == 3000
+    assert database.stat().st_size < full / 2
+    assert [other.get(ident).state["n"] for ident in kept if ident] == list(range(100))
+    assert other.check() == []
+    assert engine.gc() == 0
+
+
+def test_a_running_engine_gives_back_what_was_free_from_one_sweep_to_the_next(
+    make_engine: MakeEngine, clock: Clock, database: Path
+) -> None:
+    """What the work will need again is left to it: only what stayed free all the time is more than it needs."""
+    engine = make_engine(clock=clock, retention=10, gc_interval=60)
+    full = fill_and_collect(engine, clock)
+    free = "select freelist_count from pragma_freelist_count"
+    engine.start()
+    eventually(lambda: engine.counts() == {} and not engine._core._agenda.is_cleaning)
+    assert ask(engine, free)[0][0] > full / 4096 / 2
+    engine.insert_all([Insert(Visitor, step="end", state={"pad": "x" * 1000}, schedule_in=9999)] * 1000)
+    clock.advance(61)
+    eventually(lambda: ask(engine, free)[0][0] <= 256)
+    eventually(lambda: database.stat().st_size < full * 0.6)
+    assert engine.counts() == {"default": {"runnable": 1000}}
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_an_applications_own_file_keeps_its_way_with_free_space(
+    make_engine: MakeEngine, clock: Clock, database: Path, mode: str
+) -> None:
+    """Whether a file gives space back is said when it is made: durable says so only of those that it makes."""
+    with closing(apsw.Connection(str(database))) as connection:
+        connection.pragma("auto_vacuum", mode)
+        connection.execute("create table own (x)")
+    engine = make_engine(clock=clock, retention=10)
+    fill_and_collect(engine, clock)
+    assert engine.gc() == 3000
+    assert ask(engine, "pragma auto_vacuum") == [(["none", "full"].index(mode),)]
+    assert engine.check() == []
+
+
+@pytest.fixture
+def short_log(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Logs that count as large at a twentieth of what they usually do; the size to which they are cut."""
+    monkeypatch.setattr(durable, "_LOG_PAGES", 50)
+    monkeypatch.setattr(durable._Store, "LONG_LOG_PAGES", 200)
+    monkeypatch.setattr(durable._LogCopier, "PAUSE_S", 0.01)
+    return 2 * 50 * 4096
+
+
+@contextmanager
+def held_up_log(engine: Engine, database: Path, size: int) -> Iterator[Path]:
+    """The log of an engine that has grown to a size, since somebody reads all the time until the end of this."""
+    log = Path(f"{database}-wal")
+    with closing(engine.connect()) as connection:
+        connection.execute("begin; select * from durable_meta")
+        while log.stat().st_size < size:
+            engine.insert_all([Insert(Echo, state={"pad": "x" * 1000}, schedule_in=9999)] * 200)
+        yield log
+        connection.execute("commit")
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["client", "started"])
+def test_a_log_that_somebody_has_held_up_is_cut_back(
+    make_engine: MakeEngine, database: Path, short_log: int, is_started: bool
+) -> None:
+    """Once nobody reads in it any more and it is in the database, with one of the next commits."""
+    engine = make_engine()
+    if is_started:
+        engine.start()
+    with held_up_log(engine, database, 10 * short_log) as log:
+        engine.insert(Echo, schedule_in=9999)
+        assert log.stat().st_size >= 10 * short_log
+
+    def is_cut() -> bool:
+        engine.insert(Echo, schedule_in=9999)
+        return log.stat().st_size <= short_log
+
+    eventually(is_cut)
+    assert engine.check() == []
+
+
+def test_nobody_waits_while_a_long_log_is_copied(
+    make_engine: MakeEngine, gate: Gate, database: Path, short_log: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds, so a running engine has it done aside; the stop waits for it."""
+    copy_log = durable._Store.copy_log
+    copied: list[bool] = []
+
+    def copy_slowly(store: Any, connection: apsw.Connection) -> Any:
+        if connection is not store.db:
+            gate.hold()
+            copied.append(True)
+        return copy_log(store, connection)
+
+    with make_engine() as engine:
+        with held_up_log(engine, database, 10 * short_log):
+            pass
+        monkeypatch.setattr(durable._Store, "copy_log", copy_slowly)
+        ident = engine.insert(Echo)
+        assert gate.entered.wait(PATIENCE)
+        assert engine.result(ident, PATIENCE) == {}
+        assert engine.result(engine.insert(Echo), PATIENCE) == {}
+        assert not copied
+        threading.Timer(0.1, gate.leave.set).start()
+    assert copied
+
+
+def test_a_long_log_that_cannot_be_copied_is_told_and_tried_again(
+    make_engine: MakeEngine,
+    database: Path,
+    short_log: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It loses nothing: the log stays as it is until it can."""
+    copy_log = durable._Store.copy_log
+    faults = [apsw.FullError("disk full")] * 2
+
+    def copy_or_fail(store: Any, connection: apsw.Connection) -> Any:
+        return faults.pop() if connection is not store.db and faults else copy_log(store, connection)
+
+    with make_engine() as engine:
+        with held_up_log(engine, database, 10 * short_log) as log:
+            monkeypatch.setattr(durable._Store, "copy_log", copy_or_fail)
+
+        def is_cut() -> bool:
+            engine.insert(Echo, schedule_in=9999)
+            return log.stat().st_size <= short_log
+
+        eventually(is_cut)
+    assert not faults
+    assert "could not be copied yet: FullError: disk full" in caplog.text
+
+
 # ---- Kills ---------------------------------------------------------------------------------------
 
 
