@@ -3993,10 +3993,28 @@ def _schema_problems(connection: apsw.Connection, version: int) -> Iterator[str]
             yield f"index {name} is not as it was made. Drop it, and make it {make}"
 
 
+@contextlib.contextmanager
+def _one_view(connection: apsw.Connection) -> Iterator[None]:
+    """See a file as it is at one instant, whatever others commit meanwhile."""
+    if connection.in_transaction:
+        yield
+        return
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        _roll_back(connection)
+
+
+def _roll_back(connection: apsw.Connection) -> None:
+    if connection.in_transaction:  # SQLite itself has rolled back on some errors
+        connection.execute("ROLLBACK")
+
+
 def _file_version(connection: apsw.Connection, path: str) -> int:
     """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
     try:
-        with connection:  # one view of it: another process may be migrating it
+        with _one_view(connection):  # another process may be migrating it
             schema = _schema_of(connection)
             if not schema:
                 return 0
@@ -4039,7 +4057,7 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         _file_version(connection, path)  # what was damaged before is no whole file of this version now
         connection.execute("COMMIT")
     except BaseException as error:
-        connection.execute("ROLLBACK")
+        _roll_back(connection)
         if isinstance(error, apsw.SQLError):
             raise SchemaError(f"{path} is damaged: it could not be migrated: {error}") from error
         raise
@@ -4385,8 +4403,7 @@ class _Store:
         self.db.execute("COMMIT")
 
     def rollback(self) -> None:
-        if self.db.in_transaction:  # SQLite itself has rolled back on some errors
-            self.db.execute("ROLLBACK")
+        _roll_back(self.db)
 
     def savepoint(self) -> None:
         self.db.execute("SAVEPOINT durable")
