@@ -3993,6 +3993,11 @@ def _schema_problems(connection: apsw.Connection, version: int) -> Iterator[str]
             yield f"index {name} is not as it was made. Drop it, and make it {make}"
 
 
+def _roll_back(connection: apsw.Connection) -> None:
+    if connection.in_transaction:  # SQLite itself has rolled back on some errors
+        connection.execute("ROLLBACK")
+
+
 @contextlib.contextmanager
 def _one_view(connection: apsw.Connection) -> Iterator[None]:
     """See a file as it is at one instant, whatever others commit meanwhile."""
@@ -4004,11 +4009,6 @@ def _one_view(connection: apsw.Connection) -> Iterator[None]:
         yield
     finally:
         _roll_back(connection)
-
-
-def _roll_back(connection: apsw.Connection) -> None:
-    if connection.in_transaction:  # SQLite itself has rolled back on some errors
-        connection.execute("ROLLBACK")
 
 
 def _file_version(connection: apsw.Connection, path: str) -> int:
