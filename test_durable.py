@@ -94,6 +94,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
+    invariant,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -1043,7 +1045,6 @@ def test_inline_runs_a_next_on_the_same_claim(make_engine: MakeEngine) -> None:
 
 def test_a_method_that_is_not_marked_is_no_step(timed_engine: Engine) -> None:
     """Only methods marked `@step` are steps; to name another is to name an unknown step."""
-
     named = "helper"
 
     class Helped(FSM):
