@@ -11067,6 +11067,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `Reader`: a look at a file, without user code, that changes nothing
     * `registry`: what the classes known in this process define, by name and version
     * `is_stopped`: whether an engine was stopped
+    * `next_instants`: the instants of a schedule that come next
     """
 
     class Reader(_Reader):
@@ -11154,6 +11155,22 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             self.close()
 
     registry: ClassVar[Mapping[tuple[str, int], _Spec]] = types.MappingProxyType(_registry)
+
+    @staticmethod
+    def next_instants(schedule: Schedule, count: int) -> list[dt.datetime]:
+        """Return so many nominal instants of a schedule that come next; none while it is paused.
+
+        Only the next one where its grid can't be read here, without the extra or the zone's data.
+        """
+        instants = [] if schedule.next_at is None else [schedule.next_at]
+        with contextlib.suppress(ImportError, ValueError):
+            while instants and len(instants) < count:
+                at = _instant_ms(instants[-1], "next_at")  # an instant of the grid, from which an interval goes on
+                following = schedule.when._grid(at, _zone).after(at)
+                if following >= _END_OF_TIME:
+                    break
+                instants.append(_instant(following))
+        return instants
 
     @staticmethod
     def is_stopped(engine: Engine) -> bool:

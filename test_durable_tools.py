@@ -6,6 +6,7 @@ In this order:
 * Looking
 * Writing
 * The user's code
+* Schedules
 * The past, and code against the file
 * What is shown, and where
 * Processes
@@ -934,6 +935,57 @@ def test_an_instant_on_the_command_line_may_be_at_an_end_of_the_calendar(
         assert command(*insert, f"{end.isoformat()}+00:00").status == 0
         said = command(*insert, end.isoformat())
         assert said.status == 0 or (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+
+
+# ---- Schedules -----------------------------------------------------------------------------------
+
+
+@durable.job(name="cli.report")
+def cli_report(n: int = 0) -> int:
+    """Report."""
+    return n
+
+
+@pytest.fixture
+def scheduled(tmp_path: Path) -> Path:
+    """A file with one schedule that is due every ten minutes, and one that is paused."""
+    path = tmp_path / "scheduled.db"
+    with client(path) as engine:
+        engine.schedule("often", cli_report, durable.Every(600), args={"n": 1})
+        engine.schedule("seldom", cli_report, durable.Cron("0 3 * * *", zone="UTC"))
+        engine.pause_schedule("seldom")
+    return path
+
+
+def test_schedules_are_listed_with_what_comes_next(command: Command, scheduled: Path) -> None:
+    """The next instants, and why one does not fire; as JSON keyed by `Schedule`'s fields, and `next`."""
+    often, seldom = command("schedules", scheduled, "--next", "3", "--json").json
+    assert (often["name"], len(often["next"]), often["fsm"]) == ("often", 3, "cli.report")
+    first, second, third = map(datetime.fromisoformat, often["next"])
+    assert second - first == third - second == timedelta(minutes=10)
+    assert (seldom["next"], seldom["is_paused"]) == ([], True)
+    assert set(often) == set(attrs.fields_dict(durable.Schedule)) | {"next"}
+    out = command("schedules", scheduled).out
+    assert "no engine runs on the file" in out
+    assert "paused" in out
+    assert command("schedules", scheduled, "--next", "0").status == 2
+
+
+def test_trigger_pause_resume_unschedule(command: Command, scheduled: Path) -> None:
+    """They do what the methods do; an unknown name is refused in one line, and neither or both is a usage error."""
+    ident = int(command("trigger", scheduled, "often").out)
+    assert get(scheduled, ident).schedule == "often"
+    assert f"skipped while #{ident} is live" in command("schedules", scheduled).out
+    assert command("pause", scheduled, "--schedule", "often").status == 0
+    assert command("resume", scheduled, "--schedule", "seldom").status == 0
+    with client(scheduled) as engine:
+        assert {one.name: one.is_paused for one in engine.schedules()} == {"often": True, "seldom": False}
+    assert command("unschedule", scheduled, "often").status == 0
+    for words in (["trigger", "often"], ["unschedule", "often"], ["pause", "--schedule", "often"]):
+        said = command(words[0], scheduled, *words[1:])
+        assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    for words in ([], ["default", "--schedule", "seldom"]):
+        assert command("pause", scheduled, *words).status == 2
 
 
 # ---- The past, and code against the file ---------------------------------------------------------

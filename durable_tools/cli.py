@@ -173,7 +173,6 @@ _BY = (
     _argument("--key", dest="by_key", action="store_true", help="TARGET is a correlation key, though it is all digits"),
     _BY_ID,
 )
-_QUEUE = _argument("queue", metavar="QUEUE", help="the queue's name")
 _JSON = _argument("--json", action="store_true", help="for programs")
 _FIND_BY = ("status", "fsm", "queue", "parent_id", "correlation_key", "before")
 _FILTERS = (
@@ -734,6 +733,46 @@ def _check(reader: tools.Reader, options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _why_not(reader: tools.Reader, one: durable.Schedule) -> str:
+    """Why a schedule does not fire, or does not now; empty where it does."""
+    if one.is_paused:
+        return "paused"
+    if one.next_at is None:
+        return "no instant comes any more"
+    if one.last_id is not None and not one.overlap:
+        with contextlib.suppress(NotFoundError):
+            if reader.get(one.last_id).status not in _TERMINAL:
+                return f"skipped while #{one.last_id} is live"
+    return "" if reader.workers() else "no engine runs on the file"
+
+
+@_verb(
+    "durable schedules shop.db --next 5",
+    _argument("--next", type=_count_argument, default=1, metavar="N", help="so many instants to come of each (1)"),
+    _JSON,
+    opens=tools.Reader,
+)
+def _schedules(reader: tools.Reader, options: argparse.Namespace) -> None:
+    """List the schedules: of which class, when, the next and the last instant, and why one does not fire."""
+    found = reader.schedules()
+    instants = {one.name: tools.next_instants(one, options.next) for one in found}
+    rows = [
+        (
+            one.name,
+            one.fsm,
+            str(one.when),
+            ", ".join(f"{at.astimezone():%Y-%m-%d %H:%M:%S}" for at in instants[one.name]),
+            one.last_at and moment(one.last_at),
+            one.missed,
+            _why_not(reader, one),
+        )
+        for one in found
+    ]
+    whole = [attrs.asdict(one, recurse=False) | {"when": str(one.when), "next": instants[one.name]} for one in found]
+    head = ("name", "fsm", "when", "next", "last", "missed", "remark")
+    options.screen.answer(whole, options.screen.table(head, rows), as_json=options.json)
+
+
 # ---- signal, cancel, retry, pause, resume, gc, snapshot: what the methods do
 
 
@@ -847,16 +886,63 @@ def _fork(engine: Engine, options: argparse.Namespace) -> None:
     print(engine.fork(_meant(options.target, options, engine.get), _run_or_step(options.to), state=options.state))
 
 
-@_verb("durable pause shop.db checkout", _QUEUE, opens=_client, prints=False)
+_QUEUE_OR_SCHEDULE = (
+    _argument("queue", metavar="QUEUE", nargs="?", help="the queue's name"),
+    _argument("--schedule", metavar="NAME", help="a schedule in place of a queue"),
+)
+
+
+def _is_of_queue(options: argparse.Namespace) -> bool:
+    """Whether a queue is meant, and not a schedule."""
+    if (options.queue is None) == (options.schedule is None):
+        raise _UsageError("say which: a QUEUE, or --schedule NAME")
+    return options.queue is not None
+
+
+@_verb(
+    "durable pause shop.db checkout",
+    "durable pause shop.db --schedule report",
+    *_QUEUE_OR_SCHEDULE,
+    opens=_client,
+    prints=False,
+)
 def _pause(engine: Engine, options: argparse.Namespace) -> None:
-    """Let no engine claim from a queue; what runs, ends."""
-    engine.pause(options.queue)
+    """Keep every engine from claiming from a queue, or a schedule from firing, until it is resumed."""
+    if _is_of_queue(options):
+        engine.pause(options.queue)
+    else:
+        engine.pause_schedule(options.schedule)
 
 
-@_verb("durable resume shop.db checkout", _QUEUE, opens=_client, prints=False)
+@_verb(
+    "durable resume shop.db checkout",
+    "durable resume shop.db --schedule report",
+    *_QUEUE_OR_SCHEDULE,
+    opens=_client,
+    prints=False,
+)
 def _resume(engine: Engine, options: argparse.Namespace) -> None:
-    """Let a paused queue run again."""
-    engine.resume(options.queue)
+    """Let a paused queue run again, or a paused schedule fire."""
+    if _is_of_queue(options):
+        engine.resume(options.queue)
+    else:
+        engine.resume_schedule(options.schedule)
+
+
+_NAME = _argument("name", metavar="NAME", help="the schedule's name")
+
+
+@_verb("durable trigger shop.db report", _NAME, opens=_client)
+def _trigger(engine: Engine, options: argparse.Namespace) -> None:
+    """Insert an instance of a schedule now, beside its grid, and print its id."""
+    print(engine.trigger(options.name))
+
+
+@_verb("durable unschedule shop.db report", _NAME, opens=_client, prints=False)
+def _unschedule(engine: Engine, options: argparse.Namespace) -> None:
+    """Remove a schedule; one that a class declares is written again when an engine starts that knows it."""
+    if not engine.unschedule(options.name):
+        raise NotFoundError(f"no schedule is called {options.name!r}")
 
 
 @_verb(
