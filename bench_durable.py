@@ -514,6 +514,27 @@ def steps(bench: Bench) -> Iterator[Figure]:
 
 
 @section
+def schedules(bench: Bench) -> Iterator[Figure]:
+    """What a thousand schedules cost that are not due: jobs beside them, and an engine that has nothing to do."""
+
+    def beside_schedules(sample: Callable[[Engine], float]) -> Work:
+        def work(path: Path) -> float:
+            with Engine(path, queues={}) as engine:
+                for n in range(1_000):
+                    engine.schedule(f"s{n}", Five, durable.Every(86_400), state=ARGS)
+            with Engine(path) as engine:
+                return sample(engine)
+
+        return work
+
+    work = noops(11_000)
+    drain = partial(pace, work=work)
+    yield bench.compare("jobs", "jobs/s", beside_schedules(drain), running(drain), at_least=0.95)
+    idle = lambda _: percent_of_a_core()  # noqa: E731 - a sample
+    yield bench.compare("idle", "% of a core", beside_schedules(idle), running(idle))
+
+
+@section
 def past(bench: Bench) -> Iterator[Figure]:
     """What a history costs: machines of five steps, and jobs, with one and without; and its size in the file."""
 
