@@ -1393,7 +1393,7 @@ def test_a_nested_state_may_name_itself_and_what_is_nested_beside_it(timed_engin
     leaf = Forest.State.Leaf(Color.RED)
     state = Forest.State([leaf], {"a": Forest.Bird("tit")}, [], [Forest.State([leaf])])
     assert finish(timed_engine, Forest, state=state).result == ["Leaf", "tit", "State"]
-    with pytest.raises(StateError, match=r"grown\[0\]\.leaves\[0\]\.color: not a valid Color, 'blank'"):
+    with pytest.raises(StateError, match=r"grown\[0\]\.leaves\[0\]\.color: .*'blank'"):
         timed_engine.insert(Forest, state={"grown": [{"leaves": [{"color": "blank"}]}]})
 
 
@@ -8776,8 +8776,11 @@ def test_a_fault_of_a_look_is_told_once_and_hides_no_death(
 
 
 @posix
-def test_a_lock_file_is_put_back_if_it_is_removed_or_replaced(make_engine: MakeEngine, tmp_path: Path) -> None:
+def test_a_lock_file_is_put_back_if_it_is_removed_or_replaced(
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever looks at its place is to find it locked; one that was moved stays locked, too."""
+    monkeypatch.setattr(durable._Peers, "DEAD_LOOK_S", 1e9)  # the engine's own look would put it back as well
     engine = make_engine()
     engine.start()
     (path,) = lock_files(tmp_path)

@@ -11,7 +11,7 @@ import collections
 import contextlib
 import datetime as dt
 import functools
-import importlib.metadata
+import importlib
 import inspect
 import json
 import logging
@@ -1104,10 +1104,17 @@ def _parser() -> argparse.ArgumentParser:
             """Leave it to `main` to say it, in one line."""
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
+    class Version(argparse.Action):
+        def __call__(self, *_: object) -> NoReturn:
+            """Look for the distribution only where its version is asked for: that reads a good part of what is installed."""
+            import importlib.metadata
+
+            installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
+            print("durable", installed[0] if installed else "(not installed)")  # a copied module is of none
+            sys.exit(0)
+
     parser = Parser(prog="durable", description=_OVERVIEW)
-    installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
-    version = installed[0] if installed else "(not installed)"  # a copied module is of no distribution
-    parser.add_argument("--version", action="version", version=f"durable {version}")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and leave")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, verb in VERBS.items():
         about = inspect.cleandoc(verb.run.__doc__ or "")
