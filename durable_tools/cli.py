@@ -1106,7 +1106,7 @@ def _parser() -> argparse.ArgumentParser:
 
     class Version(argparse.Action):
         def __call__(self, *_: object) -> NoReturn:
-            """Look for the distribution only where its version is asked for: that reads a good part of what is installed."""
+            """Look for the distribution only where it is asked for: that reads much of what is installed."""
             import importlib.metadata
 
             installed = [each.version for each in importlib.metadata.distributions(name="durable-fsm")]
