@@ -208,7 +208,7 @@ def test_the_contents_of_these_tests_are_their_banners() -> None:
 def test_what_tools_may_use_is_listed_where_it_stands() -> None:
     """`durable.tools` is no part of `__all__`; its docstring has a line for each of its names, and no other."""
     assert "tools" not in durable.__all__
-    assert set(re.findall(r"^ +\* `(\w+)`:", durable.tools.__doc__ or "", re.MULTILINE)) == TOOLS
+    assert set(re.findall(r"^ *\* `(\w+)`:", durable.tools.__doc__ or "", re.MULTILINE)) == TOOLS
 
 
 def names_used_of_durable(tree: ast.Module) -> Iterator[str]:
