@@ -16,11 +16,13 @@ engine beats it by much. Insertion has a floor of its own: the bare statement, o
 partial indexes.
 
 How to read the table. `ours` is the engine and `floor` what the row compares it to, each the median over the
-rounds with (least..most) behind. A unit that ends in /s is a rate, every other a cost. `ratio` is our speed
-as a share of the floor's: 1.00 is as fast, and more is better, for rates and costs alike. Engine and floor
-take turns, and a ratio is formed within a turn, so a disk that slows down half-way spoils neither. `bar` is
-what the row should reach: `>=` for its ratio, `<=` for our own value. Figures move with the machine, ratios
-less.
+rounds with (least..most) behind. A unit that ends in /s is a rate, every other a cost. `ratio` is our speed as
+a share of the floor's: 1.00 is as fast, and more is better, for rates and costs alike. `over` is what one of
+ours takes longer than one of the floor's, in microseconds: where the disk is slower the ratio is nearer to 1,
+and this the same, so figures of different disks can be compared by it. Engine and floor take turns, and a ratio
+is formed within a turn, so a disk that slows down half-way spoils neither. `bar` is what the row should reach:
+`>=` for its ratio, `<=` for our own value. Figures move with the machine, ratios less. The first line says what
+the machine is: an fsync of its disk, and how long this Python counts to a million.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ now = time.perf_counter
 
 # ---------------------------------------------------------------- figures
 
+UNIT_US = {"us": 1, "ms": 1_000, "s": 1_000_000}
 Work = Callable[[Path], float]  # one sample, on a fresh file
 Section = Callable[["Bench"], Iterator["Figure"]]
 SECTIONS: dict[str, Section] = {}
@@ -89,6 +92,16 @@ class Figure:
         return [a / b if self.unit.endswith("/s") else b / a for a, b in pairs if a and b]
 
     @property
+    def over_us(self) -> float | None:
+        """What one of ours takes longer than one of the floor's, in microseconds: the median over the rounds."""
+        scale = UNIT_US.get(self.unit)
+        pairs = [pair for pair in zip(self.ours, self.floor, strict=False) if all(pair)]
+        if not pairs or not (scale or self.unit.endswith("/s")):
+            return None
+        costs = [(a * scale, b * scale) if scale else (1e6 / a, 1e6 / b) for a, b in pairs]
+        return statistics.median(a - b for a, b in costs)
+
+    @property
     def reached(self) -> bool | None:
         """Whether the median reaches the bar; None where there is no bar."""
         if self.at_least is not None:
@@ -97,13 +110,14 @@ class Figure:
 
     def record(self) -> dict[str, Any]:
         """The row for a program."""
-        return {**attrs.asdict(self), "ratios": self.ratios, "reached": self.reached}
+        return {**attrs.asdict(self), "ratios": self.ratios, "over_us": self.over_us, "reached": self.reached}
 
     def line(self) -> str:
         """The row as text."""
         bar = f">= {self.at_least}" if self.at_least else f"<= {self.at_most:g}" if self.at_most else ""
         verdict = {True: "ok", False: "MISSED", None: ""}[self.reached]
-        compared = f"{spread(self.floor):>25}  {spread(self.ratios):>18}  {bar:<8}{verdict}"
+        over = "" if self.over_us is None else f"{self.over_us:+,.0f} us"
+        compared = f"{spread(self.floor):>25}  {spread(self.ratios):>18} {over:>10}  {bar:<8}{verdict}"
         return f"  {self.what:<42}{spread(self.ours):>25} {self.unit:<7}{compared}".rstrip()
 
 
@@ -1035,6 +1049,51 @@ def dbos_paces(dbos: Any, path: Path, jobs: int) -> Paces:
     return jobs / insert_s, jobs / ended_s[-1]
 
 
+def ballast_paces(ballast: Any, path: Path, jobs: int) -> Paces:
+    """Its worker in this thread, which marks a job done in the transaction of its handler."""
+    database, queue = ballast.Database(path), ballast.JobQueue()
+    ballast.install(database)
+
+    def put() -> None:
+        with database.transaction() as connection:
+            queue.enqueue(connection, "noop", ARGS)
+
+    worker = ballast.JobWorker(database)
+    worker.register("noop", lambda connection, payload: None)
+    insert_s = seconds(lambda: repeat(put, jobs))
+    return jobs / insert_s, jobs / seconds(lambda: worker.drain(2 * jobs))
+
+
+def potatoq_paces(potatoq: Any, path: Path, jobs: int, durable: bool) -> Paces:
+    """Its own drain in this thread, which claims, runs and acknowledges as a worker does."""
+    testing = importlib.import_module("potatoq.testing")
+    app = potatoq.Potatoq("bench", broker=f"sqlite:///{path}", broker_transport_options={"durable": durable})
+    task = app.task(name="noop")(lambda n: None)
+    insert_s = seconds(lambda: repeat(lambda: task.delay(7), jobs))
+    return jobs / insert_s, jobs / seconds(lambda: testing.drain(app, max_tasks=2 * jobs))
+
+
+def duroxide_paces(duroxide: Any, path: Path, jobs: int) -> Paces:
+    """Orchestrations without activities, on its own runtime of many threads."""
+    provider = duroxide.SqliteProvider.open(f"sqlite:{path}?mode=rwc")
+    runtime, client, ids = duroxide.Runtime(provider), duroxide.Client(provider), map(str, range(jobs))
+
+    def noop(context: Any, given: Any) -> Iterator[Any]:
+        yield from ()
+
+    runtime.register_orchestration("noop", noop)
+    insert_s = seconds(lambda: repeat(lambda: client.start_orchestration(next(ids), "noop", ARGS), jobs))
+
+    def work() -> None:
+        runtime.start()
+        for n in range(jobs):
+            client.wait_for_orchestration(str(n), int(1000 * PATIENCE_S))
+
+    work_s = seconds(work)
+    runtime.shutdown(100)
+    return jobs / insert_s, jobs / work_s
+
+
 @attrs.frozen
 class Peer:
     """A library in one setting, with what a commit waits for."""
@@ -1052,9 +1111,13 @@ PEERS = (
     Peer("dbos", "SQLite", True, dbos_paces, jobs=100),
     Peer("litequeue", "full", True, partial(litequeue_paces, synchronous="full")),
     Peer("persistqueue", "SQLiteAckQueue", True, persistqueue_paces),
+    Peer("potatoq", "durable", True, partial(potatoq_paces, durable=True)),
     Peer("durable", "normal", False, partial(durable_paces, synchronous="normal")),
     Peer("huey", "SqliteHuey", False, partial(huey_paces, fsync=False)),
     Peer("litequeue", "as it comes", False, partial(litequeue_paces, synchronous="normal")),
+    Peer("ballast", "as it comes", False, ballast_paces),
+    Peer("duroxide", "as it comes", False, duroxide_paces, jobs=200),
+    Peer("potatoq", "as it comes", False, partial(potatoq_paces, durable=False)),
 )
 
 
@@ -1108,9 +1171,27 @@ def heading(run: Section) -> str:
     return inspect.cleandoc(run.__doc__ or "")
 
 
-def show(figures: Iterable[tuple[Section, Figure]]) -> None:
+def machine(directory: Path) -> str:
+    """What figures depend on most: the disk, and the speed of this interpreter."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+
+        def sync_ms() -> float:
+            file.write(bytes(4096))
+            file.flush()
+            return 1000 * seconds(lambda: os.fsync(file.fileno()))
+
+        fsyncs = [sync_ms() for _ in range(200)]
+    counts = [1000 * seconds(lambda: spin(1_000_000)) for _ in range(5)]
+    return (
+        f"fsync of an appended page {spread(fsyncs)} ms; Python {sys.version.split()[0]} counts to a million in "
+        f"{spread(counts)} ms; {os.cpu_count()} processors"
+    )
+
+
+def show(figures: Iterable[tuple[Section, Figure]], directory: Path) -> None:
     """Print the table, each row as soon as it is known."""
-    print(f"  {'':<42}{'ours':>25} {'':<7}{'floor':>25}  {'ratio':>18}  bar")
+    print(machine(directory))
+    print(f"  {'':<42}{'ours':>25} {'':<7}{'floor':>25}  {'ratio':>18} {'over':>10}  bar")
     for run, rows in itertools.groupby(figures, key=lambda pair: pair[0]):
         print(f"\n{run.__name__}: {heading(run)}")
         for _, figure in rows:
@@ -1133,7 +1214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             records = [{"section": run.__name__, **figure.record()} for run, figure in figures]
             print(json.dumps(records, indent=1))
         else:
-            show(figures)
+            show(figures, Path(directory))
     return 0
 
 
