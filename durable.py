@@ -10310,6 +10310,13 @@ class _Edge(NamedTuple):
     """Where it stands in the file of the class."""
 
 
+def _quoted(node: Any) -> list[Any]:
+    """List the texts that stand in quotes in a piece of text."""
+    import ast
+
+    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+
+
 class _TextReader:
     """Reads the text of a class for the outcomes that stand in it; nothing of it is run."""
 
@@ -10391,13 +10398,6 @@ class _TextReader:
         if isinstance(given, ast.Attribute) and _is_step(self._cls, given.attr):
             return [given.attr]
         return _quoted(given) if isinstance(given, ast.Constant) else ["?"]
-
-
-def _quoted(node: Any) -> list[Any]:
-    """List the texts that stand in quotes in a piece of text."""
-    import ast
-
-    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
 
 
 def _edges(spec: _Spec) -> list[_Edge]:
