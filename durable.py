@@ -11154,6 +11154,15 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
 # ==================================================================================================
 
 
+_record_makers: dict[type, Callable[[Sequence[Any]], Any]] = {
+    Signal: _make_signal,
+    Instance: _make_instance,
+    Worker: _make_worker,
+    Schedule: _make_schedule,
+    Transition: _make_transition,
+}
+
+
 class tools:  # noqa: N801 - a namespace, named as a module is
     """What programs that stand around this module, as the command line does, may use of it beside `__all__`.
 
@@ -11164,6 +11173,24 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `is_stopped`: whether an engine was stopped
     * `next_instants`: the instants of a schedule that come next
     * `edges`: which outcomes lead from which step of a class to which, as its text shows them
+
+    And for engines that keep the rows elsewhere than in a file, on which the run of a step is one thing with this one:
+
+    * `Host`: what such an engine does for its steps
+    * `Steps`: runs them, from a `Row` that was claimed to an `Outcome` to commit
+    * `Claim`: a row in hand
+    * `Row`: the columns of an instance by which it is run
+    * `NewRow`: the columns of one to insert
+    * `Statement`: the user's SQL in an outcome
+    * `Message`: a signal to deliver
+    * `Call`: what a call inside a step returned, to keep
+    * `Limit`: a rate limit, with the arithmetic of its bucket
+    * `Entry`: a run, as the history keeps it
+    * `Outcome`: what a run leaves to be committed
+    * `crashed`: what a row becomes whose process died
+    * `Options`: the options of an engine, checked
+    * `filters`: those of `find`, checked, as columns have them
+    * `record`: makes an `Instance`, a `Signal` and the like of its columns
     """
 
     class Reader(_Reader):
@@ -11286,6 +11313,234 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     def is_stopped(engine: Engine) -> bool:
         """Whether `stop` has closed the engine."""
         return engine._core.is_closed
+
+    Claim: typing.TypeAlias = _Claim
+    Row: typing.TypeAlias = _Row
+    NewRow: typing.TypeAlias = _NewRow
+    Statement: typing.TypeAlias = _Statement
+    Message: typing.TypeAlias = _Message
+    Call: typing.TypeAlias = _Kept
+    Limit: typing.TypeAlias = _Policy
+    Entry: typing.TypeAlias = _Entry
+    Options: typing.TypeAlias = _Options
+
+    class Host(typing.Protocol):
+        """What an engine that keeps its rows elsewhere does for its steps; called from any of its threads.
+
+        * `clock()`: seconds since the epoch
+        * `policy(name)`: that rate limit, or None
+        * `children(instance)`: all of them that are kept, oldest first
+        * `calls(instance)`: what was kept of its step's calls, `(JSON, whether it was awaited)` by name
+        * `is_cancelled(instance)`: whether somebody has asked to cancel it while it executes
+        * `keep_call(row, call)`: commit what a call returned, if the row is still held under its claim; whether it was
+        * `show_progress(row, progress)`: note how far its step is, JSON as the column has it
+        * `later(call)`: call it in another thread, and return its future
+        """
+
+        def clock(self) -> float: ...
+        def policy(self, name: str, /) -> _Policy | None: ...
+        def children(self, instance: int, /) -> tuple[Instance, ...]: ...
+        def calls(self, instance: int, /) -> dict[str, tuple[str | None, bool]]: ...
+        def is_cancelled(self, instance: int, /) -> bool: ...
+        def keep_call(self, row: _Row, call: _Kept, /) -> bool: ...
+        def show_progress(self, row: _Row, progress: str, /) -> None: ...
+        def later(self, call: Callable[[], Any], /) -> concurrent.futures.Future[Any]: ...
+
+    @attrs.frozen
+    class Outcome:
+        """What one run of a step leaves: to be committed whole, if the row is still held under its claim, or dropped.
+
+        * `kind`: that of `step.stop`, or "crash"
+        * `columns`: what the row's columns become, by name; those that are not named are kept. A row that is to await
+          becomes runnable in place of it where there is nothing to wait for: a signal of a name that it awaits and
+          that is none of `shown`, or no child that was inserted
+        * `effects`: statements, rows to insert and messages to deliver, in their order
+        * `shown`: ids of the signals that it consumes, if it is a "next" or "children"; one that is done has no inbox
+        * `children`: rows to insert for whom it waits
+        * `is_inline`: whether the next step goes on under the claim, then the next number of it
+        * `is_asking`: whether that one has limits that are not held yet
+        """
+
+        claim: _Claim
+        kind: str
+        columns: dict[str, Any]
+        effects: tuple[_Statement | _NewRow | _Message, ...]
+        shown: tuple[int, ...]
+        children: tuple[_NewRow, ...]
+        is_inline: bool
+        is_asking: bool
+        _commit: _Commit = attrs.field(repr=False)
+
+        @property
+        def row(self) -> _Row:
+            """The row as it was claimed; under the version, and at the step, that `migrate` has brought it to."""
+            return self.claim.row
+
+        @property
+        def advanced(self) -> _Row:
+            """The row as it goes on inline, under the next claim."""
+            return _advanced(self.claim.row, cast(_Progress, self._commit.change))
+
+        def entry(self, worker: str, first_child: int | None = None) -> _Entry | None:
+            """Say how the run stands in the history, unless its class keeps none."""
+            return _entry(self._commit, worker, first_child) if self._commit.is_kept else None
+
+    class Steps:
+        """Runs steps of rows that are kept elsewhere than in a file; thread-safe, with no threads of its own.
+
+        `fsms` are those of `Engine`. Each run has a copy of its caller's context variables.
+        """
+
+        def __init__(self, host: tools.Host, fsms: Iterable[object] = ()) -> None:
+            beat = types.SimpleNamespace(store=host)
+            self._host = host
+            self._behaviours = _Behaviours(fsms)
+            self._lock, self._making = threading.Lock(), threading.Lock()
+            self._desk = _Desk(cast(Any, host), host.clock).open(
+                lambda action: action(beat), lambda action: host.later(lambda: action(beat)), self._note_progress
+            )
+
+        def new_row(self, fsm: Any, options: Mapping[str, Any]) -> _NewRow:
+            """Make the row of an instance to insert; raises what `Engine.insert` does."""
+            return self._desk.new_row(_make_insert(fsm, cast(Any, dict(options))))
+
+        def new_rows(self, inserts: Iterable[Insert]) -> list[_NewRow]:
+            """Make those of many."""
+            return _new_rows(inserts, self._desk.new_row)
+
+        def message(self, target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
+            """Make a signal to deliver; raises what `Engine.signal` does."""
+            return _message(target, name, payload, dedup_key)
+
+        def claim(self, row: _Row, inbox: Iterable[Signal] = ()) -> _Claim | None:
+            """Take a row in hand that was claimed; None if its class can't be run here."""
+            found = self._behaviours.find(row.fsm, row.version)
+            if found is None:
+                with self._making:
+                    found = self._behaviours.find(row.fsm, row.version)
+                    for cls in self._behaviours.take_wanted():
+                        self._behaviours.make(cls)
+                    found = found or self._behaviours.find(row.fsm, row.version)
+            return None if found is None else _Claim(row, *found, self._desk, tuple(inbox))
+
+        def run(self, claim: _Claim, await_on_loop: Callable[[Coroutine[Any, Any, Any]], Any]) -> tools.Outcome | None:
+            """Run a step, and ask `handle` where it fails; None if it was over its timeout by then.
+
+            A coroutine is given to `await_on_loop`, which returns what it returns; it keeps to the timeout by itself.
+            """
+            return contextvars.copy_context().run(self._run, claim, await_on_loop)
+
+        def time_out(self, claim: _Claim) -> tools.Outcome | None:
+            """Disown a step whose time is over, and ask `handle`; None if it has just ended."""
+            with self._lock:
+                if claim.is_finished:
+                    return None
+                claim.is_disowned = True
+            return self._outcome(contextvars.copy_context().run(self._recover, claim, _timeout_error(claim)))
+
+        def refused(self, outcome: tools.Outcome, error: Exception) -> tools.Outcome:
+            """Say what becomes of a step whose outcome could not be committed, for an error of its own statements."""
+            claim = outcome.claim
+            if claim.error is not None or outcome.kind == _CRASH:
+                return self._outcome(_stop(claim, error))
+            return self._outcome(contextvars.copy_context().run(self._recover, claim, error))
+
+        def go_on(self, outcome: tools.Outcome, inbox: Iterable[Signal]) -> _Claim:
+            """Take the row of an outcome in hand that goes on inline."""
+            claim = outcome.claim
+            following = _Claim(outcome.advanced, claim.spec, claim.behaviour, claim.desk, tuple(inbox))
+            following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
+            return following
+
+        def _run(self, claim: _Claim, await_on_loop: Callable[[Coroutine[Any, Any, Any]], Any]) -> tools.Outcome | None:
+            try:
+                if claim.needs_migration:
+                    claim.migrate()
+                verdict = await_on_loop(self._run_async(claim)) if claim.is_async else _execute(claim)
+                with self._lock:
+                    claim.is_finished = not claim.is_disowned
+                if claim.is_disowned:
+                    if not isinstance(verdict, _Commit):
+                        _log_late(claim.row, verdict)
+                    return None
+                return self._outcome(verdict if isinstance(verdict, _Commit) else _recover(claim, verdict))
+            except BaseException as error:  # noqa: BLE001 - SystemExit and the like out of a step: a crash of it
+                return self._outcome(_crash(claim, error))
+
+        async def _run_async(self, claim: _Claim) -> _Commit | BaseException:
+            import asyncio
+
+            try:
+                return await asyncio.wait_for(_execute_async(claim), claim.timeout_s)
+            except TimeoutError:  # the step's own is returned
+                return _timeout_error(claim)
+            except asyncio.CancelledError as error:
+                return error
+
+        def _recover(self, claim: _Claim, error: BaseException) -> _Commit:
+            try:
+                return _recover(claim, error)
+            except BaseException as crash:  # noqa: BLE001 - likewise, out of `handle`
+                return _crash(claim, crash)
+
+        def _note_progress(self, claim: _Claim) -> None:
+            row = claim.row
+            self._host.show_progress(row, _json(self._desk.progress.pop((row.id, row.claim))))
+
+        def _outcome(self, commit: _Commit) -> tools.Outcome:
+            effects = tuple(one.row if isinstance(one, _Follower) else one for one in commit.effects)
+            columns = tools._columns(commit.change)
+            if commit.claim.is_migrated:
+                columns |= {"version": commit.claim.row.version, "step": columns.get("step", commit.claim.row.step)}
+            is_asking = isinstance(commit.change, _Progress) and commit.is_asking
+            return tools.Outcome(
+                commit.claim,
+                commit.kind,
+                columns,
+                effects,
+                commit.shown,
+                commit.children,
+                commit.is_inline,
+                is_asking,
+                commit,
+            )
+
+    @staticmethod
+    def _columns(change: _Change) -> dict[str, Any]:
+        """All columns that a change sets, also those which are only cleared."""
+        columns = {**change._asdict(), "status": Status(change.status), "worker": None, "cancel_reason": None}
+        if isinstance(change, _Progress):
+            slate = {
+                "last_error": None,
+                "traceback": None,
+                "attempt": 0,
+                "crashes": 0,
+                "progress": None,
+                "has_calls": 0,
+            }
+            return columns | slate
+        if isinstance(change, _Finish):
+            waits: dict[str, Any] = {} if change.status == Status.FAILED else {"awaits": None, "joining": 0}
+            return columns | waits | {"progress": None}
+        return columns
+
+    @staticmethod
+    def crashed(row: _Row, cause: str, now: int) -> dict[str, Any]:
+        """Say what the columns of a row become whose process died, or its lease ran out: it runs again, or fails.
+
+        Milliseconds since the epoch; `cause` is what its `last_error` begins with.
+        """
+        return tools._columns(_crashed(row, cause, now))
+
+    @staticmethod
+    def filters(**given: Any) -> dict[str, Any]:
+        """Check what `find` is to look for: what is given, instants in milliseconds, `status` and `fsm` as JSON."""
+        return {name: value for name, value in _checked_filters(**given).items() if value is not None}
+
+    @staticmethod
+    def record(kind: type[_Record], columns: Sequence[Any]) -> _Record:
+        """Make an `Instance`, a `Signal`, or another of these records, of its columns in the order of its fields."""
+        return cast(_Record, _record_makers[kind](columns))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

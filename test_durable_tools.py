@@ -3,6 +3,7 @@
 In this order:
 
 * The package
+* The run of a step, elsewhere
 * Looking
 * Writing
 * The user's code
@@ -17,6 +18,7 @@ What the tests of durable have for all tests, these use too.
 from __future__ import annotations
 
 import ast
+import asyncio
 import io
 import json
 import os
@@ -29,7 +31,8 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, redirect_stdout
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, cast
@@ -42,7 +45,24 @@ from hypothesis import strategies as st
 
 import durable
 import durable_tools
-from durable import FSM, Await, Cancel, Done, DurableError, Engine, Insert, Instance, ScheduleChildren, Status, step
+from durable import (
+    FSM,
+    Await,
+    Cancel,
+    Done,
+    DurableError,
+    Engine,
+    Insert,
+    Instance,
+    Next,
+    Retry,
+    ScheduleChildren,
+    Signal,
+    Status,
+    Stop,
+    step,
+    tools,
+)
 from durable_tools import cli, screen
 from test_durable import (
     BLOCKS,
@@ -84,6 +104,12 @@ class Parent(FSM, name="cli.Parent", queue="parents"):
     @step
     def join(self, ctx: Ctx) -> Done:
         return Done(len(ctx.children))
+
+
+@durable.job(name="cli.add")
+def cli_add(a: int) -> int:
+    """Add one."""
+    return a + 1
 
 
 CLI_SCRIPT = """
@@ -279,6 +305,239 @@ def test_no_function_of_a_tool_is_long(path: Path) -> None:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert sum(at in lines for at in range(node.lineno + 1, node.end_lineno or 0)) <= 40, node.name
+
+
+# ---- The run of a step, elsewhere ----------------------------------------------------------------
+
+
+class Elsewhere:
+    """A host that keeps nothing but what its steps have asked for."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[str | None, bool]] = {}
+        self.shown: list[str] = []
+        self.cancelled: set[int] = set()
+        self.is_held = True
+        self.now = 1_700_000_000.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def policy(self, name: str) -> tools.Limit | None:
+        return tools.Limit(name, 5, 1000, 2) if name == "api" else None
+
+    def children(self, instance: int) -> tuple[Instance, ...]:
+        return ()
+
+    def calls(self, instance: int) -> dict[str, tuple[str | None, bool]]:
+        return self.kept
+
+    def is_cancelled(self, instance: int) -> bool:
+        return instance in self.cancelled
+
+    def keep_call(self, row: tools.Row, call: tools.Call) -> bool:
+        self.kept[call.name] = (call.value, call.is_awaited)
+        return self.is_held
+
+    def show_progress(self, row: tools.Row, progress: str) -> None:
+        self.shown.append(progress)
+
+    def later(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call())
+        return future
+
+
+def claimed(new: tools.NewRow, **columns: Any) -> tools.Row:
+    """The row of an instance that was inserted and claimed for the first time, but for what is given."""
+    first = {"id": 1, "claim": 1, "attempt": 0, "crashes": 0, "joining": 0, "has_calls": 0, "has_inbox": 0}
+    given = {**dict.fromkeys(tools.Row._fields), **new._asdict(), **first, **columns}
+    return tools.Row(**{name: given[name] for name in tools.Row._fields})
+
+
+class Elsewhen(FSM, name="tools.Elsewhen"):
+    """Its step comes to the outcome, or raises the error, that its test has set."""
+
+    outcome: Any = Done(1)
+
+    @step
+    def start(self, ctx: Ctx) -> Any:
+        outcome = type(self).outcome
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome(ctx) if callable(outcome) else outcome
+
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        return Done()
+
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
+        return Retry(7) if isinstance(error, LookupError | TimeoutError) else super().handle(error, ctx)
+
+
+SIGNALS = (tools.record(Signal, (4, "go", "1", 0)), tools.record(Signal, (5, "other", None, 0)))
+
+
+def outcome_of(outcome: Any, host: Elsewhere | None = None, **columns: Any) -> tools.Outcome:
+    """What a run of Elsewhen's first step leaves, with two signals in its inbox, of which it has awaited the first."""
+    Elsewhen.outcome = staticmethod(outcome) if callable(outcome) else outcome
+    steps = tools.Steps(host or Elsewhere())
+    row = claimed(steps.new_row(Elsewhen, {"state": {"n": 1}}), **{"awaits": '["go"]', "has_inbox": 1, **columns})
+    claim = steps.claim(row, SIGNALS)
+    assert claim is not None
+    left = steps.run(claim, asyncio.run)
+    assert left is not None
+    return left
+
+
+def add_everything(ctx: Ctx) -> Next:
+    """A step that adds one of each to its commit, and goes on inline."""
+    ctx.execute("update account set n = n - ?", (5,))
+    ctx.insert(CliOrder, correlation_key="k")
+    ctx.signal("k", "paid", 3, dedup_key="d")
+    return Next("end", {"n": 2}, inline=True)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "columns"),
+    [
+        (Next("end", {"n": 2}), "next", {"status": "runnable", "step": "end", "state": '{"n":2}', "awaits": None}),
+        (Next("end", rate_limit="api"), "next", {"rate_limit": "api", "weight": 1, "attempt": 0}),
+        (Retry(3), "retry", {"status": "runnable", "attempt": 4, "eligible_at": 1_700_000_003_000}),
+        (Await("go", "end", timeout=2), "await", {"status": "awaiting_signal", "await_deadline": 1_700_000_002_000}),
+        (ScheduleChildren([Insert(CliOrder)], "end"), "children", {"status": "awaiting_children", "joining": 1}),
+        (Done({"a": 1}), "done", {"status": "done", "result": '{"a":1}', "awaits": None}),
+        (Stop("enough"), "stop", {"status": "failed", "last_error": "enough", "worker": None}),
+        (ValueError("boom"), "stop", {"status": "failed", "last_error": "ValueError: boom"}),
+        (LookupError("gone"), "retry", {"eligible_at": 1_700_000_007_000, "last_error": "LookupError: gone"}),
+        (lambda _: sys.exit(3), "crash", {"status": "runnable", "attempt": 4, "crashes": 1}),
+    ],
+    ids=["next", "rate", "retry", "await", "children", "done", "stop", "error", "handle", "crash"],
+)
+def test_a_row_that_was_claimed_elsewhere_comes_to_an_outcome_to_commit(
+    outcome: Any, kind: str, columns: dict[str, Any]
+) -> None:
+    """`tools.Steps` runs a step of a row that no file has, and says what its columns become and what it consumes."""
+    left = outcome_of(outcome, attempt=3)
+    assert left.kind == kind
+    assert {name: left.columns[name] for name in columns} == columns
+    assert left.columns["worker"] is left.columns["cancel_reason"] is None
+    assert (left.row.id, left.row.claim) == (1, 1)
+    if kind in ("next", "children", "await"):
+        assert left.shown == (4,)
+    assert [child.parent_id for child in left.children] == [1] * (kind == "children")
+
+
+def test_an_outcome_has_what_its_step_added_in_order() -> None:
+    """The user's statements, inserts and signals; and how it goes on inline, under the next claim."""
+    left = outcome_of(add_everything)
+    statement, new, message = left.effects
+    assert statement == tools.Statement("update account set n = n - ?", (5,))
+    assert isinstance(new, tools.NewRow)
+    assert (new.fsm, new.correlation_key) == ("cli.Order", "k")
+    assert message == tools.Message("k", "paid", "3", "d")
+    assert left.is_inline
+    assert (left.advanced.step, left.advanced.claim, left.advanced.state) == ("end", 2, '{"n":2}')
+    assert outcome_of(Stop("x")).effects == ()
+
+
+@pytest.mark.parametrize("outcome", [Next("end"), Retry(1), Await("go", "end"), Done(1), Stop("x")])
+def test_an_outcome_sets_the_columns_that_the_file_would_have(tmp_path: Path, outcome: Any) -> None:
+    """What `tools.Steps` says of a row is what an engine writes into its file for the same row and outcome."""
+    apart = ("eligible_at", "await_deadline", "has_inbox", "claim")  # dates, and what the next claim writes
+    names = [*(name for name in tools.Row._fields if name not in apart), "status", "result", "last_error"]
+    with client(tmp_path / "x.db") as engine, closing(engine.connect()) as connection:
+        Elsewhen.outcome = outcome
+        instance = engine.insert(Elsewhen, state={"n": 1})
+        select = f"SELECT {', '.join(names)} FROM durable_instances WHERE id = ?"
+        [before] = connection.execute(select, (instance,))
+        with pytest.raises(DurableError, match="max_steps") if isinstance(outcome, Next | Retry) else nullcontext():
+            engine.drain(max_steps=1)
+        [after] = connection.execute(select, (instance,))
+    row = dict(zip(names, before, strict=True))
+    left = outcome_of(outcome, **row)
+    assert {**row, **{name: left.columns[name] for name in names if name in left.columns}} == dict(
+        zip(names, (*after[:-3], "runnable" if after[-3] == "executing" else after[-3], *after[-2:]), strict=True)
+    )
+
+
+def test_steps_elsewhere_keep_calls_and_tell_of_progress() -> None:
+    """A kept call is the host's to commit; it is given back, and where the claim is lost the step's outcome is void."""
+    host = Elsewhere()
+
+    def call(ctx: Ctx) -> Done:
+        ctx.progress(1, 2, "half")
+        return Done(ctx.call("one", lambda: [1, 2]))
+
+    assert outcome_of(call, host).columns["result"] == "[1,2]"
+    assert host.kept == {"one": ("[1,2]", False)}
+    assert host.shown == ['[1,2,"half",1700000000000]']
+    host.kept["one"] = ('"kept"', False)
+    assert outcome_of(call, host, has_calls=1).columns["result"] == '"kept"'
+    host.is_held = False
+    host.kept.clear()
+    assert outcome_of(call, host).columns["status"] == "failed"
+
+
+def test_a_step_elsewhere_that_is_over_its_timeout_is_disowned() -> None:
+    """`time_out` asks `handle`; what the step still comes to is nothing, and one that has ended is not timed out."""
+
+    class Slow(FSM, name="tools.Slow", timeout=5):
+        def perform(self, args: dict[str, Any]) -> str:
+            timed_out.append(steps.time_out(claim))
+            return "late"
+
+    steps, timed_out = tools.Steps(Elsewhere()), list[tools.Outcome | None]()
+    claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(Slow, {}))))
+    assert claim.timeout_s == 5
+    assert steps.run(claim, asyncio.run) is None
+    assert cast(tools.Outcome, timed_out[0]).columns["last_error"] == "TimeoutError: step 'perform' took over 5 s"
+    claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(Broken, {}))))
+    assert steps.run(claim, asyncio.run) is not None
+    assert steps.time_out(claim) is None
+
+
+def test_an_async_step_elsewhere_runs_where_its_host_says() -> None:
+    """A coroutine goes to the host's loop and keeps to its timeout there; `handle` is asked in the calling thread."""
+
+    class Async(FSM, name="tools.Async", timeout=0.01):
+        async def perform(self, args: dict[str, Any]) -> str:
+            await asyncio.sleep(args["sleep"])
+            return "done"
+
+    steps = tools.Steps(Elsewhere())
+    for sleep, status in ((0, "done"), (60, "runnable")):
+        claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(Async, {"args": {"sleep": sleep}}))))
+        assert claim.is_async
+        assert cast(tools.Outcome, steps.run(claim, asyncio.run)).columns["status"] == status
+
+
+def test_a_commit_that_was_refused_elsewhere_is_the_steps_error() -> None:
+    """A statement that fails goes to `handle`, once: what `handle` has added and is refused again ends the instance."""
+    steps = tools.Steps(Elsewhere())
+    left = outcome_of(add_everything)
+    handled = steps.refused(left, LookupError("no such table"))
+    assert (handled.kind, handled.columns["last_error"]) == ("retry", "LookupError: no such table")
+    assert steps.refused(handled, LookupError("again")).columns["status"] == "failed"
+
+
+def test_a_row_whose_process_died_elsewhere_runs_again_or_fails() -> None:
+    """`crashed` counts the attempt and the crash; a cancelled one fails, and so does one that crashed too often."""
+    row = claimed(tools.Steps(Elsewhere()).new_row(CliOrder, {}))
+    again = tools.crashed(row, "gone", 5)
+    assert (again["status"], again["attempt"], again["crashes"], again["eligible_at"]) == ("runnable", 1, 1, 5)
+    assert tools.crashed(row._replace(cancel_reason="no"), "gone", 5)["last_error"] == "no"
+    assert tools.crashed(row._replace(crashes=19), "gone", 5)["status"] == "failed"
+
+
+def test_the_history_of_a_run_elsewhere_is_what_the_file_would_keep() -> None:
+    """An outcome says how its run stands in the history; of a job only a failed attempt does."""
+    entry = outcome_of(Next("end", {"n": 2})).entry("worker 1")
+    assert entry is not None
+    assert (entry.seq, entry.kind, entry.state, entry.to, entry.signals) == (1, "next", '{"n":1}', "end", '["go"]')
+    steps = tools.Steps(Elsewhere())
+    claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(cli_add, {"args": {"a": 1}}))))
+    assert cast(tools.Outcome, steps.run(claim, asyncio.run)).entry("worker 1") is None
 
 
 # ---- Looking -------------------------------------------------------------------------------------
