@@ -72,6 +72,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from typing import (
     TYPE_CHECKING,
@@ -6212,6 +6213,94 @@ def _crash(claim: _Claim, error: BaseException) -> _Commit:
     return _Commit(claim, _CRASH, change, duration=_elapsed(claim))
 
 
+class _Behaviours:
+    """The classes that this engine can run, and the one object of each: as given, or made without arguments."""
+
+    def __init__(self, given: Iterable[object]) -> None:
+        self._objects: dict[type, object] = {}
+        if not isinstance(given, Iterable):
+            raise ValueError(f"fsms must hold FSM classes or objects of them, not be {given!r}")
+        for one in given:
+            cls = one if isinstance(one, type) else getattr(one, "fsm", type(one))
+            if not isinstance(cls, type) or not issubclass(cls, FSM):
+                raise ValueError(f"fsms must hold FSM classes or objects of them, not {one!r}")
+            if not isinstance(one, type) and isinstance(one, FSM):
+                self._objects[cls] = one
+        self._unusable: set[type] = set()
+        self._coming: set[type] = set()
+        self.wanted: set[type[FSM]] = set()
+        """Classes that were met and have no object yet; once taken they are coming."""
+
+    def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
+        """Return a class's description and object; None if it is not known here, or has no object yet."""
+        spec = self.spec_for(name, version)
+        if spec is None:
+            return None
+        behaviour = self._objects.get(spec.cls)
+        if behaviour is None:
+            is_settled = spec.cls in self._unusable or spec.cls in self._coming
+            behaviour = self._objects.get(spec.cls)  # again: one that is no longer coming is here
+            if behaviour is None:
+                if not is_settled:
+                    self.wanted.add(spec.cls)
+                return None
+        return spec, behaviour
+
+    def take_wanted(self) -> set[type[FSM]]:
+        taken, self.wanted = self.wanted, set()
+        self._coming |= taken
+        return taken
+
+    def make(self, cls: type[FSM]) -> None:
+        """Make the object of a class; the user's code, so not within a transaction."""
+        try:
+            self._objects[cls] = cls()
+        except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
+            self._unusable.add(cls)
+            _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
+        finally:
+            self.leave(cls)
+
+    def leave(self, cls: type[FSM]) -> None:
+        """It is no longer coming: it is here, or can't be had."""
+        self._coming.discard(cls)
+
+    def can_run(self, name: str, version: int) -> bool:
+        """Whether rows of a class can run here, or will when its object is made."""
+        return self.find(name, version) is not None or self.is_coming(_registry.get((name, version)))
+
+    def is_coming(self, spec: _Spec | None) -> bool:
+        return spec is not None and spec.cls in self.wanted | self._coming
+
+    def highest(self, name: str) -> _Spec | None:
+        """Return the highest version of a class that can be run here."""
+        return self.highest_by_name().get(name)
+
+    def highest_by_name(self) -> dict[str, _Spec]:
+        """Return the highest version of each class that can be run here."""
+        highest: dict[str, _Spec] = {}
+        for (name, version), spec in list(_registry.items()):
+            if spec.cls not in self._unusable and (name not in highest or version > highest[name].version):
+                highest[name] = spec
+        return highest
+
+    def known(self) -> str:
+        """List what can be run or has not been met, as JSON for a statement."""
+        left_out = self._unusable | self._coming | self.wanted
+        usable = [
+            (name, version, spec) for (name, version), spec in list(_registry.items()) if spec.cls not in left_out
+        ]
+        return _encode([(name, 0 if spec.migrates else version, version) for name, version, spec in usable])
+
+    def spec_for(self, name: str, version: int) -> _Spec | None:
+        """Return the class of a version, or the highest, if none is registered for that one and it migrates."""
+        exact = _registry.get((name, version))
+        if exact is not None:
+            return exact
+        highest = self.highest(name)
+        return highest if highest is not None and highest.migrates and version < highest.version else None
+
+
 def _load_what_steps_need() -> None:
     """Load now what a step would be the first to need: by then there may be no file, or no right, to load it with."""
     import traceback  # noqa: F401 - for errors
@@ -6776,7 +6865,8 @@ class _Hub:
     def __init__(self, guard: _ForkGuard) -> None:
         self._guard = guard
         self._subscribers: dict[object, tuple[Callable[[Event], object], frozenset[str]]] = {}
-        self._wanted: frozenset[str] = frozenset()
+        self.wanted: frozenset[str] = frozenset()
+        """The events that somebody has subscribed to."""
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
         self.pinned: set[concurrent.futures.Future[Any]] = set()
         """Futures that callbacks wait for."""
@@ -6802,7 +6892,7 @@ class _Hub:
         return unsubscribe
 
     def wants(self, name: str) -> bool:
-        return name in self._wanted
+        return name in self.wanted
 
     def publish(self, events: Iterable[Event]) -> None:
         """Tell the subscribers, soon."""
@@ -6862,7 +6952,7 @@ class _Hub:
         self._bell.ring()
 
     def _update(self) -> None:
-        self._wanted = frozenset().union(*(names for _, names in list(self._subscribers.values())))
+        self.wanted = frozenset().union(*(names for _, names in list(self._subscribers.values())))
 
     def _serve(self) -> None:
         with self._lock:
@@ -7007,6 +7097,149 @@ class _RolledBackError(Exception):
 def _order(row: _Row) -> tuple[int, int, int]:
     """The order of rows within a queue and within a key."""
     return row.priority, row.eligible_at, row.id
+
+
+class _Demand(NamedTuple):
+    """What an engine takes, in one beat, of the queues that it serves."""
+
+    slots: Mapping[str, int] | None
+    """How many more rows of each it can run, before this beat's outcomes; None: of all queues, for a drain."""
+    at_most: int = _MAX_INTEGER
+    """How many rows it takes in all."""
+    horizon: int | None = None
+    """Rows that are due by then are taken; None: by now."""
+    is_drain: bool = False
+    """Whether it runs one row at a time, and so has always room for one."""
+
+
+class _Setup(NamedTuple):
+    """What all beats of an engine have in common."""
+
+    store: _Store
+    desk: _Desk
+    """For the steps of what is claimed."""
+    behaviours: _Behaviours
+    worker_id: str
+    concurrency_limits: Mapping[str, int]
+    keeps_history: bool
+    retention_ms: int
+    take_back: Callable[[str, int | None], list[_Claim]]
+    """Takes back what this engine has claimed of a queue and not started: all, or that instance if it is among it."""
+
+
+class _Given(NamedTuple):
+    """What a beat is to do, and what it has to know of its engine at that instant."""
+
+    now: int
+    commits: Sequence[_Commit]
+    requests: Sequence[_Request]
+    demand: _Demand
+    wanted: Container[str] = frozenset()
+    """The events that somebody has subscribed to."""
+    has_timers: bool = True
+    """Whether it fires what is due: a client leaves that to those who run something."""
+    is_stopping: bool = False
+    fired_until: int = _LONG_AGO
+    """Up to when the schedules were looked at: what is left before that can't be fired by this engine."""
+    has_fired: Container[str] = frozenset()
+    """Schedules that fire no more in this drain, so that none makes it endless."""
+    offered: Set[str] = frozenset()
+    """Keys of whose line the beat before has let somebody out."""
+    inline_s: float = 0.1
+    """For how long an instance may go on inline before it is looked whether it keeps others waiting."""
+    is_careful: bool = False
+    """Whether each outcome and request is tried by itself, since one of them has spoilt the whole."""
+
+
+class _Report:
+    """What a beat has come to: what follows from it, and who has to hear of it, once it is committed."""
+
+    __slots__ = (
+        "_wanted",
+        "after",
+        "cancelled",
+        "claims",
+        "events",
+        "failures",
+        "fired",
+        "fired_until",
+        "inserted",
+        "interrupt",
+        "is_unfinished",
+        "kinds",
+        "left",
+        "left_schedules",
+        "logs",
+        "next_at",
+        "passed_on",
+        "refused",
+        "saturated",
+        "settled",
+        "unknown",
+        "withdrawn",
+    )
+
+    def __init__(self, wanted: Container[str], fired_until: int) -> None:
+        self._wanted = wanted
+        self.claims: list[_Claim] = []
+        self.left: list[_Claim] = []
+        """Claims of this engine that are over."""
+        self.kinds: list[str] = []
+        """How they have ended, for a drain's tally."""
+        self.refused: list[tuple[_Commit, Exception]] = []
+        self.withdrawn: list[_Claim] = []
+        """Claims that were taken back unstarted: they are to be put back if the beat comes to nothing."""
+        self.cancelled: list[int] = []
+        """Instances that are to end, and whose step runs, here or elsewhere."""
+        self.settled: list[tuple[int, str, _Finish | None]] = []
+        """Rows that a waiter may wait for, and how they are done."""
+        self.after: list[Callable[[], None]] = []
+        """What those who have asked for something do after the commit."""
+        self.events: list[Event] = []
+        self.logs: list[Callable[[], None]] = []
+        self.failures: list[tuple[_Row, _Finish]] = []
+        self.unknown: dict[tuple[str, int], str] = {}
+        """Classes, with their versions, that nothing here can run, and a queue in which one was met."""
+        self.left_schedules: set[tuple[str, str]] = set()
+        """Schedules that are left to other engines, and why."""
+        self.saturated: list[str] = []
+        """Queues that had no room to claim from them."""
+        self.fired: list[str] = []
+        """Schedules that have fired."""
+        self.fired_until = fired_until
+        """Up to when the schedules have been looked at."""
+        self.passed_on: set[str] = set()
+        """Keys of whose line somebody was let out, to be looked at again in the next beat."""
+        self.next_at: int | None = None
+        """The next instant at which a timer of the file is due."""
+        self.is_unfinished = False
+        """Whether there is more to do at once."""
+        self.inserted = 0
+        self.interrupt: BaseException | None = None
+        """What came between the commit and its answer, and is raised when all is told."""
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to tell the log or the subscribers."""
+        is_told = self.events or self.logs or self.failures
+        return bool(is_told or self.unknown or self.left_schedules or self.saturated)
+
+    def is_wanted(self, event: str) -> bool:
+        return event in self._wanted
+
+    def tell(self, name: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
+        if name in self._wanted:
+            self.events.append(Event(name, measurements, metadata))
+
+    def log(
+        self, log: Callable[..., None], message: str, *arguments: object, extra: dict[str, Any] | None = None
+    ) -> None:
+        """Have something logged once the beat is committed; what handlers of the log do is not for its time."""
+        self.logs.append(functools.partial(log, message, *arguments, extra=extra))
+
+    def note_due(self, instant: int | None) -> None:
+        if instant is not None and (self.next_at is None or instant < self.next_at):
+            self.next_at = instant
 
 
 class _Service(NamedTuple):
@@ -7287,7 +7520,7 @@ class _History:
     def __init__(self, beat: _Beat) -> None:
         self._beat = beat
         self._store = beat.store
-        self._is_kept = beat.core.options.history
+        self._is_kept = beat.setup.keeps_history
 
     # Entries
 
@@ -7296,7 +7529,7 @@ class _History:
         if self._is_kept:
             kept = [commit for commit in commits if commit.is_kept]
             if kept:
-                self._store.record([_entry(commit, self._beat.core.worker_id, first_child) for commit in kept])
+                self._store.record([_entry(commit, self._beat.setup.worker_id, first_child) for commit in kept])
 
     def record(
         self, row: _Row, kind: str, *, seq: int | None = None, worker: str | None = None, error: str | None = None
@@ -7447,7 +7680,7 @@ class _Schedules:
     def trigger(self, name: str) -> int:
         """Insert an instance now, beside the grid."""
         row = self._find(name)
-        new = _occurrence(row, self._beat.core.behaviours.highest(row.fsm), self._now)
+        new = _occurrence(row, self._beat.setup.behaviours.highest(row.fsm), self._now)
         instance = self._beat.insert(new._replace(scheduled_at=self._now))
         self._store.save_schedule(row._replace(last_id=instance, last_at=self._now))
         return instance
@@ -7473,12 +7706,11 @@ class _Schedules:
 
     def fire(self, after: int) -> None:
         """Insert what is due by now, of the classes known here; the others are left to other engines."""
-        core = self._beat.core
         for row in self._store.due_schedules(after, self._now):
-            spec = core.behaviours.highest(row.fsm)
+            spec = self._beat.setup.behaviours.highest(row.fsm)
             if spec is None:
-                core.report_left(self._beat, row.name, f"nothing here can run {row.fsm}")
-            elif core.may_fire(row.name) and not spec.has_ceased_to_declare(row):
+                self._beat.report.left_schedules.add((row.name, f"nothing here can run {row.fsm}"))
+            elif row.name not in self._beat.given.has_fired and not spec.has_ceased_to_declare(row):
                 self._fire(row, spec)
 
     def realign(self) -> None:
@@ -7500,7 +7732,7 @@ class _Schedules:
         try:
             return question(row.timetable(self._salt, self._zone_of))
         except Exception as error:  # noqa: BLE001 - of cron's library, of the zone's data: it must not stop the beat
-            self._beat.core.report_left(self._beat, row.name, _error_text(error))
+            self._beat.report.left_schedules.add((row.name, _error_text(error)))
             return None
 
     def _fire(self, row: _ScheduleRow, spec: _Spec) -> None:
@@ -7518,10 +7750,10 @@ class _Schedules:
             late_ms = self._now - timetable.fires_at(nominal)
             moved = self._insert(moved, new._replace(scheduled_at=nominal), nominal, late_ms)
         if due.missed:
-            self._beat.tell("schedule.missed", {"count": due.missed}, {"name": row.name})
+            self._beat.report.tell("schedule.missed", {"count": due.missed}, {"name": row.name})
         moved = moved.going_on_at(due.next_at, timetable)
         self._store.save_schedule(moved._replace(missed=row.missed + due.missed))
-        self._beat.after.append(functools.partial(self._beat.core.note_fired, row.name))
+        self._beat.report.fired.append(row.name)
 
     def _insert(self, row: _ScheduleRow, new: _NewRow, nominal: int, late_ms: int) -> _ScheduleRow:
         """Insert an occurrence, unless it is skipped, or was inserted before the clock was set back."""
@@ -7537,7 +7769,7 @@ class _Schedules:
         except DuplicateError as error:
             self._skip(row, error.id)
             return row
-        self._beat.tell("schedule.fired", {"late": late_ms / 1000}, {"name": row.name, "id": instance})
+        self._beat.report.tell("schedule.fired", {"late": late_ms / 1000}, {"name": row.name, "id": instance})
         return row._replace(last_at=nominal, last_id=instance, fired_until=max(nominal, fired_until))
 
     def _live_instance(self, row: _ScheduleRow) -> int | None:
@@ -7546,7 +7778,7 @@ class _Schedules:
         return row.last_id if is_live else None
 
     def _skip(self, row: _ScheduleRow, instance: int) -> None:
-        self._beat.tell("schedule.skipped", {}, {"name": row.name, "id": instance})
+        self._beat.report.tell("schedule.skipped", {}, {"name": row.name, "id": instance})
 
 
 class _Beat:
@@ -7555,88 +7787,49 @@ class _Beat:
     SET_RIGHT_AT_ONCE = 5000
     """So many rows are dated anew in one transaction, where the clock was set back."""
 
-    def __init__(self, core: _Scheduler, now: int, *, is_careful: bool = False) -> None:
-        self.core = core
-        self.store = core.store
-        self.now = now
-        self.is_careful = is_careful
+    def __init__(self, setup: _Setup, given: _Given) -> None:
+        self.setup = setup
+        self.given = given
+        self.store = setup.store
+        self.now = given.now
+        self.is_careful = given.is_careful
+        self.report = _Report(given.wanted, given.fired_until)
         service = _Service(self._room, self._is_live, self._closed_queues, self._is_lost)
-        self.admission = _Admission(core.store, core.options.concurrency_limits, service, now)
-        self.claims: list[_Claim] = []
-        self.left: list[_Claim] = []
-        self.refused: list[tuple[_Commit, Exception]] = []
-        self.withdrawn: list[_Claim] = []
-        self.failures: list[tuple[_Row, _Finish]] = []
-        self.kinds: list[str] = []
-        self.after: list[Callable[[], None]] = []
-        self.settled: list[tuple[int, str, _Finish | None]] = []
-        """Rows that a waiter may wait for, and how they are done."""
-        self.events: list[Event] = []
-        self.logs: list[Callable[[], None]] = []
-        self.next_at: int | None = None
-        """The next instant at which a timer of the file is due."""
-        self.is_unfinished = False
-        self.is_committing = False
-        self.interrupt: BaseException | None = None
-        self.inserted = 0
-        self.fired_until = core.fired_until
-        """Up to when the schedules were looked at: what is left before that can't be fired by this engine."""
+        self.admission = _Admission(setup.store, setup.concurrency_limits, service, given.now)
         self._freed_keys: set[str] = set()
         self._poked_buckets: set[str] = set()
         self._parents: set[int] = set()
         self._has_signals: bool | None = None
-        self._offered: set[str] = core.passed_on
-        self.passed_on: set[str] = set()
-        """Keys of whose line somebody was let out, to be looked at again in the next beat."""
-        self.reported: set[tuple[str, int | str]] = set()
-        """Classes, with their versions, that were reported as unknown, and schedules as left to others, and why."""
+        self._offered: Set[str] = given.offered
         self._rate_refused: set[tuple[str, str, str]] = set()
         self._paused: dict[str, bool] = {}
         self._picks: dict[str, _Pick] = {}
         self._known: dict[tuple[str, int], tuple[_Spec, object]] = {}
-        self._wants_steps = core.hub.wants("step.stop")
+        self._wants_steps = self.report.is_wanted("step.stop")
         self.history = _History(self)
 
-    def run(
-        self,
-        commits: Sequence[_Commit],
-        requests: Sequence[_Request],
-        wants: Callable[[_Beat], None],
-    ) -> None:
-        """Do the work of a beat, in this order; `wants` claims. A client's beats leave the timers to those who run."""
-        if commits:
-            self._settle_all(commits)
-        if requests:
-            self._serve(requests)
-        if self.core.is_running:
+    def run(self) -> _Report:
+        """Do the work of a beat, in this order, and report."""
+        given = self.given
+        if given.commits:
+            self._settle_all(given.commits)
+        if given.requests:
+            self._serve(given.requests)
+        if given.has_timers:
             self._fire()
         self._release()
-        wants(self)
+        self._claim_wanted()
         self._pass_on()
         if self._freed_keys or self._poked_buckets:
             self._release()
-            self.is_unfinished = True
+            self.report.is_unfinished = True
         self._save_buckets()
+        return self.report
 
     @property
     def _ahead_from(self) -> int:
         """From when on an instant tells of a clock that was ahead."""
         return self.now + _SET_BACK_MS
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is something to tell the log or the subscribers."""
-        return bool(self.events or self.logs or self.failures)
-
-    def tell(self, name: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
-        if self.core.hub.wants(name):
-            self.events.append(Event(name, measurements, metadata))
-
-    def log(
-        self, log: Callable[..., None], message: str, *arguments: object, extra: dict[str, Any] | None = None
-    ) -> None:
-        """Have something logged once the beat is committed; what handlers of the log do is not for its time."""
-        self.logs.append(functools.partial(log, message, *arguments, extra=extra))
 
     # Outcomes
 
@@ -7691,7 +7884,7 @@ class _Beat:
             if not self.store.db.in_transaction:
                 raise _RolledBackError(commit, error) from error
             self._undo()
-            self.refused.append((commit, error))
+            self.report.refused.append((commit, error))
             return
         if change is None:
             self._undo()
@@ -7734,16 +7927,18 @@ class _Beat:
         if commit.kind == "await":
             if self.store.has_unseen(row.id, cast(str, change.awaits), commit.shown):
                 return change._replace(status=Status.RUNNABLE, await_deadline=None)
-            self.note_due(change.await_deadline)
+            self.report.note_due(change.await_deadline)
         return change
 
     def _may_go_on(self, commit: _Commit) -> bool:
         """Ask whether an inline step may run on the claim already held."""
         row = commit.claim.row
-        is_free = not self.core.is_stopping and not self._is_paused(row.queue) and not self._keeps_waiting(commit)
+        is_free = not self.given.is_stopping and not self._is_paused(row.queue) and not self._keeps_waiting(commit)
         if is_free and (not commit.is_asking or self._admit(commit)):
             return True
-        self.tell("inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": cast(_Progress, commit.change).step})
+        self.report.tell(
+            "inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": cast(_Progress, commit.change).step}
+        )
         return False
 
     def _keeps_waiting(self, commit: _Commit) -> bool:
@@ -7753,7 +7948,7 @@ class _Beat:
         """
         claim, instant = commit.claim, time.perf_counter()
         since = claim.started_at if claim.inline_since is None else claim.inline_since
-        if instant - since < self.core.INLINE_S:
+        if instant - since < self.given.inline_s:
             return False
         key, kept = claim.row.concurrency_key, cast(_Progress, commit.change).concurrency_key
         if self._has_due(claim.row.queue) or (key is not None and key == kept and self.store.line_queues(f"key:{key}")):
@@ -7803,22 +7998,22 @@ class _Beat:
         claim, row = commit.claim, commit.claim.row
         if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
             self._freed_keys.add(row.concurrency_key)
-        self.left.append(claim)
-        self.kinds.append(commit.kind)
+        self.report.left.append(claim)
+        self.report.kinds.append(commit.kind)
         inbox = self.store.inbox(row.id) if self._may_have_signals() else _NO_SIGNALS
         following = _Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, inbox)
         following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
-        self.claims.append(following)
+        self.report.claims.append(following)
         if self._wants_steps:
             self._tell_step(commit)
-        if self.core.hub.wants("inline.continue"):
-            self.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
+        if self.report.is_wanted("inline.continue"):
+            self.report.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
 
     def _left(self, commit: _Commit, change: _Change) -> None:
         """Note what a row that has left `executing` sets free, and who waits for it."""
         row = commit.claim.row
-        self.left.append(commit.claim)
-        self.kinds.append(commit.kind)
+        self.report.left.append(commit.claim)
+        self.report.kinds.append(commit.kind)
         if self._wants_steps:
             self._tell_step(commit)
         if isinstance(change, _Again) and (reported := commit.claim.desk.progress.get((row.id, row.claim))):
@@ -7828,7 +8023,7 @@ class _Beat:
             self._empty_inbox(commit.claim)
         self._departed(row, change.status, done)
         if isinstance(change, _Finish) and done is None:
-            self.failures.append((row, change))
+            self.report.failures.append((row, change))
 
     def _departed(self, row: _Row, status: str, done: _Finish | None = None) -> None:
         if row.concurrency_key is not None:
@@ -7836,7 +8031,7 @@ class _Beat:
         if status in _TERMINAL and row.parent_id is not None:
             self._parents.add(row.parent_id)
         if status != Status.RUNNABLE:
-            self.settled.append((row.id, status, done))
+            self.report.settled.append((row.id, status, done))
 
     def _empty_inbox(self, claim: _Claim) -> None:
         """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
@@ -7844,8 +8039,8 @@ class _Beat:
         for signal, name in self.store.empty_inbox(row.id, self.history.kept_by(claim)):
             if signal not in seen:
                 message = "instance %d is done: the signal %r, which came while its last step ran, is dropped unseen"
-                self.log(_log.warning, message, row.id, name, extra=_log_details(row))
-                self.tell("signal.dropped", {}, {"id": row.id, "name": name})
+                self.report.log(_log.warning, message, row.id, name, extra=_log_details(row))
+                self.report.tell("signal.dropped", {}, {"id": row.id, "name": name})
 
     def _may_have_signals(self) -> bool:
         """Whether there is any signal in the file: most files have none, so one look saves one for each row."""
@@ -7855,7 +8050,7 @@ class _Beat:
 
     def _tell_step(self, commit: _Commit) -> None:
         row = commit.claim.row
-        self.tell(
+        self.report.tell(
             "step.stop",
             {"duration": commit.duration},
             {"id": row.id, "fsm": row.fsm, "step": row.step, "kind": commit.kind},
@@ -7871,8 +8066,8 @@ class _Beat:
             self.history.record_all((commit._replace(kind="cancel", change=change),))
             self._left(commit._replace(kind="stop"), change)
             return
-        self.left.append(commit.claim)
-        self.tell("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})
+        self.report.left.append(commit.claim)
+        self.report.tell("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})
 
     def _apply(self, row: _Row, effect: _Effect) -> None:
         match effect:
@@ -7880,7 +8075,7 @@ class _Beat:
                 self.store.run(effect)
             case _Follower():
                 if self._insert_row(effect.row) is None:
-                    self.log(
+                    self.report.log(
                         _log.info,
                         "instance %d: its insert of %s is dropped, the correlation key %r is taken",
                         row.id,
@@ -7889,13 +8084,13 @@ class _Beat:
                         extra=_log_details(row),
                     )
                 else:
-                    self.inserted += 1
+                    self.report.inserted += 1
             case _Message():
                 try:
                     self.signal(effect)
                 except NoTargetError as error:
                     details = _log_details(row)
-                    self.log(_log.info, "instance %d: its signal is dropped: %s", row.id, error, extra=details)
+                    self.report.log(_log.info, "instance %d: its signal is dropped: %s", row.id, error, extra=details)
 
     # Requests
 
@@ -7916,7 +8111,7 @@ class _Beat:
         ids = iter(self._insert_many(rows) if rows else ())
         for request in requests:
             request.value = [next(ids) for _ in request.rows]
-        self.inserted += len(rows)
+        self.report.inserted += len(rows)
 
     def _answer(self, request: _Request) -> None:
         request.error = None  # of a first try
@@ -7951,7 +8146,7 @@ class _Beat:
         if instance is None:
             occupant = self.store.occupant(cast(str, row.correlation_key))
             raise DuplicateError(cast(str, row.correlation_key), occupant[0] if occupant else 0)
-        self.inserted += 1
+        self.report.inserted += 1
         return instance
 
     def insert_all(self, rows: Sequence[_NewRow]) -> list[int | None]:
@@ -7964,7 +8159,7 @@ class _Beat:
             if end < len(rows):
                 ids.append(self._insert_row(rows[end]))
             start = end + 1
-        self.inserted += sum(one is not None for one in ids)
+        self.report.inserted += sum(one is not None for one in ids)
         return ids
 
     def _addressed(self, target: int | str) -> tuple[int, str | None]:
@@ -8005,21 +8200,19 @@ class _Beat:
         if status in _TERMINAL:
             return False
         if status == Status.EXECUTING:
-            claim = self.core.take_unstarted(row)
-            if claim is None:
-                self.after.append(functools.partial(self.core.cancel_running, instance))
-                return self.store.request_cancel(instance, reason)
-            self.withdrawn.append(claim)
-            change = _failed(row, row.cancel_reason or reason)
-            self.store.settle(row, change, self.now, row.cancel_reason)
-            self._left(_Commit(claim, "stop", change), change)
-            return True
+            for claim in self._take_back(row.queue, instance):
+                change = _failed(row, row.cancel_reason or reason)
+                self.store.settle(row, change, self.now, row.cancel_reason)
+                self._left(_Commit(claim, "stop", change), change)
+                return True
+            self.report.cancelled.append(instance)
+            return self.store.request_cancel(instance, reason)
         self.store.end(instance, reason, self.now)
         self.history.record(row, "cancel", seq=row.claim + 1, error=reason)
         self._departed(row, Status.FAILED)
         if row.rate_limit is not None and status == Status.RUNNABLE:
             self._poked_buckets.add(row.rate_limit)
-        self.failures.append((row, _failed(row, reason)))
+        self.report.failures.append((row, _failed(row, reason)))
         return True
 
     def revive(self, instance: int) -> None:
@@ -8050,16 +8243,16 @@ class _Beat:
             self.history.record(row, "crash", worker=worker, error=change.last_error)
             self._departed(row, change.status)
             if isinstance(change, _Finish) and change.status == Status.FAILED:
-                self.failures.append((row, change))
+                self.report.failures.append((row, change))
         self.store.unregister(worker)
-        self.tell("reaper.reaped", {"count": len(rows)}, {"worker": worker})
+        self.report.tell("reaper.reaped", {"count": len(rows)}, {"worker": worker})
         return len(rows)
 
     def give_back(self, claims: Iterable[_Claim]) -> None:
         """Let others have what this engine has claimed and not run, or not to its end."""
         for claim in claims:
             self._give_back(claim.row)
-            self.left.append(claim)
+            self.report.left.append(claim)
 
     def pause(self, queue: str) -> None:
         self.store.pause(queue)
@@ -8069,12 +8262,11 @@ class _Beat:
 
     def give_back_unstarted(self, queue: str) -> None:
         """Give back what is claimed ahead in a queue that was paused, also by this very beat."""
-        for claim in self.core.withdraw(queue):
-            self.withdrawn.append(claim)
-            self.left.append(claim)
+        for claim in self._take_back(queue):
+            self.report.left.append(claim)
             self._give_back(claim.row)
-        for claim in [one for one in self.claims if one.row.queue == queue]:
-            self.claims.remove(claim)
+        for claim in [one for one in self.report.claims if one.row.queue == queue]:
+            self.report.claims.remove(claim)
             self._give_back(claim.row)
 
     def save_policies(self, policies: Iterable[_Policy]) -> None:
@@ -8109,21 +8301,25 @@ class _Beat:
 
     def cancel_unstarted(self, row: _Row, reason: str) -> None:
         """Fail a claimed row that another process has cancelled, if it has not started by now."""
-        claim = self.core.take_unstarted(row)
-        if claim is not None:
-            self.withdrawn.append(claim)
+        for claim in self._take_back(row.queue, row.id):
             change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
             self._left(_Commit(claim, "stop", change), change)
 
+    def _take_back(self, queue: str, instance: int | None = None) -> list[_Claim]:
+        """Take claims of a queue from those who are to run them, as far as they have not started."""
+        claims = self.setup.take_back(queue, instance)
+        self.report.withdrawn.extend(claims)
+        return claims
+
     def collect(self, after: _SweepPosition, count: int) -> tuple[int, _SweepPosition | None]:
         """Delete up to so many ended rows older than their retention; return how many, and where to go on."""
-        retention = self.core.options.retention_ms if after.retention is None else after.retention
+        retention = self.setup.retention_ms if after.retention is None else after.retention
         rows = self.store.sweep(after, self.now - retention, count)
         self.store.collect(instance for instance, *_ in rows)
         buckets = self.store.collect_buckets(self.now, count)
         if rows or buckets:
-            self.tell("gc.swept", {"count": len(rows) + buckets}, {})
+            self.report.tell("gc.swept", {"count": len(rows) + buckets}, {})
         return len(rows) + buckets, self._sweep_on(after, rows, count)
 
     def _sweep_on(
@@ -8158,36 +8354,32 @@ class _Beat:
     # Timers
 
     def _fire(self) -> None:
-        deadline, ready_at, fires_at = self.store.timers(self.fired_until)
+        deadline, ready_at, fires_at = self.store.timers(self.report.fired_until)
         if fires_at is not None and fires_at <= self.now:
-            _Schedules(self).fire(self.fired_until)
-            self.fired_until = self.now  # it is not asked again and again for those that it has left
+            _Schedules(self).fire(self.report.fired_until)
+            self.report.fired_until = self.now  # it is not asked again and again for those that it has left
             _, _, fires_at = self.store.timers(self.now)
-        self.note_due(fires_at)
+        self.report.note_due(fires_at)
         if deadline is not None and deadline <= self.now:
             self._fire_awaits(self.now)
             deadline, _, _ = self.store.timers(self.now)
-        self.note_due(deadline)
+        self.report.note_due(deadline)
         if ready_at is not None and ready_at <= self.now:
             self._poked_buckets.update(self.store.ready_buckets(self.now))
             ready_at = self.store.next_ready(self.now)
-        self.note_due(ready_at)
+        self.report.note_due(ready_at)
 
     def look_at_schedules_again(self) -> None:
         """Forget how far the schedules were looked at."""
-        self.fired_until = _LONG_AGO
+        self.report.fired_until = _LONG_AGO
 
     def _fire_awaits(self, until: int) -> int:
         count = 0
         while fired := self.store.fire(self.now, until):
             for instance, fsm, step_name in fired:
-                self.tell("await.timeout", {}, {"id": instance, "fsm": fsm, "step": step_name})
+                self.report.tell("await.timeout", {}, {"id": instance, "fsm": fsm, "step": step_name})
             count += len(fired)
         return count
-
-    def note_due(self, instant: int | None) -> None:
-        if instant is not None and (self.next_at is None or instant < self.next_at):
-            self.next_at = instant
 
     # Limits
 
@@ -8241,8 +8433,8 @@ class _Beat:
         for key, queue, rate in self._rate_refused:
             if self.store.unpark_other(f"key:{key}", queue, rate):
                 passed_on.add(key)
-        self.passed_on = passed_on
-        self.is_unfinished |= bool(passed_on)
+        self.report.passed_on = passed_on
+        self.report.is_unfinished |= bool(passed_on)
 
     def _offer_again(self, key: str) -> bool:
         """Let the next rows of a key's line go, in queues that this engine serves; False if there are none."""
@@ -8261,8 +8453,8 @@ class _Beat:
             message = (
                 "the clock is behind what it has written: %d instances wait from now on for what they were to wait"
             )
-            self.log(_log.warning, message, count)
-        self.is_unfinished |= is_more
+            self.report.log(_log.warning, message, count)
+        self.report.is_unfinished |= is_more
         self.sweep_lines()
         return not is_more
 
@@ -8276,7 +8468,7 @@ class _Beat:
 
     def _save_buckets(self) -> None:
         """Write the buckets, and note when the next is ready for its line."""
-        self.note_due(self.admission.save())
+        self.report.note_due(self.admission.save())
 
     # Who serves what
 
@@ -8284,27 +8476,49 @@ class _Beat:
         """How many more rows of a queue this engine can claim now."""
         if self._picks:
             return self._picks[queue].room if queue in self._picks and not self._is_paused(queue) else 0
-        return self.core.room(queue, self)
+        return 0 if self._is_paused(queue) else self._free_slots(queue)
+
+    def _free_slots(self, queue: str) -> int:
+        """How many more rows of a queue this engine can run, with those counted that this beat has seen come and go."""
+        slots, is_drain = self.given.demand.slots, self.given.demand.is_drain
+        if slots is None or is_drain or queue not in slots:
+            return 1 if slots is None else slots.get(queue, 0)
+        leaving = operator.countOf(map(_queue_of, self.report.left), queue)
+        coming = operator.countOf(map(_queue_of, self.report.claims), queue)
+        return max(0, slots[queue] + leaving - coming)
 
     @functools.cached_property
     def _elsewhere(self) -> frozenset[str]:
         """The queues that other engines serve."""
-        return self.store.served_elsewhere(self.core.worker_id)
+        return self.store.served_elsewhere(self.setup.worker_id)
 
     def _is_live(self, queue: str) -> bool:
-        return not self._is_paused(queue) and (self.core.serves(queue) or queue in self._elsewhere)
+        slots = self.given.demand.slots
+        return not self._is_paused(queue) and (slots is None or queue in slots or queue in self._elsewhere)
 
     def _closed_queues(self) -> list[str]:
-        queues = self._elsewhere.union(self.core.queues)
+        queues = self._elsewhere.union(self.given.demand.slots or ())
         return [queue for queue in queues if self._room(queue) <= 0 and self._is_live(queue)]
 
     def _is_lost(self, row: _Waiting) -> bool:
-        return row.queue not in self._elsewhere and not self.core.can_run(row.fsm, row.version)
+        return row.queue not in self._elsewhere and not self.setup.behaviours.can_run(row.fsm, row.version)
 
     # Claims
 
     PARKED_AT_ONCE = 2000
     """With so many rows parked, the beat ends; the next goes on at once."""
+
+    def _claim_wanted(self) -> None:
+        """Claim what the engine wants; a drain, whose step has gone on inline, wants no other."""
+        demand = self.given.demand
+        at_most = demand.at_most - (len(self.report.claims) if demand.is_drain else 0)
+        if at_most <= 0:
+            return
+        queues = self.runnable_queues() if demand.slots is None else demand.slots
+        slots = {queue: self._free_slots(queue) for queue in queues}
+        self.claim({queue: count for queue, count in slots.items() if count}, horizon=demand.horizon, at_most=at_most)
+        if self.report.is_wanted("scheduler.saturation"):
+            self.report.saturated = [queue for queue, count in slots.items() if not count]
 
     def claim(self, room: Mapping[str, int], *, horizon: int | None = None, at_most: int = _MAX_INTEGER) -> int:
         """Claim up to so many rows of each queue, and at most so many in all; note when the next is due.
@@ -8325,13 +8539,13 @@ class _Beat:
             is_taken = self._take_or_park(pick, row, found)
             count, parked = count + is_taken, parked + (not is_taken)
             self._go_through(pick, met, takes_any=takes_any)
-        self.is_unfinished |= parked >= self.PARKED_AT_ONCE
+        self.report.is_unfinished |= parked >= self.PARKED_AT_ONCE
         picks, self._picks = self._picks, {}
         for pick in picks.values():
             if not pick.is_written:
                 self._write_pick(pick)
-            if self.core.hub.wants("pick.stop"):
-                self.tell("pick.stop", {"count": len(pick.taken), "demand": pick.slots}, {"queue": pick.queue})
+            if self.report.is_wanted("pick.stop"):
+                self.report.tell("pick.stop", {"count": len(pick.taken), "demand": pick.slots}, {"queue": pick.queue})
         self.admission.forget_lines()
         return sum(len(pick.taken) for pick in picks.values())
 
@@ -8341,7 +8555,7 @@ class _Beat:
         while (head := self.store.next_priority(pick.queue, priority)) is not None:
             priority, eligible_at = head
             if eligible_at > pick.horizon:
-                self.note_due(eligible_at)
+                self.report.note_due(eligible_at)
                 continue
             rows = self.store.candidates(pick.queue, priority, pick.horizon)
             while (row := next(rows, None)) is not None:
@@ -8350,7 +8564,7 @@ class _Beat:
                     rows = self._known_rows(pick, priority)
                 else:
                     yield row, found
-            self.note_due(self.store.next_due(pick.queue, priority, pick.horizon))
+            self.report.note_due(self.store.next_due(pick.queue, priority, pick.horizon))
 
     def _go_through(self, pick: _Pick, met: list[Any], *, takes_any: bool) -> None:
         """Take rows of a queue as far as they have no limits; the first that has is to be met in its turn."""
@@ -8373,7 +8587,7 @@ class _Beat:
 
     def _take(self, pick: _Pick, row: _Row, found: tuple[_Spec, object]) -> None:
         inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
-        pick.taken.append(_Claim(row, *found, self.core.desk, inbox))
+        pick.taken.append(_Claim(row, *found, self.setup.desk, inbox))
         if len(pick.taken) == pick.slots:
             self._write_pick(pick)
             self.admission.forget_closed()
@@ -8385,32 +8599,35 @@ class _Beat:
         if pick.parked:
             self.store.park_many(pick.parked)
         if pick.taken:
-            self.store.claim_many(self.core.worker_id, pick.taken, self.now)
-            self.claims.extend(pick.taken)
+            self.store.claim_many(self.setup.worker_id, pick.taken, self.now)
+            self.report.claims.extend(pick.taken)
 
     def _find(self, row: _Row) -> tuple[_Spec, object] | None:
         """Find a row's class and the object of it, asked for once in a beat; None if it can't run here, or not yet."""
-        found = self.core.behaviour_of(row.fsm, row.version)
-        if found is None:
-            self.core.report_unknown(self, row)
-        else:
+        behaviours = self.setup.behaviours
+        found = behaviours.find(row.fsm, row.version)
+        if found is not None:
             self._known[row.fsm, row.version] = found
+        elif not behaviours.is_coming(behaviours.spec_for(row.fsm, row.version)):
+            self.report.unknown[row.fsm, row.version] = row.queue
         return found
 
     def _known_rows(self, pick: _Pick, priority: int) -> Iterator[_Row]:
         """Go on without the rows of classes that can't run, which are skipped within the index."""
         seen = {claim.row.id for claim in pick.taken} | {instance for _, instance in pick.parked}
-        rows = self.store.known_candidates(pick.queue, priority, pick.horizon, self.core.known_classes())
+        rows = self.store.known_candidates(pick.queue, priority, pick.horizon, self.setup.behaviours.known())
         return (row for row in rows if row.id not in seen)
 
     def _note_parked(self, row: _Row, parked_on: str) -> None:
         """A row that one limit refused leaves what the other had kept for it to those behind it."""
         if parked_on.startswith("key:"):
-            self.tell("concurrency.throttled", {}, {"id": row.id, "key": row.concurrency_key, "queue": row.queue})
+            self.report.tell(
+                "concurrency.throttled", {}, {"id": row.id, "key": row.concurrency_key, "queue": row.queue}
+            )
             if row.rate_limit is not None:
                 self._poked_buckets.add(row.rate_limit)
             return
-        self.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
+        self.report.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
         if row.concurrency_key is not None:
             self._rate_refused.add((row.concurrency_key, row.queue, cast(str, row.rate_limit)))
 
@@ -8519,90 +8736,6 @@ class _Options:
             )
 
 
-class _Behaviours:
-    """The classes that this engine can run, and the one object of each: as given, or made without arguments."""
-
-    def __init__(self, given: Iterable[object]) -> None:
-        self._objects: dict[type, object] = {}
-        if not isinstance(given, Iterable):
-            raise ValueError(f"fsms must hold FSM classes or objects of them, not be {given!r}")
-        for one in given:
-            cls = one if isinstance(one, type) else getattr(one, "fsm", type(one))
-            if not isinstance(cls, type) or not issubclass(cls, FSM):
-                raise ValueError(f"fsms must hold FSM classes or objects of them, not {one!r}")
-            if not isinstance(one, type) and isinstance(one, FSM):
-                self._objects[cls] = one
-        self._unusable: set[type] = set()
-        self._coming: set[type] = set()
-        self.wanted: set[type[FSM]] = set()
-        """Classes that were met and have no object yet; once taken they are coming."""
-
-    def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
-        """Return a class's description and object; None if it is not known here, or has no object yet."""
-        spec = self.spec_for(name, version)
-        if spec is None:
-            return None
-        behaviour = self._objects.get(spec.cls)
-        if behaviour is None:
-            is_settled = spec.cls in self._unusable or spec.cls in self._coming
-            behaviour = self._objects.get(spec.cls)  # again: one that is no longer coming is here
-            if behaviour is None:
-                if not is_settled:
-                    self.wanted.add(spec.cls)
-                return None
-        return spec, behaviour
-
-    def take_wanted(self) -> set[type[FSM]]:
-        taken, self.wanted = self.wanted, set()
-        self._coming |= taken
-        return taken
-
-    def make(self, cls: type[FSM]) -> None:
-        """Make the object of a class; the user's code, so not within a transaction."""
-        try:
-            self._objects[cls] = cls()
-        except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
-            self._unusable.add(cls)
-            _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
-        finally:
-            self.leave(cls)
-
-    def leave(self, cls: type[FSM]) -> None:
-        """It is no longer coming: it is here, or can't be had."""
-        self._coming.discard(cls)
-
-    def is_coming(self, spec: _Spec | None) -> bool:
-        return spec is not None and spec.cls in self.wanted | self._coming
-
-    def highest(self, name: str) -> _Spec | None:
-        """Return the highest version of a class that can be run here."""
-        return self.highest_by_name().get(name)
-
-    def highest_by_name(self) -> dict[str, _Spec]:
-        """Return the highest version of each class that can be run here."""
-        highest: dict[str, _Spec] = {}
-        for (name, version), spec in list(_registry.items()):
-            if spec.cls not in self._unusable and (name not in highest or version > highest[name].version):
-                highest[name] = spec
-        return highest
-
-    def known(self) -> str:
-        """List what can be run or has not been met, as JSON for a statement."""
-        left_out = self._unusable | self._coming | self.wanted
-        usable = [
-            (name, version, spec) for (name, version), spec in list(_registry.items()) if spec.cls not in left_out
-        ]
-        return _encode([(name, 0 if spec.migrates else version, version) for name, version, spec in usable])
-
-    def spec_for(self, name: str, version: int) -> _Spec | None:
-        """Return the class of a version, or the highest, if none is registered for that one and it migrates."""
-        exact = _registry.get((name, version))
-        if exact is not None:
-            return exact
-        highest = self.highest(name)
-        return highest if highest is not None and highest.migrates and version < highest.version else None
-
-
 def _timeout_error(claim: _Claim) -> TimeoutError:
     claim.is_timed_out = True
     return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
@@ -8679,6 +8812,8 @@ class _Agenda:
     """How many classes had been registered at the last look."""
     progress_at: float = 0.0
     """When the progress of steps may be written again."""
+    passed_on: Set[str] = frozenset()
+    """Keys of whose line the last beat has let somebody out, for the next to look at."""
     fired_until: int = _END_OF_TIME
     """Up to when the schedules were looked at: all time, until what the classes declare is written."""
 
@@ -8823,7 +8958,7 @@ class _Peers:
     def renew(self, beat: _Beat) -> None:
         """Renew the lease, and judge those of the others."""
         now, lease_ms, worker_id = beat.now, self._options.lease_ms, self._core.worker_id
-        beat.after.append(functools.partial(self._note_renewed, now))
+        beat.report.after.append(functools.partial(self._note_renewed, now))
         if self._core.is_stopping:  # it may have signed off
             return
         if now - self._renewed_at >= lease_ms - self._options.heartbeat_ms:
@@ -8833,7 +8968,7 @@ class _Peers:
                 self._core.files.lose(_LOCKS_NOT_SHARED)
                 return
             message = "engine %s was taken for dead; what it had claimed runs elsewhere"
-            beat.log(_log.warning, message, self._options.name)
+            beat.report.log(_log.warning, message, self._options.name)
             beat.store.register(self._row(now, lease_ms))
         if now >= self._judge_from:
             for worker in beat.store.workers():
@@ -8974,14 +9109,14 @@ class _Peers:
         self._reap(beat, worker, "its process died")
         if lock is not None:
             beat.store.note_taken(worker.id, beat.now)
-            beat.after.append(lock.remove)
+            beat.report.after.append(lock.remove)
 
     def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
         cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
         count = beat.reap(worker.id, cause)
         message = "reclaimed %d instances of worker %s, pid %d: %s"
-        beat.log(_log.info, message, count, worker.name, worker.pid, how)
-        beat.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
+        beat.report.log(_log.info, message, count, worker.name, worker.pid, how)
+        beat.report.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
 
 
 class _Drain:
@@ -9006,15 +9141,22 @@ class _Drain:
     def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
         (self._ready.extendleft if first else self._ready.extend)(claims)
 
-    def serves(self, queue: str) -> bool:
-        return self._queue in (None, queue) and not self._is_over
+    def note(self, report: _Report) -> None:
+        """Count what a beat has committed, and remember which schedules it has fired."""
+        self.tally.update(report.kinds)
+        self.fired.update(report.fired)
+
+    def demand(self, at_most: int = 0) -> _Demand:
+        """Say what it takes: at most so many rows, of its queue or of all."""
+        slots = {} if self._is_over else None if self._queue is None else {self._queue: 1}
+        return _Demand(slots, at_most, _END_OF_TIME if self._with_scheduled else None, is_drain=True)
 
     def run(self, max_steps: int) -> None:
         """Run one row after the other until none is left that is due."""
         core = self._core
         while True:
             core.notice_set_back(core.desk.now())
-            is_unfinished = core.beat_once(self._want)
+            is_unfinished = core.beat_once(self.demand(0 if self._ready else 1))
             if core.failure is not None:
                 raise core.failure
             has_more = self._make_objects()
@@ -9033,12 +9175,6 @@ class _Drain:
         self._is_over = True
         if self._runner is not None:
             _run_outside_loop(self._runner.close)
-
-    def _want(self, beat: _Beat) -> None:
-        if not beat.claims and not self._ready:
-            queues = beat.runnable_queues() if self._queue is None else (self._queue,)
-            horizon = _END_OF_TIME if self._with_scheduled else beat.now
-            beat.claim(dict.fromkeys(queues, 1), horizon=horizon, at_most=1)
 
     def _make_objects(self) -> bool:
         """Make the objects of the classes that the last beat has met; False if there are none."""
@@ -9068,7 +9204,7 @@ class _Drain:
             self._core.finish(self._rule(claim, context, run(claim, context)))
         except BaseException as error:
             self._core.finish(_crash(claim, error))
-            self._core.beat_once(lambda beat: None)
+            self._core.beat_once()
             raise
 
     def _run_plain(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
@@ -9158,15 +9294,15 @@ class _Scheduler:
         self._drain: _Drain | None = None
         self._bell = _Bell()
         self._thread: threading.Thread | None = None
-        self._reported: set[tuple[str, int | str]] = set()
+        self._reported: set[tuple[str, int | str]] = set()  # unknown classes with versions, schedules left with reasons
         self._timeouts = _Timeouts()
         self._life_lock = threading.Lock()
         self._life_owner: int | None = None
         self._drained = _Bell()
         self._stopped = threading.Event()
         self._agenda = _Agenda(seen_at=self.desk.now())
+        self._setup = self._set_up()
         self.peers = _Peers(self)
-        self.passed_on: set[str] = set()
         _process.schedulers.add(self)
 
     def _open(self) -> _Store:
@@ -9179,6 +9315,18 @@ class _Scheduler:
         self.files.watch()
         store.patience.tell = self._tell_wait
         return store
+
+    def _set_up(self) -> _Setup:
+        return _Setup(
+            store=self.store,
+            desk=self.desk,
+            behaviours=self.behaviours,
+            worker_id=self.worker_id,
+            concurrency_limits=self.options.concurrency_limits,
+            keeps_history=self.options.history,
+            retention_ms=self.options.retention_ms,
+            take_back=self._take_back,
+        )
 
     # Requests
 
@@ -9356,14 +9504,14 @@ class _Scheduler:
                 self._beat()
         self.hub.flush()
 
-    def beat_once(self, wants: Callable[[_Beat], None]) -> bool:
-        """Run one beat, which claims what `wants` does; True if it has left something for the next.
+    def beat_once(self, demand: _Demand | None = None) -> bool:
+        """Run one beat, which claims what is demanded; True if it has left something for the next.
 
         `failure` says whether storage refused it.
         """
         with self._beat_lock:
             self.check_open()
-            is_unfinished = self._beat(wants)
+            is_unfinished = self._beat(demand)
         self.hub.flush()
         return is_unfinished
 
@@ -9440,59 +9588,16 @@ class _Scheduler:
             time.sleep(0.5)
         return None
 
-    def behaviour_of(self, name: str, version: int) -> tuple[_Spec, object] | None:
-        return self.behaviours.find(name, version)
-
-    def known_classes(self) -> str:
-        return self.behaviours.known()
-
-    def can_run(self, name: str, version: int) -> bool:
-        """Whether rows of a class can run here, or will when its object is made."""
-        if self.behaviours.find(name, version) is not None:
-            return True
-        return self.behaviours.is_coming(_registry.get((name, version)))
-
-    def report_unknown(self, beat: _Beat, row: _Row) -> None:
-        spec = self.behaviours.spec_for(row.fsm, row.version)
-        is_new = (row.fsm, row.version) not in self._reported | beat.reported
-        if is_new and not self.behaviours.is_coming(spec):
-            beat.reported.add((row.fsm, row.version))
-            message = "nothing here can run %s version %d: its instances wait"
-            beat.log(_log.warning, message, row.fsm, row.version)
-            beat.tell("fsm.unknown", {}, {"fsm": row.fsm, "version": row.version, "queue": row.queue})
-
-    def report_left(self, beat: _Beat, schedule: str, reason: str) -> None:
-        """Say, once, why this engine leaves a schedule to others."""
-        if (schedule, reason) not in self._reported | beat.reported:
-            beat.reported.add((schedule, reason))
-            beat.log(_log.warning, "the schedule %s is left to other engines: %s", schedule, reason)
-
-    @property
-    def fired_until(self) -> int:
-        """Up to when the schedules were looked at."""
-        return self._agenda.fired_until
-
-    def may_fire(self, schedule: str) -> bool:
-        """Whether a schedule may fire: in a drain once, so that none makes it endless."""
-        return self._drain is None or schedule not in self._drain.fired
-
-    def note_fired(self, schedule: str) -> None:
-        if self._drain is not None:
-            self._drain.fired.add(schedule)
-
-    def take_unstarted(self, row: _Row) -> _Claim | None:
-        """Take a claimed row back from its queue's pool, if it has not started."""
-        pool = self._pools.get(row.queue)
-        return pool.discard(row.id) if pool is not None else None
-
-    def withdraw(self, queue: str) -> list[_Claim]:
-        """Take back all claimed rows of a queue that have not started."""
+    def _take_back(self, queue: str, instance: int | None) -> list[_Claim]:
+        """Take claimed rows of a queue that have not started from its pool: all, or only that one."""
         pool = self._pools.get(queue)
-        return pool.withdraw() if pool is not None else []
+        if pool is None:
+            return []
+        return pool.withdraw() if instance is None else [one for one in [pool.discard(instance)] if one is not None]
 
     # The beat
 
-    def _beat(self, wants: Callable[[_Beat], None] | None = None) -> bool:
+    def _beat(self, demand: _Demand | None = None) -> bool:
         """Run one transaction and tell everybody who waits for it; True if it has left something for the next.
 
         The caller holds the lock.
@@ -9500,7 +9605,7 @@ class _Scheduler:
         commits = self._take_finished()
         requests = self._take_requests()
         try:
-            beat = self._transact(list(commits), requests, wants or self._want)
+            report = self._transact(list(commits), requests, demand or self._demand())
         except BaseException as error:
             self._finished.extendleft(reversed(commits))
             if not isinstance(error, Exception):  # an interrupt: the callers' requests are tried again
@@ -9511,11 +9616,11 @@ class _Scheduler:
         self.beat_at = time.monotonic()
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
-        self._publish(beat, requests)
+        self._publish(report, requests)
         self._checkpoint()
-        if beat.interrupt is not None:
-            raise beat.interrupt
-        return beat.is_unfinished
+        if report.interrupt is not None:
+            raise report.interrupt
+        return report.is_unfinished
 
     def _checkpoint(self) -> None:
         """Have the log copied once it is large: here, or aside if that takes long and there are threads."""
@@ -9548,23 +9653,25 @@ class _Scheduler:
             duties.append(self._show_progress)
         return duties
 
-    def _transact(self, commits: list[_Commit], requests: list[_Request], wants: Callable[[_Beat], None]) -> _Beat:
+    def _transact(self, commits: list[_Commit], requests: list[_Request], demand: _Demand) -> _Report:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
         is_careful = False
         refused: list[tuple[_Commit, Exception]] = []
         while True:
-            beat = _Beat(self, self.desk.now(), is_careful=is_careful)
+            beat = _Beat(self._setup, self._given(commits, requests, demand, is_careful=is_careful))
+            report = beat.report
+            is_committing = False
             started = time.perf_counter()
             try:
                 self.store.begin()
-                beat.run(commits, requests, wants)
-                beat.is_committing = True
+                beat.run()
+                is_committing = True
                 self.store.commit()
             except BaseException as error:
-                if beat.is_committing and isinstance(error, KeyboardInterrupt) and not self.store.db.in_transaction:
-                    beat.interrupt = error  # it came between the commit and here: what is committed is told first
-                    return beat
-                self._undo(beat)
+                if is_committing and isinstance(error, KeyboardInterrupt) and not self.store.db.in_transaction:
+                    report.interrupt = error  # it came between the commit and here: what is committed is told first
+                    return report
+                self._undo(report)
                 if isinstance(error, _RolledBackError):
                     commits.remove(error.commit)
                     refused.append((error.commit, error.error))
@@ -9576,17 +9683,34 @@ class _Scheduler:
                     self.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
                     is_careful = True
                 continue
-            beat.refused.extend(refused)
-            duration = time.perf_counter() - started
-            if (commits or beat.inserted) and self.hub.wants("commit.stop"):
-                beat.tell("commit.stop", {"outcomes": len(commits), "inserts": beat.inserted, "duration": duration}, {})
-            return beat
+            report.refused.extend(refused)
+            if (commits or report.inserted) and report.is_wanted("commit.stop"):
+                duration = time.perf_counter() - started
+                measurements = {"outcomes": len(commits), "inserts": report.inserted, "duration": duration}
+                report.tell("commit.stop", measurements, {})
+            return report
 
-    def _undo(self, beat: _Beat) -> None:
+    def _given(self, commits: list[_Commit], requests: list[_Request], demand: _Demand, *, is_careful: bool) -> _Given:
+        return _Given(
+            now=self.desk.now(),
+            commits=commits,
+            requests=requests,
+            demand=demand,
+            wanted=self.hub.wanted,
+            has_timers=bool(self._pools) or self._drain is not None,
+            is_stopping=self.is_stopping,
+            fired_until=self._agenda.fired_until,
+            has_fired=frozenset() if self._drain is None else self._drain.fired,
+            offered=self._agenda.passed_on,
+            inline_s=self.INLINE_S,
+            is_careful=is_careful,
+        )
+
+    def _undo(self, report: _Report) -> None:
         try:
             self.store.rollback()
         finally:
-            for claim in reversed(beat.withdrawn):
+            for claim in reversed(report.withdrawn):
                 self._pools[claim.row.queue].submit([claim], first=True)
 
     def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
@@ -9632,37 +9756,50 @@ class _Scheduler:
             self._report_failure(_LostFileError(self.files.loss), [])
         return self.files.loss is None
 
-    def _publish(self, beat: _Beat, requests: list[_Request]) -> None:
+    def _publish(self, report: _Report, requests: list[_Request]) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims."""
-        self._agenda.due_at = self.desk.now() if beat.is_unfinished else beat.next_at
-        self.passed_on = beat.passed_on
-        self._agenda.fired_until = beat.fired_until
-        if beat.left:
-            self._let_go(beat.left)
-        if beat.claims or beat.refused:
-            self._dispatch(beat)
+        self._agenda.due_at = self.desk.now() if report.is_unfinished else report.next_at
+        self._agenda.passed_on = report.passed_on
+        self._agenda.fired_until = report.fired_until
+        if report.left:
+            self._let_go(report.left)
+        if report.claims or report.refused:
+            self._dispatch(report)
         for request in requests:
             request.settle()
-        for act in beat.after:
+        for act in report.after:
             act()
+        if report.cancelled:
+            self._cancel_async(lambda claim: claim.row.id in report.cancelled)
         if self._drain is not None:
-            self._drain.tally.update(beat.kinds)
+            self._drain.note(report)
         if self.waiters:
-            self.waiters.notify(beat.settled)
-        if self.behaviours.wanted:
-            for cls in self.behaviours.take_wanted():
-                self._make_behaviour(cls)
-        if beat.has_news:
-            self._tell(beat)
+            self.waiters.notify(report.settled)
+        for cls in self.behaviours.take_wanted() if self.behaviours.wanted else ():
+            self._make_behaviour(cls)
+        if report.has_news:
+            self._tell(report)
 
-    def _tell(self, beat: _Beat) -> None:
+    def _tell(self, report: _Report) -> None:
         """Have the log and the subscribers told of what a beat has brought."""
-        self._reported |= beat.reported
-        for row, change in beat.failures:
+        self._tell_unknown(report)
+        for queue in report.saturated:
+            report.tell("scheduler.saturation", {"in_flight": self._in_flight[queue]}, {"queue": queue})
+        for row, change in report.failures:
             self.hub.post(functools.partial(_log_failure, row, change))
-        for log in beat.logs:
+        for log in report.logs:
             self.hub.post(log)
-        self.hub.publish(beat.events)
+        self.hub.publish(report.events)
+
+    def _tell_unknown(self, report: _Report) -> None:
+        """Say, once, which classes nothing here can run, and why a schedule is left to other engines."""
+        for name, version in report.unknown.keys() - self._reported:
+            report.log(_log.warning, "nothing here can run %s version %d: its instances wait", name, version)
+            metadata = {"fsm": name, "version": version, "queue": report.unknown[name, version]}
+            report.tell("fsm.unknown", {}, metadata)
+        for schedule, reason in report.left_schedules - self._reported:
+            report.log(_log.warning, "the schedule %s is left to other engines: %s", schedule, reason)
+        self._reported.update(report.unknown, report.left_schedules)
 
     def _let_go(self, claims: Iterable[_Claim]) -> None:
         for claim in claims:
@@ -9693,17 +9830,17 @@ class _Scheduler:
             self.behaviours.leave(cls)
             self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
-    def _dispatch(self, beat: _Beat) -> None:
+    def _dispatch(self, report: _Report) -> None:
         """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
         by_queue: dict[str, list[_Claim]] = {}
-        for claim in beat.claims:
+        for claim in report.claims:
             self._held[claim.row.id, claim.row.claim] = claim
             self._held_ids.add(claim.row.id)
             by_queue.setdefault(claim.row.queue, []).append(claim)
         for queue, claims in by_queue.items():
             self._in_flight[queue] += len(claims)
             self._runner_of(queue).submit(claims)
-        for commit, error in beat.refused:
+        for commit, error in report.refused:
             self._refuse(commit, error)
 
     def _runner_of(self, queue: str) -> _Pool | _Drain:
@@ -9717,36 +9854,14 @@ class _Scheduler:
         else:
             self._runner_of(claim.row.queue).submit([claim.failed_with(error)], first=True)
 
-    def _want(self, beat: _Beat) -> None:
-        """Claim what the pools have room for."""
+    def _demand(self) -> _Demand:
+        """Say what is to be claimed: what the pools have room for; a drain claims in beats of its own."""
+        if self._drain is not None:
+            return self._drain.demand()
         if self.is_stopping:
-            return
-        slots = {queue: self._slots(queue, beat) for queue in self._pools}
-        beat.claim({queue: count for queue, count in slots.items() if count > 0})
-        for queue in self._pools:
-            if slots[queue] <= 0:
-                beat.tell("scheduler.saturation", {"in_flight": self._in_flight[queue]}, {"queue": queue})
-
-    def _slots(self, queue: str, beat: _Beat) -> int:
-        """How many more rows of a queue may be claimed, with those counted that this beat has seen come and go."""
-        leaving = operator.countOf(map(_queue_of, beat.left), queue)
-        coming = operator.countOf(map(_queue_of, beat.claims), queue)
-        return self._pools[queue].width + self.options.prefetch - self._in_flight[queue] + leaving - coming
-
-    @property
-    def queues(self) -> Iterable[str]:
-        """The queues that this engine has threads for."""
-        return () if self.is_stopping else self._pools
-
-    def serves(self, queue: str) -> bool:
-        """Whether this engine takes rows of a queue, unless that is paused."""
-        return self._drain.serves(queue) if self._drain is not None else queue in self.queues
-
-    def room(self, queue: str, beat: _Beat) -> int:
-        """How many more rows of a queue this engine is about to claim."""
-        if not self.serves(queue) or self.store.is_paused(queue):
-            return 0
-        return 1 if self._drain is not None else max(0, self._slots(queue, beat))
+            return _Demand({})
+        prefetch, in_flight = self.options.prefetch, self._in_flight
+        return _Demand({queue: pool.width + prefetch - in_flight[queue] for queue, pool in self._pools.items()})
 
     # The thread
 
@@ -9794,11 +9909,6 @@ class _Scheduler:
     @property
     def is_started(self) -> bool:
         return self._thread is not None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether this engine runs steps: started, or in a drain."""
-        return bool(self._pools) or self._drain is not None
 
     def _serve(self) -> None:
         while not self.is_closed:
@@ -9915,11 +10025,8 @@ class _Scheduler:
 
         self._cancel_async(lambda claim: self.store.cancel_reason(claim.row) is not None)
 
-    def cancel_running(self, instance: int) -> None:
-        """Have an `async def` step end whose instance was cancelled; what it comes to is dropped."""
-        self._cancel_async(lambda claim: claim.row.id == instance)
-
     def _cancel_async(self, is_cancelled: Callable[[_Claim], bool]) -> None:
+        """Have `async def` steps end whose instance was cancelled; what they come to is dropped."""
         loop = self._event_loop
         for claim in filter(is_cancelled, loop.running()) if loop is not None else ():
             cast(_EventLoop, loop).cancel(claim)
@@ -10001,7 +10108,7 @@ class _Scheduler:
     def _show_progress(self, beat: _Beat) -> None:
         taken = dict(self.desk.progress)
         beat.store.show_progress((_json(reported), *key) for key, reported in taken.items())
-        beat.after.append(functools.partial(self._note_shown, taken))
+        beat.report.after.append(functools.partial(self._note_shown, taken))
 
     def _note_shown(self, taken: dict[tuple[int, int], _Reported]) -> None:
         self._agenda.progress_at = time.monotonic() + self.PROGRESS_S
@@ -10017,7 +10124,7 @@ class _Scheduler:
     def _regroup(self, beat: _Beat) -> None:
         regroup = self._agenda.regroup
         if regroup is not None and regroup(beat) is not False:  # else there is more of it for the next beat
-            beat.after.append(functools.partial(self._note_regrouped, regroup))
+            beat.report.after.append(functools.partial(self._note_regrouped, regroup))
 
     def _note_regrouped(self, regroup: Callable[[_Beat], object]) -> None:
         if self._agenda.regroup is regroup:  # else it was asked for again, by the thread that reads the clock

@@ -76,7 +76,7 @@ import warnings
 import zipfile
 import zoneinfo
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime, timedelta, timezone
 from datetime import time as dtime
@@ -9089,7 +9089,7 @@ def test_what_was_made_before_the_clock_was_set_back_is_dated_by_it(make_engine:
         core.peers.join(10**9)
         lap = Lap()
         core._drain = cast(Any, lap)
-        core.beat_once(lambda beat: cast(None, beat.claim({"default": 1})))
+        core.beat_once(durable._Demand({"default": 1}))
         core.finish(contextvars.copy_context().run(execute, lap.claims[0]))
         new = core.desk.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
         clock.advance(-HOUR)
@@ -10150,7 +10150,7 @@ def test_engine_that_was_taken_for_dead_signs_on_again_before_it_claims(
         eventually(lambda: any(worker.heartbeat_at == clock.instant() for worker in other.workers()))
     eventually(lambda: len(other.workers()) == 1)
     who = engine.insert(Visitor, queue="a")
-    core.perform(lambda beat: beat.claim({"a": 1}))
+    core.beat_once(durable._Demand({"a": 1}))
     assert engine.get(who).worker == core.worker_id
     assert engine.check() == []
 
@@ -17427,14 +17427,16 @@ class Lap:
         self.claims: collections.deque[durable._Claim] = collections.deque()
         self.unmade: list[type[durable.FSM]] = []
         self.tally: collections.Counter[str] = collections.Counter()
-        self.queues: Collection[str] = ()
-        """Those that are claimed from now."""
+        self.fired: set[str] = set()
 
     def submit(self, claims: Iterable[durable._Claim], *, first: bool = False) -> None:
         (self.claims.extendleft if first else self.claims.extend)(claims)
 
-    def serves(self, queue: str) -> bool:
-        return queue in self.queues
+    def demand(self) -> durable._Demand:
+        return durable._Demand({}, is_drain=True)
+
+    def note(self, report: durable._Report) -> None:
+        pass
 
 
 class Hand:
@@ -17500,9 +17502,10 @@ class Hand:
         call()
         return len(self.failures) < left
 
-    def beat(self, want: Callable[[durable._Beat], object] = lambda beat: None) -> None:
+    def beat(self, room: Mapping[str, int] | None = None) -> None:
+        """Commit what there is to commit, and claim so many rows of these queues."""
         with self.core._beat_lock:
-            self.core._beat(lambda beat: cast(None, want(beat)))
+            self.core._beat(None if room is None else durable._Demand(room))
         self.core.hub.flush()
 
     def has_more_to_do(self) -> bool:
@@ -17885,23 +17888,21 @@ class Theatre(RuleBasedStateMachine):
 
     def claim_from(self, hand: Hand, room: Mapping[str, int]) -> None:
         while hand.failures:
-            hand.beat(lambda beat: beat.claim(room))
+            hand.beat(room)
             assert not hand.lap.claims
         self.tick(hand)
         self.perform(hand, hand.beat)
         taken: dict[str, list[int]] = {queue: [] for queue in room}
-        hand.lap.queues = room
         for _ in range(20):
             rest = {queue: count - len(taken[queue]) for queue, count in room.items() if count > len(taken[queue])}
             seen = len(hand.lap.claims)
-            hand.beat(lambda beat, rest=rest: beat.claim(rest))  # type: ignore[misc]
+            hand.beat(rest)
             for claim in itertools.islice(hand.lap.claims, seen, None):
                 taken[claim.row.queue].append(claim.row.id)
             if taken_all(taken, room) or not hand.has_more_to_do():
                 break
         else:
             raise AssertionError("the engine beats for ever")
-        hand.lap.queues = ()
         claimed = {who for ids in taken.values() for who in ids}
         expected = self.model.claims(hand.id, room, hand.knows, claimed.__contains__, self.model.now)
         for queue, ids in taken.items():
