@@ -11280,6 +11280,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `is_stopped`: whether an engine was stopped
     * `next_instants`: the instants of a schedule that come next
     * `edges`: which outcomes lead from which step of a class to which, as its text shows them
+    * `Edge`: one of them
 
     And for engines that keep the rows elsewhere than in a file, on which the run of a step is one thing with this one:
 
