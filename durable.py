@@ -257,6 +257,17 @@ _LONG_AGO = _START_OF_TIME - 1
 _MAX_INTEGER = 2**63 - 1
 
 
+class _Ticks:
+    """The clocks that measure waits: seconds from anywhere.
+
+    They are kept here because what freezes time in tests (freezegun) replaces the functions of `time`, and the names of
+    modules: a wait whose deadline stands still would never end.
+    """
+
+    monotonic = time.monotonic
+    perf_counter = time.perf_counter
+
+
 def _is_decimal(value: object) -> bool:
     """Whether a value is a finite Decimal; who has none need not load the module."""
     module = sys.modules.get("decimal")
@@ -3847,7 +3858,7 @@ class _Patience:
         """Hears of a long wait, once, while it lasts: the text is a line for the log."""
 
     def __call__(self, calls: int) -> bool:
-        now = time.monotonic()
+        now = _Ticks.monotonic()
         if calls == 0:
             self._deadline, self._tells_at = now + _LOCK_TIMEOUT_S, now + _LONG_WAIT_S
         if now >= self._tells_at:
@@ -5171,14 +5182,14 @@ class _OpenFiles:
 
     def check(self) -> None:
         """Raise an error if they are no longer the files that were opened."""
-        if self.loss is None and time.monotonic() >= self._look_at:
+        if self.loss is None and _Ticks.monotonic() >= self._look_at:
             self.look()
         if self.loss is not None:
             raise _LostFileError(self.loss)
 
     def look(self) -> None:
         """See whether they are still in their places. Windows lets nobody move what is open."""
-        self._look_at = time.monotonic() + self.LOOK_S
+        self._look_at = _Ticks.monotonic() + self.LOOK_S
         if sys.platform != "win32" and self.loss is None:
             lost = next((name for name, identity in self._identities.items() if self._is_lost(name, identity)), None)
             if lost is not None and not self.is_closing:
@@ -5259,8 +5270,8 @@ class _LockFile:
     @classmethod
     def create(cls, path: str, database: str) -> _LockFile:
         """Create the file and lock it; again, if a clean-up took it for a dead worker's in between."""
-        deadline = time.monotonic() + cls.CREATE_S
-        while time.monotonic() < deadline:
+        deadline = _Ticks.monotonic() + cls.CREATE_S
+        while _Ticks.monotonic() < deadline:
             lock = cls._open_new(path, database)
             if lock._take() and lock.is_in_place():
                 return lock
@@ -5666,10 +5677,10 @@ class _Desk:
     def policy(self, name: str) -> _Policy | None:
         """Return a rate limit; one that was found is believed for a second."""
         read_at, policy = self._policies.get(name, (-math.inf, None))
-        if time.monotonic() - read_at > self._POLICY_AGE_S:
+        if _Ticks.monotonic() - read_at > self._POLICY_AGE_S:
             policy = self._reader.policy(name)
             if policy is not None:
-                self._policies[name] = time.monotonic(), policy
+                self._policies[name] = _Ticks.monotonic(), policy
         return policy
 
 
@@ -5825,7 +5836,7 @@ class _Claim:
             self.check_held()
 
     def start(self) -> None:
-        self.started_at, self.began_at = time.perf_counter(), self.desk.now()
+        self.started_at, self.began_at = _Ticks.perf_counter(), self.desk.now()
 
     def open(self) -> Context[Any]:
         return Context(self, *_load_state(self.spec.state, self.row.state))
@@ -5961,7 +5972,7 @@ def _describe_stop(outcome: Stop, error: BaseException | None) -> tuple[str, str
 
 
 def _elapsed(claim: _Claim) -> float:
-    return time.perf_counter() - claim.started_at
+    return _Ticks.perf_counter() - claim.started_at
 
 
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Progress | _Again:
@@ -6472,7 +6483,7 @@ class _Pool:
 
     def watch(self) -> None:
         """See whether a thread that was to take one row after the other has come to a step that blocks."""
-        if self._is_quick and time.perf_counter() - self._taken_at > self.BLOCKED_S:
+        if self._is_quick and _Ticks.perf_counter() - self._taken_at > self.BLOCKED_S:
             self._quick_steps, self._is_quick = 0, False
         self.rouse()
 
@@ -6558,7 +6569,7 @@ class _Pool:
                 return None
             self._running += 1  # first: whoever looks without the lock must not find neither
             claim = self._ready.popleft()
-            self._taken_at = time.perf_counter()
+            self._taken_at = _Ticks.perf_counter()
             has_more = bool(self._ready) and not self._is_quick and not claim.is_async
         if has_more:
             self.rouse()
@@ -6620,9 +6631,9 @@ class _LogCopier:
 
     def start(self) -> None:
         """Have the log copied, unless that is under way or has just been tried."""
-        if time.monotonic() < self._next_at or (self._thread is not None and self._thread.is_alive()):
+        if _Ticks.monotonic() < self._next_at or (self._thread is not None and self._thread.is_alive()):
             return
-        self._next_at = time.monotonic() + self.PAUSE_S
+        self._next_at = _Ticks.monotonic() + self.PAUSE_S
         thread = threading.Thread(target=self._copy, name="durable-checkpoint", daemon=True)
         with contextlib.suppress(RuntimeError):  # the system has no more; it is tried again
             thread.start()
@@ -7946,7 +7957,7 @@ class _Beat:
 
         Looked for only then, and again only after as long: most runs never pay for it.
         """
-        claim, instant = commit.claim, time.perf_counter()
+        claim, instant = commit.claim, _Ticks.perf_counter()
         since = claim.started_at if claim.inline_since is None else claim.inline_since
         if instant - since < self.given.inline_s:
             return False
@@ -8839,7 +8850,7 @@ class _Timeouts:
 
     def add(self, claim: _Claim, pool: _Pool) -> bool:
         """Mind a step from now on; True if it is the next to expire."""
-        deadline = time.monotonic() + cast(float, claim.timeout_s)
+        deadline = _Ticks.monotonic() + cast(float, claim.timeout_s)
         with self._lock:
             if len(self._heap) >= self._room:  # steps that ended long before their deadline must not pile up
                 self._heap = [entry for entry in self._heap if not entry[2].is_finished]
@@ -9051,7 +9062,7 @@ class _Peers:
 
     def _hear_of_write(self) -> None:
         """Look again: often, unless it was this engine itself that wrote."""
-        monotonic = time.monotonic()
+        monotonic = _Ticks.monotonic()
         self._armed_at = None
         if not self._core.is_in_beat and monotonic - self._core.beat_at > self.LOOK_S:
             self._changed_at = monotonic
@@ -9089,7 +9100,7 @@ class _Peers:
             if not self._is_gone(path):
                 self._missing_since.pop(worker.id, None)
                 return False
-            if time.monotonic() - self._missing_since.setdefault(worker.id, time.monotonic()) < self.GONE_S:
+            if _Ticks.monotonic() - self._missing_since.setdefault(worker.id, _Ticks.monotonic()) < self.GONE_S:
                 return True
         reaping = self._core.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
         self._reapings[worker.id] = reaping, lock
@@ -9496,7 +9507,7 @@ class _Scheduler:
             sleep_s = self.WATCH_S
         else:
             return False
-        return time.monotonic() + sleep_s < agenda.wakes_at - self.SLACK_S
+        return _Ticks.monotonic() + sleep_s < agenda.wakes_at - self.SLACK_S
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
@@ -9613,7 +9624,7 @@ class _Scheduler:
                 raise
             self._report_failure(error, requests)
             return False
-        self.beat_at = time.monotonic()
+        self.beat_at = _Ticks.monotonic()
         self._agenda.failures_in_a_row = 0
         self._agenda.failure = None
         self._publish(report, requests)
@@ -9649,7 +9660,7 @@ class _Scheduler:
             duties.append(self.peers.renew)
         if self._agenda.regroup is not None:
             duties.append(self._regroup)
-        if self.desk.progress and time.monotonic() >= self._agenda.progress_at:
+        if self.desk.progress and _Ticks.monotonic() >= self._agenda.progress_at:
             duties.append(self._show_progress)
         return duties
 
@@ -9661,7 +9672,7 @@ class _Scheduler:
             beat = _Beat(self._setup, self._given(commits, requests, demand, is_careful=is_careful))
             report = beat.report
             is_committing = False
-            started = time.perf_counter()
+            started = _Ticks.perf_counter()
             try:
                 self.store.begin()
                 beat.run()
@@ -9685,7 +9696,7 @@ class _Scheduler:
                 continue
             report.refused.extend(refused)
             if (commits or report.inserted) and report.is_wanted("commit.stop"):
-                duration = time.perf_counter() - started
+                duration = _Ticks.perf_counter() - started
                 measurements = {"outcomes": len(commits), "inserts": report.inserted, "duration": duration}
                 report.tell("commit.stop", measurements, {})
             return report
@@ -9731,7 +9742,7 @@ class _Scheduler:
         translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
         self._agenda.failures_in_a_row += 1
         self._agenda.failure = translated
-        self._agenda.retry_at = time.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
+        self._agenda.retry_at = _Ticks.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
         self._tell_failure(translated if isinstance(error, _DAMAGE_ERRORS) else error)
         for request in requests:
             request.error = translated
@@ -9918,7 +9929,7 @@ class _Scheduler:
             except Exception:  # noqa: BLE001 - a scheduler that dies would leave its callers waiting for ever
                 _log.exception("%s: the scheduler failed; it goes on", self.path)
                 sleep_s = 0.1
-            self._agenda.wakes_at = time.monotonic() + sleep_s
+            self._agenda.wakes_at = _Ticks.monotonic() + sleep_s
             self._bell.wait(sleep_s)
 
     def _step(self) -> float:
@@ -9939,20 +9950,20 @@ class _Scheduler:
         if self._requests:
             return True
         is_due = self._has_outcomes() or self.is_due() or bool(self._duties())
-        return is_due and time.monotonic() >= self._agenda.retry_at
+        return is_due and _Ticks.monotonic() >= self._agenda.retry_at
 
     def _has_outcomes(self) -> bool:
         """Whether there are outcomes to commit that no worker is about to: its beat has more of them at once."""
         if not self._finished:
             return False
-        is_late = time.monotonic() - self.beat_at >= self.WATCH_S  # who was counted on may be held up
+        is_late = _Ticks.monotonic() - self.beat_at >= self.WATCH_S  # who was counted on may be held up
         return is_late or self._agenda.failure is not None or not any(pool.will_beat for pool in self._pools.values())
 
     def _sleep_s(self) -> float:
         """Time to the next instant that matters: a timer, a step's timeout, a look at other processes or at pools."""
         if self._has_work():
             return 0
-        monotonic, now = time.monotonic(), self.desk.now()
+        monotonic, now = _Ticks.monotonic(), self.desk.now()
         instants = [self.peers.next_look_at(monotonic)]
         due_at = min(filter(None, (self._agenda.due_at, self.peers.heartbeat_at, self._agenda.gc_at)))
         instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
@@ -9973,7 +9984,7 @@ class _Scheduler:
 
     def _mind_steps(self) -> None:
         """Look after what runs, which is no matter of the beat's."""
-        monotonic = time.monotonic()
+        monotonic = _Ticks.monotonic()
         if self._timeouts.next_at <= monotonic:
             self._expire_steps(monotonic)
         for pool in self._pools.values():
@@ -9981,12 +9992,12 @@ class _Scheduler:
         self._notice_gap(self.desk.now())
 
     def _has_chores(self) -> bool:
-        monotonic, agenda = time.monotonic(), self._agenda
+        monotonic, agenda = _Ticks.monotonic(), self._agenda
         return agenda.is_cleaning or self.desk.now() >= agenda.gc_at or monotonic >= self.peers.next_look_at(monotonic)
 
     def _do_chores(self) -> None:
         """What is to be done by the clock, none of it for a caller."""
-        monotonic = time.monotonic()
+        monotonic = _Ticks.monotonic()
         if self._agenda.registrations != _registry.changes:
             self._agenda.registrations = _registry.changes
             self._agenda.due_at = self.desk.now()
@@ -9997,7 +10008,7 @@ class _Scheduler:
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
             self._agenda.sweep_from, self._agenda.spare_pages = _SweepPosition(), None
-        if self._agenda.is_cleaning and time.monotonic() >= self._agenda.retry_at:
+        if self._agenda.is_cleaning and _Ticks.monotonic() >= self._agenda.retry_at:
             self.post(self._clean)
 
     def notice_others(self) -> None:
@@ -10100,7 +10111,7 @@ class _Scheduler:
             metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "note": note}
             self.hub.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
         if self._drain is not None:
-            if time.monotonic() >= self._agenda.progress_at:
+            if _Ticks.monotonic() >= self._agenda.progress_at:
                 self.perform(lambda beat: None)
         elif len(self.desk.progress) == 1:  # else the thread knows
             self._bell.ring()
@@ -10111,7 +10122,7 @@ class _Scheduler:
         beat.report.after.append(functools.partial(self._note_shown, taken))
 
     def _note_shown(self, taken: dict[tuple[int, int], _Reported]) -> None:
-        self._agenda.progress_at = time.monotonic() + self.PROGRESS_S
+        self._agenda.progress_at = _Ticks.monotonic() + self.PROGRESS_S
         for key, reported in taken.items():
             if self.desk.progress.get(key) is reported:
                 self.desk.progress.pop(key, None)
@@ -10174,8 +10185,8 @@ class _Scheduler:
         self._bell.ring()
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
         self._try_to_give_back(unstarted)
-        deadline = time.monotonic() + drain_s
-        while self._held and (left_s := deadline - time.monotonic()) > 0:
+        deadline = _Ticks.monotonic() + drain_s
+        while self._held and (left_s := deadline - _Ticks.monotonic()) > 0:
             self._drained.wait(left_s)
         for pool in self._pools.values():
             pool.close()
@@ -10811,7 +10822,7 @@ class Engine:
             _text(queue, "queue")
         if on_change is not None and not callable(on_change):
             raise ValueError(f"on_change must be callable, not {on_change!r}")
-        deadline = time.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
+        deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         told: dict[str, dict[str, int]] | None = None
         while True:
             self._core.check_open()
@@ -10820,7 +10831,7 @@ class Engine:
             if on_change is not None and (counts := self.counts()) != told:
                 told = counts
                 on_change(counts)
-            left_s = deadline - time.monotonic()
+            left_s = deadline - _Ticks.monotonic()
             if not busy or left_s <= 0:
                 return not busy
             self._refuse_unserved(busy)
@@ -11118,15 +11129,15 @@ class Engine:
         """Look at an instance until it is in one of the statuses, or the timeout is over."""
         core = self._core
         core.check_open()
-        deadline = time.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
+        deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         instance = core.reader.locate(target)
-        warn_at = time.monotonic() + self._WARN_S
+        warn_at = _Ticks.monotonic() + self._WARN_S
         with core.waiters.waiting(instance, until) as waiter:
             if core.holds(instance):  # most likely there is nothing to see yet
-                waiter.bell.wait(max(0.0, min(deadline - time.monotonic(), self._UNSEEN_S)))
+                waiter.bell.wait(max(0.0, min(deadline - _Ticks.monotonic(), self._UNSEEN_S)))
                 core.check_open()
             while True:
-                found, monotonic = look(waiter), time.monotonic()
+                found, monotonic = look(waiter), _Ticks.monotonic()
                 if found.status in until or deadline <= monotonic:
                     return found
                 if warn_at <= monotonic:

@@ -16074,6 +16074,20 @@ def test_wait_idle_tells_of_every_change_to_the_last(make_engine: MakeEngine) ->
             engine.wait_idle(on_change=lambda counts: 1 // 0)
 
 
+def test_a_wait_ends_though_a_test_freezes_time(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever freezes `time` in a process (freezegun does): what an engine's threads wait for goes on by real time."""
+    engine = make_engine(queues={"default": 1})
+    engine.start()
+    with monkeypatch.context() as frozen:
+        for name in ("monotonic", "perf_counter", "time"):
+            frozen.setattr(time, name, lambda: 1000.0)
+        ident = engine.insert(Shipment)
+        assert engine.wait(ident, 0.05, until="terminal").status != "done"
+        engine.signal(ident, "paid", 1)
+        assert engine.result(ident, PATIENCE) == [1]
+        engine.stop()
+
+
 def test_wait_idle_does_not_wait_for_what_nobody_serves(make_engine: MakeEngine) -> None:
     """Work without a running engine for its queue is an error that says so; a timeout is none."""
     engine = make_engine()
