@@ -67,6 +67,7 @@ from durable_tools import cli, screen
 from test_durable import (
     BLOCKS,
     ENDS_OF_THE_CALENDAR,
+    PATIENCE,
     Clock,
     Ctx,
     banners,
@@ -655,7 +656,7 @@ def readable(shop: Path) -> Iterator[Path]:
 def as_somebody(folder: Path, *words: object) -> Said:
     """The command line in a process of somebody who may not write to the file that it is about."""
     with start_script(folder, AS_SOMEBODY, *words) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=2 * PATIENCE)
     first, _, err = err.partition("\n")
     assert first == "may write: False"
     return Said(process.returncode, out, err)
@@ -1351,10 +1352,10 @@ def test_several_processes_are_kept_alive_by_their_parent(tmp_path: Path) -> Non
             os.kill(victim, signal.SIGKILL)
             eventually(lambda: len({one.pid for one in engine.workers()} - {victim}) == 2)
             with start("insert", f"{script}:where", "--database", path) as process:
-                ident = int(process.communicate(timeout=60)[0])
+                ident = int(process.communicate(timeout=2 * PATIENCE)[0])
             assert engine.result(ident, 60) in {one.pid for one in engine.workers()}
             parent.send_signal(signal.SIGTERM)
-            _, err = parent.communicate(timeout=60)
+            _, err = parent.communicate(timeout=2 * PATIENCE)
         finally:
             parent.kill()
         assert (parent.returncode, f"worker {victim} has died" in err) == (0, True), err
@@ -1365,7 +1366,7 @@ def test_several_processes_are_kept_alive_by_their_parent(tmp_path: Path) -> Non
 def test_a_target_that_no_process_can_run_is_refused_once(tmp_path: Path) -> None:
     """Its workers are not started again and again."""
     with start("run", tmp_path / "none.py", "--database", tmp_path / "x.db", "--processes", "2") as parent:
-        _, err = parent.communicate(timeout=60)
+        _, err = parent.communicate(timeout=2 * PATIENCE)
     assert (parent.returncode, "has died" in err) == (1, False), err
 
 
@@ -1517,7 +1518,7 @@ def test_the_module_runs_as_a_program(script: Path, tmp_path: Path) -> None:
     """`python -m durable` knows the classes of a script that imports `durable`: the module is not there twice."""
     database = tmp_path / "x.db"
     with start("insert", f"{script}:add", "--database", database, "--args", '{"a": 1}') as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=2 * PATIENCE)
     assert (process.returncode, out, err) == (0, "1\n", "")
 
 
@@ -1526,7 +1527,7 @@ def shell(line: str, *words: object) -> Said:
     buffered = {"PYTHONUNBUFFERED": ""}  # argparse swallows the error of what it writes at once
     command = ["sh", "-c", line, "sh", sys.executable, "-m", "durable", *map(str, words)]
     done = subprocess.run(
-        command, env=environment() | buffered, capture_output=True, text=True, timeout=60, check=False
+        command, env=environment() | buffered, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
     )
     return Said(done.returncode, done.stdout, done.stderr)
 
@@ -1610,7 +1611,7 @@ def test_sigterm_drains(tmp_path: Path) -> None:
     """The first signal lets running steps end: the job is done when the process is, with status 0 and a log."""
     with napping(tmp_path, 1.0) as process:
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=2 * PATIENCE)
     assert process.returncode == 0
     assert "INFO" in err
     assert get(tmp_path / "nap.db", 1).result == "rested"
@@ -1627,10 +1628,10 @@ def test_the_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
             return process.poll() is not None
 
         assert not has_left()
-        eventually(has_left, within=4)  # less than the time a drain takes
+        eventually(has_left)
         process.communicate()
     assert process.returncode == 128 + signal.SIGINT
-    assert get(tmp_path / "nap.db", 1).status is Status.EXECUTING
+    assert get(tmp_path / "nap.db", 1).status is Status.EXECUTING  # a drain would have given it back
 
 
 @pytest.mark.slow
@@ -1692,7 +1693,7 @@ def test_demo_survives_a_real_kill(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"file {number}", encoding="utf-8")
     with start("demo", files) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=2 * PATIENCE)
     assert (process.returncode, err) == (0, "")
     assert "60 in all" in out
     assert "is killed after" in out
