@@ -79,6 +79,7 @@ from typing import (
     Any,
     ClassVar,
     Concatenate,
+    Final,
     Generic,
     NamedTuple,
     Self,
@@ -294,6 +295,11 @@ def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) 
     return milliseconds
 
 
+def _timeout_s(value: object, name: str, error: type[Exception] = ValueError) -> float | None:
+    """Read how many seconds something may take; None for no limit."""
+    return None if value is None else _positive_ms(value, name, error) / 1000
+
+
 def _instant_ms(value: object, name: str) -> int:
     """Read a timezone-aware datetime as milliseconds since the epoch, rounded up, within what can be shown in UTC."""
     if not isinstance(value, dt.datetime):
@@ -301,6 +307,13 @@ def _instant_ms(value: object, name: str) -> int:
     if value.utcoffset() is None:
         raise ValueError(f"{name} must be timezone-aware, not the naive {value!r}")
     return max(_START_OF_TIME, min(-((_EPOCH - value) // _MILLISECOND), _END_OF_TIME))
+
+
+def _later(now: int, due: object, name: str) -> int:
+    """Say when something is due in that time, or at that instant; one that is past means now."""
+    if isinstance(due, dt.datetime):
+        return max(now, _instant_ms(due, name))
+    return min(now + _duration_ms(due, name), _END_OF_TIME)
 
 
 def _instant(milliseconds: int) -> dt.datetime:
@@ -336,6 +349,11 @@ def _integer(value: object, name: str, least: int, error: type[Exception] = Valu
         allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
         raise error(f"{name} must be an integer {allowed}, not {value!r}")
     return int(cast(int, value))
+
+
+def _number(value: object, name: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
 def _boolean(value: object, name: str, error: type[Exception] = ValueError) -> bool:
@@ -521,6 +539,13 @@ class _Policy(NamedTuple):
 
 def _policy(name: str, limit: RateLimit) -> _Policy:
     return _Policy(name, limit.allowed, _positive_ms(limit.per, "per"), limit.burst)
+
+
+def _check_rate(key: str, weight: int, policy: _Policy | None) -> None:
+    if policy is None:
+        raise UnknownLimitError(f"no rate limit {_limit_name(key)!r} is declared: give Engine(rate_limits=...) one")
+    if weight > policy.burst:
+        raise ValueError(f"weight {weight} is over the burst of rate limit {policy.name!r}, {policy.burst}")
 
 
 # ==================================================================================================
@@ -1113,6 +1138,11 @@ class Insert:
         _integer(self.weight, "weight", 1)
         _integer(self.priority, "priority", -_MAX_INTEGER)
 
+    def _eligible_at(self, now: int) -> int:
+        if self.schedule_at is not None:
+            return _instant_ms(self.schedule_at, "schedule_at")
+        return now if self.schedule_in is None else _later(now, self.schedule_in, "schedule_in")
+
 
 class _InsertOptions(TypedDict, total=False):
     """The options of `Insert`, for the methods that pass them on."""
@@ -1139,6 +1169,49 @@ def _make_insert(fsm: Any, options: _InsertOptions) -> Insert:
         refusal = error
     _refuse_unknown(options, _InsertOptions.__annotations__)
     raise refusal
+
+
+_SET_BACK_MS = 1000
+"""A clock that goes back by no more is waited for."""
+
+
+def _brought_back(instant: int, written_at: int, now: int) -> int:
+    """Say when is due what was written by a clock that was ahead of now: after the delay that it was to wait.
+
+    What was dated further ahead than that clock was wrong keeps its date. Pure.
+    """
+    delay = max(0, instant - written_at)
+    return now + delay if delay < written_at - now else instant
+
+
+class _NewRow(NamedTuple):
+    """The columns of an instance to insert, in the order in which the statement binds them."""
+
+    fsm: str
+    version: int
+    step: str
+    state: str
+    max_attempts: int | None
+    max_crashes: int
+    queue: str
+    priority: int
+    eligible_at: int
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+    parent_id: int | None
+    correlation_key: str | None
+    correlation_scope: int
+    inserted_at: int
+    updated_at: int
+    schedule: str | None = None
+    scheduled_at: int | None = None
+    retention: int | None = None
+
+    def brought_back(self, now: int) -> _NewRow:
+        """Return it as made now: the clock was set back since it was."""
+        eligible_at = _brought_back(self.eligible_at, self.inserted_at, now)
+        return self._replace(eligible_at=eligible_at, inserted_at=now, updated_at=now)
 
 
 # ==================================================================================================
@@ -1807,8 +1880,8 @@ if TYPE_CHECKING:
 else:
     _State = typing.TypeVar("_State")
 _AnyStep = typing.TypeVar("_AnyStep", bound=Callable[[Any, Any], "_Outcome | Awaitable[_Outcome]"])
+_Called = typing.ParamSpec("_Called")
 _Arguments = typing.ParamSpec("_Arguments")
-_Called = typing.TypeVar("_Called")
 _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
@@ -1834,6 +1907,9 @@ class _Message(NamedTuple):
     name: str
     payload: str | None
     dedup_key: str | None
+
+
+_Effect = _Statement | _Follower | _Message
 
 
 def _target(value: object) -> int | str:
@@ -1865,10 +1941,24 @@ def _is_coroutine_function(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+def _column(name: str, meaning: str) -> Any:
+    """Make a read-only attribute of a Context: a column of its row."""
+    return property(operator.attrgetter(f"_claim.row.{name}"), doc=meaning)
+
+
 class Context(Generic[_State]):
     """What a step sees of its instance, and its verbs that add to the step's commit. Read-only."""
 
     __slots__ = ("_called", "_children", "_claim", "_effects", "_kept", "_loaded", "_state")
+
+    id: Final[int] = _column("id", "Id of the instance.")
+    fsm: Final[str] = _column("fsm", "Name of its class.")
+    version: Final[int] = _column("version", "Version of its class.")
+    step: Final[str] = _column("step", "Name of the step that runs.")
+    attempt: Final[int] = _column("attempt", "How often this step was tried before, 0 the first time.")
+    queue: Final[str] = _column("queue", "Queue that it runs in.")
+    correlation_key: Final[str | None] = _column("correlation_key", "Its business key, if it has one.")
+    parent_id: Final[int | None] = _column("parent_id", "Id of the instance whose child it is, if any.")
 
     def __init__(self, claim: _Claim, state: _State, loaded: _Loaded = _ALL_KNOWN) -> None:
         self._claim = claim
@@ -1885,49 +1975,9 @@ class Context(Generic[_State]):
         return _current.get()
 
     @property
-    def id(self) -> int:
-        """Id of the instance."""
-        return self._claim.row.id
-
-    @property
-    def fsm(self) -> str:
-        """Name of its class."""
-        return self._claim.row.fsm
-
-    @property
-    def version(self) -> int:
-        """Version of its class."""
-        return self._claim.row.version
-
-    @property
-    def step(self) -> str:
-        """Name of the step that runs."""
-        return self._claim.row.step
-
-    @property
-    def attempt(self) -> int:
-        """How often this step was tried before, 0 the first time."""
-        return self._claim.row.attempt
-
-    @property
     def state(self) -> _State:
         """Its state, a `State` object or a dict."""
         return self._state
-
-    @property
-    def queue(self) -> str:
-        """Queue that it runs in."""
-        return self._claim.row.queue
-
-    @property
-    def correlation_key(self) -> str | None:
-        """Its business key, if it has one."""
-        return self._claim.row.correlation_key
-
-    @property
-    def parent_id(self) -> int | None:
-        """Id of the instance whose child it is, if any."""
-        return self._claim.row.parent_id
 
     @property
     def now(self) -> dt.datetime:
@@ -1971,8 +2021,7 @@ class Context(Generic[_State]):
         _text(sql, "sql")
         if isinstance(bindings, str | bytes) or not isinstance(bindings, Sequence | Mapping):
             raise ValueError(f"bindings must be a sequence or a mapping, not {_brief(bindings)}")
-        frozen = dict(bindings) if isinstance(bindings, Mapping) else tuple(bindings)
-        self._add(_Statement(sql, frozen))
+        self._add(_Statement(sql, dict(bindings) if isinstance(bindings, Mapping) else tuple(bindings)))
 
     def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> None:
         """Add an instance to the step's commit, with the options of `Insert`; a duplicate is dropped and logged."""
@@ -1986,20 +2035,20 @@ class Context(Generic[_State]):
     def call(
         self,
         name: str,
-        function: Callable[_Arguments, Coroutine[Any, Any, _Called]],
+        function: Callable[_Arguments, Coroutine[Any, Any, _Returned_co]],
         /,
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
-    ) -> Awaitable[_Called]: ...
+    ) -> Awaitable[_Returned_co]: ...
     @overload
     def call(
         self,
         name: str,
-        function: Callable[_Arguments, _Called],
+        function: Callable[_Arguments, _Returned_co],
         /,
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
-    ) -> _Called: ...
+    ) -> _Returned_co: ...
     def call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function whose effect a repeat of the step is not to repeat, and return what it returned.
 
@@ -2019,14 +2068,11 @@ class Context(Generic[_State]):
         if kept is not None:
             value = _load_value(kept[0])
             return _ready(value) if kept[1] else value
-        try:
+        with self._naming(name):
             returned = function(*args, **kwargs)
-        except BaseException:
-            self._called.discard(name)
-            raise
-        if self._claim.is_async and inspect.isawaitable(returned):
-            return self._finish_call(name, returned)
-        call = self._make_kept(name, returned, is_awaited=False)
+            if self._claim.is_async and inspect.isawaitable(returned):
+                return self._finish_call(name, returned)
+            call = _Kept(name, _dump_value(returned, f"what call {name!r} returned"), is_awaited=False)
         self._claim.keep(call)
         return _load_value(call.value)
 
@@ -2049,22 +2095,21 @@ class Context(Generic[_State]):
             self._kept = self._claim.desk.calls(self.id) if self._claim.has_calls else {}
         return self._kept
 
-    async def _finish_call(self, name: str, awaitable: Awaitable[Any]) -> Any:
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Set the name of a call free again where nothing comes of it."""
         try:
-            returned = await awaitable
+            yield
         except BaseException:
             self._called.discard(name)
             raise
-        call = self._make_kept(name, returned, is_awaited=True)
+
+    async def _finish_call(self, name: str, awaitable: Awaitable[Any]) -> Any:
+        with self._naming(name):
+            returned = await awaitable
+            call = _Kept(name, _dump_value(returned, f"what call {name!r} returned"), is_awaited=True)
         await self._claim.keep_soon(call)
         return _load_value(call.value)
-
-    def _make_kept(self, name: str, returned: object, *, is_awaited: bool) -> _Kept:
-        try:
-            return _Kept(name, _dump_value(returned, f"what call {name!r} returned"), is_awaited)
-        except OutcomeError as error:
-            self._called.discard(name)
-            raise ValueError(str(error)) from error
 
     def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
         """Say how far the step has come: `done`, of `total` if that is known, with a `note`.
@@ -2073,10 +2118,9 @@ class Context(Generic[_State]):
         event `step.progress` tells of each in this process. It survives a retry, and goes when the step progresses.
         Raises `ValueError` for what is no number.
         """
-        for value, name in ((done, "done"), (total, "total")):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number and not (value is None and name == "total"):
-                raise ValueError(f"{name} must be a finite number, not {value!r}")
+        _number(done, "done")
+        if total is not None:
+            _number(total, "total")
         if note is not None:
             note = _printable(_text(note, "note"))
         if self._effects is not None:
@@ -2101,34 +2145,13 @@ class Context(Generic[_State]):
         return f"<Context of instance {self.id}: {self.fsm}, step {self.step!r}, attempt {self.attempt}>"
 
 
-_Effect = _Statement | _Follower | _Message
-
-
 class _StepRule(NamedTuple):
-    """What `@step` gives a step of its own."""
+    """What `@step` gives a step of its own, checked."""
 
-    max_attempts: int | None = None
-    timeout: _Duration | _Keep | None = KEEP
+    max_attempts: int | None
+    timeout_s: float | _Keep | None
     """KEEP: that of the class."""
-    backoff: _Duration | Callable[[int], _Duration] | None = None
-
-    def checked(self) -> _StepRule:
-        """Return it, or raise a TypeError for a value that can't be meant."""
-        if self.max_attempts is not None:
-            _integer(self.max_attempts, "@step: max_attempts", 1, TypeError)
-        if self.timeout is not KEEP and self.timeout is not None:
-            _positive_ms(self.timeout, "@step: timeout", TypeError)
-        if self.backoff is not None and self.max_attempts is None:
-            raise TypeError("@step: backoff is for a step that is tried again: give max_attempts, too")
-        if self.backoff is not None and not callable(self.backoff):
-            _duration_ms(self.backoff, "@step: backoff", TypeError)
-        return self
-
-    def delay(self, behaviour: FSM, attempt: int) -> Any:
-        """Say how long to wait after a failed attempt; a function may be the user's."""
-        if self.backoff is None:
-            return behaviour.backoff(attempt)
-        return self.backoff(attempt) if callable(self.backoff) else self.backoff
+    backoff: Any
 
 
 @overload
@@ -2148,8 +2171,17 @@ def step(method: Any = None, /, **options: Any) -> Any:
       `backoff` unless given
     * `timeout`: seconds or a timedelta that one run of it may take, in place of the class's; None for none
     """
-    _refuse_unknown(options, _StepRule._fields, "@step: ")
-    rule = _StepRule(**options).checked()
+    _refuse_unknown(options, ("max_attempts", "timeout", "backoff"), "@step: ")
+    max_attempts, timeout, backoff = options.get("max_attempts"), options.get("timeout", KEEP), options.get("backoff")
+    if max_attempts is not None:
+        _integer(max_attempts, "@step: max_attempts", 1, TypeError)
+    elif backoff is not None:
+        raise TypeError("@step: backoff is for a step that is tried again: give max_attempts, too")
+    if backoff is not None and not callable(backoff):
+        _duration_ms(backoff, "@step: backoff", TypeError)
+    rule = _StepRule(
+        max_attempts, KEEP if timeout is KEEP else _timeout_s(timeout, "@step: timeout", TypeError), backoff
+    )
 
     def mark(marked: Any) -> Any:
         if not inspect.isfunction(marked):
@@ -2169,6 +2201,9 @@ class _Plan(NamedTuple):
     overlap: bool
     jitter_ms: int
     insert: _InsertOptions
+
+
+_PLAN_OPTIONS = ("when", "catch_up", "window", "overlap", "jitter")
 
 
 def _plan(
@@ -2194,9 +2229,6 @@ def _plan(
             raise ValueError(f"{name} is no option of a schedule: its instances are due when they are inserted")
     window_ms, jitter_ms = _duration_ms(window, "window"), _duration_ms(jitter, "jitter")
     return _Plan(when, catch_up, window_ms, _boolean(overlap, "overlap"), jitter_ms, cast(Any, insert))
-
-
-_PLAN_OPTIONS = ("when", "catch_up", "window", "overlap", "jitter")
 
 
 def _declared_plan(declared: object, where: str) -> _Plan | None:
@@ -2231,28 +2263,51 @@ class _FSMOptions(TypedDict, total=False):
     aliases: Sequence[str]
 
 
-_DEFAULTS: dict[str, Any] = {
-    "version": 1,
-    "queue": "default",
-    "initial": "start",
-    "max_attempts": 20,
-    "max_crashes": 20,
-    "timeout": None,
-    "inline": False,
-    "retention": None,
-    "history": True,
-    "aliases": (),
+def _aliases(given: object, name: str, error: type[Exception]) -> tuple[str, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise error(f"{name} must be several names, such as ('old.Name',), not {given!r}")
+    return tuple(_text(one, f"a name in {name}", error) for one in given)
+
+
+def _retention_ms(value: object, name: str, error: type[Exception] = TypeError) -> int:
+    """Read how long ended rows are kept; `math.inf` is for ever."""
+    return _END_OF_TIME if value == math.inf else _duration_ms(value, name, error)
+
+
+def _retention_or_none(value: object, name: str, error: type[Exception]) -> int | None:
+    return None if value is None else _retention_ms(value, name, error)
+
+
+_count = functools.partial(_integer, least=1)
+_OPTIONS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "version": (1, _count),
+    "queue": ("default", _text),
+    "initial": ("start", _text),
+    "max_attempts": (20, _count),
+    "max_crashes": (20, _count),
+    "timeout": (None, _timeout_s),
+    "inline": (False, _boolean),
+    "retention": (None, _retention_or_none),
+    "history": (True, _boolean),
+    "aliases": ((), _aliases),
 }
+"""The class keywords that need no look at the class: what each is unless given, and what checks it."""
+_NOT_INHERITED = ("name", "schedule", "aliases")
 _PERFORM = "perform"
 """The one step of a job."""
+_NO_ARGUMENTS = attrs.make_class("Parameters", {}, frozen=True)
+"""The state of a function job without parameters. There is one text of it, and nothing else to be checked."""
 
 
 class _Code(NamedTuple):
-    """A step's code, as the engine calls it."""
+    """A step's code, as the engine calls it, and the rules of its runs."""
 
     call: Callable[[Any, Context[Any]], Any]
     is_async: bool
-    rule: _StepRule = _StepRule()
+    timeout_s: float | None
+    max_attempts: int | None = None
+    """Of a step that is tried again by a rule of its own."""
+    backoff: Any = None
 
 
 class _Spec(NamedTuple):
@@ -2260,44 +2315,35 @@ class _Spec(NamedTuple):
 
     cls: type[FSM]
     name: str
-    version: int
-    queue: str
-    initial: str
+    is_job: bool
     state: type | None
-    blank: str | None
-    """The state's text when nothing is given for it, where that is always the same."""
-    max_attempts: int | None
-    max_crashes: int
-    timeout_s: float | None
-    inline: bool
     steps: dict[str, _Code]
     any_step: _Code | None
     has_timeouts: bool
     has_async: bool
-    is_job: bool
-    retention_ms: int | None
-    keeps_history: bool
-    plan: _Plan | None
-    """The schedule that it declares, if it does."""
-    aliases: tuple[str, ...]
     migrates: bool
     """Whether it takes rows of earlier versions."""
+    plan: _Plan | None
+    """The schedule that it declares, if it does."""
+    version: int
+    queue: str
+    initial: str
+    max_attempts: int | None
+    max_crashes: int
+    inline: bool
+    retention: int | None
+    """Milliseconds."""
+    history: bool
+    aliases: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names under which rows of it stand in the file."""
         return (self.name, *self.aliases)
 
-    def timeout_of(self, name: str) -> float | None:
-        """Seconds that one run of a step may take."""
-        code = self.steps.get(name)
-        if code is None or code.rule.timeout is KEEP:
-            return self.timeout_s
-        return None if code.rule.timeout is None else _positive_ms(code.rule.timeout, "timeout") / 1000
-
-    def has_ceased_to_declare(self, schedule: _ScheduleRow) -> bool:
-        """Whether a schedule came from the code of this class, which does not declare it any more."""
-        return bool(schedule.is_from_code) and (self.plan is None or schedule.name != self.name)
+    def find(self, name: str) -> _Code | None:
+        """Return the code of a step, if it has that step."""
+        return self.steps.get(name, self.any_step)
 
     def code(self, name: str) -> _Code:
         code = self.steps.get(name, self.any_step)
@@ -2305,30 +2351,56 @@ class _Spec(NamedTuple):
             raise OutcomeError(f"{self.name} has no step {name!r}; it has {', '.join(map(repr, self.steps))}")
         return code
 
+    def has_ceased_to_declare(self, schedule: _ScheduleRow) -> bool:
+        """Whether a schedule came from the code of this class, which does not declare it any more."""
+        return bool(schedule.is_from_code) and (self.plan is None or schedule.name != self.name)
 
-_NOT_INHERITED = ("name", "schedule", "aliases")
+    def new_row(self, insert: Insert, now: int, policy_of: Callable[[str], _Policy | None]) -> _NewRow:
+        """Make the row of an instance to insert; whatever is wrong with it is raised, before anything is written."""
+        if insert.max_attempts is not None and not self.is_job:
+            raise TypeError(f"max_attempts is for jobs only, and {self.name} is a machine: leave it out")
+        if insert.step is not None:
+            self.code(_step_name(insert.step))
+        rate_limit = None if insert.rate_limit is None else _limit_key(insert.rate_limit, "rate_limit")
+        if rate_limit is not None:
+            _check_rate(rate_limit, insert.weight, policy_of(_limit_name(rate_limit)))
+        state = insert.state if insert.args is None else insert.args
+        key = insert.correlation_key
+        return _NewRow(
+            self.name,
+            self.version,
+            self.initial if insert.step is None else _step_name(insert.step),
+            _dump_state(self.state, {} if state is None else state, "{}" if self.state is _NO_ARGUMENTS else None),
+            self.max_attempts if insert.max_attempts is None else _count(insert.max_attempts, "max_attempts"),
+            self.max_crashes,
+            self.queue if insert.queue is None else _text(insert.queue, "queue"),
+            insert.priority,
+            insert._eligible_at(now),
+            None if insert.concurrency_key is None else _limit_key(insert.concurrency_key, "concurrency_key"),
+            rate_limit,
+            insert.weight,
+            None,
+            None if key is None else _text(key, "correlation_key"),
+            1 if insert.correlation_scope is LIVE else _scope_bits(insert.correlation_scope),
+            now,
+            now,
+            retention=self.retention,
+        )
 
 
 def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
     """Check the class keywords and add those that the nearest base has; some are never inherited."""
     _refuse_unknown(options, ["abstract", *_FSMOptions.__annotations__], f"{cls.__qualname__}: ")
-    inherited: dict[str, Any] = next(
-        (vars(base)["_options"] for base in cls.__mro__[1:] if "_options" in vars(base)), {}
-    )
-    if "State" in vars(cls):
-        inherited = {name: value for name, value in inherited.items() if name != "state"}
-    return {**{name: value for name, value in inherited.items() if name not in _NOT_INHERITED}, **options}
+    bases = (vars(base) for base in cls.__mro__[1:])
+    inherited: dict[str, Any] = next((names["_options"] for names in bases if "_options" in names), {})
+    dropped = (*_NOT_INHERITED, "state") if "State" in vars(cls) else _NOT_INHERITED
+    return {**{name: value for name, value in inherited.items() if name not in dropped}, **options}
 
 
-def _is_step(cls: type, name: str) -> bool:
-    """Whether the method is a step: marked, or in place of a base's method that is."""
-    return any(hasattr(vars(base).get(name), "_durable_step") for base in cls.__mro__)
-
-
-def _rule_of_step(cls: type, name: str) -> _StepRule:
-    """Return the rule of a step, that of the nearest class which marks it."""
-    marked = (vars(base).get(name) for base in cls.__mro__)
-    return next(cast(_StepRule, cast(Any, one)._durable_step) for one in marked if hasattr(one, "_durable_step"))
+def _marked_steps(cls: type) -> dict[str, _StepRule]:
+    """Return the methods that are steps, with the rule of the nearest class that marks each; one in its place is it."""
+    marked = ((name, one) for base in reversed(cls.__mro__) for name, one in vars(base).items())
+    return {name: cast(Any, one)._durable_step for name, one in marked if hasattr(one, "_durable_step")}
 
 
 def _module_name(module: str) -> str:
@@ -2344,150 +2416,135 @@ def _module_name(module: str) -> str:
 
 def _classes_in(kind: Any) -> Iterator[type]:
     """Go through the classes with fields that a type is made of."""
-    own = _own(kind)
-    if isinstance(own, type) and _field_names(own) is not None:
-        yield own
+    if _field_names(kind) is not None:
+        yield _own(kind)
     for one in typing.get_args(kind):
         yield from _classes_in(one)
 
 
-def _resolve_annotations(state: type, owner: type, seen: set[type]) -> None:
+def _resolve_annotations(state: type, owner: type, names: dict[str, Any], seen: set[type]) -> None:
     """Resolve the annotations of a state's fields, and of the classes in these; one that can't be is a TypeError.
 
-    A class sees itself and the classes nested in it, and in its owner where it stands there, beside its module's names.
+    A class sees `names`, itself and the classes nested in it, and in its owner where it stands there, beside its
+    module's names.
     """
     seen.add(state)
     is_nested = state.__module__ == owner.__module__ and state.__qualname__.startswith(f"{owner.__qualname__}.")
-    outer = {**vars(owner), owner.__name__: owner} if is_nested else {}
-    around = {**outer, **vars(state), state.__name__: state}
-    names = {name: one for name, one in around.items() if isinstance(one, type) or typing.get_origin(one) is not None}
+    around = {**(vars(owner) if is_nested else {}), **vars(state), owner.__name__: owner, state.__name__: state}
+    kinds = {name: one for name, one in around.items() if isinstance(one, type) or typing.get_origin(one) is not None}
     try:
-        kinds = list(typing.get_type_hints(state, None, names).values())
+        hints = typing.get_type_hints(state, names or None, kinds, include_extras=True)
         if attrs.has(state):
-            kinds = [field.type for field in attrs.fields(attrs.resolve_types(state, None, names))]
+            attrs.resolve_types(state, names or None, kinds)
     except Exception as error:
         raise TypeError(
             f"{owner.__qualname__}: an annotation of its {state.__qualname__} can't be resolved ({_error_text(error)}):"
             " what it names must be known to its module, or be nested in the class"
         ) from error
-    for inner in itertools.chain.from_iterable(map(_classes_in, kinds)):
+    for inner in itertools.chain.from_iterable(map(_classes_in, hints.values())):
         if inner not in seen:
-            _resolve_annotations(inner, owner, seen)
+            _resolve_annotations(inner, owner, {}, seen)
 
 
-def _read_state_class(cls: type[FSM], values: dict[str, Any]) -> type | None:
-    state = values.get("state", getattr(cls, "State", None))
+def _read_state_class(cls: type[FSM]) -> type | None:
+    state = cls._options.get("state", getattr(cls, "State", None))
     if state is None:
         return None
     if not isinstance(state, type) or not attrs.has(state):
         raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
-    _resolve_annotations(state, cls, set())
+    function: Any = getattr(getattr(cls, _PERFORM, None), "_function", None)
+    is_arguments = function is not None and state is vars(cls).get("State")
+    _resolve_annotations(state, cls, inspect.unwrap(function).__globals__ if is_arguments else {}, set())
     return state
 
 
-def _checked_method(cls: type, name: str, form: str, *counts: int) -> Callable[..., Any]:
-    """Return a method that can be called with one of those numbers of arguments, `self` among them."""
-    method = getattr(cls, name)
-    for count in counts:
-        with contextlib.suppress(TypeError):
-            inspect.signature(method).bind(*range(count))
-            return cast(Callable[..., Any], method)
-    raise TypeError(f"{cls.__qualname__}.{name} must be callable as {name}{form}")
-
-
-def _perform_code(cls: type[FSM]) -> _Code:
-    form = "(self, args) or perform(self, args, ctx)"
-    method = _checked_method(cls, _PERFORM, form, 3, 2)
-    is_async = inspect.iscoroutinefunction(method)
+def _takes(method: Any, count: int) -> bool:
+    """Whether a method can be called with so many arguments, `self` among them."""
     with contextlib.suppress(TypeError):
-        inspect.signature(method).bind(1, 2, 3)
-        return _Code(lambda self, ctx: self.perform(ctx.state, ctx), is_async)
-    return _Code(lambda self, ctx: self.perform(ctx.state), is_async)
+        inspect.signature(method).bind(*range(count))
+        return True
+    return False
 
 
-def _read_steps(cls: type[FSM]) -> tuple[dict[str, _Code], _Code | None]:
-    """Find a class's code: its marked steps, or its one `step`, or its `perform`."""
-    where = cls.__qualname__
-    names = dict.fromkeys(name for base in reversed(cls.__mro__) for name in vars(base))
-    marked = [name for name in names if _is_step(cls, name)]
-    has_any_step = callable(getattr(cls, "step", None)) and "step" not in marked
-    has_perform = callable(getattr(cls, _PERFORM, None)) and _PERFORM not in marked
-    for name in ("handle", "backoff"):
-        if name in marked or inspect.iscoroutinefunction(getattr(cls, name)):
-            raise TypeError(f"{where}: {name} must be a plain method of the class, neither a step nor async")
-    if has_perform and (marked or has_any_step):
-        raise TypeError(f"{where} defines both steps and perform: keep the steps (a machine) or perform (a job)")
-    if marked and has_any_step:
-        raise TypeError(f"{where} defines both @step methods and step(self, name, ctx): use one of the two forms")
-    if has_perform:
-        return {_PERFORM: _perform_code(cls)}, None
-    if has_any_step:
-        method = _checked_method(cls, "step", "(self, name, ctx)", 3)
-        return {}, _Code(lambda self, ctx: self.step(ctx.step, ctx), inspect.iscoroutinefunction(method))
-    if not marked:
-        raise TypeError(
-            f"{where} defines neither steps nor perform: mark methods with @step (a machine), define perform"
-            " (a job), or pass abstract=True (a shared base)"
-        )
-    methods = {name: _checked_method(cls, name, "(self, ctx)", 2) for name in marked}
-    codes = {
-        name: _Code(method, inspect.iscoroutinefunction(method), _rule_of_step(cls, name))
-        for name, method in methods.items()
-    }
-    return codes, None
+def _checked_method(cls: type, name: str, form: str, *counts: int) -> Any:
+    """Return a method that can be called with one of those numbers of arguments."""
+    method = getattr(cls, name)
+    if not any(_takes(method, count) for count in counts):
+        raise TypeError(f"{cls.__qualname__}.{name} must be callable as {name}{form}")
+    return method
 
 
-_NO_ARGUMENTS = attrs.make_class("State", {}, frozen=True)
-"""The state of a function job without parameters. There is one text of it, and nothing else to be checked."""
+def _perform_code(cls: type[FSM], timeout_s: float | None) -> _Code:
+    method = _checked_method(cls, _PERFORM, "(self, args) or perform(self, args, ctx)", 3, 2)
+    is_async = inspect.iscoroutinefunction(getattr(method, "_function", method))
+    if _takes(method, 3):
+        return _Code(lambda self, ctx: self.perform(ctx.state, ctx), is_async, timeout_s)
+    return _Code(lambda self, ctx: self.perform(ctx.state), is_async, timeout_s)
 
 
-def _read_aliases(given: object, where: str) -> tuple[str, ...]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{where}: aliases must be several names, such as ('old.Name',), not {given!r}")
-    return tuple(_text(one, f"{where}: a name in aliases", TypeError) for one in given)
+def _any_step_code(cls: type[FSM], timeout_s: float | None) -> _Code:
+    method = _checked_method(cls, "step", "(self, name, ctx)", 3)
+    return _Code(lambda self, ctx: self.step(ctx.step, ctx), inspect.iscoroutinefunction(method), timeout_s)
 
 
-def _retention_ms(value: object, name: str, error: type[Exception] = TypeError) -> int:
-    """Read how long ended rows are kept; `math.inf` is for ever."""
-    return _END_OF_TIME if value == math.inf else _duration_ms(value, name, error)
+def _step_code(cls: type[FSM], name: str, rule: _StepRule, timeout_s: float | None) -> _Code:
+    method = _checked_method(cls, name, "(self, ctx)", 2)
+    own_timeout_s = timeout_s if rule.timeout_s is KEEP else rule.timeout_s
+    return _Code(method, inspect.iscoroutinefunction(method), own_timeout_s, rule.max_attempts, rule.backoff)
 
 
-def _read_class(cls: type[FSM], given: dict[str, Any]) -> _Spec:
+def _refuse_misfits(cls: type[FSM], marked: Collection[str], initial: str, *, is_job: bool, has_any_step: bool) -> None:
+    """Refuse a class that could not run."""
+    given = cls._options
+    neither = (
+        " defines neither steps nor perform: mark methods with @step (a machine), define perform (a job), or pass"
+        " abstract=True (a shared base)"
+    )
+    methods = [one for one in ("handle", "backoff") if one in marked or inspect.iscoroutinefunction(getattr(cls, one))]
+    both, known = "defines both steps and perform", ", ".join(map(repr, marked))
+    for is_wrong, what in (
+        (methods, f": {methods} must be plain methods of the class, neither steps nor async"),
+        (is_job and (marked or has_any_step), f" {both}: keep the steps (a machine) or perform (a job)"),
+        (marked and has_any_step, " defines both @step methods and step(self, name, ctx): use one of the two forms"),
+        (not (is_job or marked or has_any_step), neither),
+        (is_job and "initial" in given, ": initial is for machines only: leave it out"),
+        (not is_job and "max_attempts" in given, ": max_attempts is for jobs only: leave it out"),
+        (marked and initial not in marked, f": initial={initial!r} is none of its steps {known}: name one of them"),
+    ):
+        if is_wrong:
+            raise TypeError(f"{cls.__qualname__}{what}")
+
+
+def _read_class(cls: type[FSM]) -> _Spec:
     """Read what a class defines; whatever could not run is a TypeError here."""
-    where = cls.__qualname__
-    steps, any_step = _read_steps(cls)
-    is_job = _PERFORM in steps and any_step is None and not _is_step(cls, _PERFORM)
-    for option in ("initial",) if is_job else ("max_attempts",):
-        if option in cls._options:
-            raise TypeError(f"{where}: {option} is for {'machines' if is_job else 'jobs'} only: leave it out")
-    values = {**_DEFAULTS, **cls._options}
-    if not is_job and any_step is None and values["initial"] not in steps:
-        known = ", ".join(map(repr, steps))
-        raise TypeError(f"{where}: initial={values['initial']!r} is none of its steps {known}: name one of them")
-    timeout, state = values["timeout"], _read_state_class(cls, values)
+    where, marked = cls.__qualname__, _marked_steps(cls)
+    values = {
+        name: check(cls._options.get(name, default), f"{where}: {name}", error=TypeError)
+        for name, (default, check) in _OPTIONS.items()
+    }
+    is_job = callable(getattr(cls, _PERFORM, None)) and _PERFORM not in marked
+    has_any_step = callable(getattr(cls, "step", None)) and "step" not in marked
+    _refuse_misfits(cls, marked, values["initial"], is_job=is_job, has_any_step=has_any_step)
+    timeout_s = values.pop("timeout")
+    if is_job:
+        steps, values["initial"] = {_PERFORM: _perform_code(cls, timeout_s)}, _PERFORM
+    else:
+        steps = {name: _step_code(cls, name, rule, timeout_s) for name, rule in marked.items()}
+        values["max_attempts"] = None
+    any_step = _any_step_code(cls, timeout_s) if has_any_step else None
+    codes = [*steps.values(), *filter(None, [any_step])]
     return _Spec(
         cls=cls,
-        name=_text(values.get("name", f"{_module_name(cls.__module__)}.{where}"), f"{where}: name", TypeError),
-        version=_integer(values["version"], f"{where}: version", 1, TypeError),
-        queue=_text(values["queue"], f"{where}: queue", TypeError),
-        initial=_PERFORM if is_job else _text(values["initial"], f"{where}: initial", TypeError),
-        state=state,
-        blank="{}" if state is _NO_ARGUMENTS else None,
-        max_attempts=_integer(values["max_attempts"], f"{where}: max_attempts", 1, TypeError) if is_job else None,
-        max_crashes=_integer(values["max_crashes"], f"{where}: max_crashes", 1, TypeError),
-        timeout_s=None if timeout is None else _positive_ms(timeout, f"{where}: timeout", TypeError) / 1000,
-        inline=_boolean(values["inline"], f"{where}: inline", TypeError),
+        name=_text(cls._options.get("name", f"{_module_name(cls.__module__)}.{where}"), f"{where}: name", TypeError),
+        is_job=is_job,
+        state=_read_state_class(cls),
         steps=steps,
         any_step=any_step,
-        has_timeouts=timeout is not None or any(code.rule.timeout is not KEEP for code in steps.values()),
-        has_async=any(code is not None and code.is_async for code in (*steps.values(), any_step)),
-        is_job=is_job,
-        retention_ms=None if values["retention"] is None else _retention_ms(values["retention"], f"{where}: retention"),
-        keeps_history=_boolean(values["history"], f"{where}: history", TypeError),
+        has_timeouts=any(code.timeout_s is not None for code in codes),
+        has_async=any(code.is_async for code in codes),
+        migrates=hasattr(cls, "migrate") and bool(_checked_method(cls, "migrate", "(self, step, state, version)", 4)),
         plan=_declared_plan(cls._options.get("schedule"), where),
-        aliases=_read_aliases(cls._options.get("aliases", ()), where),
-        migrates=hasattr(cls, "migrate")
-        and _checked_method(cls, "migrate", "(self, step, state, version)", 4) is not None,
+        **values,
     )
 
 
@@ -2506,32 +2563,20 @@ _registry = _Registry()
 
 def _register(spec: _Spec) -> None:
     """Make a class known under its names and version; defining the same one again replaces it."""
-    for name in spec.names:
-        for (known_name, version), known in list(_registry.items()):
-            is_taken = known_name == name and (version == spec.version or known.name != spec.name)
-            if is_taken and _definition(known.cls) != _definition(spec.cls):
-                raise TypeError(
-                    f"{spec.cls.__qualname__}: {name!r} version {version} is taken by"
-                    f" {'.'.join(_definition(known.cls))}: give it another name or version"
-                )
-    for name in spec.names:
-        _registry[name, spec.version] = spec
+    for (name, version), known in list(_registry.items()):
+        is_taken = name in spec.names and (version == spec.version or known.name != spec.name)
+        if is_taken and _definition(known.cls) != _definition(spec.cls):
+            raise TypeError(
+                f"{spec.cls.__qualname__}: {name!r} version {version} is taken by"
+                f" {'.'.join(_definition(known.cls))}: give it another name or version"
+            )
+    _registry.update({(name, spec.version): spec for name in spec.names})
     _registry.changes += 1
 
 
 def _names_of(name: str) -> tuple[str, ...]:
     """Return the names of the rows that a name means: all of its class, where that is known here."""
     return next((spec.names for (known, _), spec in list(_registry.items()) if known == name), (name,))
-
-
-def _check_declared(spec: _Spec) -> None:
-    """Refuse to declare a schedule of instances that could not be inserted, as far as the class alone can tell."""
-    if spec.plan is None:
-        return
-    insert = _make_insert(spec.cls, spec.plan.insert)
-    state = insert.state if insert.args is None else insert.args
-    with contextlib.suppress(NameError):  # an annotation that can't be resolved yet: told of by the first insert
-        _dump_state(spec.state, {} if state is None else state, spec.blank)
 
 
 class FSM:
@@ -2580,18 +2625,19 @@ class FSM:
         cls._spec = None
         cls._options = _merged_options(cls, dict(options))
         if not abstract:
-            cls._spec = _read_class(cls, dict(options))
-            try:
-                _check_declared(cls._spec)
-            except (ValueError, StateError) as error:
-                raise TypeError(f"{cls.__qualname__}: schedule: {error}") from error
-            _register(cls._spec)
+            spec = cls._spec = _read_class(cls)
+            if spec.plan is not None:
+                try:  # limits are the engines': any name of one will do
+                    spec.new_row(_make_insert(cls, spec.plan.insert), 0, lambda name: _Policy(name, 1, 1, _MAX_INTEGER))
+                except (ValueError, StateError) as error:
+                    raise TypeError(f"{cls.__qualname__}: schedule: {error}") from error
+            _register(spec)
 
     def backoff(self, attempt: int) -> _Duration:
         """Seconds to wait after the attempt of that number, counted from 0, failed.
 
-        A number (a Decimal will do) or a timedelta. What is none, or an error, stops the instance; its `last_error`
-        keeps the step's own error beside that.
+        A number or a timedelta. What is none, or an error, stops the instance; its `last_error` keeps the step's own
+        error beside that.
         """
         return min(float(2 ** min(attempt, 16)), 300.0)
 
@@ -2602,21 +2648,18 @@ class FSM:
         the TimeoutError, and nothing that the step still comes to. asyncio's CancelledError is an error of the step's
         where nobody has cancelled it.
         """
-        return self._retry_or_stop(error, ctx) if ctx._claim.spec.is_job else Stop(error)
-
-    def _retry_or_stop(self, reason: str | BaseException, ctx: Context[Any]) -> Retry | Stop:
-        return self._retry(reason, ctx) or Stop(reason)
+        return self._retry(error, ctx) or Stop(error)
 
     def _retry(self, reason: str | BaseException, ctx: Context[Any]) -> Retry | Stop | None:
         """Try a job, or a step that has a rule for it, again while it may be; None once it may not."""
         row, spec = ctx._claim.row, ctx._claim.spec
-        code = spec.steps.get(row.step)
-        rule = _StepRule() if code is None else code.rule
-        max_attempts = row.max_attempts if spec.is_job else rule.max_attempts
+        code = spec.find(row.step)
+        max_attempts = row.max_attempts if spec.is_job or code is None else code.max_attempts
         if row.attempt + 1 >= (max_attempts or 0):
             return None
+        backoff = self.backoff if code is None or code.backoff is None else code.backoff
         try:
-            return Retry(rule.delay(self, row.attempt))
+            return Retry(backoff(row.attempt) if callable(backoff) else backoff)
         except Exception as error:  # noqa: BLE001 - the user's code: what was wrong with the step must not be lost for it
             return Stop(f"{_error_text(reason)}; and backoff({row.attempt}) is no delay: {_error_text(error)}")
 
@@ -2630,7 +2673,7 @@ def _spec_of(fsm: object) -> _Spec:
     cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
     if not isinstance(cls, type) or not issubclass(cls, FSM):
         raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
-    if cls is not fsm and vars(cls).get("_function") is not fsm:
+    if cls is not fsm and getattr(cls, _PERFORM)._function is not fsm:
         raise TypeError(
             f"{_brief(fsm)} is what a decorator has made of the job {cls.__qualname__}, and would be skipped:"
             " put @durable.job above all others"
@@ -2659,23 +2702,13 @@ def _resolve(fsm: object) -> _Spec:
     return known or spec
 
 
-class _FunctionJob(typing.Protocol[_Arguments, _Returned_co]):
+class _FunctionJob(typing.Protocol[_Called, _Arguments, _Returned_co]):
     """A function that is a job: it is called as ever, `fsm` is the class made for it, `args` makes its arguments."""
 
     fsm: type[FSM]
     __name__: str
 
-    def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Returned_co: ...
-    def args(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> dict[str, Any]: ...
-
-
-class _ContextJob(typing.Protocol[_Arguments, _Returned_co]):
-    """One whose first parameter is its Context."""
-
-    fsm: type[FSM]
-    __name__: str
-
-    def __call__(self, ctx: Context[Any], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Returned_co: ...
+    def __call__(self, *args: _Called.args, **kwargs: _Called.kwargs) -> _Returned_co: ...
     def args(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> dict[str, Any]: ...
 
 
@@ -2693,65 +2726,31 @@ def _make_args(function: types.FunctionType) -> Callable[..., dict[str, Any]]:
     return args
 
 
-def _parameter_names(function: types.FunctionType) -> list[str]:
-    """List a function's parameters; those that no dict could name are refused."""
-    parameters = inspect.signature(function).parameters
-    if "self" in parameters:
-        raise TypeError(f"{function.__qualname__}: a job is a function, not a method: it can't have a parameter `self`")
-    for parameter in parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(
-                f"{function.__qualname__}: a job's parameters must have names, not be positional-only,"
-                f" *args or **kwargs: {parameter}"
-            )
-    return list(parameters)
-
-
-def _annotation(function: types.FunctionType, parameter: inspect.Parameter) -> Any:
-    """Return the type that a parameter is annotated with; one that can't be resolved is refused."""
-    if parameter.annotation is parameter.empty:
-        return Any
-    alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
-    try:
-        return typing.get_type_hints(alone, inspect.unwrap(function).__globals__, include_extras=True)[parameter.name]
-    except Exception as error:
-        raise TypeError(
-            f"{function.__qualname__}: the annotation of its parameter {parameter} can't be resolved"
-            f" ({_error_text(error)}): what it names must be known to the module where the job is defined"
-        ) from error
-
-
 def _arguments_class(function: types.FunctionType) -> type:
-    """Make the attrs class of a function's arguments."""
-    fields = {
-        name: attrs.field(
-            type=_annotation(function, parameter),
-            default=attrs.NOTHING if parameter.default is parameter.empty else parameter.default,
-            alias=name,
-            kw_only=True,
-        )
-        for name, parameter in inspect.signature(function).parameters.items()
-        if name != "ctx"
-    }
-    return attrs.make_class("State", fields, frozen=True) if fields else _NO_ARGUMENTS
+    """Make the attrs class of a function's arguments; parameters that no dict could name are refused."""
+    fields = {}
+    for name, one in inspect.signature(function).parameters.items():
+        if name == "self" or one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+            raise TypeError(
+                f"{function.__qualname__}: a job is a function, not a method, whose parameters have names: none may be"
+                f" `self`, positional-only, *args or **kwargs, as {one} is"
+            )
+        if name != "ctx":
+            kind = Any if one.annotation is one.empty else one.annotation
+            default = attrs.NOTHING if one.default is one.empty else one.default
+            fields[name] = attrs.field(type=kind, default=default, alias=name, kw_only=True)
+    body = {"__module__": function.__module__}
+    return attrs.make_class("Parameters", fields, frozen=True, class_body=body) if fields else _NO_ARGUMENTS
 
 
-def _function_perform(function: types.FunctionType, names: list[str]) -> Callable[[Any, Any, Any], Any]:
+def _function_perform(function: types.FunctionType) -> Callable[[Any, Any, Any], Any]:
     """Make the `perform` that calls a function with the state's fields as its arguments."""
-
-    def arguments(args: Any, ctx: Any) -> dict[str, Any]:
-        return {name: ctx if name == "ctx" else getattr(args, name) for name in names}
-
-    if inspect.iscoroutinefunction(function):
-
-        async def perform_async(_: Any, args: Any, ctx: Any) -> Any:
-            return await function(**arguments(args, ctx))
-
-        return perform_async
+    names = list(inspect.signature(function).parameters)
 
     def perform(_: Any, args: Any, ctx: Any) -> Any:
-        return function(**arguments(args, ctx))
+        return function(**{name: ctx if name == "ctx" else getattr(args, name) for name in names})
 
+    cast(Any, perform)._function = function
     return perform
 
 
@@ -2761,21 +2760,21 @@ class _JobDecorator(typing.Protocol):
     @overload
     def __call__(
         self, function: Callable[Concatenate[Context[Any], _Arguments], _Returned_co], /
-    ) -> _ContextJob[_Arguments, _Returned_co]: ...
+    ) -> _FunctionJob[Concatenate[Context[Any], _Arguments], _Arguments, _Returned_co]: ...
     @overload
-    def __call__(self, function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
+    def __call__(
+        self, function: Callable[_Arguments, _Returned_co], /
+    ) -> _FunctionJob[_Arguments, _Arguments, _Returned_co]: ...
 
 
 @overload
 def job(
     function: Callable[Concatenate[Context[Any], _Arguments], _Returned_co], /
-) -> _ContextJob[_Arguments, _Returned_co]: ...
+) -> _FunctionJob[Concatenate[Context[Any], _Arguments], _Arguments, _Returned_co]: ...
 @overload
-def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Returned_co]: ...
+def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Arguments, _Returned_co]: ...
 @overload
-def job(
-    **options: Unpack[_FSMOptions],
-) -> _JobDecorator: ...
+def job(**options: Unpack[_FSMOptions]) -> _JobDecorator: ...
 def job(function: Any = None, /, **options: Any) -> Any:
     """Make a function, plain or async, a job, without changing it.
 
@@ -2798,13 +2797,11 @@ def job(function: Any = None, /, **options: Any) -> Any:
         return lambda decorated: job(decorated, **options)
     if not inspect.isfunction(function):
         raise TypeError(f"@durable.job goes on a function, not on {function!r}")
-    names = _parameter_names(function)
     body = {
         "__module__": function.__module__,
         "__qualname__": function.__qualname__,
         "__doc__": function.__doc__,
-        _PERFORM: _function_perform(function, names),
-        "_function": function,
+        _PERFORM: _function_perform(function),
         "State": _arguments_class(function),
     }
     cast(Any, function).args = _make_args(function)
@@ -2815,49 +2812,6 @@ def job(function: Any = None, /, **options: Any) -> Any:
 # ==================================================================================================
 # Transitions
 # ==================================================================================================
-
-
-_SET_BACK_MS = 1000
-"""A clock that goes back by no more is waited for."""
-
-
-def _brought_back(instant: int, written_at: int, now: int) -> int:
-    """Say when is due what was written by a clock that was ahead of now: after the delay that it was to wait.
-
-    What was dated further ahead than that clock was wrong keeps its date. Pure.
-    """
-    delay = max(0, instant - written_at)
-    return now + delay if delay < written_at - now else instant
-
-
-class _NewRow(NamedTuple):
-    """The columns of an instance to insert, in the order in which the statement binds them."""
-
-    fsm: str
-    version: int
-    step: str
-    state: str
-    max_attempts: int | None
-    max_crashes: int
-    queue: str
-    priority: int
-    eligible_at: int
-    concurrency_key: str | None
-    rate_limit: str | None
-    weight: int
-    parent_id: int | None
-    correlation_key: str | None
-    correlation_scope: int
-    inserted_at: int
-    updated_at: int
-    schedule: str | None = None
-    scheduled_at: int | None = None
-    retention: int | None = None
-
-    def brought_back(self, now: int) -> _NewRow:
-        """Return it as made now: the clock was set back since it was."""
-        eligible_at = _brought_back(self.eligible_at, self.inserted_at, now)
-        return self._replace(eligible_at=eligible_at, inserted_at=now, updated_at=now)
 
 
 _inserted_at = operator.attrgetter("inserted_at")
@@ -3039,13 +2993,6 @@ def _failed(row: _Row, last_error: str, traceback: str | None = None) -> _Finish
     return _Finish(Status.FAILED, None, last_error, traceback, row.attempt, 0)
 
 
-def _later(now: int, due: _Duration | dt.datetime) -> int:
-    """Say when something is due in that time, or at that instant; one that is past means now."""
-    if isinstance(due, dt.datetime):
-        return max(now, _instant_ms(due, "due"))
-    return min(now + _duration_ms(due, "due"), _END_OF_TIME)
-
-
 def _transition(
     row: _Row, outcome: Next | Retry | Await | ScheduleChildren, state: str, now: int
 ) -> _Progress | _Again:
@@ -3058,10 +3005,10 @@ def _transition(
             rate = None if outcome.rate_limit is None else _limit_key(outcome.rate_limit, "rate_limit")
             return _Progress(Status.RUNNABLE, outcome.step, state, now, key, rate, outcome.weight, None, None, 0)
         case Retry():
-            eligible_at, attempt = _later(now, outcome.delay), row.attempt + outcome.counted
+            eligible_at, attempt = _later(now, outcome.delay, "delay"), row.attempt + outcome.counted
             return _Again(state, attempt, 0, eligible_at, row.last_error, row.traceback)
         case Await():
-            deadline = None if outcome.timeout is None else _later(now, outcome.timeout)
+            deadline = None if outcome.timeout is None else _later(now, outcome.timeout, "timeout")
             names = _json(outcome.names)
             return _Progress(Status.AWAITING_SIGNAL, outcome.then, state, now, key, None, 1, names, deadline, 0)
         case ScheduleChildren():
@@ -5490,68 +5437,9 @@ class _LogWatch:
 # ==================================================================================================
 
 
-def _check_rate(key: str, weight: int, policy: _Policy | None) -> None:
-    if policy is None:
-        raise UnknownLimitError(f"no rate limit {_limit_name(key)!r} is declared: give Engine(rate_limits=...) one")
-    if weight > policy.burst:
-        raise ValueError(f"weight {weight} is over the burst of rate limit {policy.name!r}, {policy.burst}")
-
-
-def _given_step(given: object) -> str:
-    try:
-        return _step_name(given)
-    except OutcomeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _first_step(spec: _Spec, given: object) -> str:
-    try:
-        name = _given_step(given)
-        spec.code(name)
-    except OutcomeError as error:
-        raise ValueError(str(error)) from None
-    return name
-
-
-def _eligible_at(insert: Insert, now: int) -> int:
-    if insert.schedule_at is not None:
-        return _instant_ms(insert.schedule_at, "schedule_at")
-    if insert.schedule_in is not None:
-        return min(now + _duration_ms(insert.schedule_in, "schedule_in"), _END_OF_TIME)
-    return now
-
-
 def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None]) -> _NewRow:
-    """Make the row of an instance to insert; whatever is wrong with it is raised here, before anything is written."""
-    spec = _resolve(insert.fsm)
-    if insert.max_attempts is not None and not spec.is_job:
-        raise TypeError(f"max_attempts is for jobs only, and {spec.name} is a machine: leave it out")
-    state = insert.state if insert.args is None else insert.args
-    rate_limit = None
-    if insert.rate_limit is not None:
-        rate_limit = cast(str, _limit_key(insert.rate_limit, "rate_limit"))
-        _check_rate(rate_limit, insert.weight, policy_of(_limit_name(rate_limit)))
-    key = insert.correlation_key
-    return _NewRow(
-        spec.name,
-        spec.version,
-        spec.initial if insert.step is None else _first_step(spec, insert.step),
-        _dump_state(spec.state, {} if state is None else state, spec.blank),
-        spec.max_attempts if insert.max_attempts is None else _integer(insert.max_attempts, "max_attempts", 1),
-        spec.max_crashes,
-        spec.queue if insert.queue is None else _text(insert.queue, "queue"),
-        insert.priority,
-        _eligible_at(insert, now),
-        None if insert.concurrency_key is None else _limit_key(insert.concurrency_key, "concurrency_key"),
-        rate_limit,
-        insert.weight,
-        None,
-        None if key is None else _text(key, "correlation_key"),
-        1 if insert.correlation_scope is LIVE else _scope_bits(insert.correlation_scope),
-        now,
-        now,
-        retention=spec.retention_ms,
-    )
+    """Make the row of an instance to insert, of a class that is known here."""
+    return _resolve(insert.fsm).new_row(insert, now, policy_of)
 
 
 def _forked_row(old: Instance, insert: Insert, desk: _Desk) -> _NewRow:
@@ -5570,7 +5458,7 @@ def _forked_row(old: Instance, insert: Insert, desk: _Desk) -> _NewRow:
         max_crashes=0,
         queue=old.queue if insert.queue is None else _text(insert.queue, "queue"),
         priority=insert.priority,
-        eligible_at=_eligible_at(insert, now),
+        eligible_at=insert._eligible_at(now),
         concurrency_key=_limit_key(insert.concurrency_key, "concurrency_key"),
         rate_limit=rate_limit,
         weight=insert.weight,
@@ -5767,7 +5655,7 @@ class _Claim:
         """Whether its next turn is the event loop's; `handle` is always a thread's."""
         if not self.spec.has_async or self.error is not None:
             return False
-        code = self.spec.steps.get(self.row.step, self.spec.any_step)
+        code = self.spec.find(self.row.step)
         return code is not None and code.is_async
 
     def failed_with(self, error: BaseException) -> _Claim:
@@ -5782,7 +5670,8 @@ class _Claim:
     @property
     def timeout_s(self) -> float | None:
         """Seconds that the step may take."""
-        return self.spec.timeout_of(self.row.step) if self.spec.has_timeouts else None
+        code = self.spec.find(self.row.step) if self.spec.has_timeouts else None
+        return None if code is None else code.timeout_s
 
     @property
     def needs_migration(self) -> bool:
@@ -5899,7 +5788,7 @@ class _Commit(NamedTuple):
     def is_kept(self) -> bool:
         """Whether the history keeps it: all of a machine, of a job, whose row says the rest, only failed attempts."""
         claim = self.claim
-        if not claim.spec.keeps_history:
+        if not claim.spec.history:
             return False
         return not claim.spec.is_job or (
             self.kind != "done" and (self.kind != "retry" or cast(_Again, self.change).attempt > claim.row.attempt)
@@ -6045,7 +5934,7 @@ def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Com
 def _rule_of_job(claim: _Claim, ctx: Context[Any], error: Fail | Cancel) -> Retry | Stop:
     if isinstance(error, Cancel):
         return Stop(error.reason)
-    return cast(FSM, claim.behaviour)._retry_or_stop(error.reason, ctx)
+    return cast(FSM, claim.behaviour)._retry(error.reason, ctx) or Stop(error.reason)
 
 
 def _is_shortage(error: BaseException) -> bool:
@@ -7547,7 +7436,7 @@ class _History:
     ) -> None:
         """Enter what was done to a row by another than its step."""
         spec = _registry.get((row.fsm, row.version))
-        if self._is_kept and (spec is None or spec.keeps_history):
+        if self._is_kept and (spec is None or spec.history):
             number = row.claim if seq is None else seq
             to = row.step if kind == "rewind" else None
             past = (row.step, row.attempt, kind, self._beat.now, 0.0, worker, error, None, row.state)
@@ -7555,7 +7444,7 @@ class _History:
 
     def kept_by(self, claim: _Claim) -> int | None:
         """Return the number by which what that run consumes is marked; None where no history is kept."""
-        return claim.row.claim if self._is_kept and claim.spec.keeps_history else None
+        return claim.row.claim if self._is_kept and claim.spec.history else None
 
     # Going back
 
@@ -7631,7 +7520,7 @@ def _occurrence(schedule: _ScheduleRow, spec: _Spec | None, now: int) -> _NewRow
         return new
     of_class = {option: getattr(spec, name) for option, name in _OPTIONS_OF_CLASS.items() if option not in given}
     return new._replace(
-        fsm=spec.name, version=spec.version, max_crashes=spec.max_crashes, retention=spec.retention_ms, **of_class
+        fsm=spec.name, version=spec.version, max_crashes=spec.max_crashes, retention=spec.retention, **of_class
     )
 
 
@@ -10451,7 +10340,8 @@ class _TextReader:
         import ast
         import textwrap
 
-        function = inspect.unwrap(vars(self._cls).get("_function") or getattr(self._cls, method))
+        function = getattr(self._cls, method)
+        function = inspect.unwrap(getattr(function, "_function", function))
         if (step, method) in self._seen or getattr(function, "__module__", None) == __name__:
             return
         self._seen.add((step, method))
@@ -10513,7 +10403,7 @@ class _TextReader:
 
         if isinstance(given, ast.IfExp):
             return self._targets(given.body) + self._targets(given.orelse)
-        if isinstance(given, ast.Attribute) and _is_step(self._cls, given.attr):
+        if isinstance(given, ast.Attribute) and given.attr in _marked_steps(self._cls):
             return [given.attr]
         return _quoted(given) if isinstance(given, ast.Constant) else ["?"]
 
@@ -10961,7 +10851,9 @@ class Engine:
             if step_name is None:
                 raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {to!r}")
             return _Past(to, step_name, text)
-        step_name = _given_step(to) if spec is None else _first_step(spec, to)
+        step_name = _step_name(to)
+        if spec is not None:
+            spec.code(step_name)
         seq = self._core.reader.latest_run(old.id, step_name)
         if seq is None and text is None:
             raise ValueError(f"step {step_name!r} is not in the history of instance {old.id}: give the state, too")

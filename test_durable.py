@@ -1357,7 +1357,7 @@ def test_an_annotation_that_cannot_be_resolved_is_refused_where_it_stands() -> N
 
     def unclear(what: dict[str, Unclear | None]) -> None: ...
 
-    with pytest.raises(TypeError, match=r"sends: .* parameter to: .*'OnlyForTypes'"):
+    with pytest.raises(TypeError, match=r"sends: .* its Parameters .*'OnlyForTypes'"):
         durable.job(sends)
     with pytest.raises(TypeError, match=r"unclear: .* Unclear .*'OnlyForTypes'"):
         durable.job(unclear)
