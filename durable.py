@@ -10475,6 +10475,39 @@ def _checked_filters(
     }
 
 
+class _Runs(typing.Protocol):
+    """Who finds runs in the history of an instance."""
+
+    def step_of_run(self, instance: int, seq: int, /) -> str | None: ...
+    def latest_run(self, instance: int, step_name: str, /) -> int | None: ...
+
+
+def _find_past(runs: _Runs, old: Instance, to: Any, state: Any) -> _Past:
+    """Find a run in an instance's history, and check the state to put in the place of its own."""
+    spec = _registry.get((old.fsm, old.version))
+    text = None if state is None else _dump_state(spec and spec.state, state)
+    if isinstance(to, int) and not isinstance(to, bool):
+        step_name = runs.step_of_run(old.id, _integer(to, "to (a run's seq)", 0))
+        if step_name is None:
+            raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {to!r}")
+        return _Past(to, step_name, text)
+    step_name = _step_name(to)
+    if spec is not None:
+        spec.code(step_name)
+    seq = runs.latest_run(old.id, step_name)
+    if seq is None and text is None:
+        raise ValueError(f"step {step_name!r} is not in the history of instance {old.id}: give the state, too")
+    return _Past(seq, step_name, text)
+
+
+def _fork_template(old: Instance, options: _InsertOptions, desk: _Desk) -> _NewRow:
+    """Make the row of a fork, of what is given for it."""
+    for name in ("args", "step"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is no option of a fork: `to` says where it starts, `state` with what")
+    return _forked_row(old, _make_insert(old.fsm, options), desk)
+
+
 class Engine:
     """Runs machines and jobs on one SQLite file, and lets anybody insert, signal, wait and look.
 
@@ -10823,7 +10856,7 @@ class Engine:
         """
         self._core.check_open()
         old = self._core.reader.get(target)
-        past = self._past(old, to, state)
+        past = _find_past(self._core.reader, old, to, state)
         self._core.perform(lambda beat: beat.history.rewind(old.id, past))
 
     def fork(self, target: int | str, to: Any, **options: Unpack[_InsertOptions]) -> int:
@@ -10835,29 +10868,9 @@ class Engine:
         """
         self._core.check_open()
         old = self._core.reader.get(target)
-        past = self._past(old, to, options.pop("state", None))
-        for name in ("args", "step"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is no option of a fork: `to` says where it starts, `state` with what")
-        template = _forked_row(old, _make_insert(old.fsm, options), self._core.desk)
+        past = _find_past(self._core.reader, old, to, options.pop("state", None))
+        template = _fork_template(old, options, self._core.desk)
         return cast(int, self._core.perform(lambda beat: beat.history.fork(old.id, past, template)))
-
-    def _past(self, old: Instance, to: Any, state: Any) -> _Past:
-        """Find a run in an instance's history, and check the state to put in the place of its own."""
-        spec = _registry.get((old.fsm, old.version))
-        text = None if state is None else _dump_state(spec and spec.state, state)
-        if isinstance(to, int) and not isinstance(to, bool):
-            step_name = self._core.reader.step_of_run(old.id, _integer(to, "to (a run's seq)", 0))
-            if step_name is None:
-                raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {to!r}")
-            return _Past(to, step_name, text)
-        step_name = _step_name(to)
-        if spec is not None:
-            spec.code(step_name)
-        seq = self._core.reader.latest_run(old.id, step_name)
-        if seq is None and text is None:
-            raise ValueError(f"step {step_name!r} is not in the history of instance {old.id}: give the state, too")
-        return _Past(seq, step_name, text)
 
     # Schedules
 
@@ -11197,9 +11210,13 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `Call`: what a call inside a step returned, to keep
     * `Limit`: a rate limit, with the arithmetic of its bucket
     * `Entry`: a run, as the history keeps it
+    * `ScheduleRow`: the columns of a schedule
+    * `Transaction`: one of such an engine's, in which `Steps` goes through schedules and the history
     * `Outcome`: what a run leaves to be committed
     * `crashed`: what a row becomes whose process died
+    * `cancelled`: what one becomes that somebody has cancelled
     * `Options`: the options of an engine, checked
+    * `check_code`: holds rows against the classes that are known here
     * `filters`: those of `find`, checked, as columns have them
     * `record`: makes an `Instance`, a `Signal` and the like of its columns
     """
@@ -11333,6 +11350,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     Call: typing.TypeAlias = _Kept
     Limit: typing.TypeAlias = _Policy
     Entry: typing.TypeAlias = _Entry
+    ScheduleRow: typing.TypeAlias = _ScheduleRow
     Options: typing.TypeAlias = _Options
 
     class Host(typing.Protocol):
@@ -11356,6 +11374,45 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def keep_call(self, row: _Row, call: _Kept, /) -> bool: ...
         def show_progress(self, row: _Row, progress: str, /) -> None: ...
         def later(self, call: Callable[[], Any], /) -> concurrent.futures.Future[Any]: ...
+
+    class Transaction(typing.Protocol):
+        """One transaction of a host's: what schedules and the history ask of it, and what they write.
+
+        * `now`: milliseconds since the epoch; `worker`: id of the engine; `keeps_history`: its option
+        * `insert(row)`: the id; raises `DuplicateError`. `refuse_taken_key(instance)` raises it as well, where the key
+          of an instance that is to be brought back is another's by now
+        * `has_fired`: names of the schedules that have fired and are not to fire again; `fired(name)`: one has
+        * `file_id()`: a text of the database's own, which never changes
+        * the others read and write the rows of tables that are as the file's: a `ScheduleRow` replaces the one of its
+          name; `rewind` makes the row runnable under a new claim number
+        """
+
+        now: int
+        worker: str
+        keeps_history: bool
+        has_fired: Container[str]
+
+        def insert(self, row: _NewRow, /) -> int: ...
+        def refuse_taken_key(self, instance: int, /) -> None: ...
+        def fired(self, name: str, /) -> None: ...
+        def file_id(self) -> str: ...
+        def status(self, instance: int, /) -> str | None: ...
+        def schedule(self, name: str, /) -> _ScheduleRow | None: ...
+        def save_schedule(self, row: _ScheduleRow, /) -> None: ...
+        def rename_schedule(self, old: str, new: str, /) -> None: ...
+        def unschedule(self, name: str, /) -> bool: ...
+        def declared_schedules(self) -> list[_ScheduleRow]: ...
+        def due_schedules(self, after: int, until: int, /) -> list[_ScheduleRow]: ...
+        def schedules_ahead(self, now: int, /) -> list[_ScheduleRow]: ...
+        def has_occurrence(self, name: str, nominal: int, /) -> bool: ...
+        def row(self, instance: int, /) -> tuple[_Row, str] | None: ...
+        def record(self, entries: Sequence[_Entry], /) -> None: ...
+        def entries_from(self, instance: int, seq: int, /) -> list[_Entry]: ...
+        def retention(self, instance: int, /) -> int | None: ...
+        def detach(self, parent: int, first_child: int, /) -> None: ...
+        def bring_back(self, target: int, seq: int, /) -> None: ...
+        def drop_calls(self, instance: int, /) -> None: ...
+        def rewind(self, entry: _Entry, state: str, now: int, /) -> None: ...
 
     @attrs.frozen
     class Outcome:
@@ -11407,6 +11464,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             self._host = host
             self._behaviours = _Behaviours(fsms)
             self._lock, self._making = threading.Lock(), threading.Lock()
+            self._reported: set[tuple[str, str]] = set()
             self._desk = _Desk(cast(Any, host), host.clock).open(
                 lambda action: action(beat), lambda action: host.later(lambda: action(beat)), self._note_progress
             )
@@ -11422,6 +11480,10 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def message(self, target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
             """Make a signal to deliver; raises what `Engine.signal` does."""
             return _message(target, name, payload, dedup_key)
+
+        def knows(self, row: _Row) -> bool:
+            """Whether its class is known here; no code of the user's is called for it."""
+            return self._behaviours.spec_for(row.fsm, row.version) is not None
 
         def claim(self, row: _Row, inbox: Iterable[Signal] = ()) -> _Claim | None:
             """Take a row in hand that was claimed; None if its class can't be run here."""
@@ -11449,6 +11511,11 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 claim.is_disowned = True
             return self._outcome(contextvars.copy_context().run(self._recover, claim, _timeout_error(claim)))
 
+        def drop(self, claim: _Claim) -> None:
+            """Disown a step and ask nobody: its row is given back."""
+            with self._lock:
+                claim.is_disowned = not claim.is_finished
+
         def refused(self, outcome: tools.Outcome, error: Exception) -> tools.Outcome:
             """Say what becomes of a step whose outcome could not be committed, for an error of its own statements."""
             claim = outcome.claim
@@ -11462,6 +11529,70 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             following = _Claim(outcome.advanced, claim.spec, claim.behaviour, claim.desk, tuple(inbox))
             following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
             return following
+
+        def history(self, transaction: tools.Transaction) -> _History:
+            """Go through the history in a transaction: `record`, `rewind`, `fork`."""
+            return _History(self._beat_of(transaction))
+
+        def past(self, runs: _Runs, old: Instance, to: Any, state: Any) -> _Past:
+            """Find the run that `Engine.rewind` means; raises what that does."""
+            return _find_past(runs, old, to, state)
+
+        def fork_row(self, old: Instance, options: Mapping[str, Any]) -> _NewRow:
+            """Make the row of a fork, but for its step and state; raises what `Engine.fork` does."""
+            return _fork_template(old, cast(Any, dict(options)), self._desk)
+
+        def schedules(self, transaction: tools.Transaction) -> _Schedules:
+            """Go through the schedules in a transaction.
+
+            `write`, `declare`, `remove`, `trigger`, `pause`, `resume`, `realign`, and `fire(after)` for what is due
+            and was not there to be fired at that instant.
+            """
+            return _Schedules(self._beat_of(transaction))
+
+        def schedule_row(self, name: str, fsm: Any, when: Any, options: Mapping[str, Any]) -> _ScheduleRow:
+            """Make the row of a schedule; raises what `Engine.schedule` does."""
+            return self._describe(_text(name, "name"), _resolve(fsm), _plan(when, **options), is_from_code=False)
+
+        def declared(self) -> tuple[list[tuple[_ScheduleRow, tuple[str, ...]]], Container[str]]:
+            """List the schedules that the known classes declare, with these classes' aliases; and the known names."""
+            known = self._behaviours.highest_by_name()
+            rows = [
+                (self._describe(spec.name, spec, spec.plan, is_from_code=True), spec.aliases)
+                for name, spec in known.items()
+                if spec.plan is not None and name == spec.name
+            ]
+            return rows, known
+
+        def _describe(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool) -> _ScheduleRow:
+            row = self._desk.new_row(_make_insert(spec.cls, plan.insert))
+            return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
+
+        def _beat_of(self, transaction: tools.Transaction) -> Any:
+            """Make what a transaction is to schedules and the history."""
+            setup = types.SimpleNamespace(
+                keeps_history=transaction.keeps_history, worker_id=transaction.worker, behaviours=self._behaviours
+            )
+            report = types.SimpleNamespace(
+                left_schedules=types.SimpleNamespace(add=self._report_left),
+                fired=types.SimpleNamespace(append=transaction.fired),
+                tell=lambda name, measurements, metadata: None,
+            )
+            return types.SimpleNamespace(
+                setup=setup,
+                report=report,
+                given=types.SimpleNamespace(has_fired=transaction.has_fired),
+                store=transaction,
+                now=transaction.now,
+                insert=transaction.insert,
+                refuse_taken_key=transaction.refuse_taken_key,
+                look_at_schedules_again=lambda: None,
+            )
+
+        def _report_left(self, left: tuple[str, str]) -> None:
+            if left not in self._reported:
+                self._reported.add(left)
+                _log.warning("the schedule %s is left to other engines: %s", *left)
 
         def _run(self, claim: _Claim, await_on_loop: Callable[[Coroutine[Any, Any, Any]], Any]) -> tools.Outcome | None:
             try:
@@ -11542,6 +11673,16 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         Milliseconds since the epoch; `cause` is what its `last_error` begins with.
         """
         return tools._columns(_crashed(row, cause, now))
+
+    @staticmethod
+    def cancelled(row: _Row, reason: str) -> dict[str, Any]:
+        """Say what the columns of a row become whose step has left, and that somebody has cancelled."""
+        return tools._columns(_failed(row, reason))
+
+    @staticmethod
+    def check_code(rows: Any) -> list[str]:
+        """Hold `rows.live()`, (id, fsm, version, step, state) each, and `rows.schedule_rows()` against the code."""
+        return _check_code(rows)
 
     @staticmethod
     def filters(**given: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from datetime import UTC, datetime, timedelta
@@ -539,6 +539,160 @@ def test_the_history_of_a_run_elsewhere_is_what_the_file_would_keep() -> None:
     steps = tools.Steps(Elsewhere())
     claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(cli_add, {"args": {"a": 1}}))))
     assert cast(tools.Outcome, steps.run(claim, asyncio.run)).entry("worker 1") is None
+
+
+class Ledger:
+    """A transaction of a host that keeps one instance, its history and its schedules in memory."""
+
+    worker, keeps_history, has_fired = "worker 1", True, ("fired",)
+
+    def __init__(self, row: tools.Row | None = None, now: int = 1_700_000_000_000) -> None:
+        self.now = now
+        self.held = row
+        self.rows: dict[str, tools.ScheduleRow] = {}
+        self.inserted: list[tools.NewRow] = []
+        self.entries: list[tools.Entry] = []
+        self.done: list[tuple[Any, ...]] = []
+
+    def insert(self, row: tools.NewRow) -> int:
+        self.inserted.append(row)
+        return len(self.inserted)
+
+    def file_id(self) -> str:
+        return "one"
+
+    def fired(self, name: str) -> None:
+        self.done.append(("fired", name))
+
+    def status(self, instance: int) -> str | None:
+        return "done"
+
+    def schedule(self, name: str) -> tools.ScheduleRow | None:
+        return self.rows.get(name)
+
+    def save_schedule(self, row: tools.ScheduleRow) -> None:
+        self.rows[row.name] = row
+
+    def rename_schedule(self, old: str, new: str) -> None:
+        self.rows[new] = self.rows.pop(old)._replace(name=new)
+
+    def unschedule(self, name: str) -> bool:
+        return self.rows.pop(name, None) is not None
+
+    def declared_schedules(self) -> list[tools.ScheduleRow]:
+        return [row for row in self.rows.values() if row.is_declared]
+
+    def due_schedules(self, after: int, until: int) -> list[tools.ScheduleRow]:
+        return [row for row in self.rows.values() if row.fires_at is not None and after < row.fires_at <= until]
+
+    def schedules_ahead(self, now: int) -> list[tools.ScheduleRow]:
+        return [row for row in self.rows.values() if row.next_at is not None and row.next_at > now]
+
+    def has_occurrence(self, name: str, nominal: int) -> bool:
+        return False
+
+    def row(self, instance: int) -> tuple[tools.Row, str] | None:
+        return None if self.held is None else (self.held, "done")
+
+    def record(self, entries: Sequence[tools.Entry]) -> None:
+        self.entries.extend(entries)
+
+    def entries_from(self, instance: int, seq: int) -> list[tools.Entry]:
+        return [entry for entry in self.entries if entry.seq >= seq]
+
+    def latest_run(self, instance: int, step_name: str) -> int | None:
+        return max((entry.seq for entry in self.entries if entry.step == step_name), default=None)
+
+    def step_of_run(self, instance: int, seq: int) -> str | None:
+        return next((entry.step for entry in self.entries if entry.seq == seq), None)
+
+    def retention(self, instance: int) -> int | None:
+        return 5
+
+    def refuse_taken_key(self, instance: int) -> None:
+        self.done.append(("refuse_taken_key", instance))
+
+    def detach(self, parent: int, first_child: int) -> None:
+        self.done.append(("detach", parent, first_child))
+
+    def bring_back(self, target: int, seq: int) -> None:
+        self.done.append(("bring_back", target, seq))
+
+    def drop_calls(self, instance: int) -> None:
+        self.done.append(("drop_calls", instance))
+
+    def rewind(self, entry: tools.Entry, state: str, now: int) -> None:
+        self.done.append(("rewind", entry.step, state))
+
+
+def test_schedules_are_gone_through_in_a_transaction_elsewhere() -> None:
+    """`tools.Steps.schedules` writes, fires, triggers and pauses schedules that a host keeps."""
+    steps, book = tools.Steps(Elsewhere()), Ledger()
+    every = durable.Every(60)
+    steps.schedules(book).write(steps.schedule_row("s", cli_add, every, {"args": {"a": 1}, "overlap": True}))
+    steps.schedules(book).write(steps.schedule_row("fired", cli_add, every, {"args": {"a": 1}}))
+    assert cast(int, book.rows["s"].next_at) == book.now + 60_000
+    steps.schedules(book).fire(-(2**62))
+    assert book.inserted == []
+    book.now += 60_000
+    steps.schedules(book).fire(-(2**62))
+    assert [(row.fsm, row.schedule, row.scheduled_at) for row in book.inserted] == [("cli.add", "s", book.now)]
+    assert book.done == [("fired", "s")]
+    assert steps.schedules(book).trigger("s") == 2
+    steps.schedules(book).pause("s")
+    assert book.rows["s"].next_at is None
+    steps.schedules(book).resume("s")
+    assert book.rows["s"].next_at == book.now + 60_000
+    assert steps.schedules(book).remove("s")
+    steps.schedules(book).declare(*steps.declared())
+    steps.schedules(book).realign()
+
+
+def test_the_past_is_gone_back_to_in_a_transaction_elsewhere() -> None:
+    """`tools.Steps.history` records what a host has done to a row, rewinds and forks it."""
+    steps = tools.Steps(Elsewhere())
+    new = steps.new_row(CliOrder, {})
+    row = claimed(new)
+    book = Ledger(row)
+    claim = cast(tools.Claim, steps.claim(row))
+    book.record([cast(tools.Entry, cast(tools.Outcome, steps.run(claim, asyncio.run)).entry("worker 1", 7))])
+    instance = stored(new)
+    steps.history(book).record(row, "cancel", seq=2, error="no")
+    assert [(entry.seq, entry.kind, entry.error) for entry in book.entries] == [(1, "await", None), (2, "cancel", "no")]
+    steps.history(book).rewind(1, steps.past(book, instance, "start", None))
+    assert book.done == [
+        ("refuse_taken_key", 1),
+        ("detach", 1, 7),
+        ("bring_back", 1, 1),
+        ("drop_calls", 1),
+        ("rewind", "start", "{}"),
+    ]
+    assert book.entries[-1].kind == "rewind"
+    past = steps.past(book, instance, 1, {"n": 1})
+    assert steps.history(book).fork(1, past, steps.fork_row(instance, {"queue": "q"})) == 1
+    assert (book.inserted[0].state, book.inserted[0].queue, book.inserted[0].retention) == ('{"n":1}', "q", 5)
+
+
+def stored(new: tools.NewRow) -> Instance:
+    """The instance of a row, as `tools.record` makes it of its columns."""
+    columns = {**dict.fromkeys(field.name for field in attrs.fields(Instance)), **new._asdict()}
+    columns |= {"id": 1, "status": "done", "attempt": 0, "crashes": 0}
+    return tools.record(Instance, [columns[field.name] for field in attrs.fields(Instance)])
+
+
+def test_rows_elsewhere_are_held_against_the_code() -> None:
+    """`tools.check_code` tells of the rows whose class, version, step or state is not that of the code."""
+
+    class Rows:
+        def live(self) -> list[tuple[Any, ...]]:
+            return [(1, "cli.Order", 1, "nowhere", "{}"), (2, "gone.Away", 1, "start", "{}")]
+
+        def schedule_rows(self) -> list[tools.ScheduleRow]:
+            return []
+
+    first, second, *_ = tools.check_code(Rows())
+    assert "no step 'nowhere'" in first
+    assert "no class of that name" in second
 
 
 # ---- Looking -------------------------------------------------------------------------------------
