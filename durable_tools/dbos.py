@@ -42,7 +42,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Self, TypeVar, cast
 
 try:
@@ -759,7 +759,7 @@ class _Transaction:
         self.now = core.now()
         self.worker = core.id
         self.keeps_history = core.options.history
-        self.has_fired = core.drained_schedules
+        self.has_fired: Container[str] = core.drained_schedules
         self.after: list[Callable[[], object]] = []
         """What is to be done once it is committed."""
 
@@ -1841,8 +1841,8 @@ class DBOSEngine:
     are made when they are missing. Options are those of `durable.Engine`, but for `clock`, `prefetch` and
     `synchronous`. A started engine is one per process, since DBOS is. What differs is in the README's table; above all:
     what is dated is on time to a second, a queue's width is what the engine that was started last has said, for each
-    process, and `subscribe` and `snapshot` are refused. Placeholders in `ctx.execute` are those of SQLite, `?` or `:name`;
-    `??` is an operator of PostgreSQL.
+    process, and `subscribe` and `snapshot` are refused. Placeholders in `ctx.execute` are `?` or `:name`, as ever;
+    `??` is PostgreSQL's operator `?`.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
