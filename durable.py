@@ -1051,7 +1051,24 @@ _make_transition = _maker_of(Transition)
 
 @attrs.frozen
 class Event:
-    """Something that happened: what was measured, and what it happened to."""
+    """Something that happened: what was measured, and what it happened to.
+
+    * `step.stop`: duration; id, fsm, step, kind (done, stop, next, retry, await, children, crash)
+    * `step.progress`: done, total; id, fsm, step, note
+    * `pick.stop`, `scheduler.saturation`: count, demand; queue, and in_flight; queue
+    * `commit.stop`: outcomes, inserts, duration
+    * `scheduler.drain`: released, in_flight; queue: at the stop
+    * `scheduler.reclaimed`, `reaper.reaped`: count; worker: of a dead one
+    * `concurrency.throttled`, `rate_limit.throttled`: none; id, key, queue
+    * `outcome.stale`, `await.timeout`, `inline.continue`, `inline.yield`: none; id, fsm, step
+    * `signal.dropped`: none; id, name: it came while the last step ran, which had not been shown it
+    * `fsm.unknown`: none; fsm, version, queue
+    * `schedule.fired`, `schedule.missed`, `schedule.skipped`: late, count, none; name, and id
+    * `gc.swept`: count
+    * `store.error`: none; error
+
+    Durations and `late` are seconds.
+    """
 
     name: str
     measurements: dict[str, Any]

@@ -69,6 +69,7 @@ import textwrap
 import threading
 import time
 import tokenize
+import tomllib
 import types
 import typing
 import uuid
@@ -170,12 +171,14 @@ def environment(*places: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def start_script(folder: Path, source: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python program in a process of its own, with warnings as errors."""
+def start_script(
+    folder: Path, source: str, *arguments: object, flags: Sequence[str] = ("-W", "error")
+) -> subprocess.Popen[str]:
+    """Start a Python program in a process of its own, with warnings as errors unless the flags say otherwise."""
     path = folder / "program.py"
     path.write_text(source, encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-W", "error", str(path), *map(str, arguments)],
+        [sys.executable, *flags, str(path), *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -185,9 +188,9 @@ def start_script(folder: Path, source: str, *arguments: object) -> subprocess.Po
     )
 
 
-def run_script(folder: Path, source: str, *arguments: object) -> str:
+def run_script(folder: Path, source: str, *arguments: object, flags: Sequence[str] = ("-W", "error")) -> str:
     """The standard output of a Python program in a process of its own, which must succeed."""
-    with start_script(folder, source, *arguments) as process:
+    with start_script(folder, source, *arguments, flags=flags) as process:
         output, errors = process.communicate(timeout=2 * PATIENCE)
     assert process.returncode == 0, errors
     return output
@@ -415,12 +418,57 @@ def test_examples_in_docstrings_do_what_they_show() -> None:
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+OURS = {"apsw", "attrs", "durable", "pytest"}
+"""What the programs in the README may import anywhere; all else is a recipe's, of the extra `recipes`."""
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that a program imports, apart from the standard library and what is always there."""
+    nodes = list(ast.walk(ast.parse(code)))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name for name in named if name.partition(".")[0] not in OURS | sys.stdlib_module_names}
+
+
+def skip_without(modules: set[str]) -> None:
+    """Skip a recipe's test where a library of its is missing, or lacks something of the system's; say which."""
+    imports = "\n".join(f"import {name}" for name in sorted(modules))
+    tried = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"pip install '.[recipes]': {tried.stderr.splitlines()[-1]}")
 
 
 @pytest.mark.parametrize(("code", "shown"), BLOCKS, ids=[str(at) for at in range(len(BLOCKS))])
-def test_readme_examples_do_what_they_show(code: str, shown: str, tmp_path: Path) -> None:
-    """Every program in the README runs, with warnings as errors, and prints what stands below it."""
-    assert run_script(tmp_path, code) == shown
+def test_readme_examples_do_what_they_show(
+    code: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every program in the README runs, with warnings as errors, and prints what stands below it.
+
+    Recipes with other libraries, whose own warnings are not ours, run where these are there; tests under pytest.
+    """
+    others = imported_by(code)
+    skip_without(others)
+    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+    if "def test_" in code:
+        assert f"{code.count('def test_')} passed" in run_script(tmp_path, code, "-q", flags=("-m", "pytest"))
+    else:
+        assert run_script(tmp_path, code, flags=() if others else ("-W", "error")) == shown
+
+
+def test_the_docstring_of_event_lists_every_name() -> None:
+    """`help(durable.Event)`, to which the README leads, says what each event has."""
+    listed = re.findall(r"`(\w+\.\w+)`", Event.__doc__ or "")
+    assert sorted(listed) == sorted(durable._EVENT_NAMES)
+
+
+def test_readme_has_a_recipe_for_each_kind_of_program() -> None:
+    """A web application, an agent, a desktop program, tests; for each a library that `recipes` installs."""
+    others = set().union(*(imported_by(code) for code, _ in BLOCKS))
+    tried = {name.partition(".")[0] for name in others}
+    assert tried == {"fastapi", "freezegun", "pydantic_ai", "PySide6", "time_machine"}
+    extras = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    installed = {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in extras["recipes"]}
+    assert tried <= {name.removesuffix("_slim").removesuffix("_Essentials") for name in installed}
 
 
 def test_readme_names_every_option() -> None:

@@ -5,10 +5,10 @@
 It needs Python 3.11 or newer with venv, and works from any directory. What it installs goes to `.venvs/` in
 the checkout and is used again until pyproject.toml changes.
 
-With DURABLE_TEST_PROFILE=long in the environment the tests include the slow ones, and unless `--python` says
-otherwise, they run on the oldest and the newest Python found here. Of several Pythons, all but the last get
-the quick tests with the oldest dependencies that pyproject.toml allows; the last gets lint, types and the
-chosen profile with the newest.
+With DURABLE_TEST_PROFILE=long in the environment the tests include the slow ones and the README's recipes, and
+unless `--python` says otherwise, they run on the oldest and the newest Python found here. Of several Pythons,
+all but the last get the quick tests with the oldest dependencies that pyproject.toml allows; the last gets lint,
+types and the chosen profile with the newest.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PROFILE = "DURABLE_TEST_PROFILE"
 _LONG = os.environ.get(_PROFILE) == "long"
 _OLDEST = (3, 11)
+_PIP_INSTALL = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
 
 # Succeeds on a released CPython with its lock and with venv; prints its version and where it is installed.
 _PROBE = """
@@ -112,20 +113,33 @@ def _environment(path: str, *, lowest: bool = False) -> str:
     folder = _ROOT / ".venvs" / name
     stamp = folder / "installed.txt"
     pyproject = hashlib.sha256(Path("pyproject.toml").read_bytes()).hexdigest()
-    content = "\n".join([python.home, str(_ROOT), pyproject, *requirements])
+    content = "\n".join([python.home, str(_ROOT), pyproject, str(_LONG), *requirements])
     inside = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != content:
         _run(path, "-m", "venv", "--clear", str(folder))
-        _run(inside, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *requirements)
+        _run(inside, *_PIP_INSTALL, *requirements)
+        if _LONG and not lowest:
+            _install_recipes(inside)
         stamp.write_text(content, encoding="utf-8")
     return inside
 
 
-def _lowest_dependencies() -> list[str]:
+def _project() -> Any:
     import tomllib  # not at the top: an older Python than it needs should get as far as being told so
 
-    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [requirement.replace(">=", "==") for requirement in project["dependencies"]]
+    return tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def _lowest_dependencies() -> list[str]:
+    return [requirement.replace(">=", "==") for requirement in _project()["dependencies"]]
+
+
+def _install_recipes(python: str) -> None:
+    """Install what README's recipes are tried with, as far as it can be had; the tests skip, and name, the rest."""
+    for requirement in _project()["optional-dependencies"]["recipes"]:
+        command = [python, *_PIP_INSTALL, "--only-binary", ":all:", requirement]
+        if subprocess.run(command, check=False).returncode:
+            print(f"not to be had for this Python: {requirement}", flush=True)
 
 
 def _run(python: str, *arguments: str, profile: str | None = None) -> None:
