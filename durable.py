@@ -1776,28 +1776,27 @@ def _dump_plain(value: object) -> str:
     return text
 
 
-class _Node(NamedTuple):
-    """A part of a state, its JSON form, and what is within it."""
+_Loaded = Mapping[int, Any]
+"""The JSON form of each part of a state that was loaded, by the part's identity, and the part, by its form's.
 
-    part: Any
-    form: Any
-    inner: Mapping[Any, _Node | None]
+Nothing where the state has no keys that no class knows.
+"""
+_ALL_KNOWN: _Loaded = {}
 
 
-def _node(part: Any, form: Any, nodes: dict[int, _Node]) -> _Node | None:
-    """Note the parts of a state by their identities; None for a scalar, or a field that was not there yet."""
-    parts = _parts(part)
-    if parts is None or form is None:
-        return None
+def _inner(part: Any, form: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Go through what a part of a state is made of: by key, with its JSON form, None for a field that is not in it."""
+    parts = _parts(part) or {}
     forms = map(form.get, parts) if _has_fields(part.__class__) else (_parts(form) or {}).values()
-    inner = {key: _node(parts[key], one, nodes) for key, one in zip(parts, forms, strict=True)}
-    nodes[id(part)] = node = _Node(part, form, inner)
-    return node
+    return zip(parts, parts.values(), forms, strict=False)
 
 
-_Loaded = tuple[_Node | None, Mapping[int, _Node]]
-"""A state that was loaded, and all its parts by their identities; nothing where it has no keys that no class knows."""
-_ALL_KNOWN: _Loaded = (None, {})
+def _note_parts(part: Any, form: Any, noted: dict[int, Any]) -> None:
+    """Note all parts of a state, but for scalars, and their forms."""
+    if form is not None and _parts(part) is not None:
+        noted[id(part)], noted[id(form)] = form, part
+        for _, inner, inner_form in _inner(part, form):
+            _note_parts(inner, inner_form, noted)
 
 
 def _load_state(cls: type | None, text: str) -> tuple[Any, _Loaded]:
@@ -1808,27 +1807,28 @@ def _load_state(cls: type | None, text: str) -> tuple[Any, _Loaded]:
     with contextlib.suppress(Exception):
         return _strict().structure(value, cls), _ALL_KNOWN
     state = _structure(_lenient(), value, cls)
-    nodes: dict[int, _Node] = {}
-    return state, (_node(state, value, nodes), nodes)
+    loaded: dict[int, Any] = {}
+    _note_parts(state, value, loaded)
+    return state, loaded
 
 
-def _keep_unknown(now: _Node, place: _Node | None, loaded: Mapping[int, _Node], alive: Mapping[int, _Node]) -> None:
+def _keep_unknown(part: Any, form: Any, place: Any, loaded: _Loaded, alive: _Loaded) -> None:
     """Add to what is written of a state the keys that the classes don't know of what was loaded.
 
-    They stay with their object wherever it is by now, else with one of its class that has taken its place, in lists
+    They stay with their object wherever it is by now, else with one of its class that has taken its `place`, in lists
     only if these have not become shorter.
     """
-    was = loaded.get(id(now.part))
-    if was is None and place is not None and place.part.__class__ is now.part.__class__ and id(place.part) not in alive:
+    taken = loaded.get(id(place))
+    was = loaded.get(id(part))
+    if was is None and part.__class__ is taken.__class__ and id(taken) not in alive:
         was = place
-    form, inner = (was.form, was.inner) if was is not None else ({}, {})
-    names = _field_names(now.part.__class__)
-    if names is not None:
-        now.form.update({key: form[key] for key in form if key not in names})
-    is_shorter = isinstance(form, list) and len(now.form) < len(form)
-    for key, node in now.inner.items():
-        if node is not None:
-            _keep_unknown(node, None if is_shorter else inner.get(key), loaded, alive)
+    names = _field_names(part.__class__)
+    if names is not None and was is not None:
+        form.update({key: was[key] for key in was if key not in names})
+    places = {} if was is None or (isinstance(was, list) and len(form) < len(was)) else _parts(was) or {}
+    for key, inner, inner_form in _inner(part, form):
+        if inner_form is not None and _parts(inner) is not None:
+            _keep_unknown(inner, inner_form, places.get(key), loaded, alive)
 
 
 def _dump_object(cls: type, value: Any, known: str | None, loaded: _Loaded) -> str:
@@ -1840,9 +1840,10 @@ def _dump_object(cls: type, value: Any, known: str | None, loaded: _Loaded) -> s
             return known
         value = _structure(_strict(), value, cls)
     written = _unstructured(value)
-    if loaded[0] is not None:
-        alive: dict[int, _Node] = {}
-        _keep_unknown(cast(_Node, _node(value, written, alive)), *loaded, alive)
+    if loaded:
+        alive: dict[int, Any] = {}
+        _note_parts(value, written, alive)
+        _keep_unknown(value, written, next(iter(loaded.values())), loaded, alive)
     text = _state_text(written)
     if text != known:
         _refuse_changes(value, _load_state(cls, text)[0])
