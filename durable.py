@@ -362,6 +362,18 @@ def _boolean(value: object, name: str, error: type[Exception] = ValueError) -> b
     return value
 
 
+_count = functools.partial(_integer, least=1)
+
+
+def _validator(check: Callable[..., object], **options: Any) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    """Make an attrs validator of a check that takes a value and its name."""
+
+    def validate(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        check(value, attribute.name, **options)
+
+    return validate
+
+
 def _refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str = "") -> None:
     """Check the names of options."""
     names = list(allowed)
@@ -482,10 +494,6 @@ def _traceback_text(error: BaseException) -> str | None:
 # ==================================================================================================
 
 
-def _positive_integer(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    _integer(value, attribute.name, 1)
-
-
 @attrs.frozen
 class RateLimit:
     """A token bucket: `allowed` tokens per `per` (seconds or a timedelta), at most `burst` at once.
@@ -497,7 +505,7 @@ class RateLimit:
     RateLimit(allowed=100, per=60, burst=100)
     """
 
-    allowed: int = attrs.field(validator=_positive_integer)
+    allowed: int = attrs.field(validator=_validator(_count))
     per: _Duration
     burst: int = cast(int, None)
 
@@ -631,9 +639,9 @@ def _count_cron_instants(expression: str, zone: dt.tzinfo, first: int, latest: i
     return 1 + sum(1 for _ in itertools.islice(passed, limit - 1))
 
 
-def _check_cron(_: object, attribute: attrs.Attribute[str], expression: object) -> None:
+def _check_cron(expression: object, name: str) -> None:
     allowed = f"five fields (minute, hour, day, month, weekday) or one of {', '.join(_CRON_ALIASES)}"
-    refusal = f"{attribute.name} must have {allowed}, not {expression!r}"
+    refusal = f"{name} must have {allowed}, not {expression!r}"
     if not isinstance(expression, str):
         raise ValueError(refusal)
     if len(expression.split()) != 5 and expression.lower() not in _CRON_ALIASES:
@@ -643,7 +651,7 @@ def _check_cron(_: object, attribute: attrs.Attribute[str], expression: object) 
     except ImportError:
         raise
     except StopIteration:
-        raise ValueError(f"{attribute.name} must name an instant that comes, not {expression!r}") from None
+        raise ValueError(f"{name} must name an instant that comes, not {expression!r}") from None
     except Exception as error:
         raise ValueError(f"{refusal}: {error}") from error
 
@@ -661,12 +669,9 @@ class _EveryGrid(NamedTuple):
             return self.start
         return min(self.start + ((instant - self.start) // self.interval + 1) * self.interval, _END_OF_TIME)
 
-    def latest(self, until: int, first: int) -> int:
-        """Return the last instant of the grid that is not after `until`; `first` is one of it, and not after either."""
-        return first + (until - first) // self.interval * self.interval
-
-    def last(self, first: int, latest: int, count: int) -> Sequence[int]:
-        """Return the last so many instants of the grid between two of it."""
+    def last(self, first: int, until: int, count: int) -> Sequence[int]:
+        """Return the last so many instants of the grid from one of it on that are not after `until`."""
+        latest = first + (until - first) // self.interval * self.interval
         return range(max(first, latest - (count - 1) * self.interval), latest + 1, self.interval)
 
     def counted(self, first: int, latest: int, _limit: int) -> int:
@@ -683,31 +688,19 @@ class _CronGrid(NamedTuple):
     def after(self, instant: int) -> int:
         return _next_cron_instant(self.expression, self.zone, instant)
 
-    def latest(self, until: int, first: int) -> int:
-        """Look back over longer and longer spans, and then by bisection between the last two."""
-        low = high = until
-        span = _CRON_INTERVAL_MS
-        while low > first and self.after(low) > until:
-            low, high, span = max(first, until - span), low, span * 2
-        while high - low > _CRON_INTERVAL_MS:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.after(middle) <= until else (low, middle)
-        return max([first, *self._between(low, until)])
-
-    def last(self, first: int, latest: int, count: int) -> Sequence[int]:
+    def last(self, first: int, until: int, count: int) -> Sequence[int]:
+        """Look back over longer and longer spans: in some zones cronsim goes back by others than it comes by."""
         span = count * _CRON_INTERVAL_MS
         while True:
-            start = max(first, self.after(latest - span - 1))
-            found = [start, *self._between(start, latest)]
-            if start == first or len(found) >= count:
-                return found[-count:]
+            start = max(first - 1, until - span)
+            coming = _cron_instants(self.expression, self.zone, start)
+            found = collections.deque(itertools.takewhile(lambda at: at <= until, coming), count)
+            if start < first or len(found) == count:
+                return list(found)
             span *= 2
 
     def counted(self, first: int, latest: int, limit: int) -> int:
         return _count_cron_instants(self.expression, self.zone, first, latest, limit)
-
-    def _between(self, after: int, until: int) -> Iterator[int]:
-        return itertools.takewhile(lambda at: at <= until, _cron_instants(self.expression, self.zone, after))
 
 
 _Grid = _EveryGrid | _CronGrid
@@ -725,26 +718,14 @@ class Cron:
     Raises `ValueError` for what is no such expression or zone, `ImportError` without the extra.
     """
 
-    expression: str = attrs.field(validator=_check_cron)
-    zone: str = attrs.field(default="local", kw_only=True)
-
-    def __attrs_post_init__(self) -> None:
-        _zone(self.zone)
+    expression: str = attrs.field(validator=_validator(_check_cron))
+    zone: str = attrs.field(default="local", kw_only=True, validator=lambda _, __, zone: _zone(zone))
 
     def _grid(self, _written_at: int, zone_of: Callable[[str], dt.tzinfo]) -> _Grid:
         return _CronGrid(self.expression, zone_of(self.zone))
 
     def _stored(self) -> dict[str, Any]:
         return {"cron": self.expression, "zone": self.zone}
-
-
-def _check_interval(_: object, attribute: attrs.Attribute[Any], interval: object) -> None:
-    _positive_ms(interval, attribute.name)
-
-
-def _check_anchor(_: object, attribute: attrs.Attribute[Any], anchor: object) -> None:
-    if anchor is not None:
-        _instant_ms(anchor, attribute.name)
 
 
 @attrs.frozen
@@ -755,8 +736,12 @@ class Every:
     grid starts when the schedule is first written, and the first instant is an interval later. Raises `ValueError`.
     """
 
-    interval: _Duration = attrs.field(eq=lambda interval: _positive_ms(interval, "interval"), validator=_check_interval)
-    anchor: dt.datetime | None = attrs.field(default=None, kw_only=True, validator=_check_anchor)
+    interval: _Duration = attrs.field(
+        eq=lambda interval: _positive_ms(interval, "interval"), validator=_validator(_positive_ms)
+    )
+    anchor: dt.datetime | None = attrs.field(
+        default=None, kw_only=True, validator=attrs.validators.optional(_validator(_instant_ms))
+    )
 
     def _grid(self, written_at: int, _zone_of: Callable[[str], dt.tzinfo]) -> _Grid:
         start = written_at if self.anchor is None else _instant_ms(self.anchor, "anchor")
@@ -828,10 +813,8 @@ class _Timetable(NamedTuple):
         """Return the nominal instant of the last occurrence that fires by now."""
         if self.after(next_at) > now:
             return next_at
-        latest = self.grid.latest(now, next_at)
-        if self.fires_at(latest) > now:
-            latest = self.grid.last(next_at, latest, 2)[0]
-        return latest
+        *before, latest = self.grid.last(next_at, now, 2)
+        return latest if self.fires_at(latest) <= now else before[0]
 
     def _caught_up(self, first: int, latest: int, now: int) -> list[int]:
         if self.catch_up == "none":
@@ -1270,15 +1253,6 @@ def _reason(value: object) -> str | BaseException:
     return value
 
 
-def _checked(check: Callable[..., object], **limits: Any) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
-    """Make an attrs validator of a check; a value that fails it is an `OutcomeError`."""
-
-    def validate(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        check(value, attribute.name, error=OutcomeError, **limits)
-
-    return validate
-
-
 def _check_due(value: object, name: str, *, error: type[Exception]) -> None:
     """Check when something is due: a duration from now, or an instant."""
     if not isinstance(value, dt.datetime):
@@ -1287,9 +1261,7 @@ def _check_due(value: object, name: str, *, error: type[Exception]) -> None:
         raise error(f"{name} must be a duration or a timezone-aware instant, not the naive {value!r}")
 
 
-def _check_due_or_none(value: object, name: str, *, error: type[Exception]) -> None:
-    if value is not None:
-        _check_due(value, name, error=error)
+_check_outcome = functools.partial(_validator, error=OutcomeError)
 
 
 @attrs.frozen
@@ -1324,9 +1296,9 @@ class Next:
 class Retry:
     """Run the same step again after `delay` (or at an instant); one that is not `counted` leaves `attempt` as it is."""
 
-    delay: _Duration | dt.datetime = attrs.field(default=0, validator=_checked(_check_due))
+    delay: _Duration | dt.datetime = attrs.field(default=0, validator=_check_outcome(_check_due))
     state: Any = None
-    counted: bool = attrs.field(default=True, kw_only=True, validator=_checked(_boolean))
+    counted: bool = attrs.field(default=True, kw_only=True, validator=_check_outcome(_boolean))
 
 
 @attrs.frozen
@@ -1337,7 +1309,7 @@ class Await:
     then: str = attrs.field(converter=_step_name)
     state: Any = None
     timeout: _Duration | dt.datetime | None = attrs.field(
-        default=None, kw_only=True, validator=_checked(_check_due_or_none)
+        default=None, kw_only=True, validator=attrs.validators.optional(_check_outcome(_check_due))
     )
 
 
@@ -2296,7 +2268,6 @@ def _retention_or_none(value: object, name: str, error: type[Exception]) -> int 
     return None if value is None else _retention_ms(value, name, error)
 
 
-_count = functools.partial(_integer, least=1)
 _OPTIONS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "version": (1, _count),
     "queue": ("default", _text),

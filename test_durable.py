@@ -11739,7 +11739,8 @@ def crons(draw: st.DrawFn) -> PlainCron:
     for field in range(2, 5):
         fields[field] = draw(st.sampled_from(["*", fields[field]]))  # else there is seldom an instant near
     fields[1] = draw(st.sampled_from([fields[1], "*", "0", "1", "2", "1,2", "0-3", "23"]))
-    if zone == LORD_HOWE and fields[0].startswith("*"):  # cronsim loses half an hour of those of certain hours
+    # Of wildcards in certain hours cronsim loses half an hour, or adds the end of a midnight that there is not.
+    if zone in (LORD_HOWE, SANTIAGO) and fields[0].startswith("*"):
         fields[1] = "*"
     return PlainCron(tuple(fields), zoneinfo.ZoneInfo(zone))
 
@@ -11776,7 +11777,7 @@ def test_cron_names_the_instants_of_a_plain_reading(example: tuple[PlainCron, da
     )
     passed = [one for one in stamps if one <= anywhere]
     if passed:
-        assert grid.latest(anywhere, passed[0]) == passed[-1]
+        assert list(grid.last(passed[0], anywhere, 1)) == passed[-1:]
         count = data.draw(st.integers(1, 5))
         assert list(grid.last(passed[0], passed[-1], count)) == passed[-count:]
         assert grid.counted(passed[0], passed[-1], 10_000) == len(passed)
@@ -11843,7 +11844,7 @@ def test_every_is_a_grid(interval: int, anchor: int | None, written_at: int, cou
     for _ in range(count):
         stamps.append(grid.after(stamps[-1]))
     assert stamps == [first + n * interval for n in range(count + 1)]
-    assert grid.latest(stamps[-1] + interval - 1, first) == grid.latest(stamps[-1], first) == stamps[-1]
+    assert [*grid.last(first, stamps[-1] + interval - 1, 1)] == [*grid.last(first, stamps[-1], 1)] == [stamps[-1]]
     assert list(grid.last(first, stamps[-1], 3)) == stamps[-3:]
     assert grid.counted(first, stamps[-1], 1) == count + 1
 
