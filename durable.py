@@ -3503,7 +3503,7 @@ RETURNING id, fsm, step
 _FOR_UPDATE = f"SELECT {_ROW}, i.status FROM durable_instances i WHERE id = ?"
 _END = """
 UPDATE durable_instances SET
-    status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL,
+    status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL, progress = NULL,
     failed_from = iif(status = 'awaiting_signal', status, NULL), kept_deadline = await_deadline, await_deadline = NULL,
     updated_at = ?, claim = claim + 1
 WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
@@ -3577,7 +3577,10 @@ UPDATE durable_instances SET
 WHERE id = ?1 AND status <> 'executing'
 """
 _RETENTION = "SELECT retention FROM durable_instances WHERE id = ?"
-_BRING_BACK = "UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ?"
+# What was consumed without a history has lost its payload.
+_BRING_BACK = """
+UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ? AND payload IS NOT NULL
+"""
 _DETACH = "UPDATE durable_instances SET parent_id = NULL WHERE parent_id = ? AND id >= ?"
 _RENAME_SCHEDULE = (
     "UPDATE durable_schedules SET name = ? WHERE name = ?",
@@ -5784,6 +5787,9 @@ class _Commit(NamedTuple):
         )
 
 
+_CRASH = "crash"
+
+
 def _reason_of(error: BaseException) -> str | BaseException:
     return error.reason if isinstance(error, Fail | Cancel) else error
 
@@ -5791,13 +5797,13 @@ def _reason_of(error: BaseException) -> str | BaseException:
 def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     """Say how a run stands in the history of its instance."""
     claim, row, change, error = commit.claim, commit.claim.row, commit.change, commit.error
-    if isinstance(change, _Progress):
-        to: str | None = change.step
-        text, traceback = (None, None) if error is None else (_error_text(_reason_of(error)), _traceback_text(error))
-    else:
-        to = row.step if isinstance(change, _Again) else None
-        is_answered = error is not None or not isinstance(change, _Again)
-        text, traceback = (change.last_error, change.traceback) if is_answered else (None, None)
+    to = change.step if isinstance(change, _Progress) else row.step if isinstance(change, _Again) else None
+    text, traceback = None, None
+    if isinstance(change, _Progress) or change.status == Status.DONE:
+        if error is not None:
+            text, traceback = _error_text(_reason_of(error)), _traceback_text(error)
+    elif error is not None or commit.kind == _CRASH or not isinstance(change, _Again):
+        text, traceback = change.last_error, change.traceback
     kind = "timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind
     return _Entry(
         row.id,
@@ -5819,7 +5825,6 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     )
 
 
-_CRASH = "crash"
 _PLAIN_TYPES = frozenset({type(None), str, int, float, bool, dict, list})
 """What most jobs return; the rest of what they may is looked at more closely."""
 
@@ -7421,13 +7426,19 @@ class _History:
                 self._store.record([_entry(commit, self._beat.setup.worker_id, first_child) for commit in kept])
 
     def record(
-        self, row: _Row, kind: str, *, seq: int | None = None, worker: str | None = None, error: str | None = None
+        self,
+        row: _Row,
+        kind: str,
+        *,
+        seq: int | None = None,
+        worker: str | None = None,
+        error: str | None = None,
+        to: str | None = None,
     ) -> None:
         """Enter what was done to a row by another than its step."""
         spec = _registry.get((row.fsm, row.version))
         if self._is_kept and (spec is None or spec.history):
             number = row.claim if seq is None else seq
-            to = row.step if kind == "rewind" else None
             past = (row.step, row.attempt, kind, self._beat.now, 0.0, worker, error, None, row.state)
             self._store.record([_Entry(row.id, number, *past, None, to, row.awaits, row.joining, None)])
 
@@ -7450,7 +7461,7 @@ class _History:
         self._store.bring_back(instance, entry.seq)
         self._store.drop_calls(instance)
         self._store.rewind(entry, entry.state if past.state is None else past.state, self._beat.now)
-        self.record(row._replace(step=entry.step), "rewind", seq=row.claim + 1)
+        self.record(row, "rewind", seq=row.claim + 1, to=entry.step)
 
     def fork(self, instance: int, past: _Past, template: _NewRow) -> int:
         """Insert a new instance that goes on from before a run of another."""
@@ -8092,6 +8103,7 @@ class _Beat:
             for claim in self._take_back(row.queue, instance):
                 change = _failed(row, row.cancel_reason or reason)
                 self.store.settle(row, change, self.now, row.cancel_reason)
+                self.history.record(row, "cancel", error=change.last_error)
                 self._left(_Commit(claim, "stop", change), change)
                 return True
             self.report.cancelled.append(instance)
@@ -8129,7 +8141,8 @@ class _Beat:
         for row in rows:
             change = _crashed(row, cause, self.now)
             self.store.settle(row, change, self.now, row.cancel_reason)
-            self.history.record(row, "crash", worker=worker, error=change.last_error)
+            kind, to = ("crash" if row.cancel_reason is None else "cancel"), change.status == Status.RUNNABLE
+            self.history.record(row, kind, worker=worker, error=change.last_error, to=row.step if to else None)
             self._departed(row, change.status)
             if isinstance(change, _Finish) and change.status == Status.FAILED:
                 self.report.failures.append((row, change))
@@ -8193,6 +8206,7 @@ class _Beat:
         for claim in self._take_back(row.queue, row.id):
             change = _failed(row, reason)
             self.store.settle(row, change, self.now, reason)
+            self.history.record(row, "cancel", error=reason)
             self._left(_Commit(claim, "stop", change), change)
 
     def _take_back(self, queue: str, instance: int | None = None) -> list[_Claim]:
@@ -8628,6 +8642,12 @@ class _Options:
 def _timeout_error(claim: _Claim) -> TimeoutError:
     claim.is_timed_out = True
     return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
+
+
+def _set_right(beat: _Beat) -> bool:
+    """Set right what a clock that was ahead has left; False if there may be more to do."""
+    _Schedules(beat).realign()
+    return beat.set_right()
 
 
 def _call_in_thread(call: Callable[[], Any], cancel: Callable[[], None]) -> Any:
@@ -9940,8 +9960,7 @@ class _Scheduler:
         is_set_back = now < self._agenda.seen_at - _SET_BACK_MS
         if is_set_back:
             self._agenda.due_at = now
-            self._agenda.regroup = lambda beat: beat.set_right()
-            self.post(lambda beat: _Schedules(beat).realign())
+            self._agenda.regroup = _set_right
         elif now < self._agenda.seen_at:
             self.post(_Beat.look_at_schedules_again)
         self._agenda.seen_at = now

@@ -15470,6 +15470,56 @@ def test_timeouts_cancels_and_crashes_are_kinds_of_their_own(make_engine: MakeEn
     assert (kind, "SystemExit" in str(error)) == ("crash", True)
 
 
+def test_what_handle_answers_with_an_end_stands_in_the_history(make_engine: MakeEngine) -> None:
+    """The instance is done and has no last error; what its last run failed with is told all the same."""
+
+    class Soothing(FSM, name="test.soothing"):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            raise ValueError("boom")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Done:
+            return Done("calm")
+
+    engine = make_engine()
+    ident = engine.insert(Soothing)
+    engine.drain()
+    assert engine.get(ident).last_error is None
+    assert past(engine, ident) == [("start", 0, "done", "ValueError: boom", None)]
+
+
+def test_a_crash_stands_in_the_history_with_its_cause(make_engine: MakeEngine) -> None:
+    """Where it is to run again, with the step that it led to."""
+
+    def leave(ctx: Ctx) -> Done:
+        raise SystemExit(3)
+
+    engine, _, ident = scripted(make_engine, leave, Done())
+    with pytest.raises(SystemExit):
+        engine.drain()
+    [(step_name, attempt, kind, error, to)] = past(engine, ident)
+    assert (step_name, attempt, kind, to, "SystemExit" in str(error)) == ("start", 0, "crash", "start", True)
+
+
+def test_a_claim_that_is_cancelled_before_it_starts_is_in_the_history(make_engine: MakeEngine) -> None:
+    """As `cancel`, with the reason, as if it had not been claimed."""
+    held, go = threading.Event(), threading.Event()
+
+    class Holding(FSM, name="test.holding"):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            held.set()
+            go.wait(PATIENCE)
+            return Done()
+
+    engine = make_engine(queues={"default": 1}, prefetch=1)
+    engine.start()
+    ids = engine.insert_all([Insert(Holding), Insert(Holding)])
+    held.wait(PATIENCE)
+    ahead = next(cast(int, one) for one in ids if engine.get(cast(int, one)).status == "executing" and one != ids[0])
+    engine.cancel(ahead, "enough")
+    go.set()
+    assert [row[2:4] for row in past(engine, ahead)] == [("cancel", "enough")]
+
+
 def test_a_running_step_that_is_cancelled_is_entered_once(make_engine: MakeEngine) -> None:
     """As `cancel` with the reason, whatever its step came to."""
 
@@ -15551,6 +15601,31 @@ def test_what_the_end_has_emptied_comes_back(order: tuple[Engine, int]) -> None:
     engine.rewind(ident, "start")
     engine.drain()
     assert engine.get(ident).status == "runnable" or engine.result(ident) == [100]
+
+
+def test_a_rewind_can_be_undone(order: tuple[Engine, int]) -> None:
+    """It stands in the history with the step and the state that it left: its own number leads back there."""
+    engine, ident = order
+    engine.rewind(ident, "start")
+    last = engine.history(ident)[-1]
+    assert (last.kind, last.step, last.to, last.state) == ("rewind", "ship", "start", {"asked": True})
+    engine.rewind(ident, last.seq)
+    assert (engine.get(ident).step, engine.get(ident).state) == ("ship", {"asked": True})
+    engine.drain()
+    assert engine.result(ident) == [100]
+
+
+def test_what_an_engine_without_history_has_consumed_stays_consumed(make_engine: MakeEngine) -> None:
+    """Its payload is gone: of such a signal only the dedup key is left."""
+    engine, machine, ident = scripted(make_engine, Await("a", "two"))
+    engine.drain()
+    engine.signal(ident, "a", "payload", dedup_key="evt")
+    machine.outcomes.extend([Next("three"), Await("b", "four")])
+    make_engine(history=False, fsms=[machine]).drain()
+    engine.rewind(ident, "start")
+    engine.drain()
+    assert machine.inboxes()[-1] == []
+    assert engine.check() == []
 
 
 def test_rewind_past_a_consumption_brings_the_signal_back(make_engine: MakeEngine) -> None:
@@ -16722,7 +16797,7 @@ class Cue:
     job_act: Any = None
     """What a job does in its place; None for the same."""
     effects: tuple[Any, ...] = ()
-    """`Row`s for the ledger, `Post`s and `Insert`s for others, `BAD_STATEMENT`."""
+    """`Row`s for the ledger, `Post`s and `Insert`s for others, `Ask`s, `Report`s, `BAD_STATEMENT`."""
     mutate: int | None = None
     """What it sets `ctx.state["n"]` to."""
     is_returned: bool = False
@@ -16732,6 +16807,20 @@ class Cue:
     on_error_effects: tuple[Any, ...] = ()
 
     __repr__ = told
+
+    @property
+    def asks(self) -> bool:
+        """Whether it has something committed while it runs."""
+        return any(isinstance(effect, Ask) for effect in (*self.effects, *self.on_error_effects))
+
+    def without(self, is_left_out: Callable[[Any], bool]) -> Cue:
+        """The cue with fewer effects."""
+        effects, others = self.effects, self.on_error_effects
+        return attrs.evolve(
+            self,
+            effects=tuple(itertools.filterfalse(is_left_out, effects)),
+            on_error_effects=tuple(itertools.filterfalse(is_left_out, others)),
+        )
 
     def by(self, fsm: str) -> Cue:
         """The cue as an instance of that class follows it."""
@@ -16756,6 +16845,22 @@ class Post:
     dedup_key: str | None = None
 
 
+@attrs.frozen
+class Ask:
+    """A call to the world outside, which is kept."""
+
+    name: str
+    is_disk_full: bool = False
+    """Whether the disk is, when what came of it is to be kept."""
+
+
+@attrs.frozen
+class Report:
+    """How far a step says that it is."""
+
+    done: int
+
+
 SEEN = "id fsm version step attempt queue correlation_key parent_id"
 """What a step sees of its instance under the name that the model has for it, too."""
 
@@ -16768,6 +16873,10 @@ class PuppetStage:
         self.given: dict[int, Cue] = {}
         self.seen: list[tuple[Any, ...]] = []
         self.handlings: list[int] = []
+        self.asked: list[tuple[int, str, int]] = []
+        """What steps have asked the world outside: the instance, the call's name, and what it was told."""
+        self.questions = 0
+        self.fill_disk: Callable[[], None] = lambda: None
 
     def play(self, ctx: Ctx) -> Any:
         """One run of a step."""
@@ -16780,6 +16889,7 @@ class PuppetStage:
                 [(signal.name, signal.payload) for signal in ctx.awaited],
                 [(signal.name, signal.payload) for signal in ctx.inbox],
                 [(child.id, child.status, child.result) for child in ctx.children],
+                ctx.scheduled_at,
                 ctx.cancelled,
             )
         )
@@ -16804,8 +16914,19 @@ class PuppetStage:
                 ctx.signal(effect.target, effect.name, effect.name.upper(), dedup_key=effect.dedup_key)
             elif isinstance(effect, Insert):
                 ctx.insert(effect.fsm, **options_of(effect))
+            elif isinstance(effect, Ask):
+                self.asked.append((ctx.id, effect.name, ctx.call(effect.name, self._answer, effect)))
+            elif isinstance(effect, Report):
+                ctx.progress(effect.done)
             else:
                 ctx.execute(BAD_STATEMENT)
+
+    def _answer(self, question: Ask) -> int:
+        """What the world outside says, another thing each time."""
+        if question.is_disk_full:
+            self.fill_disk()
+        self.questions += 1
+        return self.questions
 
     def _end(self, act: Any, *, is_returned: bool) -> Any:
         if isinstance(act, BaseException) and not is_returned:
@@ -16829,8 +16950,8 @@ class Puppet(FSM, name="model.puppet", version=1):
         return STAGE.handle(lambda: super(Puppet, self).handle(error, ctx), ctx)
 
 
-class NewPuppet(Puppet, name="model.puppet", version=2, inline=True, max_crashes=2, queue="q2"):
-    @step
+class NewPuppet(Puppet, name="model.puppet", version=2, inline=True, max_crashes=2, queue="q2", retention=250):
+    @step(max_attempts=3, backoff=lambda attempt: 1.5 * (attempt + 1))
     def late(self, ctx: Ctx) -> Any:
         return STAGE.play(ctx)
 
@@ -16846,8 +16967,8 @@ class Labourer(FSM, name="model.labourer", max_attempts=3, max_crashes=4, queue=
         return STAGE.handle(lambda: super(Labourer, self).handle(error, ctx), ctx)
 
 
-class Stranger(Puppet, name="model.stranger", queue="q1"):
-    """Only an engine that is given one can run it."""
+class Stranger(Puppet, name="model.stranger", queue="q1", history=False):
+    """Only an engine that is given one can run it; of its past nothing is kept."""
 
     def __init__(self, tool: str) -> None:
         self.tool = tool
@@ -16860,6 +16981,8 @@ STEPS_OF = {
     ("model.stranger", 1): ("start", "middle"),
     ("model.labourer", 1): ("perform",),
 }
+CLASS_OF = {"model.puppet": NewPuppet, "model.labourer": Labourer, "model.stranger": Stranger}
+"""Of which class a schedule's instances are, by its name: the highest version."""
 
 
 def options_of(insert: Insert) -> dict[str, Any]:
@@ -16901,7 +17024,24 @@ class Letter:
     payload: Any
     dedup_key: str | None
     number: int
-    is_consumed: bool = False
+    consumed_by: int | None = None
+    """The claim under which it was taken out of the inbox; 0 if no history of that is kept."""
+
+
+@attrs.define
+class Entry:
+    """One run of a step, or what was done to an instance between two."""
+
+    seq: int
+    step: str
+    attempt: int
+    kind: str
+    state: dict[str, Any]
+    error: str | None = None
+    signals: tuple[str, ...] = ()
+    to: str | None = None
+    awaits: tuple[str, ...] = ()
+    is_joining: bool = False
 
 
 @attrs.define
@@ -16925,6 +17065,8 @@ class Twin:
     parent_id: int | None = None
     correlation_key: str | None = None
     scope: frozenset[str] = frozenset()
+    schedule: str | None = None
+    scheduled_at: int | None = None
     status: Status = Status.RUNNABLE
     result: Any = None
     last_error: str | None = None
@@ -16941,6 +17083,14 @@ class Twin:
     ended_at: int | None = None
     written_at: int = 0
     inbox: list[Letter] = attrs.Factory(list)
+    born_by: int | None = None
+    """The claim of its parent under which it was inserted."""
+    history: list[Entry] = attrs.Factory(list)
+    kept: dict[str, int] = attrs.Factory(dict)
+    """What calls of its step have returned."""
+    progress: int | None = None
+    reported: int | None = None
+    """What the step has said last, while it runs."""
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -16958,7 +17108,7 @@ class Twin:
 
     def letters(self) -> list[Letter]:
         """The inbox as a step sees it."""
-        return [letter for letter in self.inbox if not letter.is_consumed]
+        return [letter for letter in self.inbox if letter.consumed_by is None]
 
     def awaited(self) -> list[Letter]:
         """The letters of the names that the last `Await` named."""
@@ -16997,6 +17147,55 @@ class Verdict:
     cue: Cue = attrs.Factory(Cue)
     is_last_word: bool = False
     """Whether it is `handle`'s: if it is refused, the instance ends."""
+    answered: str | None = None
+    """The error that `handle`, or a rule of the step, has answered."""
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it has the same step run again."""
+        return isinstance(self.outcome, Retry) or self.outcome in (CRASHED, STORAGE_FAILED)
+
+
+Commit = Callable[[Callable[[], Any]], Any]
+KIND_OF = {Next: "next", Retry: "retry", Await: "await", ScheduleChildren: "children", Done: "done", Stop: "stop"}
+
+
+@attrs.define
+class Plan:
+    """A schedule; what becomes of it is told by looking at each instant of its grid."""
+
+    name: str
+    fsm: str
+    interval: int
+    anchor: int | None
+    catch_up: str
+    window: int
+    overlap: bool
+    options: dict[str, Any]
+    written_at: int = 0
+    judged: int = 0
+    """Up to when it was decided what becomes of its instants."""
+    is_paused: bool = False
+    last_at: int | None = None
+    last_id: int | None = None
+    missed: int = 0
+    ran: set[int] = attrs.Factory(set)
+    """The instants for which an instance was inserted."""
+
+    def next_at(self) -> int:
+        start = self.written_at if self.anchor is None else self.anchor
+        if self.anchor is not None and self.judged < start:
+            return start
+        return start + ((self.judged - start) // self.interval + 1) * self.interval
+
+    def due(self, now: int) -> list[int]:
+        return [] if self.is_paused else list(range(self.next_at(), now + 1, self.interval))
+
+    def fires(self, due: list[int], now: int) -> list[int]:
+        """Those of the instants that are due for which an instance is inserted."""
+        caught_up = {"none": [], "last": due[-1:], "all": due[-1000:]}[self.catch_up]
+        is_late = now - due[-1] < 1000
+        return [at for at in due if (at in caught_up and now - at <= self.window) or (at == due[-1] and is_late)]
 
 
 class RefusedError(Exception):
@@ -17009,6 +17208,16 @@ class RefusedError(Exception):
 
 
 CRASHED = "crashed"
+STORAGE_FAILED = "storage failed"
+NOT_KEPT = {"model.stranger"}
+"""Classes of whose past nothing is kept."""
+RETENTION_OF = {("model.puppet", 2): 250_000}
+TRIES_OF = {("model.puppet", 2, "late"): 3}
+"""How often a step is tried before `handle` hears of its error."""
+
+
+class LostError(Exception):
+    """A call of a step that has lost its claim."""
 
 
 def error_text(error: BaseException | str) -> str:
@@ -17030,6 +17239,9 @@ class EngineModel:
         self.next_id = 1
         self.numbers = itertools.count()
         self.handlings: list[int] = []
+        self.asked: list[tuple[int, str, int]] = []
+        self.questions = 0
+        self.plans: dict[str, Plan] = {}
         self.went_on: Callable[[int], bool] = lambda identity: False
         """Whether the engine has run a step inline, where the contract leaves it open."""
 
@@ -17061,9 +17273,37 @@ class EngineModel:
             answer = request()
         except RefusedError as error:
             answer = error
+        self.insert_scheduled()
         self.fire(self.now)
         self.join()
         return answer, refused
+
+    def insert_scheduled(self) -> None:
+        due = [plan for plan in self.plans.values() if plan.due(self.now)]
+        for plan in sorted(due, key=lambda plan: (plan.next_at(), plan.name)):
+            instants = plan.due(self.now)
+            fires = plan.fires(instants, self.now)
+            plan.judged, plan.missed = instants[-1], plan.missed + len(instants) - len(fires)
+            for nominal in fires:
+                latest = self.rows.get(plan.last_id or 0)
+                is_live = latest is not None and latest.status not in ENDED
+                if nominal not in plan.ran and (plan.overlap or not is_live):
+                    self.insert_occurrence(plan, nominal)
+
+    def insert_occurrence(self, plan: Plan, nominal: int) -> None:
+        identity = self.insert_or_drop(Insert(CLASS_OF[plan.fsm], **plan.options))
+        if identity is not None:
+            self.note_occurrence(plan, identity, nominal)
+            plan.ran.add(nominal)
+
+    def note_occurrence(self, plan: Plan, identity: int, nominal: int) -> None:
+        plan.last_at, plan.last_id = nominal, identity
+        self.rows[identity].schedule, self.rows[identity].scheduled_at = plan.name, nominal
+
+    def realign(self) -> None:
+        """A next instant that lies beyond the grid's next from now is set right."""
+        for plan in self.plans.values():
+            plan.judged = min(plan.judged, self.now)
 
     def fire(self, until: int) -> int:
         due = [row for row in self.rows.values() if row.deadline is not None and row.deadline <= until]
@@ -17109,6 +17349,7 @@ class EngineModel:
             rate_limit=cast("str | None", insert.rate_limit),
             weight=insert.weight,
             parent_id=parent,
+            born_by=self.rows[parent].claim if parent is not None else None,
             correlation_key=insert.correlation_key,
             scope=frozenset(insert.correlation_scope),
         )
@@ -17137,17 +17378,22 @@ class EngineModel:
         if row.status == Status.EXECUTING:
             row.cancel_reason = row.cancel_reason or reason
         else:
-            self.end(row, Status.FAILED, error=reason)
             row.claim += 1  # its number stands in the history
+            self.note(row, row, row.claim, "cancel", reason)
+            self.end(row, Status.FAILED, error=reason)
         return True
+
+    def cancel_tree(self, identity: int, reason: str) -> bool:
+        is_cancelled = self.cancel(identity, reason)
+        for child in self.children(identity):
+            self.cancel_tree(child.id, reason)
+        return is_cancelled
 
     def retry(self, identity: int) -> None:
         row = self.rows[identity]
         if row.status != Status.FAILED:
             raise RefusedError(DurableError)
-        occupant = self.occupant(row.correlation_key) if row.correlation_key and row.scope else None
-        if occupant is not None and occupant is not row:
-            raise RefusedError(DuplicateError, occupant.id)
+        self.refuse_taken_key(row)
         row.status, row.attempt, row.crashes, row.eligible_at = Status.RUNNABLE, 0, 0, self.now
         row.written_at = self.now
         row.ended_at = None
@@ -17156,9 +17402,108 @@ class EngineModel:
         elif row.is_joining and any(child.status not in ENDED for child in self.children(row.id)):
             row.status = Status.AWAITING_CHILDREN
 
+    # Going back
+
+    def find_run(self, identity: int, to: int | str, state: Any) -> int | None:
+        """The number of the run that is meant; None for a step that never ran."""
+        row = self.rows[identity]
+        if state is not None and not is_json(state):
+            raise RefusedError(StateError)
+        runs = [
+            one.seq for one in row.history if one.seq == to or (one.step == to and one.kind not in ("rewind", "cancel"))
+        ]
+        is_a_step = to in STEPS_OF[row.fsm, row.version]
+        if not runs and not (is_a_step and state is not None):
+            raise RefusedError(ValueError)
+        return max(runs, default=None)
+
+    def stand_before(self, identity: int, seq: int | None, to: int | str, state: Any) -> Entry:
+        row = self.rows[identity]
+        if seq is None:
+            return Entry(row.claim + 1, cast(str, to), 0, "none", state)
+        entry = next(one for one in row.history if one.seq == seq)
+        return entry if state is None else attrs.evolve(entry, state=state)
+
+    def rewind(self, identity: int, seq: int | None, to: int | str, state: Any) -> None:
+        row = self.rows[identity]
+        if row.status == Status.EXECUTING:
+            raise RefusedError(DurableError)
+        self.refuse_taken_key(row)
+        entry = self.stand_before(identity, seq, to, state)
+        for child in self.children(identity):
+            if cast(int, child.born_by) >= entry.seq:
+                child.parent_id = None
+        for letter in row.inbox:
+            if letter.consumed_by is not None and letter.consumed_by >= entry.seq:
+                letter.consumed_by = None
+        row.claim += 1
+        self.note(row, row, row.claim, "rewind", to=entry.step)
+        row.status, row.attempt, row.crashes, row.eligible_at = Status.RUNNABLE, 0, 0, self.now
+        row.step, row.state, row.awaits, row.is_joining = entry.step, entry.state, entry.awaits, entry.is_joining
+        row.result = row.last_error = row.deadline = row.kept_wait = row.ended_at = row.progress = None
+        row.written_at, row.kept = self.now, {}
+
+    def fork(self, identity: int, seq: int | None, to: int | str, state: Any, options: dict[str, Any]) -> int:
+        row, entry = self.rows[identity], self.stand_before(identity, seq, to, state)
+        made = self.insert(Insert(CLASS_OF[row.fsm], **{"queue": row.queue, **options}))
+        new = self.rows[made]
+        new.version, new.step, new.state, new.max_crashes = row.version, entry.step, entry.state, row.max_crashes
+        new.max_attempts = row.max_attempts
+        return made
+
+    def refuse_taken_key(self, row: Twin) -> None:
+        occupant = self.occupant(row.correlation_key) if row.correlation_key and row.scope else None
+        if occupant is not None and occupant is not row:
+            raise RefusedError(DuplicateError, occupant.id)
+
+    def note(self, row: Twin, was: Twin, seq: int, kind: str, error: str | None = None, to: str | None = None) -> None:
+        """Enter a run in the history: an instance as it was before it."""
+        if row.fsm not in NOT_KEPT:
+            signals = tuple(letter.name for letter in was.awaited()) if was is not row else ()
+            past = was.step, was.attempt, kind, was.state, error, signals, to, was.awaits, was.is_joining
+            row.history.append(Entry(seq, *past))
+
+    # Schedules
+
+    def write_plan(self, new: Plan) -> None:
+        """The same again changes nothing, and a change of when takes effect from now on."""
+        old = self.plans.get(new.name)
+        new.written_at = new.judged = self.now
+        if old is not None:
+            for name in ("written_at", "is_paused", "last_at", "last_id", "missed", "ran"):
+                setattr(new, name, getattr(old, name))
+            if (old.interval, old.anchor) == (new.interval, new.anchor):
+                new.judged = old.judged
+        self.plans[new.name] = new
+
+    def find_plan(self, name: str) -> Plan:
+        if name not in self.plans:
+            raise RefusedError(NotFoundError)
+        return self.plans[name]
+
+    def trigger(self, name: str) -> int:
+        plan = self.find_plan(name)
+        identity = self.insert(Insert(CLASS_OF[plan.fsm], **plan.options))
+        self.note_occurrence(plan, identity, self.now)
+        return identity
+
+    def pause_plan(self, name: str) -> None:
+        self.find_plan(name).is_paused = True
+
+    def resume_plan(self, name: str) -> None:
+        plan = self.find_plan(name)
+        if plan.is_paused:
+            plan.is_paused, plan.judged = False, self.now
+
+    # Cleaning
+
     def collect(self) -> None:
         due = [row for row in self.rows.values() if row.ended_at is not None]
-        due = [row for row in due if cast(int, row.ended_at) < self.now - RETENTION_MS]
+        due = [
+            row
+            for row in due
+            if cast(int, row.ended_at) < self.now - RETENTION_OF.get((row.fsm, row.version), RETENTION_MS)
+        ]
         while found := [row for row in due if row.id in self.rows and not self.is_kept(row)]:
             for row in found:
                 del self.rows[row.id]
@@ -17175,24 +17520,45 @@ class EngineModel:
         row = self.rows.get(verdict.twin.id)
         if row is None or row.status != Status.EXECUTING or row.claim != verdict.twin.claim:
             return True  # stale
+        was = verdict.twin
         if row.cancel_reason is not None:
+            self.note(row, was, was.claim, "cancel", row.cancel_reason)
             self.end(row, Status.FAILED, error=row.cancel_reason)
             return True
         if BAD_STATEMENT in verdict.effects:
             return False
-        if verdict.outcome is CRASHED:
-            self.crash(row, cast(str, verdict.error), self.brought_back(verdict.at, verdict.at))
-            return True
-        self.move(row, verdict)
+        if verdict.outcome == CRASHED:
+            self.crash(row, cast(str, verdict.error), self.brought_back(verdict.at, verdict.at), was)
+        elif verdict.outcome == STORAGE_FAILED:
+            self.note(row, was, was.claim, "crash", verdict.error, row.step)
+            self.again(row, verdict, self.brought_back(verdict.at + 1000, verdict.at), row.crashes)
+        else:
+            self.move(row, verdict)
+            self.note_move(row, verdict)
+        if verdict.is_repeated and was.reported is not None and row.ended_at is None:
+            row.progress = was.reported
+        self.apply(row, verdict)
+        return True
+
+    def apply(self, row: Twin, verdict: Verdict) -> None:
+        """Do what the step has added to its commit."""
         for effect in verdict.effects:
             if isinstance(effect, Row):
                 self.ledger.append((row.id, effect.text))
             elif isinstance(effect, Insert):
                 self.insert_or_drop(effect, at=verdict.at)
-            else:
+            elif isinstance(effect, Post):
                 with contextlib.suppress(RefusedError):
                     self.signal(effect.target, effect.name, effect.name.upper(), effect.dedup_key)
-        return True
+
+    def note_move(self, row: Twin, verdict: Verdict) -> None:
+        """A machine keeps all its runs, a job, whose row says the rest, the attempts that have failed."""
+        kind = KIND_OF[type(verdict.outcome)]
+        is_failed = kind == "stop" or (kind == "retry" and verdict.outcome.counted)
+        if is_failed or not row.is_job:
+            to = None if kind in ("done", "stop") else row.step
+            error = verdict.error if kind == "stop" else verdict.answered
+            self.note(row, verdict.twin, verdict.twin.claim, kind, error, to)
 
     def move(self, row: Twin, verdict: Verdict) -> None:
         outcome = verdict.outcome
@@ -17203,10 +17569,8 @@ class EngineModel:
                 self.end(row, Status.FAILED, error=verdict.error)
             case Retry():
                 due_at = verdict.at + durable._duration_ms(outcome.delay, "delay")
-                self.release(row, self.brought_back(due_at, verdict.at))
                 row.attempt += outcome.counted
-                row.last_error = verdict.error or row.last_error
-                row.state = verdict.state
+                self.again(row, verdict, self.brought_back(due_at, verdict.at), 0)
             case Next():
                 self.go_on(row, verdict, outcome)
             case Await():
@@ -17239,6 +17603,10 @@ class EngineModel:
                 deadline = verdict.at + durable._duration_ms(outcome.timeout, "timeout")
                 row.deadline = self.brought_back(deadline, verdict.at)
 
+    def again(self, row: Twin, verdict: Verdict, due_at: int, crashes: int) -> None:
+        self.release(row, due_at)
+        row.last_error, row.state, row.crashes = verdict.error or row.last_error, verdict.state, crashes
+
     def release(self, row: Twin, eligible_at: int) -> None:
         row.status, row.worker, row.eligible_at, row.crashes = Status.RUNNABLE, None, eligible_at, 0
         row.written_at = self.now
@@ -17247,6 +17615,7 @@ class EngineModel:
         self.release(row, self.brought_back(verdict.at, verdict.at))
         row.step, row.state, row.last_error, row.attempt = step, verdict.state, None, 0
         row.rate_limit, row.weight, row.awaits, row.is_joining = None, 1, (), False
+        row.kept, row.progress = {}, None
 
     def shown(self, verdict: Verdict) -> list[int]:
         """The numbers of the letters that the run was shown as those that it awaited."""
@@ -17255,21 +17624,29 @@ class EngineModel:
     def consume(self, row: Twin, verdict: Verdict) -> None:
         """Progress of a step consumes what it was shown; that of `handle`, which is shown none, does not."""
         shown = [] if verdict.is_last_word else self.shown(verdict)
-        for letter in row.inbox:
-            letter.is_consumed |= letter.number in shown
-        row.inbox = [one for one in row.inbox if not one.is_consumed or one.dedup_key is not None]
+        self.take_out(row, [letter for letter in row.letters() if letter.number in shown], verdict.twin.claim)
+        row.inbox = [one for one in row.inbox if one.consumed_by != 0 or one.dedup_key is not None]
+
+    def take_out(self, row: Twin, letters: list[Letter], claim: int) -> None:
+        """Take letters out of the inbox; with a history, so that they can come back."""
+        for letter in letters:
+            letter.consumed_by = 0 if row.fsm in NOT_KEPT else claim
 
     def end(self, row: Twin, status: Status, *, result: Any = None, error: str | None = None) -> None:
         row.kept_wait = (row.deadline,) if row.status == Status.AWAITING_SIGNAL else None
         row.status, row.result, row.last_error, row.ended_at = status, result, error, self.now
         row.written_at = self.now
-        row.worker = row.cancel_reason = row.deadline = None
+        row.worker = row.cancel_reason = row.deadline = row.progress = None
         row.crashes = 0
         if status == Status.DONE:
-            row.awaits, row.is_joining, row.inbox = (), False, []
+            row.awaits, row.is_joining = (), False
+            self.take_out(row, row.letters(), row.claim)
+            row.inbox = [one for one in row.inbox if one.consumed_by != 0]
 
-    def crash(self, row: Twin, cause: str, at: int) -> None:
+    def crash(self, row: Twin, cause: str, at: int, was: Twin) -> None:
+        """A run that came to no outcome."""
         if row.cancel_reason is not None:
+            self.note(row, was, row.claim, "cancel", row.cancel_reason)
             self.end(row, Status.FAILED, error=row.cancel_reason)
             return
         attempt, crashes = row.attempt + 1, row.crashes + 1
@@ -17278,6 +17655,8 @@ class EngineModel:
         else:
             self.release(row, at)
             row.last_error = Says(cause)
+        to = None if row.status in ENDED else row.step
+        self.note(row, was, row.claim, "crash", row.last_error, to)
         row.attempt, row.crashes = attempt, crashes
 
     # Workers and claims
@@ -17285,13 +17664,14 @@ class EngineModel:
     def reap(self, worker: str) -> None:
         for row in self.rows.values():
             if row.worker == worker:
-                self.crash(row, "crash: ", self.now)
+                self.crash(row, "crash: ", self.now, row)
 
     def give_back(self, twin: Twin) -> None:
         row = self.rows.get(twin.id)
         if row is None or row.status != Status.EXECUTING or row.claim != twin.claim:
             return
         if row.cancel_reason is not None:
+            self.note(row, row, row.claim, "cancel", row.cancel_reason)
             self.end(row, Status.FAILED, error=row.cancel_reason)
         else:
             was_due = row.eligible_at <= row.written_at
@@ -17423,10 +17803,19 @@ class EngineModel:
 
     # Steps
 
-    def run(self, twin: Twin, cue: Cue) -> Verdict:
-        """What a claimed instance's step comes to, given its cue."""
+    def run(self, twin: Twin, cue: Cue, commit: Commit) -> Verdict:
+        """What a claimed instance's step comes to, given its cue; `commit` has something committed at once."""
+        self.commit = commit
         cue = cue.by(twin.fsm)
         act = cue.act
+        try:
+            fault = self.act_at_once(twin, cue.effects)
+        except LostError:
+            return Verdict(twin, self.now, Stop("lost"))
+        if fault == STORAGE_FAILED:
+            return self.unkept(twin)
+        if fault:
+            return self.handle(twin, cue, fault)
         if isinstance(act, SystemExit):
             return Verdict(twin, self.now, CRASHED, error="SystemExit")
         if twin.is_job and isinstance(act, Fail | Cancel):
@@ -17442,6 +17831,47 @@ class EngineModel:
             return self.handle(twin, cue, fault)
         state = {**twin.state} if cue.mutate is None else {**twin.state, "n": cue.mutate}
         return self.verdict(twin, cue, act, cue.effects, state)
+
+    def act_at_once(self, twin: Twin, effects: Sequence[Any]) -> str:
+        """What a step does that does not wait for its outcome; the error that ends it there, if there is one."""
+        used: set[str] = set()
+        for effect in effects:
+            if isinstance(effect, Report):
+                twin.reported = effect.done
+            elif isinstance(effect, Ask):
+                if effect.name in used:
+                    return Says("was made before")
+                used.add(effect.name)
+                if not self.ask(twin, effect):
+                    return STORAGE_FAILED
+        return ""
+
+    def ask(self, twin: Twin, question: Ask) -> bool:
+        """Ask the world outside, unless its answer was kept; False if it can't be."""
+        row = self.rows.get(twin.id)
+        is_held = row is not None and (row.status, row.claim) == (Status.EXECUTING, twin.claim)
+        kept = row.kept if row is not None and (is_held or twin.kept) else {}
+        if question.name not in kept:
+            self.questions += 1
+            if question.is_disk_full:
+                return False
+            answer = self.questions
+            if not self.commit(lambda: self.keep(twin, question.name, answer)):
+                raise LostError
+            kept = {question.name: answer}
+        self.asked.append((twin.id, question.name, kept[question.name]))
+        return True
+
+    def keep(self, twin: Twin, name: str, answer: int) -> bool:
+        row = self.rows.get(twin.id)
+        is_held = row is not None and (row.status, row.claim) == (Status.EXECUTING, twin.claim)
+        if is_held:
+            cast(Twin, row).kept[name] = answer
+        return is_held
+
+    def unkept(self, twin: Twin) -> Verdict:
+        """The storage has failed under a step: that is nobody's attempt."""
+        return Verdict(twin, self.now, STORAGE_FAILED, error=Says("crash: "), state=twin.state)
 
     def forbidden(self, twin: Twin, act: Any) -> Verdict:
         """What a job may not return ends it; its statements are dropped."""
@@ -17461,18 +17891,36 @@ class EngineModel:
         """The retry rule; statements are dropped."""
         text = error_text(ruling.reason)
         if isinstance(ruling, Fail) and twin.attempt + 1 < cast(int, twin.max_attempts):
-            return self.verdict(twin, cue, Retry(2.0**twin.attempt), (), twin.state, text)
+            again = self.verdict(twin, cue, Retry(2.0**twin.attempt), (), twin.state, text)
+            again.answered = text
+            return again
         return self.verdict(twin, cue, Stop(ruling.reason), (), twin.state)
 
     def handle(self, twin: Twin, cue: Cue, error: str) -> Verdict:
-        """What `handle` makes of an error."""
-        self.handlings.append(twin.id)
-        verdict = self.handled(twin, cue, error)
+        """What a rule of the step, else `handle`, makes of an error; nothing, of an instance that was cancelled."""
+        row = self.rows.get(twin.id)
+        if row is not None and row.cancel_reason is not None:
+            return Verdict(twin, self.now, Stop("cancelled"), error=error, cue=cue, is_last_word=True)
+        if twin.attempt + 1 < TRIES_OF.get((twin.fsm, twin.version, twin.step), 0):
+            verdict = self.verdict(twin, cue, Retry(1.5 * (twin.attempt + 1)), (), twin.state, error)
+            verdict.answered = error
+        else:
+            self.handlings.append(twin.id)
+            try:
+                verdict = self.handled(twin, cue, error)
+            except LostError:
+                verdict = Verdict(twin, self.now, Stop("lost"))
+            verdict.answered = verdict.answered or error
         verdict.is_last_word = True
         return verdict
 
     def handled(self, twin: Twin, cue: Cue, error: str) -> Verdict:
         act, effects = cue.on_error, cue.on_error_effects
+        fault = self.act_at_once(twin, effects)
+        if fault == STORAGE_FAILED:
+            return self.unkept(twin)
+        if fault:
+            return Verdict(twin, self.now, Stop("error"), error=fault, cue=cue)
         if act is None:
             if twin.is_job and twin.attempt + 1 < cast(int, twin.max_attempts):
                 return self.verdict(twin, cue, Retry(2.0**twin.attempt), effects, twin.state, error)
@@ -17542,6 +17990,8 @@ def blank_file() -> bytes:
 class Lap:
     """Takes what an engine claims, and runs nothing."""
 
+    fired: Collection[str] = ()
+
     def __init__(self) -> None:
         self.claims: collections.deque[durable._Claim] = collections.deque()
         self.unmade: list[type[durable.FSM]] = []
@@ -17576,8 +18026,10 @@ class Hand:
         )
         self.core = self.engine._core
         self.core.INLINE_S = math.inf  # how fast the machine is must decide nothing here
+        self.core._agenda.progress_at = math.inf
+        self.core.note_fired = nothing  # type: ignore[method-assign, assignment]
         self.lap = Lap()
-        self.core._drain = cast(Any, self.lap)
+        self.take_in_hand()
         self.knows_strangers = bool(fsms)
         self.is_worker = is_worker
         self.failures: collections.deque[type[apsw.Error] | None] = collections.deque()
@@ -17598,6 +18050,11 @@ class Hand:
         store = self.core.store
         store.begin = functools.partial(self.fail_or, store.begin, apsw.BusyError)  # type: ignore[method-assign]
         store.commit = functools.partial(self.fail_or, store.commit, apsw.FullError)  # type: ignore[method-assign]
+
+    def take_in_hand(self) -> None:
+        """Take what it claims, also after a drain, which has ended its looks at schedules."""
+        self.core._drain = cast(Any, self.lap)
+        self.core._agenda.fired_until = durable._LONG_AGO
 
     @property
     def id(self) -> str:
@@ -17660,6 +18117,7 @@ scopes = st.sampled_from([LIVE, LIVE, frozenset(), LIVE | {Status.DONE}, LIVE | 
 delays = st.sampled_from([0, 0, 0, 0.5, 15, 90])
 states = st.sampled_from([*[None] * 8, {"n": 1}, {"n": 2, "m": [1, {"x": None}]}, cast(Any, {"n": {1: 2}})])
 next_steps = st.sampled_from([*["middle"] * 6, *["start"] * 4, "late", "nowhere"])
+periods = st.sampled_from([10, 30, 0.7])
 targets: st.SearchStrategy[int | str] = st.one_of(st.integers(1, 12), st.sampled_from(["c1", "c2"]))
 
 
@@ -17710,6 +18168,7 @@ outcomes: st.SearchStrategy[Any] = st.one_of(
 errors: st.SearchStrategy[Any] = st.sampled_from([ValueError("boom"), KeyError(), Fail("tired"), Cancel("enough")])
 effects: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([Row("x"), Row("y"), BAD_STATEMENT]),
+    st.sampled_from([Ask("p"), Ask("q"), Ask("p", is_disk_full=True), Report(1), Report(2)]),
     st.builds(Post, targets, names, dedup_keys),
     inserts([Puppet, Labourer]),
 )
@@ -17746,9 +18205,13 @@ def cues(draw: st.DrawFn, *, may_crash: bool = True) -> Cue:
 
 COMPARED = """
 fsm version step status state result last_error attempt max_attempts crashes queue priority worker concurrency_key
-rate_limit weight awaits parent_id correlation_key
+rate_limit weight awaits parent_id correlation_key schedule
 """
 """The columns that model and file have by the same name."""
+
+
+RUN = "seq step attempt kind state error signals to"
+"""What model and engine say of a run."""
 
 
 def taken_all(taken: Mapping[str, list[int]], room: Mapping[str, int]) -> bool:
@@ -17779,6 +18242,7 @@ class Theatre(RuleBasedStateMachine):
         hand = Hand(self.path, self.clock, is_worker=True, fsms=[Stranger("tool")] if number else [])
         hand.core.peers.join(LEASE_MS)
         hand.core.peers._note_renewed(self.model.now)
+        hand.core.declare_schedules()
         hand.beat()
         return hand
 
@@ -17801,8 +18265,7 @@ class Theatre(RuleBasedStateMachine):
             assert real == hand.beat or is_storage_failure(actual), actual
             assert not hand.lap.claims
             return None
-        self.model.went_on = hand.went_on.__contains__
-        answer, refused = self.model.beat(hand.pending, functools.partial(self.serve, hand, model))
+        answer, refused = self.beat_model(hand, model)
         if isinstance(answer, RefusedError):
             assert type(actual) is answer.kind, (actual, answer)
             assert answer.detail is None or cast(DuplicateError, actual).id == answer.detail
@@ -17811,6 +18274,11 @@ class Theatre(RuleBasedStateMachine):
         self.absorb(hand)
         self.settle_refused(hand, refused)
         return None if isinstance(answer, RefusedError) else answer
+
+    def beat_model(self, hand: Hand, request: Callable[[], Any] = lambda: None) -> tuple[Any, list[Verdict]]:
+        """A beat of an engine, in the model."""
+        self.model.went_on = hand.went_on.__contains__
+        return self.model.beat(hand.pending, functools.partial(self.serve, hand, request))
 
     def serve(self, hand: Hand, request: Callable[[], Any]) -> Any:
         """Do what a caller wants, and renew the engine's lease if that is due."""
@@ -17821,6 +18289,7 @@ class Theatre(RuleBasedStateMachine):
                 self.renew(hand)
             if hand.is_behind:
                 self.set_right()
+                self.model.realign()
                 hand.is_behind = False
 
     @staticmethod
@@ -17844,19 +18313,41 @@ class Theatre(RuleBasedStateMachine):
 
     def settle_refused(self, hand: Hand, refused: list[Verdict]) -> None:
         """A statement failed at the commit: it is `handle`'s turn, unless it was that of `handle`."""
-        hand.pending += map(self.answer_to_refusal, refused)
         while hand.lap.claims:
             claim = hand.lap.claims.popleft()
-            hand.core.finish(contextvars.copy_context().run(execute, claim))
-        assert STAGE.handlings == self.model.handlings
+            self.run_step(hand, claim)
+        for verdict in refused:
+            hand.pending.append(self.answer_to_refusal(verdict, functools.partial(self.commit_call, hand)))
+        self.compare_stages()
         if refused:
             self.perform(hand, hand.beat)
 
-    def answer_to_refusal(self, verdict: Verdict) -> Verdict:
+    def answer_to_refusal(self, verdict: Verdict, commit: Commit) -> Verdict:
         error = Says("no such table")
         if verdict.is_last_word:
             return Verdict(verdict.twin, self.model.now, Stop("error"), error=error)
+        self.model.commit = commit
         return self.model.handle(verdict.twin, verdict.cue, error)
+
+    def run_step(self, hand: Hand, claim: durable._Claim) -> None:
+        """Run a step, or `handle`, of an engine's; what it comes to waits for the next beat."""
+        STAGE.fill_disk = functools.partial(hand.failures.append, apsw.FullError)
+        try:
+            commit = contextvars.copy_context().run(execute, claim)
+        except (SystemExit, DurableError) as error:
+            commit = durable._crash(claim, error)
+        hand.core.finish(commit)
+
+    def commit_call(self, hand: Hand, keep: Callable[[], bool]) -> bool:
+        """In the model, the beat in which what a call has returned is kept."""
+        answer, refused = self.beat_model(hand, keep)
+        assert not refused
+        return cast(bool, answer)
+
+    def compare_stages(self) -> None:
+        """What was asked of the user's code outside the steps' outcomes."""
+        assert STAGE.handlings == self.model.handlings
+        assert STAGE.asked == self.model.asked
 
     def tick(self, hand: Hand) -> None:
         """An engine looks at the clock, and beats."""
@@ -17957,13 +18448,16 @@ class Theatre(RuleBasedStateMachine):
                 verb(target)
             return None
 
-    @rule(number=any_hand, whom=somebody)
-    def cancel(self, number: int, whom: int) -> None:
+    @rule(number=any_hand, whom=somebody, children=st.booleans())
+    def cancel(self, number: int, whom: int, children: bool = False) -> None:
         hand, target = self.hand(number), self.target(whom, *LIVE)
         identity = self.identify(target, hand.engine.cancel)
         if identity is not None:
+            cancel = self.model.cancel_tree if children else self.model.cancel
             self.perform(
-                hand, lambda: hand.engine.cancel(target, "enough"), lambda: self.model.cancel(identity, "enough")
+                hand,
+                lambda: hand.engine.cancel(target, "enough", children=children),
+                functools.partial(cancel, identity, "enough"),
             )
 
     @rule(number=any_hand, whom=somebody)
@@ -17972,6 +18466,56 @@ class Theatre(RuleBasedStateMachine):
         identity = self.identify(target, hand.engine.retry)
         if identity is not None:
             self.perform(hand, lambda: hand.engine.retry(target), lambda: self.model.retry(identity))
+
+    pasts = st.sampled_from([None, None, None, {"n": 5}, cast(Any, {1: 2})])
+
+    @rule(number=any_hand, whom=somebody, pick=somebody, state=pasts)
+    def rewind(self, number: int, whom: int, pick: int, state: Any = None) -> None:
+        hand, target = self.hand(number), self.target(whom, *(set(Status) - {Status.EXECUTING}))
+        identity = self.identify(target, lambda one: hand.engine.rewind(one, "start"))
+        if identity is not None:
+            self.rewind_one(hand, identity, self.run_of(identity, pick), state)
+
+    def rewind_one(self, hand: Hand, identity: int, to: int | str, state: Any = None) -> None:
+        seq = self.find_run(identity, to, state, lambda: hand.engine.rewind(identity, to, state=state))
+        if seq != "refused":
+            self.perform(
+                hand,
+                lambda: hand.engine.rewind(identity, to, state=state),
+                lambda: self.model.rewind(identity, seq, to, state),
+            )
+
+    forks = st.fixed_dictionaries({}, optional={"queue": st.just("q2"), "correlation_key": correlation_keys})
+
+    @rule(number=any_hand, whom=somebody, pick=somebody, state=pasts, options=forks)
+    def fork(self, number: int, whom: int, pick: int, state: Any, options: dict[str, Any]) -> None:
+        hand, target = self.hand(number), self.target(whom, *Status)
+        identity = self.identify(target, lambda one: hand.engine.fork(one, "start"))
+        if identity is None:
+            return
+        to = self.run_of(identity, pick)
+        seq = self.find_run(identity, to, state, lambda: hand.engine.fork(identity, to, state=state))
+        if seq != "refused":
+            self.perform(
+                hand,
+                lambda: hand.engine.fork(identity, to, state=state, **options),
+                lambda: self.model.fork(identity, seq, to, state, options),
+            )
+
+    def run_of(self, identity: int, pick: int) -> int | str:
+        """A run of an instance, sometimes a step, or one that it never had."""
+        runs: list[int | str] = [entry.seq for entry in self.model.rows[identity].history]
+        pool = [*runs * 3, "start", "middle", "late", "perform", 999]
+        return pool[pick % len(pool)]
+
+    def find_run(self, identity: int, to: int | str, state: Any, verb: Callable[[], Any]) -> Any:
+        """Which run is meant; "refused" if the verb must refuse it before its beat."""
+        try:
+            return self.model.find_run(identity, to, state)
+        except RefusedError as refusal:
+            with pytest.raises(refusal.kind):
+                verb()
+            return "refused"
 
     @rule(queue=st.sampled_from(QUEUES))
     def pause(self, queue: str) -> None:
@@ -17988,6 +18532,70 @@ class Theatre(RuleBasedStateMachine):
     def fire_timeouts(self, number: int) -> None:
         hand = self.hand(number)
         self.perform(hand, hand.engine.fire_timeouts, lambda: self.model.fire(NEVER))
+
+    # Recurring work
+
+    plan_names = st.sampled_from(["s1", "s2"])
+
+    @rule(
+        number=any_hand,
+        name=plan_names,
+        fsm=st.sampled_from([NewPuppet, Labourer, Labourer, Stranger]),
+        interval=periods,
+        anchor=st.sampled_from([None, None, -5000, 15_000]),
+        policy=st.sampled_from([("last", 25, False), ("last", 1000, True), ("none", 0, False), ("all", 60, True)]),
+        key=st.sampled_from([None, None, "c1"]),
+    )
+    def schedule(
+        self,
+        number: int,
+        name: str,
+        fsm: Any,
+        interval: float,
+        anchor: int | None = None,
+        policy: tuple[Any, float, bool] = ("last", 25, False),
+        key: str | None = None,
+    ) -> None:
+        """Write or replace a schedule; its anchor is told in milliseconds from the beginning."""
+        hand, (catch_up, window, overlap) = self.hand(number), policy
+        begin = None if anchor is None else START + anchor
+        options: dict[str, Any] = {"catch_up": catch_up, "window": window, "overlap": overlap, "correlation_key": key}
+        when = Every(interval, anchor=durable._instant_or_none(begin))
+        plan = Plan(
+            name,
+            fsm._spec.name,
+            round(interval * 1000),
+            begin,
+            catch_up,
+            round(window * 1000),
+            overlap,
+            {"correlation_key": key},
+        )
+        self.perform(
+            hand,
+            lambda: hand.engine.schedule(name, fsm, when, **options),
+            lambda: self.model.write_plan(plan),
+        )
+
+    @rule(number=any_hand, name=plan_names)
+    def unschedule(self, number: int, name: str) -> None:
+        hand = self.hand(number)
+        self.perform(
+            hand,
+            lambda: hand.engine.unschedule(name),
+            lambda: self.model.plans.pop(name, None) is not None,
+        )
+
+    @rule(number=any_hand, name=plan_names, verb=st.sampled_from(["trigger", "pause", "resume", "resume"]))
+    def rule_schedule(self, number: int, name: str, verb: str) -> None:
+        """Trigger, pause or resume one."""
+        hand, model = self.hand(number), self.model
+        real, expected = {
+            "trigger": (hand.engine.trigger, model.trigger),
+            "pause": (hand.engine.pause_schedule, model.pause_plan),
+            "resume": (hand.engine.resume_schedule, model.resume_plan),
+        }[verb]
+        self.perform(hand, lambda: real(name), lambda: expected(name))
 
     @rule()
     def collect(self) -> None:
@@ -18067,17 +18675,17 @@ class Theatre(RuleBasedStateMachine):
 
     def play(self, hand: Hand, key: tuple[int, int], cue: Cue) -> None:
         """Run a claimed step; what it comes to waits for the next beat."""
+        if cue.asks:  # it has something committed while it runs
+            while hand.failures:
+                hand.beat()
+            self.perform(hand, hand.beat)
         claim, twin = hand.claims.pop(key), hand.held.pop(key)
         STAGE.cues.append(cue)
         STAGE.seen.clear()
-        try:
-            commit = contextvars.copy_context().run(execute, claim)
-        except SystemExit as error:
-            commit = durable._crash(claim, error)
-        hand.core.finish(commit)
+        self.run_step(hand, claim)
         assert STAGE.seen == [self.sight_of(twin)]
-        hand.pending.append(self.model.run(twin, cue))
-        assert STAGE.handlings == self.model.handlings
+        hand.pending.append(self.model.run(twin, cue, functools.partial(self.commit_call, hand)))
+        self.compare_stages()
 
     def sight_of(self, twin: Twin) -> tuple[Any, ...]:
         """What a step sees: its instance as it was claimed, and its children and a request to cancel as they are."""
@@ -18088,6 +18696,7 @@ class Theatre(RuleBasedStateMachine):
             [(letter.name, letter.payload) for letter in twin.awaited()],
             [(letter.name, letter.payload) for letter in twin.letters()],
             [(child.id, child.status, child.result) for child in self.model.children(twin.id)],
+            durable._instant_or_none(twin.scheduled_at),
             row is not None and row.cancel_reason is not None,
         )
 
@@ -18141,10 +18750,11 @@ class Theatre(RuleBasedStateMachine):
 
     def replace(self, number: int) -> None:
         self.hands[number] = hand = self.enter(number)
-        self.model.beat([])
+        self.beat_model(hand)
         self.reap_dead()
         self.set_right()
-        self.model.beat([])
+        self.model.realign()
+        self.beat_model(hand)
         self.leases[hand.id] = self.model.now + LEASE_MS
 
     @rule(number=workers)
@@ -18156,8 +18766,7 @@ class Theatre(RuleBasedStateMachine):
         if hand.has_failed(hand.leave):
             self.dead.append(hand.id)
         else:
-            self.model.went_on = hand.went_on.__contains__
-            self.model.beat(hand.pending, functools.partial(self.sign_off, hand))
+            self.beat_model(hand, functools.partial(self.sign_off, hand))
         self.replace(number)
 
     def sign_off(self, hand: Hand) -> None:
@@ -18204,21 +18813,23 @@ class Theatre(RuleBasedStateMachine):
         if hand.failures:
             self.fail_to_drain(hand)
             return
+        given = [cue.without(lambda effect: isinstance(effect, Ask) and effect.is_disk_full) for cue in given]
         if commits is not None:
             hand.failures.extend([*[None] * commits, apsw.FullError])
-            given = [attrs.evolve(cue, effects=(), on_error_effects=()) for cue in given]
+            given = [cue.without(lambda effect: True) for cue in given]
         tally, seen, went_on = self.drain_engine(given, with_scheduled=with_scheduled)
         has_failed = isinstance(tally, DurableError)
         is_signed_off = has_failed or commits is None or apsw.FullError in hand.failures
         hand.failures.clear()
         self.dead = [one for one in self.dead if one != hand.id]
-        self.model.beat([])
+        self.beat_model(hand)
         if not (has_failed and commits == 1):  # else not even the dead were reaped
             self.reap_dead()
             self.set_right()
+            self.model.realign()
         self.follow_drain(given, seen, went_on, with_scheduled=with_scheduled, has_failed=has_failed)
         assert has_failed or tally["steps"] == len(seen)
-        assert STAGE.handlings == self.model.handlings
+        self.compare_stages()
         if is_signed_off:
             self.leases.pop(hand.id, None)
         else:
@@ -18235,7 +18846,7 @@ class Theatre(RuleBasedStateMachine):
         tally = self.answer_of(lambda: engine.drain(with_scheduled=with_scheduled))
         unsubscribe()
         STAGE.cues.clear()
-        self.client.core._drain = cast(Any, self.client.lap)
+        self.client.take_in_hand()
         assert is_storage_failure(tally) or not isinstance(tally, Exception), tally
         return tally, list(STAGE.seen), went_on
 
@@ -18263,15 +18874,21 @@ class Theatre(RuleBasedStateMachine):
             in_hand += [self.model.rows[twin.id] for twin in run if self.has_gone_on(twin)]
             if not in_hand:
                 in_hand += self.next_of_drain(seen, played, with_scheduled=with_scheduled)
-            verdicts = [self.answer_to_refusal(verdict) for verdict in refused]
+            commit = functools.partial(self.commit_in_drain, verdicts)
+            verdicts.extend([self.answer_to_refusal(verdict, commit) for verdict in refused])
             if in_hand and all(verdict.is_last_word for verdict in refused):
                 assert played < len(seen), f"instance {in_hand[0].id} was not run"
                 assert self.sight_of(in_hand[0]) == seen[played]
                 cue = given[played] if played < len(given) else Cue()
                 played += 1
-                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), cue))
+                verdicts.append(self.model.run(copy.deepcopy(in_hand.popleft()), cue, commit))
             is_over = not verdicts
         assert played == len(seen)
+
+    def commit_in_drain(self, verdicts: list[Verdict], keep: Callable[[], bool]) -> bool:
+        answer, refused = self.model.beat(verdicts, keep)
+        assert not refused
+        return cast(bool, answer)
 
     def has_gone_on(self, twin: Twin) -> bool:
         """Whether the client runs the next step of an instance on the claim that it held."""
@@ -18283,7 +18900,7 @@ class Theatre(RuleBasedStateMachine):
         left = len(hand.failures)
         with pytest.raises(DurableError) as caught:
             hand.engine.drain()
-        hand.core._drain = cast(Any, hand.lap)
+        hand.take_in_hand()
         assert is_storage_failure(caught.value)
         if len(hand.failures) == left - 1:
             self.model.beat([], functools.partial(self.sign_off, hand))
@@ -18313,6 +18930,7 @@ class Theatre(RuleBasedStateMachine):
         for key in ("c1", "c2"):
             self.compare_key(key)
         self.compare_ledger()
+        self.compare_schedules()
         assert {worker.id for worker in engine._core.reader.workers()} == set(self.leases), "workers"
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -18336,6 +18954,10 @@ class Theatre(RuleBasedStateMachine):
         if row.ended_at is not None:
             assert durable._instant(row.ended_at) == one.updated_at
         assert one.parked_on in (None, f"key:{row.concurrency_key}", f"rate:{row.rate_limit}")
+        assert durable._instant_or_none(row.scheduled_at) == one.scheduled_at
+        assert (None if one.progress is None else one.progress.done) == row.progress
+        runs = [Entry(*(getattr(entry, name) for name in RUN.split())) for entry in self.client.engine.history(one.id)]
+        assert runs == [attrs.evolve(entry, awaits=(), is_joining=False) for entry in row.history]
         signals = [(signal.name, signal.payload) for signal in self.client.core.reader.signals(one.id)]
         assert signals == [(letter.name, letter.payload) for letter in row.letters()]
 
@@ -18352,8 +18974,28 @@ class Theatre(RuleBasedStateMachine):
         assert sum(row.occupied_key == key for row in self.model.rows.values()) <= 1
 
     def compare_ledger(self) -> None:
+        rows = self.model.rows.values()
+        kept = sorted((row.id, name, str(value)) for row in rows for name, value in row.kept.items())
+        entries = sum(len(row.history) for row in rows)
         with self.client.core.reader.reading() as connection:
             assert list(connection.execute("SELECT instance, text FROM ledger ORDER BY rowid")) == self.model.ledger
+            assert sorted(connection.execute("SELECT instance, name, value FROM durable_calls")) == kept
+            assert connection.execute("SELECT count(*) FROM durable_transitions").get == entries
+
+    def compare_schedules(self) -> None:
+        instant = durable._instant_or_none
+        expected = [
+            (
+                name,
+                None if plan.is_paused else instant(plan.next_at()),
+                instant(plan.last_at),
+                plan.last_id,
+                plan.missed,
+            )
+            for name, plan in sorted(self.model.plans.items())
+        ]
+        found = self.client.engine.schedules()
+        assert [(one.name, one.next_at, one.last_at, one.last_id, one.missed) for one in found] == expected
 
 
 QUICK = hypothesis.settings(
@@ -18431,6 +19073,18 @@ class Rehearsal:
         theatre = self._theatre
         retry = functools.partial(theatre.client.engine.retry, identity)
         self.perform(theatre.client, retry, functools.partial(theatre.model.retry, identity))
+
+    def rewind_one(self, identity: int, to: int | str, state: Any = None) -> None:
+        """Rewind that instance."""
+        self._theatre.rewind_one(self._theatre.client, identity, to, state)
+        self._theatre.hold_against_each_other()
+
+    def send(self, identity: int, name: str, dedup_key: str | None = None) -> None:
+        """Send that instance a signal."""
+        theatre = self._theatre
+        options: dict[str, Any] = {"dedup_key": dedup_key}
+        deliver = functools.partial(theatre.model.signal, identity, name, name, dedup_key)
+        self.perform(theatre.client, lambda: theatre.client.engine.signal(identity, name, name, **options), deliver)
 
     def last_parent(self) -> int:
         """The newest instance that has children."""
@@ -18889,6 +19543,301 @@ def a_drain(at: Any) -> None:
     at.insert(NewPuppet)
     at.drain([Cue(Next("middle"))], False, 2)
     at.drain([Cue(Next("late"))], False)
+
+
+@rehearsed
+def what_happened(at: Any) -> None:
+    """A machine's history has each run, with what it led to or failed with, a job's its failed attempts."""
+    at.insert(Puppet)
+    at.acts(Retry(0), Retry(0, counted=False), SystemExit(), Cue(ValueError("boom"), on_error=Next("middle")))
+    at.acts(Cue(ValueError("boom"), on_error=Retry(0)), Await("a", "start"))
+    at.send(1, "a")
+    at.acts(Cue(ValueError("boom"), on_error=Done(1)))
+    at.insert(Labourer, max_attempts=2)
+    at.acts(Retry(0, counted=False), Fail("tired"))
+    at.pass_time(1000)
+    at.acts(ValueError("boom"))
+    at.insert(Labourer)
+    at.acts(Retry(0), Done(1))
+    at.insert(Stranger)
+    at.acts(Retry(0), Next("middle"), Await("a", "start"))
+    at.cancel(2, 0)
+    at.insert(NewPuppet)
+    at.acts(Next("middle"), ScheduleChildren([Insert(Labourer)], "start"), Stop("why"), Await("a", "late"))
+    at.cancel(2, 0)
+    for number in (0, 1):
+        at.insert(Puppet)
+        at.claim_all(number)
+        at.cancel(2, 0)
+        at.kill(number)
+    at.pass_time(100_001)
+    at.collect()
+    at.pass_time(200_001)
+    at.collect()
+
+
+@rehearsed
+def rewinding(at: Any) -> None:
+    """State, awaits and inbox are as they stood; children of later runs have no parent; a refusal changes nothing."""
+    at.insert(Puppet, correlation_key="c1")
+    at.acts(Await("a", "middle", {"n": 1}))
+    at.send(1, "a", "d1")
+    at.acts(ScheduleChildren([Insert(Labourer), Insert(Puppet)], "start"))
+    at.send(1, "b", "d1")
+    at.acts(Done(1), Done(2), Await("b", "middle", {"n": 2}), Cue(Stop("why"), mutate=3))
+    for to in (9, "nowhere", "late"):
+        at.rewind_one(1, to)
+    at.rewind_one(1, 2, {1: 2})
+    at.rewind_one(1, 2)
+    at.send(1, "a", "d1")
+    at.send(1, "b", "d1")
+    at.claim_all(0)
+    at.rewind_one(1, 1)
+    at.run_held(0, ScheduleChildren([Insert(Labourer)], "start"))
+    at.acts(Done(1))
+    at.rewind_one(1, 3, {"n": 9})
+    at.acts(Done(1))
+    at.rewind_one(1, "start")
+    at.insert(Puppet, correlation_key="c1")
+    at.cancel(2, 0)
+    at.insert(Puppet, correlation_key="c1")
+    at.rewind_one(1, "start")
+    for row in list(at._theatre.model.rows.values()):
+        for entry in list(row.history):
+            at.rewind_one(row.id, entry.seq)
+    at.acts(*[Done(1)] * 4)
+    at.rewind_one(1, "middle")
+
+
+@rehearsed
+def rewinding_what_waits(at: Any) -> None:
+    """Whatever it waits for, it is runnable now, and a parent waits for a child that lives again."""
+    at.insert(Stranger)
+    at.rewind_one(1, "middle")
+    at.rewind_one(1, "middle", {"n": 1})
+    at.acts(Await("a", "start", timeout=30))
+    at.rewind_one(1, "middle", {"n": 2})
+    at.send(1, "a")
+    at.acts(Await("a", "start"), Done(1))
+    at.rewind_one(1, "start", {"n": 3})
+    at.acts(Done(1))
+    at.insert(Puppet)
+    at.acts(ScheduleChildren([Insert(Puppet), Insert(Puppet)], "middle"))
+    at.acts(Stop("why"))
+    child = at.failed_children()[0]
+    at.rewind_one(child, "start")
+    at.acts(Done(1), Next("middle"))
+    at.acts(Done(1))
+    at.rewind_one(at.last_parent(), "middle")
+    at.acts(Await("a", "start", timeout=15))
+    at.cancel(2, 0)
+    at.rewind_one(at.last_parent(), "middle")
+    at.pass_time(15_000)
+    at.acts(Stop("why"))
+    at.rewind_one(at.last_parent(), "start")
+    at.acts(ScheduleChildren([Insert(Puppet)], "middle"))
+    at.rewind_one(at.last_parent(), "start", {"n": 1})
+    at.acts(*[Done(1)] * 3)
+
+
+@rehearsed
+def rewinding_what_waits_for_a_limit(at: Any) -> None:
+    """It goes to the end of its line, and whoever is first then is not held up by it."""
+    for limit in ({"rate_limit": "r"}, {"concurrency_key": "k"}):
+        for weight in (3, 3, 1):
+            at.insert(Puppet, **limit, weight=weight if "rate_limit" in limit else 1)
+        at.claim_all(0)
+        at.pass_time(1000)
+        second = max(at._theatre.model.rows) - 1
+        at.rewind_one(second, "start", {"n": 1})
+        for _ in range(4):
+            at.claim_all(1)
+            at.pass_time(5000)
+        at.acts(*[Done(1)] * 3)
+
+
+@rehearsed
+def forking(at: Any) -> None:
+    """A new instance from a run of another, which is left alone."""
+    at.insert(NewPuppet, correlation_key="c1", queue="q1", concurrency_key="k")
+    at.acts(Next("late", {"n": 1}), Await("a", "middle", {"n": 2}))
+    for pick in range(6):
+        at.fork(2, 0, pick, None, {})
+    at.fork(2, 0, 1, {"n": 5}, {"correlation_key": "c1"})
+    at.fork(2, 0, 1, {"n": 5}, {"queue": "q2", "correlation_key": "c2"})
+    at.send(1, "a")
+    at.claim_all(0)
+    at.fork(2, 0, 0, None, {})
+    at.acts(*[Done(1)] * 5)
+
+
+@rehearsed
+def kept_calls(at: Any) -> None:
+    """What a call has returned is given back over retries, errors, crashes, hand-overs and the end, until progress."""
+    at.insert(NewPuppet)
+    p, q = Ask("p"), Ask("q")
+    at.acts(Cue(Retry(0), effects=(p,)), Cue(ValueError("boom"), effects=(p, q), on_error=Retry(0)))
+    at.acts(Cue(SystemExit(), effects=(p, q)), Retry(0))
+    at.claim_all(0)
+    at.kill_unnoticed(0)
+    at.claim_all(1)
+    at.give_back_held(1)
+    at.acts(Cue(ValueError("boom"), effects=(p, p), on_error=Next("middle"), on_error_effects=(p, q, Ask("r"))))
+    at.acts(Cue(Await("a", "middle"), effects=(p,)))
+    at.fire_timeouts(2)
+    at.send(1, "a")
+    at.acts(Cue(Stop("why"), effects=(p,)))
+    at.retry_one(1)
+    at.acts(Cue(Stop("why"), effects=(p,)))
+    at.rewind_one(1, "middle")
+    at.acts(Cue(Done(1), effects=(p, q)))
+    at.insert(Puppet)
+    at.claim_all(0)
+    at.fall_silent(1)
+    at.claim_all(1)
+    at.play(at._theatre.hands[0], min(at._theatre.hands[0].held), Cue(Done(1), effects=(p,), on_error=Done(2)))
+    at.run_held(1, Retry(0))
+    at.cancel(2, 0)
+    at.insert(Puppet)
+    at.claim_all(0)
+    at.cancel(2, 0)
+    at.play(at._theatre.hands[0], min(at._theatre.hands[0].held), Cue(ValueError("boom"), effects=(p,)))
+    at.beat(0)
+    at.insert(Puppet)
+    at.acts(Cue(Done(1), effects=(p, Ask("q", is_disk_full=True))))
+    at.pass_time(1000)
+    at.drain([Cue(ValueError("boom"), effects=(p, q), on_error=Retry(0)), Cue(Next("middle"), effects=(q,))], True)
+
+
+@rehearsed
+def progress_of_steps(at: Any) -> None:
+    """It survives a retry, and goes when the step progresses or the instance ends."""
+    at.insert(Puppet)
+    at.acts(Cue(Retry(0), effects=(Report(1), Report(2))), Cue(SystemExit(), effects=(Report(3),)))
+    at.acts(Retry(0), Next("middle"), Cue(Retry(15), effects=(Report(4),)))
+    at.cancel(2, 0)
+    for act in (Await("a", "middle"), Done(1), Stop("why"), Retry(0)):
+        at.insert(Puppet)
+        at.acts(Cue(Retry(0), effects=(Report(1),)), act)
+    at.rewind_one(max(at._theatre.model.rows), "start")
+    at.acts(Done(1))
+
+
+@rehearsed
+def rules_of_steps(at: Any) -> None:
+    """An error of a step with a rule is tried again as often as that says, and only then goes to `handle`."""
+    at.insert(NewPuppet)
+    at.acts(Next("late"))
+    at.acts(Cue(ValueError("boom"), effects=(Row("x"),), on_error=Done(1)))
+    at.pass_time(1500)
+    at.acts(Cue(Next("nowhere"), on_error=Done(1), on_error_effects=(Row("y"),)))
+    at.pass_time(2000)
+    at.claim_all(0)
+    at.pass_time(1000)
+    at.acts(Cue(KeyError(), on_error=Next("late"), on_error_effects=(Row("z"),)))
+    at.acts(Cue(Done(1), effects=(Row("x"), BAD_STATEMENT)))
+    at.pass_time(15_000)
+    at.acts(SystemExit(), ValueError("boom"))
+
+
+@rehearsed
+def cancelling_a_tree(at: Any) -> None:
+    """All live descendants, those of an ended instance, too, and nobody else."""
+    at.insert(Puppet)
+    at.acts(ScheduleChildren([Insert(Puppet, priority=-1), Insert(Puppet)], "middle"))
+    at.acts(ScheduleChildren([Insert(Labourer), Insert(Puppet, priority=-2)], "middle"))
+    at.acts(Await("a", "middle"))
+    at.insert(Puppet)
+    at.claim(0, {"q1": 1})
+    at.cancel(2, 0, children=True)
+    at.run_held(0, Done(1))
+    at.retry_one(1)
+    at.acts(Stop("why"))
+    at.insert(Puppet)
+    at.acts(*[Done(1)] * 2)
+    at.insert(Puppet)
+    at.acts(ScheduleChildren([Insert(Puppet)], "middle"))
+    at.acts(ScheduleChildren([Insert(Puppet), Insert(Labourer)], "middle"))
+    at.acts(Done(1))
+    at.cancel(2, 0, children=False)
+    at.cancel(2, 24, children=True)
+    at.cancel(2, max(at._theatre.model.rows), children=True)
+
+
+@rehearsed
+def recurring_work(at: Any) -> None:
+    """Each occurrence once, by whoever beats first; the latest, none or all of what was missed."""
+    for policy in (("last", 25, False), ("last", 1000, True), ("none", 0, False), ("all", 60, True)):
+        at.schedule(0, "s1", Labourer, 10, None, policy)
+        at.schedule(1, "s2", Puppet, 30, -5000, policy, "c1")
+        for milliseconds in (10_000, 500, 15_000, 500, 30_000, 100_001, 2000):
+            at.pass_time(milliseconds)
+            at.beat(1)
+            at.beat(0)
+            at.acts(Done(1))
+        at.acts(*[Done(1)] * 9)
+        at.unschedule(2, "s1")
+    at.unschedule(2, "s1")
+
+
+@rehearsed
+def schedules_that_are_changed(at: Any) -> None:
+    """The same again changes nothing, another grid holds from now on, as does a resumed one."""
+    at.schedule(0, "s1", Labourer, 10, None, ("last", 1000, False))
+    at.pass_time(4000)
+    at.schedule(0, "s1", Labourer, 10, None, ("last", 1000, True))
+    at.pass_time(30_000)
+    at.schedule(1, "s1", Labourer, 30, None, ("last", 1000, True))
+    at.beat(0)
+    at.rule_schedule(2, "s1", "pause")
+    at.pass_time(30_000)
+    at.schedule(1, "s1", Labourer, 10, None, ("last", 1000, True))
+    at.beat(0)
+    for _ in range(2):
+        at.rule_schedule(2, "s1", "resume")
+        at.beat(0)
+        at.rule_schedule(2, "s1", "trigger")
+        at.pass_time(15_000)
+    at.schedule(1, "s1", Puppet, 10, None, ("last", 1000, False), "c1")
+    at.rule_schedule(1, "s1", "trigger")
+    at.rule_schedule(1, "s1", "trigger")
+    at.pass_time(15_000)
+    at.beat(0)
+    for verb in ("pause", "resume", "trigger"):
+        at.rule_schedule(0, "s2", verb)
+    at.unschedule(0, "s1")
+    at.schedule(1, "s1", Labourer, 10, 15_000)
+    at.drain([], True)
+    at.pass_time(15_000)
+    at.drain([], False)
+
+
+@rehearsed
+def schedules_on_a_clock_that_is_set_back(at: Any) -> None:
+    """What has run does not run again; a next instant beyond the grid's next is set right; a full disk only delays."""
+    at.schedule(0, "s1", Labourer, 10, None, ("last", 1000, True))
+    at.schedule(0, "s2", Labourer, 30, None, ("all", 60, True))
+    for _ in range(3):
+        at.pass_time(15_000)
+        at.fill_disk(0, [apsw.FullError])
+        at.beat(0)
+        at.beat(0)
+    for number in (0, 1):
+        at.fill_disk(number, [apsw.FullError] * 3)
+    at.set_clock_back(30_000)
+    for _ in range(4):
+        at.beat(0)
+        at.pass_time(4000)
+    at.beat(1)
+    at.set_clock_back(30_000)
+    at.unschedule(0, "s1")
+    at.pass_time(2000)
+    at.beat(1)
+    for _ in range(3):
+        at.pass_time(15_000)
+        at.beat(1)
+    at.kill(0)
+    at.kill(1)
 
 
 def rehearse(play: Callable[[Any], None]) -> None:
