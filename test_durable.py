@@ -17990,8 +17990,6 @@ def blank_file() -> bytes:
 class Lap:
     """Takes what an engine claims, and runs nothing."""
 
-    fired: Collection[str] = ()
-
     def __init__(self) -> None:
         self.claims: collections.deque[durable._Claim] = collections.deque()
         self.unmade: list[type[durable.FSM]] = []
@@ -18027,7 +18025,6 @@ class Hand:
         self.core = self.engine._core
         self.core.INLINE_S = math.inf  # how fast the machine is must decide nothing here
         self.core._agenda.progress_at = math.inf
-        self.core.note_fired = nothing  # type: ignore[method-assign, assignment]
         self.lap = Lap()
         self.take_in_hand()
         self.knows_strangers = bool(fsms)
@@ -19907,10 +19904,19 @@ def released_key_kept(original: Any) -> Any:
     return transition
 
 
-def retry_once_more(self: Any, reason: Any, ctx: Any) -> Any:
-    """The retry rule of jobs, off by one."""
-    row = ctx._claim.row
-    return Retry(self.backoff(row.attempt)) if row.attempt < row.max_attempts else Stop(reason)
+def tried_once_more(*, is_job: bool) -> Callable[[Any], Any]:
+    """Make of the retry rule of jobs, or of steps, one that is off by one."""
+
+    def make(original: Any) -> Any:
+        def retry(self: Any, reason: Any, ctx: Any) -> Any:
+            row, spec = ctx._claim.row, ctx._claim.spec
+            tries = row.max_attempts if spec.is_job else spec.find(row.step).max_attempts
+            is_one_more = spec.is_job is is_job and row.attempt + 1 == tries
+            return original(self, reason, ctx) or (Retry(0) if is_one_more else None)
+
+        return retry
+
+    return make
 
 
 def forgetting_outcomes(original: Any) -> Any:
@@ -20014,7 +20020,8 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "the limits of a step stay with the next": reworded(
         "_PROGRESS", "rate_limit = ?", "rate_limit = coalesce(?, rate_limit)"
     ),
-    "a job has an attempt too many": replaced(FSM, "_retry_or_stop", retry_once_more),
+    "a job has an attempt too many": bent(FSM, "_retry", tried_once_more(is_job=True)),
+    "a step has an attempt too many": bent(FSM, "_retry", tried_once_more(is_job=False)),
     "progress does not reset the attempt": reworded("_PROGRESS", "attempt = 0, ", ""),
     "progress does not clear the error": reworded("_PROGRESS", "last_error = NULL, ", ""),
     "a retry forgets what was awaited": reworded("_AGAIN", "worker = NULL", "worker = NULL, awaits = NULL"),
