@@ -3833,7 +3833,7 @@ def _configure(connection: apsw.Connection, synchronous: str) -> apsw.Connection
     # To this a longer log is cut, once it has been copied and nobody reads in it any more. Usually it is a tenth over
     # its pages, so that it is cut only after somebody has held it up.
     connection.pragma("journal_size_limit", 2 * _LOG_PAGES * connection.pragma("page_size"))
-    if synchronous == "full":  # on macOS only these reach the platter; elsewhere they change nothing
+    if synchronous in ("full", "extra"):  # on macOS only these reach the platter; elsewhere they change nothing
         connection.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
     return connection
 

@@ -11,7 +11,7 @@ In this order, each part with its sections:
   engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children
 * Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; A clock that was
   wrong; Crashes of a step; Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning;
-  Kills; Power cuts; Soak
+  Kills; Power cuts; Soak; Other systems
 * Recurring work: Grids; Timetables; Schedules of a file; Declared in code; What is missed; Overlap and keys; The clock;
   What schedules cost; Several processes, or none of the extra
 * The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
@@ -11508,6 +11508,204 @@ def test_soak(make_engine: MakeEngine, labour: Labour) -> None:
     chains_are_whole(client, labour, kills, in_hand=6)
 
 
+# ---- Other systems -------------------------------------------------------------------------------
+
+
+class Msvcrt(types.ModuleType):
+    """Windows' locks of a range of a file, by those of POSIX: it is the whole file, for nobody reads it."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        super().__init__("msvcrt")
+        self.calls = 0
+
+    def locking(self, descriptor: int, mode: int, size: int) -> None:
+        """Lock for one handle; EACCES is what Windows says of a range that another one holds."""
+        import fcntl
+
+        assert (mode, size) == (self.LK_NBLCK, 1)
+        self.calls += 1
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+
+def is_open_here(path: str) -> bool:
+    """Whether this process has a file open."""
+    with contextlib.suppress(FileNotFoundError):
+        sought = os.stat(path)
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # that of the listing
+                if os.path.samestat(os.fstat(int(name)), sought):
+                    return True
+    return False
+
+
+def names_of(module: types.ModuleType, without: Iterable[str] = (), **others: Any) -> Any:
+    """A module as the engine sees it on another system."""
+    return types.SimpleNamespace(**{k: v for k, v in vars(module).items() if k not in without} | others)
+
+
+POSIX_ONLY = (
+    *("fchown", "fchmod", "chown", "geteuid", "getuid", "fork", "register_at_fork", "waitpid"),
+    *("eventfd", "eventfd_write", "O_CLOEXEC", "O_NONBLOCK", "kill"),
+)
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> Msvcrt:
+    """The module as on Windows: its locks, no list of descriptors, no inotify, no forks, no removing of open files."""
+
+    def unlink(path: str) -> None:
+        if is_open_here(path):
+            raise PermissionError(errno.EACCES, "it is being used by another process", path)
+        os.unlink(path)
+
+    def listdir(path: str) -> list[str]:
+        if path.startswith(("/dev/", "/proc/")):
+            raise FileNotFoundError(path)
+        return os.listdir(path)
+
+    msvcrt = Msvcrt()
+    monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+    monkeypatch.setattr(durable, "os", names_of(os, POSIX_ONLY, unlink=unlink, listdir=listdir))
+    monkeypatch.setattr(durable, "sys", names_of(sys, platform="win32"))
+    return msvcrt
+
+
+on_posix_for_windows = pytest.mark.skipif(sys.platform != "linux", reason="Linux stands in for Windows")
+
+
+@on_posix_for_windows
+def test_on_windows_engines_tell_each_other_apart_by_its_locks(
+    make_engine: MakeEngine, windows: Msvcrt, tmp_path: Path
+) -> None:
+    """Who lives is left alone, who is gone is seen at once, and no lock file is left behind."""
+    watcher, other = make_engine(), make_engine(queues={"other": 1})
+    other.start()
+    watcher.start()
+    assert windows.calls >= 2
+    assert len(lock_files(tmp_path)) == 2
+    assert not watcher._core.peers.look_for_dead()
+    stuck = other.insert(Echo, args={"n": 1}, queue="other")
+    assert other.result(stuck, PATIENCE) == {"n": 1}
+    cast(Any, other._core.peers._lock_file).close()  # what the kernel does when the process dies
+    eventually(lambda: [one.id for one in watcher.workers()] == [watcher._core.worker_id])
+    other.stop()
+    watcher.stop()
+    assert lock_files(tmp_path) == []
+
+
+@on_posix_for_windows
+def test_on_windows_a_lock_file_that_is_held_is_waited_for(
+    windows: Msvcrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clean-up, for a moment: EACCES is no refusal."""
+    path = str(tmp_path / "a.lock")
+    holder = durable._LockFile.create(path, str(tmp_path))
+    monkeypatch.setattr(durable._LockFile, "CREATE_S", 0.05)
+    with pytest.raises(DurableError, match="held by somebody else"):
+        durable._LockFile.create(path, str(tmp_path))
+    holder.close()
+    durable._LockFile.create(path, str(tmp_path)).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+@on_posix_for_windows
+def test_on_windows_a_killed_process_loses_its_claims_at_once(
+    make_engine: MakeEngine, labour: Labour, windows: Msvcrt
+) -> None:
+    """The kernel drops the lock there as well, long before the lease is over."""
+    worker = labour.spawn()
+    engine = make_engine(queues={"other": 1})
+    stuck = engine.insert(labour.module.Stuck)
+    eventually(lambda: labour.traces("stuck"))
+    engine.start()
+    labour.kill(worker)
+    eventually(lambda: engine.get(stuck).status == "runnable", BEFORE_A_HEARTBEAT)
+    assert engine.get(stuck).crashes == 1
+    assert windows.calls > 1
+
+
+@on_posix_for_windows
+def test_on_windows_other_processes_commits_are_looked_for(make_engine: MakeEngine, windows: Msvcrt) -> None:
+    """There is nothing like inotify; what is asked of the file works as anywhere."""
+    engine = make_engine(poll_interval=0.01)
+    engine.start()
+    assert engine._core.peers._watch is None
+    with closing(engine.connect()) as connection, connection:
+        ident = durable.insert_into(connection, Echo, args={"n": 1})
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+    engine.snapshot(f"{engine._core.path}.copy")
+    with make_engine(database=f"{engine._core.path}.copy", queues={}) as copy:
+        assert copy.get(ident).status == "done"
+    assert engine.check() == []
+
+
+@on_posix_for_windows
+def test_on_windows_a_lock_that_is_refused_for_another_reason_is_an_error_of_start(
+    make_engine: MakeEngine, windows: Msvcrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share without locks says EINVAL: `start` says so, and the engine can be started elsewhere."""
+    engine = make_engine()
+    refused = OSError(errno.EINVAL, "Invalid argument")
+    with (
+        system_that_fails(monkeypatch, windows, "locking", refused, lambda *_: True),
+        pytest.raises(DurableError, match="can't be locked"),
+    ):
+        engine.start()
+    engine.start()
+    assert engine.result(engine.insert(Echo), PATIENCE) == {}
+
+
+@on_posix_for_windows
+def test_on_windows_run_ends_with_ctrl_c(make_engine: MakeEngine, windows: Msvcrt) -> None:
+    """Ctrl-C raises SIGINT in the main thread there, too; a handler of the application's is put back."""
+    engine = make_engine()
+    before = signal.getsignal(signal.SIGINT)
+    engine.subscribe(lambda event: signal.raise_signal(signal.SIGINT), "step.stop")
+    engine.insert(Echo)
+    engine.run()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert engine._core.is_closed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux stands in for macOS")
+def test_on_macos_other_processes_commits_are_looked_for(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has flock and /dev/fd, and neither inotify nor eventfd nor /proc."""
+
+    def listdir(path: str) -> list[str]:
+        if path.startswith("/proc/"):
+            raise FileNotFoundError(path)
+        return os.listdir(path)
+
+    monkeypatch.setattr(durable, "os", names_of(os, ("eventfd", "eventfd_write"), listdir=listdir))
+    monkeypatch.setattr(durable, "sys", names_of(sys, platform="darwin"))
+    engine = make_engine(poll_interval=0.01)
+    engine.start()
+    assert engine._core.peers._watch is None
+    with closing(engine.connect()) as connection, connection:
+        ident = durable.insert_into(connection, Echo, args={"n": 1})
+    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+    assert len(lock_files(tmp_path)) == 1
+    Path(engine._core.path).rename(tmp_path / "moved")
+    with pytest.raises(DurableError, match="nothing is committed any more"):
+        eventually(lambda: engine.insert(Echo) < 0)
+
+
+@pytest.mark.parametrize(("synchronous", "reaches"), [("normal", 0), ("full", 1), ("extra", 1)])
+def test_on_macos_a_commit_reaches_the_platter(make_engine: MakeEngine, synchronous: str, reaches: int) -> None:
+    """There an fsync leaves it in the disk's cache; what survives a power cut elsewhere, has to do so there."""
+    engine = make_engine(synchronous=synchronous)
+    with closing(engine.connect()) as connection:
+        for pragma in ("fullfsync", "checkpoint_fullfsync"):
+            assert connection.pragma(pragma) == engine._core.store.db.pragma(pragma) == reaches
+
+
 # ==================================================================================================
 # Recurring work
 # ==================================================================================================
@@ -20407,6 +20605,18 @@ def _pyright_error_lines(python: Path, program: Path) -> set[int]:
     report = json.loads(_run(*command, cwd=program.parent, statuses=(0, 1)))
     found = report["generalDiagnostics"]
     return {each["range"]["start"]["line"] + 1 for each in found if each["severity"] == "error"}
+
+
+def test_the_workflow_runs_the_readmes_test_command_wherever_the_wheel_is_for() -> None:
+    """On every system and Python that the wheel's classifiers name, and nothing that could not be run at home."""
+    project = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+    workflow = (HERE / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    pythons = re.findall(r"Python :: (3\.\d+)\"", project)
+    assert re.findall(r"\"(3\.\d+)\"", workflow) == pythons
+    assert re.findall(r"(\w+)-latest", workflow) == ["ubuntu", "macos", "windows"]
+    assert re.findall(r"Operating System :: (\w+)", project) == ["MacOS", "Microsoft", "POSIX"]
+    [command] = re.findall(r"- run: python (.+)", workflow)
+    assert f"python3 {command} " in README
 
 
 @pytest.mark.slow
