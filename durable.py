@@ -269,22 +269,17 @@ class _Ticks:
     perf_counter = time.perf_counter
 
 
-def _is_decimal(value: object) -> bool:
-    """Whether a value is a finite Decimal; who has none need not load the module."""
-    module = sys.modules.get("decimal")
-    return module is not None and isinstance(value, module.Decimal) and value.is_finite()
-
-
 def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
     """Read a duration, seconds or a timedelta, as whole milliseconds, rounded up so that nothing fires early."""
-    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
-    if not isinstance(seconds, int | float) and _is_decimal(seconds):
-        seconds = float(cast(Any, seconds))
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not math.isfinite(cast(float, seconds)) or cast(float, seconds) < 0:
+    seconds: Any = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    try:  # of a Decimal, a Fraction and another library's float as well
+        above, below = (-1, 1) if isinstance(seconds, bool) else seconds.as_integer_ratio()
+    except (AttributeError, TypeError, ValueError, OverflowError):  # the latter: of what is not finite
+        above, below = -1, 1
+    if above < 0:
         raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {value!r}")
     # A float's own error (0.1 * 3 = 0.30000000000000004) must not cost a millisecond: hence the rounding.
-    return min(math.ceil(round(cast(float, seconds) * 1000, 6)), _END_OF_TIME)
+    return _END_OF_TIME if above * 1000 > _END_OF_TIME * below else math.ceil(round(above * 1000 / below, 6))
 
 
 def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
@@ -342,13 +337,10 @@ def _text(value: object, name: str, error: type[Exception] = ValueError) -> str:
 
 def _integer(value: object, name: str, least: int, error: type[Exception] = ValueError) -> int:
     """Check a whole number that SQLite can hold."""
-    if type(value) is int and least <= value <= _MAX_INTEGER:
-        return value
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or not least <= cast(int, value) <= _MAX_INTEGER:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MAX_INTEGER:
         allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
         raise error(f"{name} must be an integer {allowed}, not {value!r}")
-    return int(cast(int, value))
+    return int(value)
 
 
 def _number(value: object, name: str) -> None:
@@ -1059,45 +1051,30 @@ class Event:
 
 
 _EVENT_NAMES = frozenset(
-    {
-        "step.stop",
-        "pick.stop",
-        "scheduler.saturation",
-        "scheduler.drain",
-        "scheduler.reclaimed",
-        "commit.stop",
-        "concurrency.throttled",
-        "rate_limit.throttled",
-        "outcome.stale",
-        "reaper.reaped",
-        "await.timeout",
-        "gc.swept",
-        "fsm.unknown",
-        "inline.continue",
-        "inline.yield",
-        "store.error",
-        "signal.dropped",
-        "step.progress",
-        "schedule.fired",
-        "schedule.missed",
-        "schedule.skipped",
-    }
+    [
+        *("step.stop", "step.progress", "pick.stop", "commit.stop", "outcome.stale", "await.timeout", "fsm.unknown"),
+        *("scheduler.saturation", "scheduler.drain", "scheduler.reclaimed", "reaper.reaped", "gc.swept"),
+        *("concurrency.throttled", "rate_limit.throttled", "inline.continue", "inline.yield", "store.error"),
+        *("signal.dropped", "schedule.fired", "schedule.missed", "schedule.skipped"),
+    ]
 )
 
-_SCOPE_BITS = {Status.DONE: 2, Status.FAILED: 4}
+_SCOPES = {
+    frozenset[Status](): 0,
+    LIVE: 1,
+    LIVE | {Status.DONE}: 3,
+    LIVE | {Status.FAILED}: 5,
+    LIVE | {Status.DONE, Status.FAILED}: 7,
+}
+"""Correlation scopes as the file keeps them: 1 for the live statuses, 2 for done, 4 for failed."""
 
 
 def _scope_bits(scope: object) -> int:
-    """Read a correlation scope as the file keeps it: 1 for the live statuses, 2 for done, 4 for failed; 0 for none."""
     try:
-        statuses = frozenset(Status(status) for status in cast(Iterable[str], scope))
-    except (TypeError, ValueError):
-        statuses = frozenset({Status.DONE})  # refused below, like every set without LIVE
-    if statuses and not statuses >= LIVE:
-        raise ValueError(
-            f"correlation_scope must be [], LIVE, or LIVE with Status.DONE, Status.FAILED or both, not {scope!r}"
-        )
-    return sum(bits for status, bits in _SCOPE_BITS.items() if status in statuses) + bool(statuses)
+        return _SCOPES[frozenset(cast(Any, [scope] if isinstance(scope, str) else scope))]
+    except (TypeError, KeyError):
+        allowed = "[], LIVE, or LIVE with Status.DONE, Status.FAILED or both"
+        raise ValueError(f"correlation_scope must be {allowed}, not {scope!r}") from None
 
 
 @attrs.frozen
@@ -3004,26 +2981,17 @@ def _transition(
             return _Progress(Status.AWAITING_CHILDREN, outcome.then, state, now, key, None, 1, None, None, 1)
 
 
+_KEPT_INLINE = ("step", "state", "eligible_at", "concurrency_key", "rate_limit", "weight")
+_RESET_INLINE: dict[str, Any] = {
+    **dict.fromkeys(("last_error", "traceback", "cancel_reason", "awaits")),
+    **dict.fromkeys(("attempt", "crashes", "joining", "has_calls", "has_inbox"), 0),
+}
+
+
 def _advanced(row: _Row, change: _Progress) -> _Row:
     """Say how the row stands when it goes on inline: under the next claim, at the new step."""
-    return row._replace(
-        step=change.step,
-        state=change.state,
-        last_error=None,
-        traceback=None,
-        attempt=0,
-        crashes=0,
-        eligible_at=change.eligible_at,
-        claim=row.claim + 1,
-        cancel_reason=None,
-        concurrency_key=change.concurrency_key,
-        rate_limit=change.rate_limit,
-        weight=change.weight,
-        awaits=None,
-        joining=0,
-        has_calls=0,
-        has_inbox=0,
-    )
+    kept = {name: getattr(change, name) for name in _KEPT_INLINE}
+    return row._replace(claim=row.claim + 1, **kept, **_RESET_INLINE)
 
 
 def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _Again | _Finish:

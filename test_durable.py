@@ -82,6 +82,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime, timedelta, timezone
 from datetime import time as dtime
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
 from zoneinfo import ZoneInfo
@@ -846,6 +847,26 @@ def test_a_duration_is_seconds_or_a_timedelta(timed_engine: Engine, clock: Clock
     """`int`, `float` and `timedelta` say the same."""
     target = timed_engine.insert(Leaf, schedule_in=delay)
     assert timed_engine.get(target).eligible_at == clock.instant(90)
+
+
+@pytest.mark.parametrize("delay", [10**400, 1e308, timedelta.max], ids=str)
+def test_a_duration_beyond_the_calendar_is_one_that_never_ends(timed_engine: Engine, delay: Any) -> None:
+    """However large the number is: what is due after it is due at the end of the calendar."""
+    assert timed_engine.get(timed_engine.insert(Leaf, schedule_in=delay)).eligible_at.year == 9999
+
+
+@pytest.mark.parametrize("delay", [Decimal(90), Fraction(270, 3)], ids=str)
+def test_a_duration_may_be_a_number_of_another_kind(timed_engine: Engine, clock: Clock, delay: Any) -> None:
+    """One that is exactly a ratio of two integers."""
+    assert timed_engine.get(timed_engine.insert(Leaf, schedule_in=delay)).eligible_at == clock.instant(90)
+
+
+@pytest.mark.parametrize("delay", [True, "90", int, Decimal("sNaN"), Decimal("Infinity"), [], 1j], ids=str)
+def test_what_is_no_duration_is_refused_by_its_name(timed_engine: Engine, delay: Any) -> None:
+    """With what is allowed, and nothing is written."""
+    with pytest.raises(ValueError, match="schedule_in must be seconds or a timedelta, finite and not negative, not "):
+        timed_engine.insert(Leaf, schedule_in=delay)
+    assert timed_engine.find() == []
 
 
 def test_an_instant_may_stand_in_any_zone(timed_engine: Engine, clock: Clock) -> None:
@@ -4263,6 +4284,7 @@ def test_a_registered_name_means_its_highest_version(engine: Engine) -> None:
     assert engine.get(engine.insert("test.versions")).version == 10
 
 
+NO_SCOPES: list[Any] = ["", "done", 5, [[]], ["done"]]
 NO_PAIRS = [("a", "b", "c"), ("a:b", "c"), ("a:b",), ()]
 """Tuples that would be one key with `("a", "b:c")`, or with `("a", "b")`, or none."""
 
@@ -4286,6 +4308,7 @@ NO_PAIRS = [("a", "b", "c"), ("a:b", "c"), ("a:b",), ()]
         (Echo, {"weight": 0}, ValueError, "weight"),
         (Echo, {"queue": ""}, ValueError, "queue"),
         (Echo, {"correlation_key": ""}, ValueError, "correlation_key"),
+        *[(Echo, {"correlation_scope": one}, ValueError, "correlation_scope must be") for one in NO_SCOPES],
         (Echo, {"correlation_key": 7}, ValueError, "correlation_key"),
         (Echo, {"rate_limit": "nobody"}, UnknownLimitError, "nobody"),
         (Echo, {"rate_limit": "api", "weight": 11}, ValueError, "weight"),
@@ -12647,6 +12670,17 @@ def test_a_declared_schedule_is_written_by_every_engine_that_runs(
         ({"when": Every(60), "catch_up": "all"}, "overlap=True"),
         ({"when": Every(60), "schedule_in": 5}, "schedule_in"),
         ({"when": Every(60), "weight": 0}, "weight"),
+        ({"when": Every(60), "args": {"n": 1}, "queue": 5}, "queue must be a string"),
+        ({"when": Every(60), "args": {"n": 1}, "priority": "high"}, "priority must be an integer"),
+        ({"when": Every(60), "args": {"n": 1}, "step": "start"}, "no step 'start'"),
+        ({"when": Every(60), "args": {"n": 1}, "max_attempts": 0}, "max_attempts must be an integer of at least 1"),
+        ({"when": Every(60), "args": {"n": 1}, "concurrency_key": 5}, "concurrency_key must be"),
+        ({"when": Every(60), "args": {"n": 1}, "correlation_key": ""}, "correlation_key must be"),
+        ({"when": Every(60), "args": {"n": 1}, "correlation_scope": "done"}, "correlation_scope must be"),
+        ({"when": Every(60), "args": {"n": 1}, "rate_limit": ("a", "b", "c")}, "rate_limit must be"),
+        ({"when": Every(60), "window": -1}, "window must be"),
+        ({"when": Every(60), "jitter": "5"}, "jitter must be"),
+        ({"when": Every(60), "overlap": 1}, "overlap must be True or False"),
         ({"when": Every(60), "args": {"m": 1}}, "m"),
         ({"when": Every(60), "args": {"n": "x"}}, "n"),
         (Every(60), "n"),
