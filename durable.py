@@ -6905,17 +6905,17 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
 class _Request:
     """Something that a caller wants done in the next beat, and the answer to it."""
 
-    __slots__ = ("_bell", "action", "error", "future", "is_settled", "rows", "value")
+    __slots__ = ("_bell", "action", "error", "future", "is_settled", "row", "value")
 
     def __init__(
         self,
         action: Callable[[_Beat], Any] | None,
-        rows: tuple[_NewRow, ...] = (),
+        row: _NewRow | None = None,
         future: concurrent.futures.Future[Any] | None = None,
     ) -> None:
         self.action = action
-        self.rows = rows
-        """Instances without keys to insert, in place of an action: many requests are one statement."""
+        self.row = row
+        """An instance to insert, in place of an action: many requests are one statement."""
         self.future = future
         self.value: Any = None
         self.error: BaseException | None = None
@@ -6932,7 +6932,7 @@ class _Request:
         elif self.error is not None:
             self.future.set_exception(self.error)
         else:
-            self.future.set_result(self.value[0] if self.rows else self.value)
+            self.future.set_result(self.value)
 
     def is_wanted(self) -> bool:
         """Take the request up; False if whoever has its future has cancelled it before that."""
@@ -7104,17 +7104,118 @@ class _Report:
             self.next_at = instant
 
 
-class _Service(NamedTuple):
-    """Who takes the rows of queues, as it stands in one transaction; asked only where a limit is met."""
+_Found = tuple[_Spec, object]
+"""A class, and the object of it that runs here."""
 
-    room: Callable[[str], int]
-    """How many more rows of a queue this engine can claim now."""
-    is_live: Callable[[str], bool]
-    """Whether this or another engine serves a queue, which is not paused."""
-    closed: Callable[[], list[str]]
-    """The live queues in which this engine has no room: they are full, or others'."""
-    is_lost: Callable[[_Waiting], bool]
-    """Whether no engine that serves a row's queue can run its class."""
+
+class _Pick:
+    """What a claim has found so far in a queue."""
+
+    __slots__ = ("horizon", "is_written", "parked", "queue", "rows", "slots", "taken")
+
+    def __init__(self, queue: str, slots: int, horizon: int) -> None:
+        self.queue = queue
+        self.slots = slots
+        self.horizon = horizon
+        self.rows: Iterator[tuple[_Row, _Found]] = iter(())
+        """Those that are to be met in their order."""
+        self.taken: list[_Claim] = []
+        self.parked: list[tuple[str, int]] = []
+        self.is_written = False
+
+    @property
+    def room(self) -> int:
+        return self.slots - len(self.taken)
+
+
+class _Transaction:
+    """What the parts of a beat share: what was given, the report, what was set free, and who serves which queue."""
+
+    def __init__(self, setup: _Setup, given: _Given) -> None:
+        self.setup = setup
+        self.given = given
+        self.store = setup.store
+        self.now = given.now
+        self.ahead_from = given.now + _SET_BACK_MS
+        """From when on an instant tells of a clock that was ahead."""
+        self.report = _Report(given.wanted, given.fired_until)
+        self.picks: dict[str, _Pick] = {}
+        """What the claim that is under way has found, by queue."""
+        self.freed_keys: set[str] = set()
+        self.poked_buckets: set[str] = set()
+        """Buckets whose line is to be looked at: their instant has come, or somebody has left it."""
+        self.parents: set[int] = set()
+        """Whose children have ended."""
+        self._paused: dict[str, bool] = {}
+        self._elsewhere: frozenset[str] | None = None
+
+    def departed(self, row: _Row, change: _Change | None) -> None:
+        """Note what a row sets free that has left `executing`, or has ended, and who waits for it.
+
+        None stands for one that is given back.
+        """
+        if row.concurrency_key is not None:
+            self.freed_keys.add(row.concurrency_key)
+        if change is None or change.status == Status.RUNNABLE:
+            return
+        done = None
+        if isinstance(change, _Finish):
+            if row.parent_id is not None:
+                self.parents.add(row.parent_id)
+            if change.status == Status.DONE:
+                done = change
+            else:
+                self.report.failures.append((row, change))
+        self.report.settled.append((row.id, change.status, done))
+
+    # Who serves what
+
+    def is_paused(self, queue: str) -> bool:
+        """Whether a queue was paused when the beat began, or is since."""
+        if queue not in self._paused:
+            self._paused[queue] = self.store.is_paused(queue)
+        return self._paused[queue]
+
+    def forget_paused(self) -> None:
+        self._paused.clear()
+
+    def room(self, queue: str) -> int:
+        """How many more rows of a queue this engine can claim now."""
+        if self.is_paused(queue):
+            return 0
+        if self.picks:
+            return self.picks[queue].room if queue in self.picks else 0
+        return self.free_slots(queue)
+
+    def free_slots(self, queue: str) -> int:
+        """How many more rows of a queue this engine can run, with those counted that this beat has seen come and go."""
+        slots, is_drain = self.given.demand.slots, self.given.demand.is_drain
+        if slots is None or is_drain or queue not in slots:
+            return 1 if slots is None else slots.get(queue, 0)
+        leaving = operator.countOf(map(_queue_of, self.report.left), queue)
+        coming = operator.countOf(map(_queue_of, self.report.claims), queue)
+        return max(0, slots[queue] + leaving - coming)
+
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """The queues that other engines serve."""
+        if self._elsewhere is None:
+            self._elsewhere = self.store.served_elsewhere(self.setup.worker_id)
+        return self._elsewhere
+
+    def is_live(self, queue: str) -> bool:
+        """Whether this or another engine serves a queue, which is not paused."""
+        slots = self.given.demand.slots
+        return not self.is_paused(queue) and (slots is None or queue in slots or queue in self.elsewhere)
+
+    def closed_queues(self) -> list[str]:
+        """List the live queues in which this engine has no room: they are full, or others'."""
+        queues = self.elsewhere.union(self.given.demand.slots or ())
+        return [queue for queue in queues if self.room(queue) <= 0 and self.is_live(queue)]
+
+    def is_lost(self, row: _Waiting) -> bool:
+        """Whether no engine that serves a row's queue can run its class."""
+        return row.queue not in self.elsewhere and not self.setup.behaviours.can_run(row.fsm, row.version)
 
 
 class _Bucket:
@@ -7174,11 +7275,11 @@ class _Admission:
     """So many rows that nobody takes leave a line at once."""
     LOOK_AGAIN_MS = 1000
 
-    def __init__(self, store: _Store, limits: Mapping[str, int], service: _Service, now: int) -> None:
-        self._store = store
+    def __init__(self, transaction: _Transaction, limits: Mapping[str, int]) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
         self._limits = limits
-        self._service = service
-        self._now = now
+        self._now = transaction.now
         self._slots: dict[str, int] = {}
         self._buckets: dict[str, _Bucket] = {}
         self._touched: set[str] = set()
@@ -7223,7 +7324,7 @@ class _Admission:
         if key not in self._key_heads:
             self._key_heads[key] = self._store.line_heads(f"key:{key}")
         before = (head.queue for head in self._key_heads[key] if head.order < _order(row))
-        return any(queue == row.queue or self._service.room(queue) > 0 for queue in before)
+        return any(queue == row.queue or self._transaction.room(queue) > 0 for queue in before)
 
     # Buckets
 
@@ -7260,11 +7361,11 @@ class _Admission:
     def _line(self, rate: str) -> _Line:
         if rate not in self._lines:
             parked = self._store.line_heads(f"rate:{rate}")
-            live = {row.queue: row for row in parked if self._service.is_live(row.queue)}
+            live = {row.queue: row for row in parked if self._transaction.is_live(row.queue)}
             heads, absent = live.copy(), []
-            for queue in self._service.closed():
+            for queue in self._transaction.closed_queues():
                 first = self._store.first_at_bucket(rate, queue, self._now)
-                if first is not None and not self._service.is_lost(first) and first < live.get(queue, _BEYOND):
+                if first is not None and not self._transaction.is_lost(first) and first < live.get(queue, _BEYOND):
                     absent.append(first)
                     heads.pop(queue, None)
             has_more, has_dead = len(heads) < len(live), len(live) < len(parked)
@@ -7280,14 +7381,14 @@ class _Admission:
         let_out: list[_Waiting] = []
         ahead = 0
         for row in heapq.merge(*(self._next_of(parked_on, head.queue) for head in self._line(rate).heads)):
-            if not self._service.is_lost(row):
+            if not self._transaction.is_lost(row):
                 if self._earliest(rate, row.order, row.weight, ahead) > self._now:
                     break
                 ahead += bucket.policy.price(row.weight)
                 let_out.append(row)
             counts[row.queue] += 1
         for queue in self._store.line_queues(parked_on):
-            count = counts[queue] if self._service.is_live(queue) else self.LOT
+            count = counts[queue] if self._transaction.is_live(queue) else self.LOT
             if count:
                 self._store.unpark(parked_on, queue, count)
         bucket.let_out = sorted(bucket.let_out + let_out)
@@ -7295,10 +7396,10 @@ class _Admission:
 
     def _next_of(self, parked_on: str, queue: str) -> Iterator[_Waiting]:
         """Yield those in a queue's part of a line for whom it has room, the first in any case, and who is lost."""
-        room = max(1, self._service.room(queue))
+        room = max(1, self._transaction.room(queue))
         for row in self._store.line(parked_on, queue):
             yield row
-            room -= not self._service.is_lost(row)
+            room -= not self._transaction.is_lost(row)
             if room == 0:
                 return
 
@@ -7323,7 +7424,7 @@ class _Admission:
         if not line.heads:
             return self._now if line.has_dead else look_again_at
         first = min(line.heads)
-        ready_at = self._now if self._service.is_lost(first) else self._earliest(rate, first.order, first.weight)
+        ready_at = self._now if self._transaction.is_lost(first) else self._earliest(rate, first.order, first.weight)
         return ready_at if look_again_at is None else min(ready_at, look_again_at)
 
     # What is known of the file
@@ -7345,27 +7446,204 @@ class _Admission:
         self.forget_lines()
 
 
+class _Lines:
+    """Lets rows out of the lines of keys and buckets, when what they wait for is set free."""
+
+    def __init__(self, transaction: _Transaction, admission: _Admission) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+        self._report = transaction.report
+        self._admission = admission
+        self._offered: Set[str] = transaction.given.offered
+        """Keys of whose line somebody was let out, in this beat or the one before."""
+        self._rate_refused: set[tuple[str, str, str]] = set()
+        """(key, queue, bucket) of rows that have to wait for their bucket, so that others may have their key."""
+
+    def release(self) -> None:
+        """Let out of the lines what was set free."""
+        transaction = self._transaction
+        freed, transaction.freed_keys = transaction.freed_keys, set()
+        poked, transaction.poked_buckets = transaction.poked_buckets, set()
+        for key in freed:
+            self._admission.forget(key)
+            self._unpark_key(key)
+        self._offered = self._offered | freed
+        for rate in poked:
+            self._admission.release_line(rate)
+        if freed or poked:
+            self._admission.forget_lines()
+
+    def _unpark_key(self, key: str) -> None:
+        """Let as many of a key's line go as it has slots; one at least, for engines may differ in their limits.
+
+        Among the queues that this engine claims from now, in the order of the key; in every other queue too, whoever
+        serves it: a row that nobody claims must not keep the slot.
+        """
+        parked_on = f"key:{key}"
+        queues = self._store.line_queues(parked_on)
+        if not queues:
+            return
+        count = max(1, self._admission.slots(key))
+        shares = dict.fromkeys(queues, count)
+        if len(queues) > 1:
+            served = [queue for queue in queues if self._transaction.room(queue) > 0]
+            heads = heapq.merge(*(self._store.line_start(parked_on, queue, count) for queue in served))
+            first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
+            shares.update((queue, first[queue]) for queue in served)
+        for queue, share in shares.items():
+            self._store.unpark(parked_on, queue, share)
+
+    def note_refused(self, row: _Row, parked_on: str) -> None:
+        """A row that one limit refused leaves what the other had kept for it to those behind it."""
+        if parked_on.startswith("key:"):
+            metadata = {"id": row.id, "key": row.concurrency_key, "queue": row.queue}
+            self._report.tell("concurrency.throttled", {}, metadata)
+            if row.rate_limit is not None:
+                self._transaction.poked_buckets.add(row.rate_limit)
+            return
+        self._report.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
+        if row.concurrency_key is not None:
+            self._rate_refused.add((row.concurrency_key, row.queue, cast(str, row.rate_limit)))
+
+    def pass_on(self) -> None:
+        """Offer what nobody has taken to those who come next in line, where this engine could run them now.
+
+        Whoever was let out first may be of a class unknown here, may find its queue full, or have to wait for its
+        bucket; in the last case it is passed by rows of other buckets, near the head of the line, and no others: they
+        would only follow it into the bucket's line.
+        """
+        if not (self._offered or self._rate_refused):
+            return
+        passed_on = {key for key in self._offered if self._offer_again(key)}
+        for key, queue, rate in self._rate_refused:
+            if self._store.unpark_other(f"key:{key}", queue, rate):
+                passed_on.add(key)
+        self._report.passed_on = passed_on
+        self._report.is_unfinished |= bool(passed_on)
+
+    def _offer_again(self, key: str) -> bool:
+        """Let the next rows of a key's line go, in queues that this engine serves; False if there are none."""
+        line, free = f"key:{key}", self._admission.slots(key)
+        count = 0
+        for queue in self._store.line_queues(line) if free > 0 else ():
+            is_refused = any((key, queue) == refused[:2] for refused in self._rate_refused)
+            if self._transaction.room(queue) > 0 and not is_refused:
+                count += self._store.unpark(line, queue, free)
+        return count > 0
+
+    def sweep(self) -> None:
+        """Let everything out of line that the limits admit: they may have changed since it was parked."""
+        parked_on = self._store.next_line("")
+        while parked_on is not None:
+            kind, _, limit = parked_on.partition(":")
+            (self._transaction.freed_keys if kind == "key" else self._transaction.poked_buckets).add(limit)
+            parked_on = self._store.next_line(parked_on)
+
+
+def _has_key(row: _NewRow) -> bool:
+    return row.correlation_key is not None
+
+
+class _Inserts:
+    """The one way in for new instances: of callers, steps, schedules; children, forks."""
+
+    def __init__(self, transaction: _Transaction) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+
+    def write(self, rows: Sequence[_NewRow]) -> list[int | None]:
+        """Insert in the order given; None for a duplicate. Runs without correlation keys are one statement each."""
+        transaction = self._transaction
+        if max(map(_inserted_at, rows), default=0) > transaction.ahead_from:
+            rows = [row.brought_back(transaction.now) for row in rows]
+        ids: list[int | None] = []
+        for has_key, run in itertools.groupby(rows, _has_key):
+            lot = list(run)
+            ids.extend(map(self._store.insert, lot) if has_key else self._store.insert_many(lot))
+        transaction.report.inserted += len(ids) - ids.count(None)
+        return ids
+
+    def write_one(self, row: _NewRow) -> int:
+        """Insert an instance; `DuplicateError` if its correlation key is taken."""
+        (instance,) = self.write((row,))
+        if instance is None:
+            raise self.duplicate(row)
+        return instance
+
+    def duplicate(self, row: _NewRow) -> DuplicateError:
+        """Say who occupies a row's correlation key."""
+        key = cast(str, row.correlation_key)
+        occupant = self._store.occupant(key)
+        return DuplicateError(key, occupant[0] if occupant else 0)
+
+    def refuse_taken_key(self, instance: int) -> None:
+        """Refuse to bring back an instance whose correlation key another occupies by now."""
+        key, scope = self._store.carried_key(instance)
+        occupant = self._store.occupant(key) if key is not None and scope else None
+        if occupant is not None and occupant[0] != instance:
+            raise DuplicateError(cast(str, key), occupant[0])
+
+
+def _row_of(store: _Store, instance: int) -> tuple[_Row, str]:
+    """Return an instance's row, with its status; `NotFoundError`."""
+    found = store.row(instance)
+    if found is None:
+        raise NotFoundError(f"no instance has the id {instance}")
+    return found
+
+
 _NO_SIGNALS: tuple[Signal, ...] = ()
 
 
-class _Pick:
-    """What a claim has found so far in a queue."""
+class _Inboxes:
+    """Signals: delivered to instances, shown to their steps, dropped with their end."""
 
-    __slots__ = ("horizon", "is_written", "parked", "queue", "rows", "slots", "taken")
+    def __init__(self, transaction: _Transaction) -> None:
+        self._store = transaction.store
+        self._now = transaction.now
+        self._report = transaction.report
+        self._has_signals: bool | None = None
 
-    def __init__(self, queue: str, slots: int, horizon: int) -> None:
-        self.queue = queue
-        self.slots = slots
-        self.horizon = horizon
-        self.rows: Iterator[tuple[_Row, tuple[_Spec, object]]] = iter(())
-        """Those that can run here, in their order."""
-        self.taken: list[_Claim] = []
-        self.parked: list[tuple[str, int]] = []
-        self.is_written = False
+    def deliver(self, message: _Message) -> None:
+        """Put a signal into the inbox of a live instance, and wake it if it waits for it; `NoTargetError`."""
+        instance, status = self._addressed(message.target)
+        if status is None or status in _TERMINAL:
+            place = "has the id" if isinstance(message.target, int) else "occupies the key"
+            what = "no live instance" if status is None else f"instance {instance} has ended ({status}), so none"
+            raise NoTargetError(f"{what} {place} {message.target!r}", None if status is None else Status(status))
+        self._has_signals = True
+        if self._store.deliver(instance, message, self._now):
+            self._store.wake(instance, message.name, self._now)
 
-    @property
-    def room(self) -> int:
-        return self.slots - len(self.taken)
+    def _addressed(self, target: int | str) -> tuple[int, str | None]:
+        """Return whom a signal means, and its status: by key the occupant, else the last that carried it and ended."""
+        if isinstance(target, int):
+            return target, self._store.status(target) if abs(target) <= _MAX_INTEGER else None
+        occupant = self._store.occupant(target)
+        if occupant is not None and occupant[1] not in _TERMINAL:
+            return occupant
+        carrier = self._store.last_carrier(target)
+        return carrier if carrier is not None and carrier[1] in _TERMINAL else (0, None)
+
+    def may_hold_any(self) -> bool:
+        """Whether there is any signal in the file: most files have none, so one look saves one for each row."""
+        if self._has_signals is None:
+            self._has_signals = self._store.has_signals()
+        return self._has_signals
+
+    def of(self, instance: int) -> tuple[Signal, ...]:
+        return self._store.inbox(instance) if self.may_hold_any() else _NO_SIGNALS
+
+    def empty(self, claim: _Claim, kept_by: int | None) -> None:
+        """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
+        if not self.may_hold_any():
+            return
+        row, seen = claim.row, {signal.id for signal in claim.seen}
+        for signal, name in self._store.empty_inbox(row.id, kept_by):
+            if signal not in seen:
+                message = "instance %d is done: the signal %r, which came while its last step ran, is dropped unseen"
+                self._report.log(_log.warning, message, row.id, name, extra=_log_details(row))
+                self._report.tell("signal.dropped", {}, {"id": row.id, "name": name})
 
 
 class _Past(NamedTuple):
@@ -7377,21 +7655,22 @@ class _Past(NamedTuple):
 
 
 class _History:
-    """What was run of instances, within one transaction: entered with each outcome, and gone back to on request."""
+    """What was run of instances: entered in the transaction of each outcome, and gone back to on request."""
 
-    def __init__(self, beat: _Beat) -> None:
-        self._beat = beat
-        self._store = beat.store
-        self._is_kept = beat.setup.keeps_history
+    def __init__(self, transaction: _Transaction, inserts: _Inserts) -> None:
+        self._store = transaction.store
+        self._now = transaction.now
+        self._worker_id = transaction.setup.worker_id
+        self._is_kept = transaction.setup.keeps_history
+        self._inserts = inserts
 
     # Entries
 
     def record_all(self, commits: Iterable[_Commit], first_child: int | None = None) -> None:
         """Enter the runs that these outcomes end."""
-        if self._is_kept:
-            kept = [commit for commit in commits if commit.is_kept]
-            if kept:
-                self._store.record([_entry(commit, self._beat.setup.worker_id, first_child) for commit in kept])
+        kept = [commit for commit in commits if commit.is_kept] if self._is_kept else None
+        if kept:
+            self._store.record([_entry(commit, self._worker_id, first_child) for commit in kept])
 
     def record(
         self,
@@ -7407,7 +7686,7 @@ class _History:
         spec = _registry.get((row.fsm, row.version))
         if self._is_kept and (spec is None or spec.history):
             number = row.claim if seq is None else seq
-            past = (row.step, row.attempt, kind, self._beat.now, 0.0, worker, error, None, row.state)
+            past = (row.step, row.attempt, kind, self._now, 0.0, worker, error, None, row.state)
             self._store.record([_Entry(row.id, number, *past, None, to, row.awaits, row.joining, None)])
 
     def kept_by(self, claim: _Claim) -> int | None:
@@ -7418,42 +7697,453 @@ class _History:
 
     def rewind(self, instance: int, past: _Past) -> None:
         """Have an instance stand again before one of its runs."""
-        row, status = self._row(instance)
+        row, status = _row_of(self._store, instance)
         if status == Status.EXECUTING:
             raise DurableError(f"instance {instance} is executing: wait for its step, or cancel it, to rewind it")
         entry, later = self._find(row, past)
-        self._beat.refuse_taken_key(instance)
+        self._inserts.refuse_taken_key(instance)
         children = [one.first_child for one in later if one.first_child is not None]
         if children:
             self._store.detach(instance, min(children))
         self._store.bring_back(instance, entry.seq)
         self._store.drop_calls(instance)
-        self._store.rewind(entry, entry.state if past.state is None else past.state, self._beat.now)
+        self._store.rewind(entry, entry.state if past.state is None else past.state, self._now)
         self.record(row, "rewind", seq=row.claim + 1, to=entry.step)
 
     def fork(self, instance: int, past: _Past, template: _NewRow) -> int:
         """Insert a new instance that goes on from before a run of another."""
-        row, _ = self._row(instance)
+        row, _ = _row_of(self._store, instance)
         entry, _ = self._find(row, past)
         state = entry.state if past.state is None else past.state
         new = template._replace(max_crashes=row.max_crashes, retention=self._store.retention(instance))
-        return self._beat.insert(new._replace(step=entry.step, state=state))
-
-    def _row(self, instance: int) -> tuple[_Row, str]:
-        found = self._store.row(instance)
-        if found is None:
-            raise NotFoundError(f"no instance has the id {instance}")
-        return found[0], found[1]
+        return self._inserts.write_one(new._replace(step=entry.step, state=state))
 
     def _find(self, row: _Row, past: _Past) -> tuple[_Entry, list[_Entry]]:
         """Find the run that is meant, and those from it on; a step that never ran stands for itself."""
         if past.seq is None:
-            before = (past.step, 0, "rewind", self._beat.now, 0.0, None, None, None, cast(str, past.state))
+            before = (past.step, 0, "rewind", self._now, 0.0, None, None, None, cast(str, past.state))
             return _Entry(row.id, row.claim + 1, *before, None, None, None, 0, None), []
         entries = self._store.entries_from(row.id, past.seq)
         if not entries:
             raise NotFoundError(f"the run {past.seq} of instance {row.id} has been collected")
         return entries[0], entries
+
+
+class _Inline:
+    """Whether a step may go on with the next at once, on the claim that it holds."""
+
+    def __init__(self, transaction: _Transaction, admission: _Admission) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+        self._admission = admission
+
+    def may_go_on(self, commit: _Commit) -> bool:
+        transaction, row = self._transaction, commit.claim.row
+        is_held_up = transaction.given.is_stopping or transaction.is_paused(row.queue) or self._keeps_waiting(commit)
+        if not is_held_up and (not commit.is_asking or self._admits(commit)):
+            return True
+        metadata = {"id": row.id, "fsm": row.fsm, "step": cast(_Progress, commit.change).step}
+        transaction.report.tell("inline.yield", {}, metadata)
+        return False
+
+    def _keeps_waiting(self, commit: _Commit) -> bool:
+        """Whether somebody waits for the slot, or the key, that an inline run has held for long enough.
+
+        Looked for only then, and again only after as long: most runs never pay for it.
+        """
+        claim, instant = commit.claim, time.perf_counter()
+        since = claim.started_at if claim.inline_since is None else claim.inline_since
+        if instant - since < self._transaction.given.inline_s:
+            return False
+        key, kept = claim.row.concurrency_key, cast(_Progress, commit.change).concurrency_key
+        is_same_key = key is not None and key == kept
+        if self._has_due(claim.row.queue) or (is_same_key and self._store.line_queues(f"key:{key}")):
+            return True
+        claim.inline_since = instant
+        return False
+
+    def _has_due(self, queue: str) -> bool:
+        """Whether a row of the queue could run if there were room for it."""
+        head = self._store.next_priority(queue, -_MAX_INTEGER - 1)
+        while head is not None and head[1] > self._transaction.now:
+            head = self._store.next_priority(queue, head[0])
+        return head is not None
+
+    def _admits(self, commit: _Commit) -> bool:
+        """Ask the limits that an inline step names; a key that it keeps is held already."""
+        row, change = commit.claim.row, cast(_Progress, commit.change)
+        is_kept = change.concurrency_key == row.concurrency_key
+        asking = row._replace(
+            concurrency_key=None if is_kept else change.concurrency_key,
+            rate_limit=change.rate_limit,
+            weight=change.weight,
+            eligible_at=self._transaction.now,
+        )
+        if self._admission.refusal(asking) is not None:
+            self._admission.forget_lines()
+            return False
+        self._admission.save()
+        return True
+
+
+class _Settlement:
+    """Commits outcomes, each under the claim that has produced it, and notes what follows from them."""
+
+    def __init__(
+        self, transaction: _Transaction, admission: _Admission, inserts: _Inserts, inboxes: _Inboxes, history: _History
+    ) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+        self._now = transaction.now
+        self._report = transaction.report
+        self._is_careful = transaction.given.is_careful
+        self._admission = admission
+        self._inserts = inserts
+        self._inboxes = inboxes
+        self._history = history
+        self._inline = _Inline(transaction, admission)
+        self._wants_steps = transaction.report.is_wanted("step.stop")
+
+    def settle_all(self, commits: Iterable[_Commit]) -> None:
+        """Commit outcomes in the order in which they came, runs of simple ones together."""
+        run: list[_Commit] = []
+        for commit in commits:
+            if commit.claim.ruled_at > self._transaction.ahead_from:
+                commit = commit.brought_back(self._now)
+            if commit.is_simple and not self._is_careful:
+                run.append(commit)
+            else:
+                self._settle_simple(run)
+                run = []
+                self._settle(commit)
+        self._settle_simple(run)
+
+    def _settle_simple(self, run: Sequence[_Commit]) -> None:
+        """Commit simple outcomes, those of each kind by one statement."""
+        if not run:
+            return
+        leaving: list[_Commit] = []
+        staying: list[_Commit] = []
+        for commit in run:
+            (staying if commit.is_inline and self._inline.may_go_on(commit) else leaving).append(commit)
+        is_held = self._store.settle_many(leaving, self._now) and self._store.advance_many(staying, self._now)
+        if not is_held:
+            raise _StaleError
+        self._history.record_all(run)
+        for commit in leaving:
+            self._let_go(commit, commit.change)
+        for commit in staying:
+            self._go_on(commit, cast(_Progress, commit.change))
+
+    def _settle(self, commit: _Commit) -> None:
+        """Commit an outcome, whole or not at all."""
+        is_compound = commit.effects or commit.children or self._is_careful
+        if is_compound or commit.is_inline:  # what limits were charged for has to be undone with the rest
+            self._settle_compound(commit)
+        else:
+            self._conclude(commit, self._write(commit))
+
+    def _settle_compound(self, commit: _Commit) -> None:
+        """Commit an outcome of several statements, under a savepoint."""
+        self._store.savepoint()
+        try:
+            change = self._write(commit)
+            for effect in commit.effects if change is not None else ():
+                self._apply(commit.claim.row, effect)
+            self._store.check_foreign_keys()
+        except _STORE_FAILURES:
+            raise
+        except Exception as error:
+            if not self._store.db.in_transaction:
+                raise _RolledBackError(commit, error) from error
+            self._undo()
+            self._report.refused.append((commit, error))
+            return
+        if change is None:
+            self._undo()
+        else:
+            self._store.release()
+        self._conclude(commit, change)
+
+    def _undo(self) -> None:
+        self._store.undo()
+        self._admission.forget_everything()
+
+    def _write(self, commit: _Commit) -> _Change | None:
+        """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
+        row, change, first_child = commit.claim.row, commit.change, None
+        if commit.claim.is_migrated:
+            self._store.migrate(row)
+        if commit.is_inline and self._inline.may_go_on(commit):
+            if not self._store.advance_many([commit], self._now):
+                return None
+            change = cast(_Progress, change)._replace(status=Status.EXECUTING)
+        else:
+            if commit.children:
+                first_child = next(filter(None, self._inserts.write(commit.children)), None)
+            change = self._parked(commit, first_child)
+            if not self._store.settle(row, change, self._now):
+                return None
+        self._history.record_all((commit,), first_child)
+        if isinstance(change, _Progress):
+            if commit.claim.has_calls:
+                self._store.drop_calls(row.id)
+            if commit.shown and commit.change.status != Status.AWAITING_SIGNAL:
+                self._store.consume(commit.shown, self._history.kept_by(commit.claim))
+        return change
+
+    def _parked(self, commit: _Commit, first_child: int | None) -> _Change:
+        """Look whether there is anything to park for."""
+        change = commit.change
+        if not isinstance(change, _Progress):
+            return change
+        if change.status == Status.AWAITING_CHILDREN and first_child is None:
+            return change._replace(status=Status.RUNNABLE)
+        if change.status == Status.AWAITING_SIGNAL:
+            if self._store.has_unseen(commit.claim.row.id, cast(str, change.awaits), commit.shown):
+                return change._replace(status=Status.RUNNABLE, await_deadline=None)
+            self._report.note_due(change.await_deadline)
+        return change
+
+    def _apply(self, row: _Row, effect: _Effect) -> None:
+        """Do what a step has added to its commit; what is dropped is said in the log."""
+        match effect:
+            case _Statement():
+                self._store.run(effect)
+            case _Follower():
+                if self._inserts.write((effect.row,)) == [None]:
+                    message = "instance %d: its insert of %s is dropped, the correlation key %r is taken"
+                    dropped = effect.row.fsm, effect.row.correlation_key
+                    self._report.log(_log.info, message, row.id, *dropped, extra=_log_details(row))
+            case _Message():
+                try:
+                    self._inboxes.deliver(effect)
+                except NoTargetError as error:
+                    message = "instance %d: its signal is dropped: %s"
+                    self._report.log(_log.info, message, row.id, error, extra=_log_details(row))
+
+    def _conclude(self, commit: _Commit, change: _Change | None) -> None:
+        """Note what follows from a written outcome, for the rest of the beat and for after its commit."""
+        if change is None:
+            self._lose(commit)
+        elif change.status == Status.EXECUTING:
+            self._go_on(commit, cast(_Progress, change))
+        else:
+            self._let_go(commit, change)
+
+    def _go_on(self, commit: _Commit, change: _Progress) -> None:
+        """Claim a row anew, at its next step, for whoever has run this one."""
+        claim, row = commit.claim, commit.claim.row
+        if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
+            self._transaction.freed_keys.add(row.concurrency_key)
+        self._end(commit)
+        following = _Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, self._inboxes.of(row.id))
+        following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
+        self._report.claims.append(following)
+        if self._report.is_wanted("inline.continue"):
+            self._report.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
+
+    def _let_go(self, commit: _Commit, change: _Change) -> None:
+        """Note what a row that has left `executing` sets free, and who waits for it."""
+        claim, row = commit.claim, commit.claim.row
+        self._end(commit)
+        if isinstance(change, _Again):
+            if reported := claim.desk.progress.get((row.id, row.claim)):
+                self._store.show_last_progress(row, _json(reported))
+        elif change.status == Status.DONE:
+            self._inboxes.empty(claim, self._history.kept_by(claim))
+        self._transaction.departed(row, change)
+
+    def _end(self, commit: _Commit) -> None:
+        self._report.left.append(commit.claim)
+        self._report.kinds.append(commit.kind)
+        if self._wants_steps:
+            row = commit.claim.row
+            metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "kind": commit.kind}
+            self._report.tell("step.stop", {"duration": commit.duration}, metadata)
+
+    def _lose(self, commit: _Commit) -> None:
+        """An outcome that nothing was written of: the instance was cancelled, or the claim is no longer ours."""
+        row = commit.claim.row
+        reason = self._store.cancel_reason(row)
+        if reason is not None:
+            change = _failed(row, reason)
+            self._store.settle(row, change, self._now, reason)
+            self._history.record_all((commit._replace(kind="cancel", change=change),))
+            self._let_go(commit._replace(kind="stop"), change)
+            return
+        self._report.left.append(commit.claim)
+        self._report.tell("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})
+
+
+class _Withdrawals:
+    """Takes claimed rows from who has them: a worker that died or leaves, a queue that is paused, a cancel."""
+
+    def __init__(self, transaction: _Transaction, history: _History) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+        self._now = transaction.now
+        self._report = transaction.report
+        self._history = history
+
+    def reap(self, worker: str, cause: str) -> int:
+        """Take a dead worker's claims from it: its rows have crashed."""
+        rows = self._store.claimed_by(worker)
+        for row in rows:
+            self._rule(row, _crashed(row, cause, self._now), row.cancel_reason, worker)
+        self._store.unregister(worker)
+        self._report.tell("reaper.reaped", {"count": len(rows)}, {"worker": worker})
+        return len(rows)
+
+    def cancel_unstarted(self, row: _Row, reason: str) -> bool:
+        """Fail a claimed row, as far as this engine has it and its step has not started; False if not."""
+        claims = self._take_back(row.queue, row.id)
+        self._report.left.extend(claims)
+        for _ in claims:
+            self._rule(row, _failed(row, row.cancel_reason or reason), row.cancel_reason)
+        return bool(claims)
+
+    def give_back(self, claims: Iterable[_Claim]) -> None:
+        """Let others have what this engine has claimed and not run, or not to its end."""
+        for claim in claims:
+            self._give_back(claim.row)
+            self._report.left.append(claim)
+
+    def give_back_unstarted(self, queue: str) -> None:
+        """Give back what is claimed ahead in a queue that was paused, also by this very beat."""
+        self.give_back(self._take_back(queue))
+        for claim in [one for one in self._report.claims if one.row.queue == queue]:
+            self._report.claims.remove(claim)
+            self._give_back(claim.row)
+
+    def sign_off(self, claims: Iterable[_Claim]) -> None:
+        """Give back all that this engine holds, also what it has lost sight of, and end its registration."""
+        self.give_back(claims)
+        self._retire(self._transaction.setup.worker_id)
+
+    def disband(self, queues: Iterable[str]) -> None:
+        """Pause all, give back every claim and forget the workers: this file is a copy that none works on."""
+        self._store.pause_schedules()
+        for queue in queues:
+            self._store.pause(queue)
+        for worker in self._store.workers():
+            self._retire(worker.id)
+
+    def _retire(self, worker: str) -> None:
+        for row in self._store.claimed_by(worker):
+            self._give_back(row)
+        self._store.unregister(worker)
+
+    def _take_back(self, queue: str, instance: int | None = None) -> list[_Claim]:
+        """Take claims of a queue from those who are to run them, as far as they have not started."""
+        claims = self._transaction.setup.take_back(queue, instance)
+        self._report.withdrawn.extend(claims)
+        return claims
+
+    def _give_back(self, row: _Row) -> None:
+        if self._store.give_back(row, self._now):
+            self._transaction.departed(row, None)
+        elif (reason := self._store.cancel_reason(row)) is not None:
+            self._rule(row, _failed(row, reason), reason)
+
+    def _rule(self, row: _Row, change: _Again | _Finish, cancel_reason: str | None, worker: str | None = None) -> None:
+        """Write what becomes of a claimed row whose step has no say in it: it has crashed, or was cancelled."""
+        self._store.settle(row, change, self._now, cancel_reason)
+        kind = "crash" if worker is not None and cancel_reason is None else "cancel"
+        to = row.step if isinstance(change, _Again) else None
+        self._history.record(row, kind, worker=worker, error=change.last_error, to=to)
+        self._transaction.departed(row, change)
+
+
+class _Instances:
+    """What callers ask for of single instances: to end them, and to go on with those that failed."""
+
+    def __init__(
+        self, transaction: _Transaction, inserts: _Inserts, history: _History, withdrawals: _Withdrawals
+    ) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+        self._now = transaction.now
+        self._inserts = inserts
+        self._history = history
+        self._withdrawals = withdrawals
+
+    def cancel_tree(self, instance: int, reason: str) -> bool:
+        """Cancel an instance and all its live descendants, those of an ended one, too."""
+        is_cancelled = self.cancel(instance, reason)
+        below = self._store.children_ids(instance)
+        while below:
+            child = below.pop()
+            self.cancel(child, reason)
+            below.extend(self._store.children_ids(child))
+        return is_cancelled
+
+    def cancel(self, instance: int, reason: str) -> bool:
+        """Fail an instance, or have it fail when its step has ended; False if it had ended."""
+        row, status = _row_of(self._store, instance)
+        if status in _TERMINAL:
+            return False
+        if status == Status.EXECUTING:
+            if self._withdrawals.cancel_unstarted(row, reason):
+                return True
+            self._transaction.report.cancelled.append(instance)
+            return self._store.request_cancel(instance, reason)
+        self._store.end(instance, reason, self._now)
+        self._history.record(row, "cancel", seq=row.claim + 1, error=reason)
+        self._transaction.departed(row, _failed(row, reason))
+        if row.rate_limit is not None and status == Status.RUNNABLE:
+            self._transaction.poked_buckets.add(row.rate_limit)
+        return True
+
+    def retry(self, instance: int) -> None:
+        """Have a failed instance go on from where it stood."""
+        _, status = _row_of(self._store, instance)
+        if status != Status.FAILED:
+            raise DurableError(f"instance {instance} has not failed, it is {status}: only a failed one can be retried")
+        self._inserts.refuse_taken_key(instance)
+        self._store.revive(instance, self._now)
+
+
+class _Cleaning:
+    """Deletes what has ended long ago, and gives back the space."""
+
+    def __init__(self, transaction: _Transaction) -> None:
+        self._transaction = transaction
+        self._store = transaction.store
+
+    def collect(self, after: _SweepPosition, count: int) -> tuple[int, _SweepPosition | None]:
+        """Delete up to so many ended rows older than their retention; return how many, and where to go on."""
+        transaction = self._transaction
+        retention = transaction.setup.retention_ms if after.retention is None else after.retention
+        rows = self._store.sweep(after, transaction.now - retention, count)
+        self._store.collect(instance for instance, *_ in rows)
+        deleted = len(rows) + self._store.collect_buckets(transaction.now, count)
+        if deleted:
+            transaction.report.tell("gc.swept", {"count": deleted}, {})
+        return deleted, self._sweep_on(after, rows, count)
+
+    def _sweep_on(
+        self, after: _SweepPosition, rows: Sequence[tuple[int, int, int]], count: int
+    ) -> _SweepPosition | None:
+        """Say where a sweep goes on that has found these rows, asked for so many; None at its end."""
+        has_freed = after.has_freed or any(has_failed for *_, has_failed in rows)
+        if len(rows) == count:
+            instance, updated_at, _ = rows[-1]
+            return after._replace(updated_at=updated_at, id=instance, has_freed=has_freed)
+        following = self._store.next_retention(after.retention)
+        if following is not None:
+            return _SweepPosition(following, has_freed=has_freed)
+        return _SweepPosition() if has_freed else None
+
+    def shrink(self, spare: int) -> int:
+        """Give some of so many free pages back to the file system; return how many are left to give back."""
+        spare = min(spare, self._store.spare_pages())
+        if spare > 0:
+            self._store.shrink()
+            spare = max(0, spare - _SHRUNK_AT_ONCE)
+            if spare == 0:
+                self._store.copy_log_soon()
+        return spare
 
 
 _OPTIONS_OF_CLASS = {"step": "initial", "queue": "queue", "max_attempts": "max_attempts"}
@@ -7501,10 +8191,13 @@ class _Schedules:
     An occurrence is inserted and its schedule moved on in one commit, so it exists once over all processes.
     """
 
-    def __init__(self, beat: _Beat) -> None:
-        self._beat = beat
-        self._store = beat.store
-        self._now = beat.now
+    def __init__(self, transaction: _Transaction, inserts: _Inserts) -> None:
+        self._store = transaction.store
+        self._now = transaction.now
+        self._report = transaction.report
+        self._behaviours = transaction.setup.behaviours
+        self._has_fired = transaction.given.has_fired
+        self._inserts = inserts
         self._salt = self._store.file_id()
         self._zone_of = functools.cache(_zone)  # the local one is looked up anew, once for all
 
@@ -7548,8 +8241,8 @@ class _Schedules:
     def trigger(self, name: str) -> int:
         """Insert an instance now, beside the grid."""
         row = self._find(name)
-        new = _occurrence(row, self._beat.setup.behaviours.highest(row.fsm), self._now)
-        instance = self._beat.insert(new._replace(scheduled_at=self._now))
+        new = _occurrence(row, self._behaviours.highest(row.fsm), self._now)
+        instance = self._inserts.write_one(new._replace(scheduled_at=self._now))
         self._store.save_schedule(row._replace(last_id=instance, last_at=self._now))
         return instance
 
@@ -7575,15 +8268,19 @@ class _Schedules:
     def fire(self, after: int) -> None:
         """Insert what is due by now, of the classes known here; the others are left to other engines."""
         for row in self._store.due_schedules(after, self._now):
-            spec = self._beat.setup.behaviours.highest(row.fsm)
+            spec = self._behaviours.highest(row.fsm)
             if spec is None:
-                self._beat.report.left_schedules.add((row.name, f"nothing here can run {row.fsm}"))
-            elif row.name not in self._beat.given.has_fired and not spec.has_ceased_to_declare(row):
+                self._report.left_schedules.add((row.name, f"nothing here can run {row.fsm}"))
+            elif row.name not in self._has_fired and not spec.has_ceased_to_declare(row):
                 self._fire(row, spec)
+
+    def look_again(self) -> None:
+        """Forget up to when the schedules were looked at."""
+        self._report.fired_until = _LONG_AGO
 
     def realign(self) -> None:
         """Set right what a clock that was ahead has left: a next instant beyond the grid's next from now."""
-        self._beat.look_at_schedules_again()
+        self.look_again()
         for row in self._store.schedules_ahead(self._now):
             realigned = self._ask(row, functools.partial(self._from_now, row))
             if realigned is not None and cast(int, realigned.next_at) < cast(int, row.next_at):
@@ -7600,7 +8297,7 @@ class _Schedules:
         try:
             return question(row.timetable(self._salt, self._zone_of))
         except Exception as error:  # noqa: BLE001 - of cron's library, of the zone's data: it must not stop the beat
-            self._beat.report.left_schedules.add((row.name, _error_text(error)))
+            self._report.left_schedules.add((row.name, _error_text(error)))
             return None
 
     def _fire(self, row: _ScheduleRow, spec: _Spec) -> None:
@@ -7618,10 +8315,10 @@ class _Schedules:
             late_ms = self._now - timetable.fires_at(nominal)
             moved = self._insert(moved, new._replace(scheduled_at=nominal), nominal, late_ms)
         if due.missed:
-            self._beat.report.tell("schedule.missed", {"count": due.missed}, {"name": row.name})
+            self._report.tell("schedule.missed", {"count": due.missed}, {"name": row.name})
         moved = moved.going_on_at(due.next_at, timetable)
         self._store.save_schedule(moved._replace(missed=row.missed + due.missed))
-        self._beat.report.fired.append(row.name)
+        self._report.fired.append(row.name)
 
     def _insert(self, row: _ScheduleRow, new: _NewRow, nominal: int, late_ms: int) -> _ScheduleRow:
         """Insert an occurrence, unless it is skipped, or was inserted before the clock was set back."""
@@ -7633,11 +8330,11 @@ class _Schedules:
             self._skip(row, live)
             return row
         try:
-            instance = self._beat.insert(new)
+            instance = self._inserts.write_one(new)
         except DuplicateError as error:
             self._skip(row, error.id)
             return row
-        self._beat.report.tell("schedule.fired", {"late": late_ms / 1000}, {"name": row.name, "id": instance})
+        self._report.tell("schedule.fired", {"late": late_ms / 1000}, {"name": row.name, "id": instance})
         return row._replace(last_at=nominal, last_id=instance, fired_until=max(nominal, fired_until))
 
     def _live_instance(self, row: _ScheduleRow) -> int | None:
@@ -7646,676 +8343,216 @@ class _Schedules:
         return row.last_id if is_live else None
 
     def _skip(self, row: _ScheduleRow, instance: int) -> None:
-        self._beat.report.tell("schedule.skipped", {}, {"name": row.name, "id": instance})
+        self._report.tell("schedule.skipped", {}, {"name": row.name, "id": instance})
+
+
+_Met = tuple[tuple[int, int, int], _Pick, _Row, _Found]
+"""A row that is to be met in its order, with its class and the object of it."""
+
+
+class _Picker:
+    """Finds what is due in the queues, in its order, and claims what the limits admit."""
+
+    PARKED_AT_ONCE = 2000
+    """With so many rows parked, the beat ends; the next goes on at once."""
+
+    def __init__(self, transaction: _Transaction, admission: _Admission, lines: _Lines) -> None:
+        self._transaction = transaction
+        self._setup = transaction.setup
+        self._store = transaction.store
+        self._report = transaction.report
+        self._admission = admission
+        self._lines = lines
+        self._known: dict[tuple[str, int], _Found] = {}
+
+    def claim_wanted(self) -> None:
+        """Claim what the engine wants; a drain, whose step has gone on inline, wants no other."""
+        demand = self._transaction.given.demand
+        at_most = demand.at_most - (len(self._report.claims) if demand.is_drain else 0)
+        queues = self._runnable_queues() if demand.slots is None else demand.slots
+        if at_most <= 0 or not queues:
+            return
+        slots = {queue: self._transaction.free_slots(queue) for queue in queues}
+        horizon = self._transaction.now if demand.horizon is None else demand.horizon
+        self._claim({queue: count for queue, count in slots.items() if count}, horizon, at_most)
+        if self._report.is_wanted("scheduler.saturation"):
+            self._report.saturated = [queue for queue, count in slots.items() if not count]
+
+    def _runnable_queues(self) -> Iterator[str]:
+        queue = self._store.next_queue("")
+        while queue is not None:
+            yield queue
+            queue = self._store.next_queue(queue)
+
+    def _claim(self, room: Mapping[str, int], horizon: int, at_most: int) -> None:
+        """Claim up to so many rows of each queue, and at most so many in all; note when the next is due.
+
+        Within a queue by priority, time and id. Rows with limits are met in that order over all the queues, since a
+        limit has one line; others are taken as they come, unless no more than some are wanted in all.
+        """
+        picks = {queue: _Pick(queue, slots, horizon) for queue, slots in room.items()}
+        self._transaction.picks = picks
+        met: list[_Met] = []
+        for pick in picks.values():
+            pick.rows = self._go_through(pick, takes_any=at_most == _MAX_INTEGER)
+            self._advance(pick, met)
+        count = parked = 0
+        while met and count < at_most and parked < self.PARKED_AT_ONCE:
+            _, pick, row, found = heapq.heappop(met)
+            is_taken = self._take_or_park(pick, row, found)
+            count, parked = count + is_taken, parked + (not is_taken)
+            self._advance(pick, met)
+        self._report.is_unfinished |= parked >= self.PARKED_AT_ONCE
+        for pick in picks.values():
+            self._write(pick)
+            if self._report.is_wanted("pick.stop"):
+                measurements = {"count": len(pick.taken), "demand": pick.slots}
+                self._report.tell("pick.stop", measurements, {"queue": pick.queue})
+        self._transaction.picks = {}
+        self._admission.forget_lines()
+
+    def _go_through(self, pick: _Pick, *, takes_any: bool) -> Iterator[tuple[_Row, _Found]]:
+        """Go through what is due in a queue and can run here: take what has no limits, yield what is to be met."""
+        known, taken, slots = self._known, pick.taken, pick.slots
+        priority = -_MAX_INTEGER - 1
+        while (head := self._store.next_priority(pick.queue, priority)) is not None:
+            priority, eligible_at = head
+            if eligible_at > pick.horizon:
+                self._report.note_due(eligible_at)
+                continue
+            rows = self._store.candidates(pick.queue, priority, pick.horizon)
+            while (row := next(rows, None)) is not None:
+                found = known.get((row.fsm, row.version)) or self._find(row)
+                if found is None:
+                    rows = self._known_rows(pick, priority)
+                    continue
+                if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
+                    yield row, found
+                else:
+                    taken.append(self._claim_of(row, found))
+                if len(taken) >= slots:
+                    return
+            self._report.note_due(self._store.next_due(pick.queue, priority, pick.horizon))
+
+    def _advance(self, pick: _Pick, met: list[_Met]) -> None:
+        """Come to the next row of a queue that is to be met in its turn; or write what was found, if there is none."""
+        following = next(pick.rows, None)
+        if following is not None:
+            heapq.heappush(met, (_order(following[0]), pick, *following))
+        else:
+            self._write(pick)
+            self._admission.forget_closed()
+
+    def _take_or_park(self, pick: _Pick, row: _Row, found: _Found) -> bool:
+        """Take a row if its limits admit it; else it waits for the one that does not."""
+        refusal = self._admission.refusal(row)
+        if refusal is None:
+            pick.taken.append(self._claim_of(row, found))
+            return True
+        pick.parked.append((refusal, row.id))
+        self._lines.note_refused(row, refusal)
+        return False
+
+    def _claim_of(self, row: _Row, found: _Found) -> _Claim:
+        return _Claim(row, *found, self._setup.desk, self._store.inbox(row.id) if row.has_inbox else _NO_SIGNALS)
+
+    def _write(self, pick: _Pick) -> None:
+        """Write what was found in a queue, once; from then on it is not gone through."""
+        if pick.is_written:
+            return
+        pick.is_written = True
+        pick.rows = iter(())  # a statement that reads must not outlast the transaction
+        if pick.parked:
+            self._store.park_many(pick.parked)
+        if pick.taken:
+            self._store.claim_many(self._setup.worker_id, pick.taken, self._transaction.now)
+            self._report.claims.extend(pick.taken)
+
+    def _find(self, row: _Row) -> _Found | None:
+        """Find a row's class and the object of it, asked for once in a beat; None if it can't run here, or not yet."""
+        behaviours, name = self._setup.behaviours, (row.fsm, row.version)
+        found = behaviours.find(*name)
+        if found is not None:
+            self._known[name] = found
+        elif not behaviours.is_coming(behaviours.spec_for(*name)):
+            self._report.unknown[name] = row.queue
+        return found
+
+    def _known_rows(self, pick: _Pick, priority: int) -> Iterator[_Row]:
+        """Go on without the rows of classes that can't run, which are skipped within the index."""
+        seen = {claim.row.id for claim in pick.taken} | {instance for _, instance in pick.parked}
+        rows = self._store.known_candidates(pick.queue, priority, pick.horizon, self._setup.behaviours.known())
+        return (row for row in rows if row.id not in seen)
 
 
 class _Beat:
-    """One transaction: outcomes, requests, timers, claims; and who has to hear of it after its commit."""
+    """One transaction: outcomes, requests, timers, claims; and the report of who has to hear of it."""
 
     SET_RIGHT_AT_ONCE = 5000
     """So many rows are dated anew in one transaction, where the clock was set back."""
 
     def __init__(self, setup: _Setup, given: _Given) -> None:
-        self.setup = setup
-        self.given = given
         self.store = setup.store
         self.now = given.now
-        self.is_careful = given.is_careful
-        self.report = _Report(given.wanted, given.fired_until)
-        service = _Service(self._room, self._is_live, self._closed_queues, self._is_lost)
-        self.admission = _Admission(setup.store, setup.concurrency_limits, service, given.now)
-        self._freed_keys: set[str] = set()
-        self._poked_buckets: set[str] = set()
-        self._parents: set[int] = set()
-        self._has_signals: bool | None = None
-        self._offered: Set[str] = given.offered
-        self._rate_refused: set[tuple[str, str, str]] = set()
-        self._paused: dict[str, bool] = {}
-        self._picks: dict[str, _Pick] = {}
-        self._known: dict[tuple[str, int], tuple[_Spec, object]] = {}
-        self._wants_steps = self.report.is_wanted("step.stop")
-        self.history = _History(self)
+        self._given = given
+        self._transaction = transaction = _Transaction(setup, given)
+        self.report = transaction.report
+        self._admission = admission = _Admission(transaction, setup.concurrency_limits)
+        self.lines = _Lines(transaction, admission)
+        self.inserts = _Inserts(transaction)
+        self.inboxes = _Inboxes(transaction)
+        self.history = _History(transaction, self.inserts)
 
     def run(self) -> _Report:
         """Do the work of a beat, in this order, and report."""
-        given = self.given
+        given, transaction = self._given, self._transaction
         if given.commits:
-            self._settle_all(given.commits)
+            parts = self._admission, self.inserts, self.inboxes, self.history
+            _Settlement(transaction, *parts).settle_all(given.commits)
         if given.requests:
             self._serve(given.requests)
         if given.has_timers:
             self._fire()
         self._release()
-        self._claim_wanted()
-        self._pass_on()
-        if self._freed_keys or self._poked_buckets:
+        _Picker(transaction, self._admission, self.lines).claim_wanted()
+        self.lines.pass_on()
+        if transaction.freed_keys or transaction.poked_buckets:
             self._release()
             self.report.is_unfinished = True
-        self._save_buckets()
+        self.report.note_due(self._admission.save())
         return self.report
 
+    # What requests ask for
+
     @property
-    def _ahead_from(self) -> int:
-        """From when on an instant tells of a clock that was ahead."""
-        return self.now + _SET_BACK_MS
+    def withdrawals(self) -> _Withdrawals:
+        return _Withdrawals(self._transaction, self.history)
 
-    # Outcomes
+    @property
+    def instances(self) -> _Instances:
+        return _Instances(self._transaction, self.inserts, self.history, self.withdrawals)
 
-    def _settle_all(self, commits: Iterable[_Commit]) -> None:
-        """Commit outcomes in the order in which they came, runs of simple ones together."""
-        run: list[_Commit] = []
-        for commit in commits:
-            if commit.claim.ruled_at > self._ahead_from:
-                commit = commit.brought_back(self.now)
-            if commit.is_simple and not self.is_careful:
-                run.append(commit)
-            else:
-                self._settle_simple(run)
-                run = []
-                self._settle(commit)
-        self._settle_simple(run)
+    @property
+    def schedules(self) -> _Schedules:
+        return _Schedules(self._transaction, self.inserts)
 
-    def _settle_simple(self, run: Sequence[_Commit]) -> None:
-        """Commit simple outcomes, those of each kind by one statement."""
-        leaving: list[_Commit] = []
-        staying: list[_Commit] = []
-        for commit in run:
-            (staying if commit.is_inline and self._may_go_on(commit) else leaving).append(commit)
-        is_held = self.store.settle_many(leaving, self.now) and self.store.advance_many(staying, self.now)
-        if not is_held:
-            raise _StaleError
-        self.history.record_all(run)
-        for commit in leaving:
-            self._left(commit, commit.change)
-        for commit in staying:
-            self._go_on(commit, cast(_Progress, commit.change))
-
-    def _settle(self, commit: _Commit) -> None:
-        """Commit an outcome, whole or not at all."""
-        is_compound = commit.effects or commit.children or self.is_careful
-        if is_compound or commit.is_inline:  # what limits were charged for has to be undone with the rest
-            self._settle_compound(commit)
-        else:
-            self._conclude(commit, self._write(commit))
-
-    def _settle_compound(self, commit: _Commit) -> None:
-        """Commit an outcome of several statements, under a savepoint."""
-        self.store.savepoint()
-        try:
-            change = self._write(commit)
-            for effect in commit.effects if change is not None else ():
-                self._apply(commit.claim.row, effect)
-            self.store.check_foreign_keys()
-        except _STORE_FAILURES:
-            raise
-        except Exception as error:
-            if not self.store.db.in_transaction:
-                raise _RolledBackError(commit, error) from error
-            self._undo()
-            self.report.refused.append((commit, error))
-            return
-        if change is None:
-            self._undo()
-        else:
-            self.store.release()
-        self._conclude(commit, change)
-
-    def _undo(self) -> None:
-        self.store.undo()
-        self.admission.forget_everything()
-
-    def _write(self, commit: _Commit) -> _Change | None:
-        """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
-        row, change, first_child = commit.claim.row, commit.change, None
-        if commit.claim.is_migrated:
-            self.store.migrate(row)
-        if commit.is_inline and self._may_go_on(commit):
-            if not self.store.advance_many([commit], self.now):
-                return None
-            change = cast(_Progress, change)._replace(status=Status.EXECUTING)
-        else:
-            first_child = next(filter(None, self.insert_all(commit.children)), None) if commit.children else None
-            change = self._parked(commit, first_child)
-            if not self.store.settle(row, change, self.now):
-                return None
-        self.history.record_all((commit,), first_child)
-        if commit.claim.has_calls and isinstance(change, _Progress):
-            self.store.drop_calls(row.id)
-        if commit.shown and commit.kind in ("next", "children"):
-            self.store.consume(commit.shown, self.history.kept_by(commit.claim))
-        return change
-
-    def _parked(self, commit: _Commit, first_child: int | None) -> _Change:
-        """Look whether there is anything to park for."""
-        row, change = commit.claim.row, commit.change
-        if not isinstance(change, _Progress):
-            return change
-        if commit.kind == "children":
-            return change if first_child is not None else change._replace(status=Status.RUNNABLE)
-        if commit.kind == "await":
-            if self.store.has_unseen(row.id, cast(str, change.awaits), commit.shown):
-                return change._replace(status=Status.RUNNABLE, await_deadline=None)
-            self.report.note_due(change.await_deadline)
-        return change
-
-    def _may_go_on(self, commit: _Commit) -> bool:
-        """Ask whether an inline step may run on the claim already held."""
-        row = commit.claim.row
-        is_free = not self.given.is_stopping and not self._is_paused(row.queue) and not self._keeps_waiting(commit)
-        if is_free and (not commit.is_asking or self._admit(commit)):
-            return True
-        self.report.tell(
-            "inline.yield", {}, {"id": row.id, "fsm": row.fsm, "step": cast(_Progress, commit.change).step}
-        )
-        return False
-
-    def _keeps_waiting(self, commit: _Commit) -> bool:
-        """Whether somebody waits for the slot, or the key, that an inline run has held for long enough.
-
-        Looked for only then, and again only after as long: most runs never pay for it.
-        """
-        claim, instant = commit.claim, _Ticks.perf_counter()
-        since = claim.started_at if claim.inline_since is None else claim.inline_since
-        if instant - since < self.given.inline_s:
-            return False
-        key, kept = claim.row.concurrency_key, cast(_Progress, commit.change).concurrency_key
-        if self._has_due(claim.row.queue) or (key is not None and key == kept and self.store.line_queues(f"key:{key}")):
-            return True
-        claim.inline_since = instant
-        return False
-
-    def _has_due(self, queue: str) -> bool:
-        """Whether a row of the queue could run if there were room for it."""
-        head = self.store.next_priority(queue, -_MAX_INTEGER - 1)
-        while head is not None and head[1] > self.now:
-            head = self.store.next_priority(queue, head[0])
-        return head is not None
-
-    def _is_paused(self, queue: str) -> bool:
-        """Whether a queue was paused when the beat began."""
-        if queue not in self._paused:
-            self._paused[queue] = self.store.is_paused(queue)
-        return self._paused[queue]
-
-    def _admit(self, commit: _Commit) -> bool:
-        """Ask the limits that an inline step names; a key that it keeps is held already."""
-        row, change = commit.claim.row, cast(_Progress, commit.change)
-        is_kept = change.concurrency_key == row.concurrency_key
-        asking = row._replace(
-            concurrency_key=None if is_kept else change.concurrency_key,
-            rate_limit=change.rate_limit,
-            weight=change.weight,
-            eligible_at=self.now,
-        )
-        if self.admission.refusal(asking) is not None:
-            self.admission.forget_lines()
-            return False
-        self._save_buckets()
-        return True
-
-    def _conclude(self, commit: _Commit, change: _Change | None) -> None:
-        """Note what follows from a written outcome, for the rest of the beat and for after its commit."""
-        if change is None:
-            self._lose(commit)
-        elif change.status == Status.EXECUTING:
-            self._go_on(commit, cast(_Progress, change))
-        else:
-            self._left(commit, change)
-
-    def _go_on(self, commit: _Commit, change: _Progress) -> None:
-        claim, row = commit.claim, commit.claim.row
-        if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
-            self._freed_keys.add(row.concurrency_key)
-        self.report.left.append(claim)
-        self.report.kinds.append(commit.kind)
-        inbox = self.store.inbox(row.id) if self._may_have_signals() else _NO_SIGNALS
-        following = _Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, inbox)
-        following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
-        self.report.claims.append(following)
-        if self._wants_steps:
-            self._tell_step(commit)
-        if self.report.is_wanted("inline.continue"):
-            self.report.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
-
-    def _left(self, commit: _Commit, change: _Change) -> None:
-        """Note what a row that has left `executing` sets free, and who waits for it."""
-        row = commit.claim.row
-        self.report.left.append(commit.claim)
-        self.report.kinds.append(commit.kind)
-        if self._wants_steps:
-            self._tell_step(commit)
-        if isinstance(change, _Again) and (reported := commit.claim.desk.progress.get((row.id, row.claim))):
-            self.store.show_last_progress(row, _json(reported))
-        done = change if isinstance(change, _Finish) and change.status == Status.DONE else None
-        if done is not None and self._may_have_signals():
-            self._empty_inbox(commit.claim)
-        self._departed(row, change.status, done)
-        if isinstance(change, _Finish) and done is None:
-            self.report.failures.append((row, change))
-
-    def _departed(self, row: _Row, status: str, done: _Finish | None = None) -> None:
-        if row.concurrency_key is not None:
-            self._freed_keys.add(row.concurrency_key)
-        if status in _TERMINAL and row.parent_id is not None:
-            self._parents.add(row.parent_id)
-        if status != Status.RUNNABLE:
-            self.report.settled.append((row.id, status, done))
-
-    def _empty_inbox(self, claim: _Claim) -> None:
-        """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
-        row, seen = claim.row, {signal.id for signal in claim.seen}
-        for signal, name in self.store.empty_inbox(row.id, self.history.kept_by(claim)):
-            if signal not in seen:
-                message = "instance %d is done: the signal %r, which came while its last step ran, is dropped unseen"
-                self.report.log(_log.warning, message, row.id, name, extra=_log_details(row))
-                self.report.tell("signal.dropped", {}, {"id": row.id, "name": name})
-
-    def _may_have_signals(self) -> bool:
-        """Whether there is any signal in the file: most files have none, so one look saves one for each row."""
-        if self._has_signals is None:
-            self._has_signals = self.store.has_signals()
-        return self._has_signals
-
-    def _tell_step(self, commit: _Commit) -> None:
-        row = commit.claim.row
-        self.report.tell(
-            "step.stop",
-            {"duration": commit.duration},
-            {"id": row.id, "fsm": row.fsm, "step": row.step, "kind": commit.kind},
-        )
-
-    def _lose(self, commit: _Commit) -> None:
-        """An outcome that nothing was written of: the instance was cancelled, or the claim is no longer ours."""
-        row = commit.claim.row
-        reason = self.store.cancel_reason(row)
-        if reason is not None:
-            change = _failed(row, reason)
-            self.store.settle(row, change, self.now, reason)
-            self.history.record_all((commit._replace(kind="cancel", change=change),))
-            self._left(commit._replace(kind="stop"), change)
-            return
-        self.report.left.append(commit.claim)
-        self.report.tell("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})
-
-    def _apply(self, row: _Row, effect: _Effect) -> None:
-        match effect:
-            case _Statement():
-                self.store.run(effect)
-            case _Follower():
-                if self._insert_row(effect.row) is None:
-                    self.report.log(
-                        _log.info,
-                        "instance %d: its insert of %s is dropped, the correlation key %r is taken",
-                        row.id,
-                        effect.row.fsm,
-                        effect.row.correlation_key,
-                        extra=_log_details(row),
-                    )
-                else:
-                    self.report.inserted += 1
-            case _Message():
-                try:
-                    self.signal(effect)
-                except NoTargetError as error:
-                    details = _log_details(row)
-                    self.report.log(_log.info, "instance %d: its signal is dropped: %s", row.id, error, extra=details)
-
-    # Requests
-
-    def _serve(self, requests: Iterable[_Request]) -> None:
-        pending: list[_Request] = []
-        for request in requests:
-            if request.action is None and not self.is_careful:
-                pending.append(request)
-            else:
-                self._insert_rows(pending)
-                pending = []
-                self._answer(request)
-        self._insert_rows(pending)
-
-    def _insert_rows(self, requests: list[_Request]) -> None:
-        """Insert the rows of many requests as one statement."""
-        rows = [row for request in requests for row in request.rows]
-        ids = iter(self._insert_many(rows) if rows else ())
-        for request in requests:
-            request.value = [next(ids) for _ in request.rows]
-        self.report.inserted += len(rows)
-
-    def _answer(self, request: _Request) -> None:
-        request.error = None  # of a first try
-        if self.is_careful:
-            self.store.savepoint()
-        try:
-            if request.action is None:
-                request.value = [self._insert_row(row) for row in request.rows]
-            else:
-                request.value = request.action(self)
-        except DurableError as error:
-            request.error = error
-        except Exception as error:
-            if not self.is_careful or isinstance(error, _STORE_FAILURES):
-                raise
-            self._undo()
-            request.error = _translated(error, self.store.path) if isinstance(error, apsw.Error) else error
-            return
-        if self.is_careful:
-            self.store.release()
-
-    def _insert_row(self, row: _NewRow) -> int | None:
-        return self.store.insert(row if row.inserted_at <= self._ahead_from else row.brought_back(self.now))
-
-    def _insert_many(self, rows: Sequence[_NewRow]) -> range:
-        if max(map(_inserted_at, rows)) > self._ahead_from:
-            rows = [row.brought_back(self.now) for row in rows]
-        return self.store.insert_many(rows)
-
-    def insert(self, row: _NewRow) -> int:
-        instance = self._insert_row(row)
-        if instance is None:
-            occupant = self.store.occupant(cast(str, row.correlation_key))
-            raise DuplicateError(cast(str, row.correlation_key), occupant[0] if occupant else 0)
-        self.report.inserted += 1
-        return instance
-
-    def insert_all(self, rows: Sequence[_NewRow]) -> list[int | None]:
-        """Insert in the order given; None for a duplicate. Runs without keys are one statement each."""
-        ids: list[int | None] = []
-        start = 0
-        for end in (*(at for at, row in enumerate(rows) if row.correlation_key is not None), len(rows)):
-            if end > start:
-                ids.extend(self._insert_many(rows[start:end]))
-            if end < len(rows):
-                ids.append(self._insert_row(rows[end]))
-            start = end + 1
-        self.report.inserted += sum(one is not None for one in ids)
-        return ids
-
-    def _addressed(self, target: int | str) -> tuple[int, str | None]:
-        """Return whom a signal means, and its status: by key the occupant, else the last that carried it and ended."""
-        if isinstance(target, int):
-            return target, self.store.status(target) if abs(target) <= _MAX_INTEGER else None
-        occupant = self.store.occupant(target)
-        if occupant is not None and occupant[1] not in _TERMINAL:
-            return occupant
-        carrier = self.store.last_carrier(target)
-        return carrier if carrier is not None and carrier[1] in _TERMINAL else (0, None)
-
-    def signal(self, message: _Message) -> None:
-        instance, status = self._addressed(message.target)
-        if status is None or status in _TERMINAL:
-            place = "has the id" if isinstance(message.target, int) else "occupies the key"
-            what = "no live instance" if status is None else f"instance {instance} has ended ({status}), so none"
-            raise NoTargetError(f"{what} {place} {message.target!r}", None if status is None else Status(status))
-        self._has_signals = True
-        if self.store.deliver(instance, message, self.now):
-            self.store.wake(instance, message.name, self.now)
-
-    def cancel_tree(self, instance: int, reason: str) -> bool:
-        """Cancel an instance and all its live descendants, those of an ended one, too."""
-        is_cancelled = self.cancel(instance, reason)
-        below = self.store.children_ids(instance)
-        while below:
-            child = below.pop()
-            self.cancel(child, reason)
-            below.extend(self.store.children_ids(child))
-        return is_cancelled
-
-    def cancel(self, instance: int, reason: str) -> bool:
-        found = self.store.row(instance)
-        if found is None:
-            raise NotFoundError(f"no instance has the id {instance}")
-        row, status = found
-        if status in _TERMINAL:
-            return False
-        if status == Status.EXECUTING:
-            for claim in self._take_back(row.queue, instance):
-                change = _failed(row, row.cancel_reason or reason)
-                self.store.settle(row, change, self.now, row.cancel_reason)
-                self.history.record(row, "cancel", error=change.last_error)
-                self._left(_Commit(claim, "stop", change), change)
-                return True
-            self.report.cancelled.append(instance)
-            return self.store.request_cancel(instance, reason)
-        self.store.end(instance, reason, self.now)
-        self.history.record(row, "cancel", seq=row.claim + 1, error=reason)
-        self._departed(row, Status.FAILED)
-        if row.rate_limit is not None and status == Status.RUNNABLE:
-            self._poked_buckets.add(row.rate_limit)
-        self.report.failures.append((row, _failed(row, reason)))
-        return True
-
-    def revive(self, instance: int) -> None:
-        status = self.store.status(instance)
-        if status is None:
-            raise NotFoundError(f"no instance has the id {instance}")
-        if status != Status.FAILED:
-            raise DurableError(f"instance {instance} has not failed, it is {status}: only a failed one can be retried")
-        self.refuse_taken_key(instance)
-        self.store.revive(instance, self.now)
-
-    def refuse_taken_key(self, instance: int) -> None:
-        """Refuse to bring back an instance whose correlation key another occupies by now."""
-        key, scope = self.store.carried_key(instance)
-        occupant = self.store.occupant(key) if key is not None and scope else None
-        if occupant is not None and occupant[0] != instance:
-            raise DuplicateError(cast(str, key), occupant[0])
-
-    def fire_timeouts(self) -> int:
-        return self._fire_awaits(_END_OF_TIME)
-
-    def reap(self, worker: str, cause: str) -> int:
-        """Take a dead worker's claims from it: its rows have crashed."""
-        rows = self.store.claimed_by(worker)
-        for row in rows:
-            change = _crashed(row, cause, self.now)
-            self.store.settle(row, change, self.now, row.cancel_reason)
-            kind, to = ("crash" if row.cancel_reason is None else "cancel"), change.status == Status.RUNNABLE
-            self.history.record(row, kind, worker=worker, error=change.last_error, to=row.step if to else None)
-            self._departed(row, change.status)
-            if isinstance(change, _Finish) and change.status == Status.FAILED:
-                self.report.failures.append((row, change))
-        self.store.unregister(worker)
-        self.report.tell("reaper.reaped", {"count": len(rows)}, {"worker": worker})
-        return len(rows)
-
-    def give_back(self, claims: Iterable[_Claim]) -> None:
-        """Let others have what this engine has claimed and not run, or not to its end."""
-        for claim in claims:
-            self._give_back(claim.row)
-            self.report.left.append(claim)
+    @property
+    def cleaning(self) -> _Cleaning:
+        return _Cleaning(self._transaction)
 
     def pause(self, queue: str) -> None:
         self.store.pause(queue)
-        self._paused.clear()
-        self.give_back_unstarted(queue)
-        self.sweep_lines()  # a row of that queue may have been about to take a slot that others wait for
+        self._transaction.forget_paused()
+        self.withdrawals.give_back_unstarted(queue)
+        self.lines.sweep()  # a row of that queue may have been about to take a slot that others wait for
 
-    def give_back_unstarted(self, queue: str) -> None:
-        """Give back what is claimed ahead in a queue that was paused, also by this very beat."""
-        for claim in self._take_back(queue):
-            self.report.left.append(claim)
-            self._give_back(claim.row)
-        for claim in [one for one in self.report.claims if one.row.queue == queue]:
-            self.report.claims.remove(claim)
-            self._give_back(claim.row)
+    def resume(self, queue: str) -> None:
+        self.store.resume(queue)
+        self._transaction.forget_paused()
 
     def save_policies(self, policies: Iterable[_Policy]) -> None:
         for policy in policies:
             self.store.save_policy(policy, self.now)
-
-    def sign_off(self, claims: Iterable[_Claim], worker: str) -> None:
-        """Give back all that this engine holds, also what it has lost sight of, and end its registration."""
-        self.give_back(claims)
-        for row in self.store.claimed_by(worker):
-            self._give_back(row)
-        self.store.unregister(worker)
-
-    def disband(self, queues: Iterable[str]) -> None:
-        """Pause all, give back every claim and forget the workers: this file is a copy that none works on."""
-        self.store.pause_schedules()
-        for queue in queues:
-            self.store.pause(queue)
-        for worker in self.store.workers():
-            for row in self.store.claimed_by(worker.id):
-                self._give_back(row)
-            self.store.unregister(worker.id)
-
-    def _give_back(self, row: _Row) -> None:
-        if self.store.give_back(row, self.now):
-            self._departed(row, Status.RUNNABLE)
-        elif (reason := self.store.cancel_reason(row)) is not None:
-            change = _failed(row, reason)
-            self.store.settle(row, change, self.now, reason)
-            self.history.record(row, "cancel", error=reason)
-            self._departed(row, change.status)
-
-    def cancel_unstarted(self, row: _Row, reason: str) -> None:
-        """Fail a claimed row that another process has cancelled, if it has not started by now."""
-        for claim in self._take_back(row.queue, row.id):
-            change = _failed(row, reason)
-            self.store.settle(row, change, self.now, reason)
-            self.history.record(row, "cancel", error=reason)
-            self._left(_Commit(claim, "stop", change), change)
-
-    def _take_back(self, queue: str, instance: int | None = None) -> list[_Claim]:
-        """Take claims of a queue from those who are to run them, as far as they have not started."""
-        claims = self.setup.take_back(queue, instance)
-        self.report.withdrawn.extend(claims)
-        return claims
-
-    def collect(self, after: _SweepPosition, count: int) -> tuple[int, _SweepPosition | None]:
-        """Delete up to so many ended rows older than their retention; return how many, and where to go on."""
-        retention = self.setup.retention_ms if after.retention is None else after.retention
-        rows = self.store.sweep(after, self.now - retention, count)
-        self.store.collect(instance for instance, *_ in rows)
-        buckets = self.store.collect_buckets(self.now, count)
-        if rows or buckets:
-            self.report.tell("gc.swept", {"count": len(rows) + buckets}, {})
-        return len(rows) + buckets, self._sweep_on(after, rows, count)
-
-    def _sweep_on(
-        self, after: _SweepPosition, rows: Sequence[tuple[int, int, int]], count: int
-    ) -> _SweepPosition | None:
-        """Say where a sweep goes on that has found these rows, asked for so many; None at its end."""
-        has_freed = after.has_freed or any(has_failed for *_, has_failed in rows)
-        if len(rows) == count:
-            instance, updated_at, _ = rows[-1]
-            return after._replace(updated_at=updated_at, id=instance, has_freed=has_freed)
-        following = self.store.next_retention(after.retention)
-        if following is not None:
-            return _SweepPosition(following, has_freed=has_freed)
-        return _SweepPosition() if has_freed else None
-
-    def shrink(self, spare: int) -> int:
-        """Give some of so many free pages back to the file system; return how many are left to give back."""
-        spare = min(spare, self.store.spare_pages())
-        if spare > 0:
-            self.store.shrink()
-            spare = max(0, spare - _SHRUNK_AT_ONCE)
-            if spare == 0:
-                self.store.copy_log_soon()
-        return spare
-
-    def runnable_queues(self) -> Iterator[str]:
-        queue = self.store.next_queue("")
-        while queue is not None:
-            yield queue
-            queue = self.store.next_queue(queue)
-
-    # Timers
-
-    def _fire(self) -> None:
-        deadline, ready_at, fires_at = self.store.timers(self.report.fired_until)
-        if fires_at is not None and fires_at <= self.now:
-            _Schedules(self).fire(self.report.fired_until)
-            self.report.fired_until = self.now  # it is not asked again and again for those that it has left
-            _, _, fires_at = self.store.timers(self.now)
-        self.report.note_due(fires_at)
-        if deadline is not None and deadline <= self.now:
-            self._fire_awaits(self.now)
-            deadline, _, _ = self.store.timers(self.now)
-        self.report.note_due(deadline)
-        if ready_at is not None and ready_at <= self.now:
-            self._poked_buckets.update(self.store.ready_buckets(self.now))
-            ready_at = self.store.next_ready(self.now)
-        self.report.note_due(ready_at)
-
-    def look_at_schedules_again(self) -> None:
-        """Forget how far the schedules were looked at."""
-        self.report.fired_until = _LONG_AGO
-
-    def _fire_awaits(self, until: int) -> int:
-        count = 0
-        while fired := self.store.fire(self.now, until):
-            for instance, fsm, step_name in fired:
-                self.report.tell("await.timeout", {}, {"id": instance, "fsm": fsm, "step": step_name})
-            count += len(fired)
-        return count
-
-    # Limits
-
-    def _release(self) -> None:
-        """Wake parents whose children have ended, and let out of the lines what was set free."""
-        if not (self._parents or self._freed_keys or self._poked_buckets):
-            return
-        for parent in self._parents:
-            if not self.store.has_live_child(parent):
-                self.store.wake_parent(parent, self.now)
-        self._parents.clear()
-        freed, self._freed_keys = self._freed_keys, set()
-        for key in freed:
-            self.admission.forget(key)
-            self._unpark_key(key)
-        poked, self._poked_buckets = self._poked_buckets, set()
-        self._offered = self._offered | freed
-        for rate in poked:
-            self.admission.release_line(rate)
-        if freed or poked:
-            self.admission.forget_lines()
-
-    def _unpark_key(self, key: str) -> None:
-        """Let as many of a key's line go as it has slots; one at least, for engines may differ in their limits.
-
-        Among the queues that this engine claims from now, in the order of the key; in every other queue too, whoever
-        serves it: a row that nobody claims must not keep the slot.
-        """
-        parked_on = f"key:{key}"
-        count = max(1, self.admission.slots(key))
-        queues = self.store.line_queues(parked_on)
-        shares = dict.fromkeys(queues, count)
-        if len(queues) > 1:
-            served = [queue for queue in queues if self._room(queue) > 0]
-            heads = heapq.merge(*(self.store.line_start(parked_on, queue, count) for queue in served))
-            first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
-            shares.update((queue, first[queue]) for queue in served)
-        for queue, share in shares.items():
-            self.store.unpark(parked_on, queue, share)
-
-    def _pass_on(self) -> None:
-        """Offer what nobody has taken to those who come next in line, where this engine could run them now.
-
-        Whoever was let out first may be of a class unknown here, may find its queue full, or have to wait for its
-        bucket; in the last case it is passed by rows of other buckets, near the head of the line, and no others: they
-        would only follow it into the bucket's line.
-        """
-        if not (self._offered or self._rate_refused):
-            return
-        passed_on = {key for key in self._offered if self._offer_again(key)}
-        for key, queue, rate in self._rate_refused:
-            if self.store.unpark_other(f"key:{key}", queue, rate):
-                passed_on.add(key)
-        self.report.passed_on = passed_on
-        self.report.is_unfinished |= bool(passed_on)
-
-    def _offer_again(self, key: str) -> bool:
-        """Let the next rows of a key's line go, in queues that this engine serves; False if there are none."""
-        line, free = f"key:{key}", self.admission.slots(key)
-        count = 0
-        for queue in self.store.line_queues(line) if free > 0 else ():
-            is_refused = any((key, queue) == refused[:2] for refused in self._rate_refused)
-            if self._room(queue) > 0 and not is_refused:
-                count += self.store.unpark(line, queue, free)
-        return count > 0
 
     def set_right(self) -> bool:
         """Set right what was written by a clock that was ahead; False if there may be more to do."""
@@ -8326,181 +8563,98 @@ class _Beat:
             )
             self.report.log(_log.warning, message, count)
         self.report.is_unfinished |= is_more
-        self.sweep_lines()
+        self.schedules.realign()
+        self.lines.sweep()
         return not is_more
 
-    def sweep_lines(self) -> None:
-        """Let everything out of line that the limits admit: they may have changed since it was parked."""
-        parked_on = self.store.next_line("")
-        while parked_on is not None:
-            kind, _, limit = parked_on.partition(":")
-            (self._freed_keys if kind == "key" else self._poked_buckets).add(limit)
-            parked_on = self.store.next_line(parked_on)
+    def fire_timeouts(self) -> int:
+        """Let every armed await deadline fire, whatever the clock says."""
+        return self._fire_awaits(_END_OF_TIME)
 
-    def _save_buckets(self) -> None:
-        """Write the buckets, and note when the next is ready for its line."""
-        self.report.note_due(self.admission.save())
+    # Requests
 
-    # Who serves what
+    def _serve(self, requests: Iterable[_Request]) -> None:
+        """Do what callers ask for, in their order; rows to insert that come one after the other are written at once."""
+        pending: list[_Request] = []
+        for request in requests:
+            if request.row is not None and not self._given.is_careful:
+                pending.append(request)
+            else:
+                self._insert(pending)
+                pending = []
+                self._answer(request)
+        self._insert(pending)
 
-    def _room(self, queue: str) -> int:
-        """How many more rows of a queue this engine can claim now."""
-        if self._picks:
-            return self._picks[queue].room if queue in self._picks and not self._is_paused(queue) else 0
-        return 0 if self._is_paused(queue) else self._free_slots(queue)
-
-    def _free_slots(self, queue: str) -> int:
-        """How many more rows of a queue this engine can run, with those counted that this beat has seen come and go."""
-        slots, is_drain = self.given.demand.slots, self.given.demand.is_drain
-        if slots is None or is_drain or queue not in slots:
-            return 1 if slots is None else slots.get(queue, 0)
-        leaving = operator.countOf(map(_queue_of, self.report.left), queue)
-        coming = operator.countOf(map(_queue_of, self.report.claims), queue)
-        return max(0, slots[queue] + leaving - coming)
-
-    @functools.cached_property
-    def _elsewhere(self) -> frozenset[str]:
-        """The queues that other engines serve."""
-        return self.store.served_elsewhere(self.setup.worker_id)
-
-    def _is_live(self, queue: str) -> bool:
-        slots = self.given.demand.slots
-        return not self._is_paused(queue) and (slots is None or queue in slots or queue in self._elsewhere)
-
-    def _closed_queues(self) -> list[str]:
-        queues = self._elsewhere.union(self.given.demand.slots or ())
-        return [queue for queue in queues if self._room(queue) <= 0 and self._is_live(queue)]
-
-    def _is_lost(self, row: _Waiting) -> bool:
-        return row.queue not in self._elsewhere and not self.setup.behaviours.can_run(row.fsm, row.version)
-
-    # Claims
-
-    PARKED_AT_ONCE = 2000
-    """With so many rows parked, the beat ends; the next goes on at once."""
-
-    def _claim_wanted(self) -> None:
-        """Claim what the engine wants; a drain, whose step has gone on inline, wants no other."""
-        demand = self.given.demand
-        at_most = demand.at_most - (len(self.report.claims) if demand.is_drain else 0)
-        if at_most <= 0:
+    def _insert(self, requests: Sequence[_Request]) -> None:
+        """Insert the rows of many requests."""
+        if not requests:
             return
-        queues = self.runnable_queues() if demand.slots is None else demand.slots
-        slots = {queue: self._free_slots(queue) for queue in queues}
-        self.claim({queue: count for queue, count in slots.items() if count}, horizon=demand.horizon, at_most=at_most)
-        if self.report.is_wanted("scheduler.saturation"):
-            self.report.saturated = [queue for queue, count in slots.items() if not count]
+        rows = [cast(_NewRow, request.row) for request in requests]
+        for request, row, instance in zip(requests, rows, self.inserts.write(rows), strict=True):
+            request.value = instance
+            request.error = None if instance is not None else self.inserts.duplicate(row)
 
-    def claim(self, room: Mapping[str, int], *, horizon: int | None = None, at_most: int = _MAX_INTEGER) -> int:
-        """Claim up to so many rows of each queue, and at most so many in all; note when the next is due.
-
-        Within a queue by priority, time and id. Rows with limits are met in that order over all the queues, since a
-        limit has one line; others are taken as they come, unless no more than some are wanted in all.
-        """
-        horizon = self.now if horizon is None else horizon
-        self._picks = {queue: _Pick(queue, slots, horizon) for queue, slots in room.items()}
-        met: list[tuple[tuple[int, int, int], _Pick, _Row, tuple[_Spec, object]]] = []
-        takes_any = at_most == _MAX_INTEGER
-        for pick in self._picks.values():
-            pick.rows = self._due_rows(pick)
-            self._go_through(pick, met, takes_any=takes_any)
-        count = parked = 0
-        while met and count < at_most and parked < self.PARKED_AT_ONCE:
-            _, pick, row, found = heapq.heappop(met)
-            is_taken = self._take_or_park(pick, row, found)
-            count, parked = count + is_taken, parked + (not is_taken)
-            self._go_through(pick, met, takes_any=takes_any)
-        self.report.is_unfinished |= parked >= self.PARKED_AT_ONCE
-        picks, self._picks = self._picks, {}
-        for pick in picks.values():
-            if not pick.is_written:
-                self._write_pick(pick)
-            if self.report.is_wanted("pick.stop"):
-                self.report.tell("pick.stop", {"count": len(pick.taken), "demand": pick.slots}, {"queue": pick.queue})
-        self.admission.forget_lines()
-        return sum(len(pick.taken) for pick in picks.values())
-
-    def _due_rows(self, pick: _Pick) -> Iterator[tuple[_Row, tuple[_Spec, object]]]:
-        """Yield what is due in a queue and can run here, in its order, with its class and object."""
-        priority = -_MAX_INTEGER - 1
-        while (head := self.store.next_priority(pick.queue, priority)) is not None:
-            priority, eligible_at = head
-            if eligible_at > pick.horizon:
-                self.report.note_due(eligible_at)
-                continue
-            rows = self.store.candidates(pick.queue, priority, pick.horizon)
-            while (row := next(rows, None)) is not None:
-                found = self._known.get((row.fsm, row.version)) or self._find(row)
-                if found is None:
-                    rows = self._known_rows(pick, priority)
-                else:
-                    yield row, found
-            self.report.note_due(self.store.next_due(pick.queue, priority, pick.horizon))
-
-    def _go_through(self, pick: _Pick, met: list[Any], *, takes_any: bool) -> None:
-        """Take rows of a queue as far as they have no limits; the first that has is to be met in its turn."""
-        while not pick.is_written and (row_found := next(pick.rows, None)) is not None:
-            row, found = row_found
-            if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
-                heapq.heappush(met, (_order(row), pick, row, found))
-                return
-            self._take(pick, row, found)
-
-    def _take_or_park(self, pick: _Pick, row: _Row, found: tuple[_Spec, object]) -> bool:
-        """Take a row if its limits admit it; else it waits for the one that does not."""
-        refusal = self.admission.refusal(row)
-        if refusal is None:
-            self._take(pick, row, found)
-            return True
-        pick.parked.append((refusal, row.id))
-        self._note_parked(row, refusal)
-        return False
-
-    def _take(self, pick: _Pick, row: _Row, found: tuple[_Spec, object]) -> None:
-        inbox = self.store.inbox(row.id) if row.has_inbox else _NO_SIGNALS
-        pick.taken.append(_Claim(row, *found, self.setup.desk, inbox))
-        if len(pick.taken) == pick.slots:
-            self._write_pick(pick)
-            self.admission.forget_closed()
-
-    def _write_pick(self, pick: _Pick) -> None:
-        """Write what was found in a queue."""
-        pick.is_written = True
-        pick.rows = iter(())  # a statement that reads must not outlast the transaction
-        if pick.parked:
-            self.store.park_many(pick.parked)
-        if pick.taken:
-            self.store.claim_many(self.setup.worker_id, pick.taken, self.now)
-            self.report.claims.extend(pick.taken)
-
-    def _find(self, row: _Row) -> tuple[_Spec, object] | None:
-        """Find a row's class and the object of it, asked for once in a beat; None if it can't run here, or not yet."""
-        behaviours = self.setup.behaviours
-        found = behaviours.find(row.fsm, row.version)
-        if found is not None:
-            self._known[row.fsm, row.version] = found
-        elif not behaviours.is_coming(behaviours.spec_for(row.fsm, row.version)):
-            self.report.unknown[row.fsm, row.version] = row.queue
-        return found
-
-    def _known_rows(self, pick: _Pick, priority: int) -> Iterator[_Row]:
-        """Go on without the rows of classes that can't run, which are skipped within the index."""
-        seen = {claim.row.id for claim in pick.taken} | {instance for _, instance in pick.parked}
-        rows = self.store.known_candidates(pick.queue, priority, pick.horizon, self.setup.behaviours.known())
-        return (row for row in rows if row.id not in seen)
-
-    def _note_parked(self, row: _Row, parked_on: str) -> None:
-        """A row that one limit refused leaves what the other had kept for it to those behind it."""
-        if parked_on.startswith("key:"):
-            self.report.tell(
-                "concurrency.throttled", {}, {"id": row.id, "key": row.concurrency_key, "queue": row.queue}
-            )
-            if row.rate_limit is not None:
-                self._poked_buckets.add(row.rate_limit)
+    def _answer(self, request: _Request) -> None:
+        request.error = None  # of a first try
+        is_careful = self._given.is_careful
+        if is_careful:
+            self.store.savepoint()
+        try:
+            if request.row is not None:
+                request.value = self.inserts.write_one(request.row)
+            else:
+                request.value = cast("Callable[[_Beat], Any]", request.action)(self)
+        except DurableError as error:
+            request.error = error
+        except Exception as error:
+            if not is_careful or isinstance(error, _STORE_FAILURES):
+                raise
+            self.store.undo()
+            self._admission.forget_everything()
+            request.error = _translated(error, self.store.path) if isinstance(error, apsw.Error) else error
             return
-        self.report.tell("rate_limit.throttled", {}, {"id": row.id, "key": row.rate_limit, "queue": row.queue})
-        if row.concurrency_key is not None:
-            self._rate_refused.add((row.concurrency_key, row.queue, cast(str, row.rate_limit)))
+        if is_careful:
+            self.store.release()
+
+    # Timers
+
+    def _fire(self) -> None:
+        """Do what the clock asks for, and note when it does so next."""
+        now, report = self.now, self.report
+        deadline, ready_at, fires_at = self.store.timers(report.fired_until)
+        if fires_at is not None and fires_at <= now:
+            self.schedules.fire(report.fired_until)
+            report.fired_until = now  # it is not asked again and again for those that it has left
+            _, _, fires_at = self.store.timers(now)
+        report.note_due(fires_at)
+        if deadline is not None and deadline <= now:
+            self._fire_awaits(now)
+            deadline, _, _ = self.store.timers(now)
+        report.note_due(deadline)
+        if ready_at is not None and ready_at <= now:
+            self._transaction.poked_buckets.update(self.store.ready_buckets(now))
+            ready_at = self.store.next_ready(now)
+        report.note_due(ready_at)
+
+    def _fire_awaits(self, until: int) -> int:
+        count = 0
+        while fired := self.store.fire(self.now, until):
+            for instance, fsm, step_name in fired:
+                self.report.tell("await.timeout", {}, {"id": instance, "fsm": fsm, "step": step_name})
+            count += len(fired)
+        return count
+
+    # What was set free
+
+    def _release(self) -> None:
+        """Wake parents whose children have ended, and let out of the lines what was set free."""
+        transaction = self._transaction
+        for parent in transaction.parents:
+            if not self.store.has_live_child(parent):
+                self.store.wake_parent(parent, self.now)
+        transaction.parents.clear()
+        if transaction.freed_keys or transaction.poked_buckets:
+            self.lines.release()
 
 
 def _log_failure(row: _Row, change: _Finish) -> None:
@@ -8610,12 +8764,6 @@ class _Options:
 def _timeout_error(claim: _Claim) -> TimeoutError:
     claim.is_timed_out = True
     return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
-
-
-def _set_right(beat: _Beat) -> bool:
-    """Set right what a clock that was ahead has left; False if there may be more to do."""
-    _Schedules(beat).realign()
-    return beat.set_right()
 
 
 def _call_in_thread(call: Callable[[], Any], cancel: Callable[[], None]) -> Any:
@@ -8990,7 +9138,7 @@ class _Peers:
 
     def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
         cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
-        count = beat.reap(worker.id, cause)
+        count = beat.withdrawals.reap(worker.id, cause)
         message = "reclaimed %d instances of worker %s, pid %d: %s"
         beat.report.log(_log.info, message, count, worker.name, worker.pid, how)
         beat.report.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
@@ -9118,6 +9266,15 @@ class _Drain:
         return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
 
 
+def _cancelling_unstarted(row: _Row, reason: str) -> Callable[[_Beat], bool]:
+    row = row._replace(cancel_reason=reason)
+    return lambda beat: beat.withdrawals.cancel_unstarted(row, reason)
+
+
+def _giving_back_unstarted(queue: str) -> Callable[[_Beat], None]:
+    return lambda beat: beat.withdrawals.give_back_unstarted(queue)
+
+
 class _Scheduler:
     """Runs beats: in a thread of its own when started, else in the calling thread. There is one code path.
 
@@ -9211,25 +9368,23 @@ class _Scheduler:
         """Do something in the next beat and return its value; errors are raised here."""
         return self._await_request(_Request(action))
 
-    def insert(self, rows: tuple[_NewRow, ...]) -> list[int]:
-        """Insert instances without correlation keys in the next beat."""
-        return cast(list[int], self._await_request(_Request(None, rows)))
+    def insert(self, row: _NewRow) -> int:
+        """Insert an instance in the next beat; `DuplicateError`."""
+        return cast(int, self._await_request(_Request(None, row)))
 
     def insert_later(self, row: _NewRow) -> concurrent.futures.Future[int]:
         """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
-        if row.correlation_key is None:
-            return self._later(None, (row,))
-        return self._later(lambda beat: beat.insert(row))
+        return self._later(None, row)
 
     def perform_later(self, action: Callable[[_Beat], Any]) -> concurrent.futures.Future[Any]:
         """Do something likewise."""
         return self._later(action)
 
     def _later(
-        self, action: Callable[[_Beat], Any] | None, rows: tuple[_NewRow, ...] = ()
+        self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None
     ) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = cast(Any, _future_type())(self.hub)
-        self._enqueue(_Request(action, rows, future))
+        self._enqueue(_Request(action, row, future))
         if self._is_beating():
             self._bell.ring()
         elif not self._is_flushing:
@@ -9898,7 +10053,7 @@ class _Scheduler:
             for row in pool.unstarted():
                 reason = self.store.cancel_reason(row)
                 if reason is not None:
-                    self.post(functools.partial(_Beat.cancel_unstarted, row=row, reason=reason))
+                    self.post(_cancelling_unstarted(row, reason))
 
         self._cancel_async(lambda claim: self.store.cancel_reason(claim.row) is not None)
 
@@ -9912,7 +10067,7 @@ class _Scheduler:
         """Give back the unstarted rows of queues that another engine has paused."""
         for queue, pool in self._pools.items():
             if pool.unstarted() and self.store.is_paused(queue):
-                self.post(functools.partial(_Beat.give_back_unstarted, queue=queue))
+                self.post(_giving_back_unstarted(queue))
 
     def _notice_gap(self, now: int) -> None:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
@@ -9928,9 +10083,9 @@ class _Scheduler:
         is_set_back = now < self._agenda.seen_at - _SET_BACK_MS
         if is_set_back:
             self._agenda.due_at = now
-            self._agenda.regroup = _set_right
+            self._agenda.regroup = _Beat.set_right
         elif now < self._agenda.seen_at:
-            self.post(_Beat.look_at_schedules_again)
+            self.post(lambda beat: beat.schedules.look_again())
         self._agenda.seen_at = now
         return is_set_back
 
@@ -9954,7 +10109,7 @@ class _Scheduler:
         ]
 
         def declare(beat: _Beat) -> None:
-            schedules = _Schedules(beat)
+            schedules = beat.schedules
             schedules.declare(declared, known)
             schedules.realign()
 
@@ -9995,7 +10150,7 @@ class _Scheduler:
     def regroup_lines(self) -> None:
         """Have all lines of limits looked at, which may have changed, and what a clock that was ahead has written."""
         is_ahead = self.reader.is_ahead(self.desk.now())
-        self._agenda.regroup = (lambda beat: beat.set_right()) if is_ahead else _Beat.sweep_lines
+        self._agenda.regroup = _Beat.set_right if is_ahead else (lambda beat: beat.lines.sweep())
 
     def _regroup(self, beat: _Beat) -> None:
         regroup = self._agenda.regroup
@@ -10012,9 +10167,9 @@ class _Scheduler:
         if agenda.spare_pages is None:
             agenda.spare_pages = beat.store.spare_pages()
         if agenda.sweep_from is not None:
-            _, agenda.sweep_from = beat.collect(agenda.sweep_from, self.SWEPT_AT_ONCE)
+            _, agenda.sweep_from = beat.cleaning.collect(agenda.sweep_from, self.SWEPT_AT_ONCE)
         else:
-            agenda.spare_pages = beat.shrink(agenda.spare_pages)
+            agenda.spare_pages = beat.cleaning.shrink(agenda.spare_pages)
 
     def _expire_steps(self, monotonic: float) -> None:
         for claim, pool in self._timeouts.take_expired(monotonic):
@@ -10087,12 +10242,12 @@ class _Scheduler:
 
     def _try_to_give_back(self, claims: list[_Claim]) -> None:
         if claims:
-            self._try(lambda beat: beat.give_back(claims))
+            self._try(lambda beat: beat.withdrawals.give_back(claims))
 
     def _sign_off(self) -> None:
         """Give everything back, and leave."""
         claims = list(self._held.values())
-        self.peers.leave(is_signed_off=self._try(lambda beat: beat.sign_off(claims, self.worker_id)))
+        self.peers.leave(is_signed_off=self._try(lambda beat: beat.withdrawals.sign_off(claims)))
 
     def _try(self, action: Callable[[_Beat], Any]) -> bool:
         """Do one of the last things; if storage fails, the next start finds what is left to do."""
@@ -10610,16 +10765,13 @@ class Engine:
         then nothing was written.
         """
         self._core.check_open()
-        row = self._core.desk.new_row(_make_insert(fsm, options))
-        if row.correlation_key is None:
-            return self._core.insert((row,))[0]
-        return cast(int, self._core.perform(lambda beat: beat.insert(row)))
+        return self._core.insert(self._core.desk.new_row(_make_insert(fsm, options)))
 
     def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
         """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
         self._core.check_open()
         rows = _new_rows(inserts, self._core.desk.new_row)
-        return cast("list[int | None]", self._core.perform(lambda beat: beat.insert_all(rows)))
+        return cast("list[int | None]", self._core.perform(lambda beat: beat.inserts.write(rows)))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
         """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
@@ -10636,7 +10788,7 @@ class Engine:
     ) -> concurrent.futures.Future[None]:
         """Send a signal without waiting; the future is done once it is durable, or has what `signal` would raise."""
         message = _message(target, name, payload, dedup_key)
-        return self._core.perform_later(lambda beat: beat.signal(message))
+        return self._core.perform_later(lambda beat: beat.inboxes.deliver(message))
 
     def result_nowait(self, target: int | str) -> concurrent.futures.Future[Any]:
         """Return a future of an instance's result, which can also be awaited: no thread waits for it.
@@ -10654,7 +10806,7 @@ class Engine:
         `NoTargetError`.
         """
         message = _message(target, name, payload, dedup_key)
-        self._core.perform(lambda beat: beat.signal(message))
+        self._core.perform(lambda beat: beat.inboxes.deliver(message))
 
     # Look and wait
 
@@ -10779,8 +10931,8 @@ class Engine:
         _boolean(children, "children")
         self._core.check_open()
         instance = self._core.reader.identify(target)
-        cancel = _Beat.cancel_tree if children else _Beat.cancel
-        return cast(bool, self._core.perform(lambda beat: cancel(beat, instance, reason)))
+        cancel = _Instances.cancel_tree if children else _Instances.cancel
+        return cast(bool, self._core.perform(lambda beat: cancel(beat.instances, instance, reason)))
 
     def retry(self, target: int | str) -> None:
         """Let a failed instance go on from where it stood, with attempt 0.
@@ -10792,7 +10944,7 @@ class Engine:
         """
         self._core.check_open()
         instance = self._core.reader.identify(target)
-        self._core.perform(lambda beat: beat.revive(instance))
+        self._core.perform(lambda beat: beat.instances.retry(instance))
 
     def pause(self, queue: str) -> None:
         """Keep every engine from claiming from a queue, until `resume`.
@@ -10806,7 +10958,7 @@ class Engine:
     def resume(self, queue: str) -> None:
         """Let a paused queue run again."""
         _text(queue, "queue")
-        self._core.perform(lambda beat: beat.store.resume(queue))
+        self._core.perform(lambda beat: beat.resume(queue))
 
     # The past
 
@@ -10884,12 +11036,12 @@ class Engine:
         _text(name, "name")
         plan = _plan(when, catch_up=catch_up, window=window, overlap=overlap, jitter=jitter, **options)
         row = self._core.describe_schedule(name, _resolve(fsm), plan)
-        self._core.perform(lambda beat: _Schedules(beat).write(row))
+        self._core.perform(lambda beat: beat.schedules.write(row))
 
     def unschedule(self, name: str) -> bool:
         """Remove a schedule; True if there was one. One that a class declares is written again at the next start."""
         _text(name, "name")
-        return cast(bool, self._core.perform(lambda beat: _Schedules(beat).remove(name)))
+        return cast(bool, self._core.perform(lambda beat: beat.schedules.remove(name)))
 
     def schedules(self) -> list[Schedule]:
         """Return the schedules of the file, by name."""
@@ -10902,12 +11054,12 @@ class Engine:
         Its `scheduled_at` is now. Raises `NotFoundError`, and `DuplicateError` if its correlation key is taken.
         """
         _text(name, "name")
-        return cast(int, self._core.perform(lambda beat: _Schedules(beat).trigger(name)))
+        return cast(int, self._core.perform(lambda beat: beat.schedules.trigger(name)))
 
     def pause_schedule(self, name: str) -> None:
         """Keep a schedule from firing until `resume_schedule`. Raises `NotFoundError`."""
         _text(name, "name")
-        self._core.perform(lambda beat: _Schedules(beat).pause(name))
+        self._core.perform(lambda beat: beat.schedules.pause(name))
 
     def resume_schedule(self, name: str) -> None:
         """Let a paused schedule fire again, from now on: what it would have fired meanwhile is not caught up.
@@ -10915,7 +11067,7 @@ class Engine:
         Raises `NotFoundError`.
         """
         _text(name, "name")
-        self._core.perform(lambda beat: _Schedules(beat).resume(name))
+        self._core.perform(lambda beat: beat.schedules.resume(name))
 
     # Drain
 
@@ -10948,13 +11100,21 @@ class Engine:
         Space that this sets free goes back to the file system, but for a megabyte; not from a file that the
         application made itself, or that an older version did: there SQLite can only use it again.
         """
+
+        def collect(after: _SweepPosition) -> tuple[int, _SweepPosition | None]:
+            swept = self._core.perform(lambda beat: beat.cleaning.collect(after, 500))
+            return cast("tuple[int, _SweepPosition | None]", swept)
+
+        def shrink(spare: int) -> int:
+            return cast(int, self._core.perform(lambda beat: beat.cleaning.shrink(spare)))
+
         total, spare = 0, _MAX_INTEGER
         after: _SweepPosition | None = _SweepPosition()
         while after is not None:
-            count, after = self._core.perform(functools.partial(_Beat.collect, after=after, count=500))
+            count, after = collect(after)
             total += count
         while spare > 0:
-            spare = self._core.perform(functools.partial(_Beat.shrink, spare=spare))
+            spare = shrink(spare)
         return total
 
     def workers(self) -> list[Worker]:
@@ -11066,7 +11226,7 @@ class Engine:
         with contextlib.closing(_Scheduler(path, _Options(), _Behaviours(()))) as copied:
             workers = copied.reader.workers()
             queues = {*copied.reader.queues(), *self._core.options.queues, *(q for one in workers for q in one.queues)}
-            copied.perform(functools.partial(_Beat.disband, queues=queues))
+            copied.perform(lambda beat: beat.withdrawals.disband(queues))
 
     def __repr__(self) -> str:
         return f"<Engine {self._core.options.name!r} on {self._path}>"
@@ -11508,7 +11668,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
         def history(self, transaction: tools.Transaction) -> _History:
             """Go through the history in a transaction: `record`, `rewind`, `fork`."""
-            return _History(self._beat_of(transaction))
+            return _History(*self._parts_of(transaction))
 
         def past(self, runs: _Runs, old: Instance, to: Any, state: Any) -> _Past:
             """Find the run that `Engine.rewind` means; raises what that does."""
@@ -11524,7 +11684,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             `write`, `declare`, `remove`, `trigger`, `pause`, `resume`, `realign`, and `fire(after)` for what is due
             and was not there to be fired at that instant.
             """
-            return _Schedules(self._beat_of(transaction))
+            return _Schedules(*self._parts_of(transaction))
 
         def schedule_row(self, name: str, fsm: Any, when: Any, options: Mapping[str, Any]) -> _ScheduleRow:
             """Make the row of a schedule; raises what `Engine.schedule` does."""
@@ -11544,8 +11704,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             row = self._desk.new_row(_make_insert(spec.cls, plan.insert))
             return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
 
-        def _beat_of(self, transaction: tools.Transaction) -> Any:
-            """Make what a transaction is to schedules and the history."""
+        def _parts_of(self, transaction: tools.Transaction) -> tuple[Any, Any]:
+            """Make what a transaction, and its inserts, are to schedules and the history."""
             setup = types.SimpleNamespace(
                 keeps_history=transaction.keeps_history, worker_id=transaction.worker, behaviours=self._behaviours
             )
@@ -11554,16 +11714,12 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 fired=types.SimpleNamespace(append=transaction.fired),
                 tell=lambda name, measurements, metadata: None,
             )
-            return types.SimpleNamespace(
-                setup=setup,
-                report=report,
-                given=types.SimpleNamespace(has_fired=transaction.has_fired),
-                store=transaction,
-                now=transaction.now,
-                insert=transaction.insert,
-                refuse_taken_key=transaction.refuse_taken_key,
-                look_at_schedules_again=lambda: None,
+            inserts = types.SimpleNamespace(write_one=transaction.insert, refuse_taken_key=transaction.refuse_taken_key)
+            given = types.SimpleNamespace(has_fired=transaction.has_fired)
+            parts = types.SimpleNamespace(
+                setup=setup, report=report, given=given, store=transaction, now=transaction.now
             )
+            return parts, inserts
 
         def _report_left(self, left: tuple[str, str]) -> None:
             if left not in self._reported:

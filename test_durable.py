@@ -601,7 +601,7 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
     core = engine._core
     row = core.desk.new_row(Insert(Idle))
     with core._request_lock:
-        core._requests.extend(durable._Request(None, (row,)) for _ in range(50))
+        core._requests.extend(durable._Request(None, row) for _ in range(50))
     calls: list[int] = []
     insert_many = core.store.insert_many
 
@@ -9165,7 +9165,7 @@ def test_what_was_made_before_the_clock_was_set_back_is_dated_by_it(make_engine:
         core.finish(contextvars.copy_context().run(execute, lap.claims[0]))
         new = core.desk.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
         clock.advance(-HOUR)
-        core.perform(lambda beat: beat.insert(new))  # noqa: B023
+        core.perform(lambda beat: beat.inserts.write_one(new))  # noqa: B023
         core._drain = None
         core._sign_off()
         row = engine.get(who)
@@ -13229,6 +13229,7 @@ def test_a_clock_that_was_ahead_is_set_right(
         clock.now = begun.now + n * 600
         look()
         eventually(lambda: schedule_of(engine, "s").next_at == Clock(clock.now).instant(600))
+        eventually(lambda: ended(engine, [one.id for one in engine.find(schedule="s", limit=2000)]))
     assert ran(engine, "s") == before + [begun.instant(600 * n) for n in (2, 3, 4)]
     assert engine.check() == []
 
@@ -18946,7 +18947,7 @@ class Theatre(RuleBasedStateMachine):
             self.model.give_back(twin)
             del hand.claims[key], hand.held[key]
 
-        self.perform(hand, lambda: hand.core.perform(lambda beat: beat.give_back([claim])), give_back)
+        self.perform(hand, lambda: hand.core.perform(lambda beat: beat.withdrawals.give_back([claim])), give_back)
 
     @rule(number=any_hand)
     def beat(self, number: int) -> None:
@@ -20175,9 +20176,9 @@ def keeping_the_inbox(original: Any) -> Any:
 def emptying_the_inbox(original: Any) -> Any:
     """Make of what follows from the end of an instance that its inbox is emptied, however it ended."""
 
-    def departed(self: Any, row: Any, status: str, *args: Any) -> None:
-        original(self, row, status, *args)
-        if status == Status.FAILED:
+    def departed(self: Any, row: Any, change: Any) -> None:
+        original(self, row, change)
+        if change is not None and change.status == Status.FAILED:
             self.store.empty_inbox(row.id)
 
     return departed
@@ -20215,7 +20216,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
         durable._Store, "has_unseen", lambda look: lambda self, target, names, seen: look(self, target, names, ())
     ),
     "a done instance keeps its inbox": replaced(durable._Store, "empty_inbox", lambda *_: ()),
-    "a failed instance loses its inbox": bent(durable._Beat, "_departed", emptying_the_inbox),
+    "a failed instance loses its inbox": bent(durable._Transaction, "departed", emptying_the_inbox),
     "a failed instance forgets what it awaited": reworded("_FINISH", "iif(?1 = 'failed', awaits, NULL)", "NULL"),
     "a failed join is no join any more": reworded("_FINISH", "iif(?1 = 'failed', joining, 0)", "0"),
     "a done instance awaits on": reworded("_FINISH", "iif(?1 = 'failed', awaits, NULL)", "awaits"),
@@ -20233,13 +20234,13 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "children are collected before the join": reworded("_SWEEP", "p.joining", "0"),
     "children of a failed parent are collected": reworded("_SWEEP", "OR p.status = 'failed'", ""),
     "ended rows are collected at once": reworded("_SWEEP", "updated_at < ?", "updated_at < ? + 1000000"),
-    "nobody is let out of the line of a key": replaced(durable._Beat, "_unpark_key", nothing),
+    "nobody is let out of the line of a key": replaced(durable._Lines, "_unpark_key", nothing),
     "nobody is let out of the line of a bucket": replaced(durable._Admission, "release_line", nothing),
     "whoever finds tokens takes them": replaced(
         durable._Admission, "_is_first", lambda _, rate, bucket, row: bucket.level >= bucket.policy.price(row.weight)
     ),
     "the urgent wait for their turn at limits": replaced(durable, "_order", lambda row: (0, row.eligible_at, row.id)),
-    "rows of paused queues are waited for": replaced(durable._Beat, "_is_paused", nothing),
+    "rows of paused queues are waited for": replaced(durable._Transaction, "is_paused", nothing),
     "a key has a slot too many": bent(
         durable._Store, "executing", lambda count: lambda self, key: count(self, key) - 1
     ),
@@ -20304,7 +20305,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "an outcome from before the clock was set back is dated ahead": replaced(
         durable._Commit, "brought_back", lambda commit, _: commit
     ),
-    "inline steps ignore their limits": replaced(durable._Beat, "_may_go_on", lambda *_: True),
+    "inline steps ignore their limits": replaced(durable._Inline, "may_go_on", lambda *_: True),
 }
 FOUND = (AssertionError, ExceptionGroup, hypothesis.errors.Flaky, apsw.Error, DurableError)
 
