@@ -27,7 +27,7 @@ the step again: at least once. Effects inside the file (`Context.execute`) happe
 
 Read from top to bottom; nothing refers to what stands below it:
 
-    Errors, Values, Limits, Schedules, Records, Outcomes, Schemas, Behaviour, Transitions, Store, Files, Execution,
+    Errors, Values, Limits, Schedules, Records, Outcomes, Schemas, Behaviour, Transitions, Files, Store, Execution,
     Threads, Beat, Scheduler, Engine, Tools
 """
 
@@ -855,9 +855,10 @@ KEEP = _Keep.KEEP
 """`Next(concurrency_key=KEEP)`: the instance keeps the key that it has."""
 
 
-def _columns(record: type[attrs.AttrsInstance]) -> str:
-    """List the columns of a record for a statement: its fields have their names."""
-    return ", ".join(field.name for field in attrs.fields(record))
+def _columns(record: Any) -> str:
+    """List the columns of a record for a statement: its fields have their names, of which some are words of SQL."""
+    names = getattr(record, "_fields", None) or [field.name for field in attrs.fields(record)]
+    return ", ".join(f'"{name}"' if name in ("when", "to") else name for name in names)
 
 
 @attrs.frozen
@@ -3009,1856 +3010,6 @@ def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _
 
 
 # ==================================================================================================
-# Store
-# ==================================================================================================
-
-# `correlation_guard` makes duplicates uncommittable and is a signal's address look-up. Every index serves one query
-# and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads. Conditions are
-# spelled with OR: for IN, SQLite builds its list anew for each row written, which made an update a third slower.
-_SCHEMA = """
-CREATE TABLE durable_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE durable_instances (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    fsm TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    step TEXT NOT NULL,
-    status TEXT NOT NULL DEFAULT 'runnable' CHECK (
-        status = 'runnable' OR status = 'executing' OR status = 'done' OR status = 'failed'
-        OR status = 'awaiting_signal' OR status = 'awaiting_children'),
-    state TEXT NOT NULL,
-    result TEXT,
-    last_error TEXT,
-    traceback TEXT,
-    attempt INTEGER NOT NULL DEFAULT 0,
-    max_attempts INTEGER,
-    crashes INTEGER NOT NULL DEFAULT 0,
-    max_crashes INTEGER NOT NULL,
-    queue TEXT NOT NULL,
-    priority INTEGER NOT NULL,
-    eligible_at INTEGER NOT NULL,
-    worker TEXT,
-    claim INTEGER NOT NULL DEFAULT 0,
-    cancel_reason TEXT,
-    concurrency_key TEXT,
-    rate_limit TEXT,
-    weight INTEGER NOT NULL,
-    parked_on TEXT,
-    awaits TEXT,
-    await_deadline INTEGER,
-    joining INTEGER NOT NULL DEFAULT 0,
-    parent_id INTEGER,
-    correlation_key TEXT,
-    correlation_scope INTEGER NOT NULL,
-    correlation_guard TEXT AS (
-        CASE WHEN correlation_scope & CASE status WHEN 'done' THEN 2 WHEN 'failed' THEN 4 ELSE 1 END
-        THEN correlation_key END),
-    inserted_at INTEGER NOT NULL,
-    updated_at INTEGER NOT NULL,
-    CHECK ((status = 'executing') = (worker IS NOT NULL)),
-    CHECK (parked_on IS NULL OR status = 'runnable'),
-    CHECK (await_deadline IS NULL OR status = 'awaiting_signal'),
-    CHECK (cancel_reason IS NULL OR status = 'executing')
-) STRICT;
-CREATE INDEX durable_pick ON durable_instances (queue, priority, eligible_at, id, fsm, version)
-    WHERE status = 'runnable' AND parked_on IS NULL;
-CREATE INDEX durable_parked ON durable_instances (parked_on, queue, priority, eligible_at, id)
-    WHERE parked_on IS NOT NULL;
-CREATE INDEX durable_executing ON durable_instances (worker, queue) WHERE status = 'executing';
-CREATE INDEX durable_held ON durable_instances (concurrency_key)
-    WHERE status = 'executing' AND concurrency_key IS NOT NULL;
-CREATE INDEX durable_deadlines ON durable_instances (await_deadline) WHERE await_deadline IS NOT NULL;
-CREATE INDEX durable_waiting ON durable_instances (status, queue)
-    WHERE status = 'awaiting_signal' OR status = 'awaiting_children';
-CREATE INDEX durable_children ON durable_instances (parent_id, status) WHERE parent_id IS NOT NULL;
-CREATE UNIQUE INDEX durable_occupants ON durable_instances (correlation_guard) WHERE correlation_guard IS NOT NULL;
-CREATE INDEX durable_keys ON durable_instances (correlation_key) WHERE correlation_key IS NOT NULL;
-CREATE INDEX durable_finished ON durable_instances (updated_at, queue, status)
-    WHERE status = 'done' OR status = 'failed';
-CREATE INDEX durable_failed ON durable_instances (id) WHERE status = 'failed';
-CREATE TABLE durable_signals (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    target INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    payload TEXT,
-    dedup_key TEXT,
-    consumed INTEGER NOT NULL DEFAULT 0,
-    sent_at INTEGER NOT NULL
-) STRICT;
-CREATE INDEX durable_inbox ON durable_signals (target);
-CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, dedup_key) WHERE dedup_key IS NOT NULL;
-CREATE TABLE durable_limits (
-    name TEXT PRIMARY KEY, allowed INTEGER NOT NULL, per_ms INTEGER NOT NULL, burst INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE durable_buckets (
-    key TEXT PRIMARY KEY,
-    level INTEGER NOT NULL,
-    refilled_at INTEGER NOT NULL,
-    full_at INTEGER NOT NULL,
-    ready_at INTEGER
-) STRICT, WITHOUT ROWID;
-CREATE INDEX durable_ready ON durable_buckets (ready_at) WHERE ready_at IS NOT NULL;
-CREATE INDEX durable_full ON durable_buckets (full_at);
-CREATE TABLE durable_workers (
-    id TEXT PRIMARY KEY,
-    name TEXT NOT NULL,
-    host TEXT NOT NULL,
-    pid INTEGER NOT NULL,
-    queues TEXT NOT NULL,
-    started_at INTEGER NOT NULL,
-    heartbeat_at INTEGER NOT NULL,
-    lease_expires_at INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE durable_paused (queue TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
-CREATE VIEW durable_view_instances AS SELECT
-    id, fsm, version, step, status, queue, priority, attempt, max_attempts, crashes, correlation_key, parent_id,
-    parked_on, awaits, state, result, last_error, concurrency_key, rate_limit, weight, worker,
-    strftime('%Y-%m-%dT%H:%M:%fZ', eligible_at / 1000.0, 'unixepoch') AS eligible_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', await_deadline / 1000.0, 'unixepoch') AS await_deadline,
-    strftime('%Y-%m-%dT%H:%M:%fZ', inserted_at / 1000.0, 'unixepoch') AS inserted_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', updated_at / 1000.0, 'unixepoch') AS updated_at
-    FROM durable_instances;
-CREATE VIEW durable_view_signals AS SELECT
-    id, target, name, payload, dedup_key, consumed,
-    strftime('%Y-%m-%dT%H:%M:%fZ', sent_at / 1000.0, 'unixepoch') AS sent_at
-    FROM durable_signals;
-CREATE VIEW durable_view_workers AS SELECT
-    id, name, host, pid, queues,
-    strftime('%Y-%m-%dT%H:%M:%fZ', started_at / 1000.0, 'unixepoch') AS started_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', heartbeat_at / 1000.0, 'unixepoch') AS heartbeat_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', lease_expires_at / 1000.0, 'unixepoch') AS lease_expires_at
-    FROM durable_workers;
-"""
-_SECOND = """
--- A failed row that waited for a signal when it was cancelled: what `retry` makes of it again, with which deadline.
-ALTER TABLE durable_instances ADD COLUMN failed_from TEXT
-    CHECK (failed_from IS NULL OR (failed_from = 'awaiting_signal' AND status = 'failed'));
-ALTER TABLE durable_instances ADD COLUMN kept_deadline INTEGER
-    CHECK (kept_deadline IS NULL OR failed_from IS NOT NULL);
--- A redelivery is one under the same name.
-DROP INDEX durable_dedup;
-CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, name, dedup_key) WHERE dedup_key IS NOT NULL;
-ALTER TABLE durable_instances ADD COLUMN schedule TEXT;
-ALTER TABLE durable_instances ADD COLUMN scheduled_at INTEGER;
-CREATE INDEX durable_scheduled ON durable_instances (schedule) WHERE schedule IS NOT NULL;
-CREATE TABLE durable_schedules (
-    name TEXT PRIMARY KEY,
-    fsm TEXT NOT NULL,
-    "when" TEXT NOT NULL,
-    template TEXT NOT NULL,
-    catch_up TEXT NOT NULL CHECK (catch_up IN ('last', 'none', 'all')),
-    window INTEGER NOT NULL,
-    overlap INTEGER NOT NULL,
-    jitter INTEGER NOT NULL,
-    is_declared INTEGER NOT NULL,
-    is_from_code INTEGER NOT NULL,
-    written_at INTEGER NOT NULL,
-    is_paused INTEGER NOT NULL,
-    next_at INTEGER,
-    fires_at INTEGER,
-    last_at INTEGER,
-    last_id INTEGER,
-    missed INTEGER NOT NULL,
-    fired_until INTEGER,
-    CHECK (is_paused = (next_at IS NULL) AND is_paused = (fires_at IS NULL))
-) STRICT, WITHOUT ROWID;
-CREATE INDEX durable_fires ON durable_schedules (fires_at) WHERE fires_at IS NOT NULL;
-ALTER TABLE durable_instances ADD COLUMN retention INTEGER;
-DROP INDEX durable_finished;
-CREATE INDEX durable_finished ON durable_instances (retention, updated_at, queue, status)
-    WHERE status = 'done' OR status = 'failed';
-DROP INDEX durable_inbox;
-CREATE INDEX durable_inbox ON durable_signals (target, consumed);
-ALTER TABLE durable_instances ADD COLUMN progress TEXT;
-ALTER TABLE durable_instances ADD COLUMN has_calls INTEGER NOT NULL DEFAULT 0;
-CREATE TABLE durable_calls (
-    instance INTEGER NOT NULL, name TEXT NOT NULL, value TEXT, is_awaited INTEGER NOT NULL, PRIMARY KEY (instance, name)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE durable_transitions (
-    instance INTEGER NOT NULL,
-    seq INTEGER NOT NULL,
-    step TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    kind TEXT NOT NULL,
-    started_at INTEGER NOT NULL,
-    duration REAL NOT NULL,
-    worker TEXT,
-    error TEXT,
-    traceback TEXT,
-    state TEXT NOT NULL,
-    signals TEXT,
-    "to" TEXT,
-    awaits TEXT,
-    joining INTEGER NOT NULL,
-    first_child INTEGER,
-    PRIMARY KEY (instance, seq)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX durable_at_buckets ON durable_instances (rate_limit, queue, priority, eligible_at, id)
-    WHERE status = 'runnable' AND parked_on IS NULL AND rate_limit IS NOT NULL;
-DROP VIEW IF EXISTS durable_view_instances;
-CREATE VIEW durable_view_instances AS SELECT
-    id, fsm, version, step, status, queue, priority, attempt, max_attempts, crashes, correlation_key, parent_id,
-    parked_on, awaits, state, result, last_error, concurrency_key, rate_limit, weight, worker, schedule,
-    strftime('%Y-%m-%dT%H:%M:%fZ', scheduled_at / 1000.0, 'unixepoch') AS scheduled_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', eligible_at / 1000.0, 'unixepoch') AS eligible_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', await_deadline / 1000.0, 'unixepoch') AS await_deadline,
-    strftime('%Y-%m-%dT%H:%M:%fZ', inserted_at / 1000.0, 'unixepoch') AS inserted_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', updated_at / 1000.0, 'unixepoch') AS updated_at
-    FROM durable_instances;
-CREATE VIEW durable_view_schedules AS SELECT
-    name, fsm, "when", template, catch_up, window, overlap, jitter, is_declared, is_paused, last_id, missed,
-    strftime('%Y-%m-%dT%H:%M:%fZ', next_at / 1000.0, 'unixepoch') AS next_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', fires_at / 1000.0, 'unixepoch') AS fires_at,
-    strftime('%Y-%m-%dT%H:%M:%fZ', last_at / 1000.0, 'unixepoch') AS last_at
-    FROM durable_schedules;
-INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
-"""
-_MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND)
-"""The script at position n brings a file from version n to n + 1. One that was released is never changed."""
-_SCHEMA_VERSION = len(_MIGRATIONS)
-
-_ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
-    "i.has_inbox", "EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id AND consumed = 0)"
-)
-_ROW_TO_CLAIM = _ROW.replace("i.claim,", "i.claim + 1,")
-"""The row as it will be under the claim that is about to be made."""
-_INSTANCE = _columns(Instance)
-
-_BULK = 16
-"""So many rows are one statement, where one will do: it opens the indexes once for all, 2 us a row in place of 3.5."""
-_One = typing.TypeVar("_One")
-
-# The guard column's index decides on duplicates, so no look-up goes before an insert.
-_VALUES = f"({', '.join('?' * len(_NewRow._fields))})"
-_INSERT = f"INSERT INTO durable_instances ({', '.join(_NewRow._fields)}) VALUES {_VALUES}"
-_INSERT_MANY = _INSERT + f", {_VALUES}" * (_BULK - 1)
-_INSERT_UNIQUE = f"{_INSERT} ON CONFLICT (correlation_guard) WHERE correlation_guard IS NOT NULL DO NOTHING"
-_OCCUPANT = "SELECT id, status FROM durable_instances WHERE correlation_guard = ?"
-_CARRIER = "SELECT max(id) FROM durable_instances WHERE correlation_key = ?"
-_LIMIT = "SELECT name, allowed, per_ms, burst FROM durable_limits WHERE name = ?"
-
-
-def _settings(change: type[_Change], *left_out: str) -> str:
-    """Set the columns of a change to the values that it binds."""
-    return ", ".join(f"{name} = ?" for name in change._fields if name not in left_out)
-
-
-# The guard: only the claim that produced an outcome may write it, and not if the instance was cancelled meanwhile.
-_UNDER_CLAIM = "WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS ?"
-# A failed row, ?1 being the status, keeps what it waited for: `retry` goes back to it.
-_FINISH = f"""
-UPDATE durable_instances SET {_settings(_Finish)}, updated_at = ?,
-    awaits = iif(?1 = 'failed', awaits, NULL), joining = iif(?1 = 'failed', joining, 0),
-    worker = NULL, cancel_reason = NULL, progress = NULL
-{_UNDER_CLAIM}"""
-_AGAIN = f"""
-UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
-    worker = NULL, cancel_reason = NULL
-{_UNDER_CLAIM}"""
-_PROGRESS = f"""
-UPDATE durable_instances SET {_settings(_Progress)}, updated_at = ?,
-    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, worker = NULL, cancel_reason = NULL, progress = NULL,
-    has_calls = 0
-{_UNDER_CLAIM}"""
-# An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
-# is not written, not even as it is: that would have every index that depends on it looked at.
-_ADVANCE = f"""
-UPDATE durable_instances SET {_settings(_Progress, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
-    last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, awaits = NULL, joining = 0, claim = claim + 1,
-    progress = NULL, has_calls = 0
-{_UNDER_CLAIM}"""
-# A call is kept, and its step's progress shown, only as long as the claim is held under which it was made.
-_NOTE_CALLS = "UPDATE durable_instances SET has_calls = 1 WHERE id = ? AND status = 'executing' AND claim = ?"
-_KEEP_CALL = "INSERT OR REPLACE INTO durable_calls (instance, name, value, is_awaited) VALUES (?, ?, ?, ?)"
-_CALLS = "SELECT name, value, is_awaited FROM durable_calls WHERE instance = ?"
-_DROP_CALLS = "DELETE FROM durable_calls WHERE instance = ?"
-_MIGRATE_ROW = """
-UPDATE durable_instances SET version = ?, step = ? WHERE id = ? AND status = 'executing' AND claim = ?
-"""
-_SHOW_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND status = 'executing' AND claim = ?"
-_SHOW_LAST_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND claim = ? AND status = 'runnable'"
-_CANCEL_REASON = """
-SELECT cancel_reason FROM durable_instances
-WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NOT NULL
-"""
-
-# One seek a priority: a date in the future on an urgent priority must not hide live work on a less urgent one.
-_NEXT_PRIORITY = """
-SELECT priority, eligible_at FROM durable_instances
-WHERE queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
-    AND NOT EXISTS (SELECT 1 FROM durable_paused WHERE queue = durable_instances.queue)
-ORDER BY priority, eligible_at LIMIT 1
-"""
-_CANDIDATES = f"""
-SELECT {_ROW_TO_CLAIM} FROM durable_instances i
-WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
-ORDER BY eligible_at, id
-"""
-# Used where rows of unknown classes stand in front: they are told apart within the index.
-_KNOWN_CANDIDATES = f"""
-SELECT {_ROW_TO_CLAIM} FROM durable_instances i
-WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
-    AND EXISTS (SELECT 1 FROM json_each(?) WHERE value ->> 0 = fsm AND version BETWEEN value ->> 1 AND value ->> 2)
-ORDER BY eligible_at, id
-"""
-_NEXT_DUE = """
-SELECT min(eligible_at) FROM durable_instances
-WHERE queue = ? AND priority = ? AND eligible_at > ? AND status = 'runnable' AND parked_on IS NULL
-"""
-_CLAIM = """
-UPDATE durable_instances SET status = 'executing', worker = ?, claim = claim + 1, updated_at = ?
-WHERE id = ? AND status = 'runnable'
-"""
-_CLAIM_MANY = _CLAIM.replace("id = ?", f"id IN ({', '.join('?' * _BULK)})")
-_NEXT_QUEUE = """
-SELECT min(queue) FROM durable_instances WHERE queue > ? AND status = 'runnable' AND parked_on IS NULL
-"""
-# What was due when it was claimed is due now, whatever the clock says by now; a drain claims what is dated, too.
-_GIVE_BACK = """
-UPDATE durable_instances SET
-    status = 'runnable', worker = NULL, updated_at = ?1,
-    eligible_at = iif(eligible_at <= updated_at, min(eligible_at, ?1), eligible_at)
-WHERE id = ? AND status = 'executing' AND claim = ? AND cancel_reason IS NULL
-"""
-
-_EXECUTING = "SELECT count(*) FROM durable_instances WHERE concurrency_key = ? AND status = 'executing'"
-_PARK = """
-UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL
-"""
-_LINE = f"""
-SELECT {", ".join(_Waiting._fields)} FROM durable_instances
-WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
-"""
-_LINE_HEAD = f"{_LINE} LIMIT 1"
-# One seek a priority, as for candidates. A bucket's unparked rows in queues that are claimed from need no look-up: they
-# are met in their order.
-_NEXT_AT_BUCKET = f"""
-SELECT {", ".join(_Waiting._fields)} FROM durable_instances
-WHERE rate_limit = ? AND queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
-ORDER BY priority, eligible_at, id LIMIT 1
-"""
-_LINE_START = """
-SELECT priority, eligible_at, id, queue FROM durable_instances
-WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT ?
-"""
-_LINE_QUEUE = "SELECT min(queue) FROM durable_instances WHERE parked_on = ? AND queue > ?"
-_NEXT_LINE = "SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?"
-_UNPARK = """
-UPDATE durable_instances SET parked_on = NULL WHERE id IN (
-    SELECT id FROM durable_instances WHERE parked_on = ? AND queue = ?
-    ORDER BY priority, eligible_at, id LIMIT ?)
-"""
-_UNPARK_OTHER = """
-UPDATE durable_instances SET parked_on = NULL WHERE id IN (
-    SELECT id FROM (
-        SELECT id, rate_limit FROM durable_instances WHERE parked_on = ? AND queue = ?
-        ORDER BY priority, eligible_at, id LIMIT 100)
-    WHERE rate_limit IS NOT ? LIMIT 1)
-"""
-
-_BUCKET = "SELECT level, refilled_at FROM durable_buckets WHERE key = ?"
-_SAVE_BUCKET = """
-INSERT INTO durable_buckets (key, level, refilled_at, full_at, ready_at) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (key) DO UPDATE SET
-    level = excluded.level, refilled_at = excluded.refilled_at, full_at = excluded.full_at,
-    ready_at = excluded.ready_at
-"""
-_READY_BUCKETS = "SELECT key FROM durable_buckets WHERE ready_at <= ?"
-_NEXT_READY = "SELECT min(ready_at) FROM durable_buckets WHERE ready_at > ?"
-# What a clock has written that was ahead of now (?1) by more than is waited for (up to ?2), at most so many rows (?3).
-# As `_brought_back` rules for each; those that were due when they were written become due in the order that they had.
-_AHEAD = "eligible_at > ?1 AND updated_at > ?2 AND eligible_at < 2 * updated_at - ?1"
-_AHEAD_RUNNABLE = f"""
-    SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_pick
-    WHERE status = 'runnable' AND parked_on IS NULL AND {_AHEAD}
-    UNION ALL
-    SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_parked
-    WHERE parked_on IS NOT NULL AND {_AHEAD}"""
-_AHEAD_AWAITING = """
-    SELECT id FROM durable_instances INDEXED BY durable_deadlines
-    WHERE await_deadline > ?1 AND updated_at > ?2 AND await_deadline < 2 * updated_at - ?1"""
-_AHEAD_EXECUTING = """
-    SELECT id FROM durable_instances INDEXED BY durable_executing
-    WHERE status = 'executing' AND eligible_at > ?1 AND eligible_at <= updated_at"""
-_AHEAD_ENDED = """
-    SELECT id FROM durable_instances
-    WHERE (status = 'done' OR status = 'failed') AND retention IS ?4 AND updated_at > ?2"""
-_IS_AHEAD = f"""
-SELECT EXISTS ({_AHEAD_RUNNABLE}) OR EXISTS ({_AHEAD_AWAITING}) OR EXISTS ({_AHEAD_EXECUTING})
-    OR EXISTS (SELECT 1 FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2)
-    OR EXISTS (SELECT 1 FROM durable_workers WHERE heartbeat_at > ?2)
-"""
-_SET_RIGHT_RUNNABLE = f"""
-WITH ahead AS ({_AHEAD_RUNNABLE}), placed AS (
-    SELECT id, delay, row_number() OVER same AS place, count(*) OVER (PARTITION BY delay > 0) AS count FROM ahead
-    WINDOW same AS (PARTITION BY delay > 0 ORDER BY eligible_at, id))
-UPDATE durable_instances SET updated_at = ?1, eligible_at = ?1 + iif(delay > 0, delay, place - count)
-FROM placed WHERE durable_instances.id = placed.id AND place <= ?3
-"""
-_SET_RIGHT_AWAITING = f"""
-UPDATE durable_instances SET await_deadline = ?1 + max(0, await_deadline - updated_at), updated_at = ?1
-WHERE id IN ({_AHEAD_AWAITING} LIMIT ?3)
-"""
-_SET_RIGHT_EXECUTING = f"UPDATE durable_instances SET eligible_at = ?1 WHERE id IN ({_AHEAD_EXECUTING} LIMIT ?3)"
-_SET_RIGHT_ENDED = f"""
-UPDATE durable_instances SET updated_at = ?1, kept_deadline = iif(
-    kept_deadline > ?1 AND kept_deadline < 2 * updated_at - ?1, ?1 + max(0, kept_deadline - updated_at), kept_deadline)
-WHERE id IN ({_AHEAD_ENDED} LIMIT ?3)
-"""
-_SET_RIGHT_BUCKETS = """
-UPDATE durable_buckets SET
-    full_at = full_at - refilled_at + ?1, ready_at = ready_at - refilled_at + ?1, refilled_at = ?1
-WHERE key IN (SELECT key FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2 LIMIT ?3)
-"""
-_SET_RIGHT_LEASES = """
-UPDATE durable_workers SET lease_expires_at = lease_expires_at - heartbeat_at + ?1, heartbeat_at = ?1
-WHERE heartbeat_at > ?2
-"""
-
-_SAVE_LIMIT = """
-INSERT INTO durable_limits (name, allowed, per_ms, burst) VALUES (?, ?, ?, ?)
-ON CONFLICT (name) DO UPDATE SET allowed = excluded.allowed, per_ms = excluded.per_ms, burst = excluded.burst
-"""
-_BUCKETS_OF = (
-    "SELECT key, level, refilled_at FROM durable_buckets WHERE key = ?1 OR key >= ?1 || ':' AND key < ?1 || ';'"
-)
-
-_DELIVER = """
-INSERT INTO durable_signals (target, name, payload, dedup_key, sent_at) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (target, name, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
-"""
-_STATUS = "SELECT status FROM durable_instances WHERE id = ?"
-_WAKE = """
-UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
-WHERE id = ?2 AND status = 'awaiting_signal' AND EXISTS (SELECT 1 FROM json_each(awaits) WHERE value = ?3)
-"""
-_INBOX = f"SELECT {_columns(Signal)} FROM durable_signals WHERE target = ? AND consumed = 0 ORDER BY id"
-_UNSEEN = """
-SELECT 1 FROM durable_signals
-WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
-    AND id NOT IN (SELECT value FROM json_each(?)) LIMIT 1
-"""
-# A consumed signal that has a dedup_key leaves it behind, so that a redelivery stays a no-op while the instance lives.
-_CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
-_CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
-# With a history it stays, marked with the number of the claim that consumed it, so that it can come back.
-_KEEP_CONSUMED = "UPDATE durable_signals SET consumed = ? WHERE id = ? AND consumed = 0"
-_KEEP_INBOX = "UPDATE durable_signals SET consumed = ? WHERE target = ? AND consumed = 0 RETURNING id, name, 0"
-_HAS_SIGNALS = "SELECT 1 FROM durable_signals LIMIT 1"
-_EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ? RETURNING id, name, consumed"
-
-_LIVE_CHILD = """
-SELECT 1 FROM durable_instances
-WHERE parent_id = ? AND status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children') LIMIT 1
-"""
-_CHILDREN_IDS = "SELECT id FROM durable_instances WHERE parent_id = ? ORDER BY id"
-_WAKE_PARENT = """
-UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, updated_at = ?1
-WHERE id = ?2 AND status = 'awaiting_children'
-"""
-
-_TIMERS = """
-SELECT (SELECT min(await_deadline) FROM durable_instances WHERE await_deadline IS NOT NULL),
-    (SELECT min(ready_at) FROM durable_buckets WHERE ready_at IS NOT NULL),
-    (SELECT min(fires_at) FROM durable_schedules WHERE fires_at > ?)
-"""
-_FIRE = """
-UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
-WHERE id IN (
-    SELECT id FROM durable_instances WHERE await_deadline <= ?2 ORDER BY await_deadline LIMIT 1000)
-RETURNING id, fsm, step
-"""
-
-_FOR_UPDATE = f"SELECT {_ROW}, i.status FROM durable_instances i WHERE id = ?"
-_END = """
-UPDATE durable_instances SET
-    status = 'failed', last_error = ?, traceback = NULL, crashes = 0, parked_on = NULL, progress = NULL,
-    failed_from = iif(status = 'awaiting_signal', status, NULL), kept_deadline = await_deadline, await_deadline = NULL,
-    updated_at = ?, claim = claim + 1
-WHERE id = ? AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
-"""
-_REQUEST_CANCEL = """
-UPDATE durable_instances SET cancel_reason = coalesce(cancel_reason, ?) WHERE id = ? AND status = 'executing'
-"""
-_CANCEL_REQUESTED = "SELECT cancel_reason IS NOT NULL FROM durable_instances WHERE id = ? AND status = 'executing'"
-_REVIVE = """
-UPDATE durable_instances SET
-    status = CASE
-        WHEN failed_from IS NOT NULL THEN failed_from
-        WHEN joining AND EXISTS (
-            SELECT 1 FROM durable_instances WHERE parent_id = ?2
-                AND status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children'))
-            THEN 'awaiting_children'
-        ELSE 'runnable' END,
-    await_deadline = kept_deadline, failed_from = NULL, kept_deadline = NULL,
-    attempt = 0, crashes = 0, eligible_at = ?1, updated_at = ?1
-WHERE id = ?2 AND status = 'failed'
-"""
-_CARRIED_KEY = "SELECT correlation_key, correlation_scope FROM durable_instances WHERE id = ?"
-_PAUSE = "INSERT INTO durable_paused (queue) VALUES (?) ON CONFLICT DO NOTHING"
-_RESUME = "DELETE FROM durable_paused WHERE queue = ?"
-_IS_PAUSED = "SELECT 1 FROM durable_paused WHERE queue = ?"
-
-_SERVED_ELSEWHERE = "SELECT key FROM durable_workers w, json_each(w.queues) WHERE w.id IS NOT ?"
-_REGISTER = """
-INSERT INTO durable_workers (id, name, host, pid, queues, started_at, heartbeat_at, lease_expires_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, lease_expires_at = excluded.lease_expires_at
-"""
-_RENEW = "UPDATE durable_workers SET heartbeat_at = ?, lease_expires_at = ? WHERE id = ?"
-_UNREGISTER = "DELETE FROM durable_workers WHERE id = ?"
-_NOTE_TAKEN = "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('taken:' || ?, ?)"
-_FORGET_TAKEN = "DELETE FROM durable_meta WHERE key GLOB 'taken:*' AND CAST(value AS INTEGER) < ?"
-_WAS_TAKEN = "SELECT 1 FROM durable_meta WHERE key = 'taken:' || ?"
-_WORKERS = f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id"
-_CLAIMED_BY = f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id"
-
-_SCHEDULE_COLUMNS = ", ".join(f'"{name}"' for name in _ScheduleRow._fields)
-_SCHEDULES = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules ORDER BY name"
-_SCHEDULE = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE name = ?"
-_DUE_SCHEDULES = f"""
-SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE fires_at > ? AND fires_at <= ? ORDER BY fires_at, name
-"""
-_SCHEDULES_AHEAD = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE next_at > ? ORDER BY name"
-_DECLARED_SCHEDULES = f"SELECT {_SCHEDULE_COLUMNS} FROM durable_schedules WHERE is_declared ORDER BY name"
-_HAS_OCCURRENCE = "SELECT 1 FROM durable_instances WHERE schedule = ? AND scheduled_at = ? LIMIT 1"
-_SAVE_SCHEDULE = f"""
-INSERT OR REPLACE INTO durable_schedules ({_SCHEDULE_COLUMNS}) VALUES ({", ".join("?" * len(_ScheduleRow._fields))})
-"""
-_ENTRY_COLUMNS = ", ".join(f'"{name}"' for name in _Entry._fields)
-_ENTRY_VALUES = f"({', '.join('?' * len(_Entry._fields))})"
-_RECORD = f"INSERT INTO durable_transitions ({_ENTRY_COLUMNS}) VALUES {_ENTRY_VALUES}"
-_RECORD_MANY = _RECORD + f", {_ENTRY_VALUES}" * (_BULK - 1)
-_HISTORY = "SELECT {} FROM durable_transitions WHERE instance = ? ORDER BY seq".format(
-    ", ".join(f'"{field.name}"' for field in attrs.fields(Transition))
-)
-_ENTRIES_FROM = f"SELECT {_ENTRY_COLUMNS} FROM durable_transitions WHERE instance = ? AND seq >= ? ORDER BY seq"
-_LATEST_OF_STEP = """
-SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kind NOT IN ('rewind', 'cancel')
-"""
-_STEP_OF_RUN = "SELECT step FROM durable_transitions WHERE instance = ? AND seq = ?"
-# What stood is the history's; the row goes on under a claim number of its own, which a late outcome doesn't have.
-_REWIND = """
-UPDATE durable_instances SET
-    status = 'runnable', step = ?2, state = ?3, awaits = ?4, joining = ?5, eligible_at = ?6, updated_at = ?6,
-    attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
-    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1, progress = NULL, has_calls = 0
-WHERE id = ?1 AND status <> 'executing'
-"""
-_RETENTION = "SELECT retention FROM durable_instances WHERE id = ?"
-# What was consumed without a history has lost its payload.
-_BRING_BACK = """
-UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ? AND payload IS NOT NULL
-"""
-_DETACH = "UPDATE durable_instances SET parent_id = NULL WHERE parent_id = ? AND id >= ?"
-_RENAME_SCHEDULE = (
-    "UPDATE durable_schedules SET name = ? WHERE name = ?",
-    "UPDATE durable_instances SET schedule = ? WHERE schedule = ?",
-)
-_UNSCHEDULE = "DELETE FROM durable_schedules WHERE name = ?"
-_PAUSE_SCHEDULES = "UPDATE durable_schedules SET is_paused = 1, next_at = NULL, fires_at = NULL"
-_FILE_ID = "SELECT value FROM durable_meta WHERE key = 'file_id'"
-_LIST_SCHEDULES = "SELECT {} FROM durable_schedules ORDER BY name".format(_columns(Schedule).replace("when", '"when"'))
-
-# A finished child waits for its parent's join, of which `joining` says that it is still to make progress; and a failed
-# parent keeps its children as long as itself, for it may be retried.
-_SWEEP = """
-SELECT id, updated_at, status = 'failed' FROM durable_instances c
-WHERE (status = 'done' OR status = 'failed') AND retention IS ? AND (updated_at, id) > (?, ?) AND updated_at < ?
-    AND NOT EXISTS (
-        SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND (p.joining OR p.status = 'failed'))
-ORDER BY updated_at, id LIMIT ?
-"""
-_NEXT_RETENTION = """
-SELECT min(retention) FROM durable_instances WHERE (status = 'done' OR status = 'failed') AND retention > ?
-"""
-_COLLECT = (
-    "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')",
-    "DELETE FROM durable_signals WHERE target = ?",
-    "DELETE FROM durable_transitions WHERE instance = ?",
-    _DROP_CALLS,
-)
-_COLLECT_BUCKETS = """
-DELETE FROM durable_buckets WHERE key IN (
-    SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
-"""
-
-_INCREMENTAL = 2
-"""What `PRAGMA auto_vacuum` says of a file that can give space back."""
-_FREE_PAGES = "PRAGMA freelist_count"
-_SHRUNK_AT_ONCE = 64
-"""Pages; it takes 1 to 4 ms."""
-_SHRINK = f"PRAGMA incremental_vacuum({_SHRUNK_AT_ONCE})"
-
-_FIND = f"SELECT {_INSTANCE} FROM durable_instances WHERE "
-_FIND_BY = {
-    "status": "status IN (SELECT value FROM json_each(?))",
-    "fsm": "fsm IN (SELECT value FROM json_each(?))",
-    "queue": "queue = ?",
-    "parent_id": "parent_id = ?",
-    "correlation_key": "correlation_key = ?",
-    "schedule": "schedule = ?",
-    "since": "updated_at >= ?",
-    "before": "id < ?",
-}
-_FIND_FAILED = "status = 'failed'"  # a literal, for the index of the failed rows
-_FIND_END = " ORDER BY id DESC LIMIT ?"
-_GET = f"SELECT {_INSTANCE} FROM durable_instances WHERE id = ?"
-# What is to be done now, by queue: neither dated in the future, nor of a paused queue.
-_BUSY = """
-SELECT DISTINCT queue FROM durable_instances
-WHERE (status = 'executing' OR status = 'runnable' AND eligible_at <= ?)
-    AND queue NOT IN (SELECT queue FROM durable_paused)
-"""
-_LIVE_ROWS = """
-SELECT id, fsm, version, step, state FROM durable_instances
-WHERE status = 'runnable' OR status = 'executing' OR status = 'awaiting_signal' OR status = 'awaiting_children'
-"""
-_ENDING = "SELECT id, status, result, last_error FROM durable_instances WHERE id = ?"
-_CHILDREN = f"SELECT {_INSTANCE} FROM durable_instances WHERE parent_id = ? ORDER BY id"
-# Each line reads one partial index and no row.
-_COUNTS = """
-SELECT queue, status, count(*) FROM durable_instances WHERE status = 'runnable' AND parked_on IS NULL
-    GROUP BY queue
-UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY queue
-UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE status = 'executing' GROUP BY queue
-UNION ALL SELECT queue, status, count(*) FROM durable_instances
-    WHERE status = 'awaiting_signal' OR status = 'awaiting_children' GROUP BY queue, status
-UNION ALL SELECT queue, status, count(*) FROM durable_instances
-    WHERE status = 'done' OR status = 'failed' GROUP BY queue, status
-"""
-_STATUSES = "SELECT id, status FROM durable_instances WHERE id IN (SELECT value FROM json_each(?))"
-
-_AUDITS = {
-    "executing rows of a worker that is not registered": """
-        SELECT id FROM durable_instances
-        WHERE status = 'executing' AND worker NOT IN (SELECT id FROM durable_workers)""",
-    "rows waiting for a signal without saying which": """
-        SELECT id FROM durable_instances i WHERE status = 'awaiting_signal' AND awaits IS NULL""",
-    "rows waiting for children of which none is live": """
-        SELECT id FROM durable_instances p WHERE status = 'awaiting_children' AND NOT EXISTS (
-            SELECT 1 FROM durable_instances c WHERE c.parent_id = p.id AND c.status NOT IN ('done', 'failed'))""",
-    "done rows with an inbox": """
-        SELECT DISTINCT target FROM durable_signals JOIN durable_instances i ON i.id = target
-        WHERE i.status = 'done' AND NOT consumed""",
-    "done rows that wait for something": """
-        SELECT id FROM durable_instances WHERE status = 'done' AND (awaits IS NOT NULL OR joining)""",
-    "signals without an instance": """
-        SELECT DISTINCT target FROM durable_signals WHERE target NOT IN (SELECT id FROM durable_instances)""",
-    "rows whose state, result or awaits is no JSON": """
-        SELECT id FROM durable_instances WHERE NOT json_valid(state)
-            OR NOT coalesce(json_valid(result), 1) OR NOT coalesce(json_valid(awaits), 1)""",
-    "signals whose payload is no JSON (by target)": """
-        SELECT target FROM durable_signals WHERE NOT json_valid(payload)""",
-    "rows of a rate limit that is not in the file": """
-        SELECT id FROM durable_instances WHERE rate_limit IS NOT NULL AND status NOT IN ('done', 'failed')
-            AND substr(rate_limit, 1, instr(rate_limit || ':', ':') - 1) NOT IN (SELECT name FROM durable_limits)""",
-    "rows parked on something that is not theirs": """
-        SELECT id FROM durable_instances WHERE parked_on IS NOT NULL
-            AND parked_on IS NOT 'key:' || concurrency_key AND parked_on IS NOT 'rate:' || rate_limit""",
-    "rows parked on a bucket that will never wake them": """
-        SELECT id FROM durable_instances WHERE parked_on LIKE 'rate:%' AND NOT EXISTS (
-            SELECT 1 FROM durable_buckets WHERE 'rate:' || key = parked_on AND ready_at IS NOT NULL)""",
-    "rows parked on a key that nobody holds or is about to take": """
-        SELECT id FROM durable_instances i WHERE parked_on = 'key:' || concurrency_key AND NOT EXISTS (
-            SELECT 1 FROM durable_instances o WHERE o.concurrency_key = i.concurrency_key AND (o.status = 'executing'
-                OR o.status = 'runnable' AND (o.parked_on IS NULL OR o.parked_on LIKE 'rate:%')))""",
-    "schedules that would fire before their instant (by name)": """
-        SELECT name FROM durable_schedules WHERE fires_at < next_at OR fires_at > next_at + jitter""",
-    "schedules whose grid or instance is no JSON (by name)": """
-        SELECT name FROM durable_schedules WHERE NOT json_valid("when") OR NOT json_valid(template)""",
-    "schedules whose latest instance is another's (by name)": """
-        SELECT s.name FROM durable_schedules s JOIN durable_instances i ON i.id = s.last_id
-        WHERE i.schedule IS NOT s.name""",
-    "runs of an instance that is not in the file (by its id)": """
-        SELECT DISTINCT instance FROM durable_transitions WHERE instance NOT IN (SELECT id FROM durable_instances)""",
-    "counters below zero": """
-        SELECT id FROM durable_instances WHERE min(attempt, crashes, claim) < 0 OR weight < 1""",
-}
-
-_STORAGE_ERRORS = (
-    apsw.FullError,
-    apsw.IOError,
-    apsw.BusyError,
-    apsw.LockedError,
-    apsw.ProtocolError,
-    apsw.CantOpenError,
-    apsw.ReadOnlyError,
-    apsw.PermissionsError,
-    apsw.NoMemError,
-    apsw.InterruptError,
-)
-_DAMAGE_ERRORS = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
-
-
-class _LostFileError(DurableError):
-    """The database or its log is no longer the file that was opened: what is written goes nowhere."""
-
-
-_STORE_FAILURES = (*_STORAGE_ERRORS, *_DAMAGE_ERRORS, _LostFileError)
-_LOCK_TIMEOUT_S = 10.0
-"""How long a transaction waits for another process's write lock."""
-_LONG_WAIT_S = 1.0
-"""After how long the log is told."""
-_LONGEST_PATH = 504
-"""What SQLite allows on POSIX, in bytes, with room for what it appends."""
-
-
-def _reading_error(path: str) -> apsw.Error | None:
-    """Return what the system says to a look at a file's head: what can't be read, SQLite calls damage."""
-    try:
-        with contextlib.closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as connection:
-            connection.read("main", 0, 0, 100)
-    except apsw.Error as error:
-        return error
-    return None
-
-
-def _opening_trouble(path: str) -> str:
-    """Say why a file could not be opened, as far as one can see, for the start of a message."""
-    folder = os.path.dirname(path)
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        return f"{path} is too long: SQLite takes paths of at most {_LONGEST_PATH} bytes"
-    if not os.path.exists(folder):
-        return f"{path}: its folder {folder} is missing"
-    if os.path.isdir(path):
-        return f"{path} is a folder"
-    return path
-
-
-def _translated(error: apsw.Error, path: str) -> DurableError:
-    """Say in the module's own errors what the driver said."""
-    translated = DurableError(f"{path}: {_error_text(error)}")
-    if isinstance(error, _DAMAGE_ERRORS):
-        trouble = _reading_error(path)
-        translated = (
-            SchemaError(f"{path} is damaged or no database: {error}")
-            if trouble is None
-            else DurableError(f"{path} can't be read: {_error_text(trouble)}")
-        )
-    elif isinstance(error, apsw.BusyError):
-        held = f"another process held the write lock for over {_LOCK_TIMEOUT_S:g} s"
-        translated = DurableError(f"{path}: {held}: {error}")
-    elif isinstance(error, apsw.CantOpenError):
-        translated = DurableError(f"{_opening_trouble(path)}: {_error_text(error)}")
-    translated.__cause__ = error
-    return translated
-
-
-@contextlib.contextmanager
-def _driver_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except apsw.Error as error:
-        raise _translated(error, path) from error
-
-
-class _Patience:
-    """Busy handler: tries again with sleeps from 50 us to 2 ms, for `_LOCK_TIMEOUT_S` in all.
-
-    SQLite's own handler starts at whole milliseconds, which is longer than most transactions here last.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._deadline = self._tells_at = 0.0
-        self.tell: Callable[[str], None] = _log.warning
-        """Hears of a long wait, once, while it lasts: the text is a line for the log."""
-
-    def __call__(self, calls: int) -> bool:
-        now = _Ticks.monotonic()
-        if calls == 0:
-            self._deadline, self._tells_at = now + _LOCK_TIMEOUT_S, now + _LONG_WAIT_S
-        if now >= self._tells_at:
-            self._tells_at = math.inf
-            self.tell(
-                f"{self._path}: another connection has held the lock for over {_LONG_WAIT_S:g} s: it is waited for"
-            )
-        time.sleep(min(0.002, 0.00005 * 2 ** min(calls, 6)))
-        return now < self._deadline
-
-
-def _connect(
-    path: str,
-    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
-    patience: _Patience | None = None,
-) -> apsw.Connection:
-    # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
-    # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job.
-    connection = apsw.Connection(path, flags=flags, statementcachesize=1024)
-    connection.set_busy_handler(patience or _Patience(path))
-    # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
-    # place of 2 for the candidates of a claim.
-    connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
-    return connection
-
-
-_LOG_PAGES = 1000
-"""Size of the write-ahead log at which it is copied into the database, SQLite's own default."""
-
-
-def _configure(connection: apsw.Connection, synchronous: str) -> apsw.Connection:
-    connection.execute(f"PRAGMA synchronous = {synchronous}; PRAGMA foreign_keys = ON")
-    # To this a longer log is cut, once it has been copied and nobody reads in it any more. Usually it is a tenth over
-    # its pages, so that it is cut only after somebody has held it up.
-    connection.pragma("journal_size_limit", 2 * _LOG_PAGES * connection.pragma("page_size"))
-    if synchronous in ("full", "extra"):  # on macOS only these reach the platter; elsewhere they change nothing
-        connection.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
-    return connection
-
-
-def _database_path(database: str | os.PathLike[str]) -> str:
-    path: object = os.fspath(database) if isinstance(cast(object, database), str | os.PathLike) else None
-    if not isinstance(path, str) or path in ("", ":memory:"):
-        raise ValueError(f"database must be the path of a file, not {database!r}")
-    try:
-        path = os.path.realpath(path)
-        path.encode()
-    except ValueError as error:  # of both
-        raise ValueError(f"database must be a path without null bytes that UTF-8 can write, not {path!r}") from error
-    except OSError as error:
-        raise DurableError(f"{path}: the current folder is gone ({error}): give an absolute path") from error
-    return path
-
-
-def _schema_of(connection: apsw.Connection) -> dict[str, str]:
-    """Read the definitions of durable's tables and indexes."""
-    rows = connection.execute(
-        "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'index') AND name GLOB 'durable_*'"
-    )
-    return dict(cast(Iterable[tuple[str, str]], rows))
-
-
-def _blank_database(version: int) -> apsw.Connection:
-    """Make an empty database in memory, with durable's tables as of a version."""
-    blank = apsw.Connection(":memory:")
-    for script in _MIGRATIONS[:version]:
-        blank.execute(script)
-    return blank
-
-
-@functools.cache
-def _expected_schema(version: int) -> dict[str, str]:
-    return _schema_of(_blank_database(version))
-
-
-def _sql_words(sql: str) -> list[str]:
-    """Split a definition into words, for comparison: without comments, quotes of names, white space and case."""
-    import re  # only a schema that somebody has edited pays for it
-
-    words = re.findall(
-        r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql, flags=re.DOTALL
-    )
-    bare = (word if word[0] == "'" else word.strip('"[]`').lower() for word in words if word[:2] not in ("--", "/*"))
-    return [word for word in bare if word != "asc"]
-
-
-def _clauses(words: Sequence[str]) -> Iterator[str]:
-    """Yield what a table's definition puts into brackets after CHECK, or after AS, as a generated column does."""
-    for start, word in enumerate(words):
-        if word in ("check", "as") and words[start + 1 : start + 2] == ["("]:
-            depth = 0
-            for end, bracket in enumerate(words[start + 1 :], start + 1):
-                depth += {"(": 1, ")": -1}.get(bracket, 0)
-                if depth == 0:
-                    yield " ".join(words[start : end + 1])
-                    break
-
-
-_COLUMNS_OF = """
-SELECT lower(name), concat_ws(' ', upper(type), iif("notnull", 'NOT NULL', NULL), 'DEFAULT ' || dflt_value,
-    iif(pk, 'in place ' || pk || ' of the primary key', NULL), iif(hidden, 'GENERATED', NULL))
-FROM pragma_table_xinfo(?, 'main')
-"""
-_KIND_OF = "SELECT iif(wr, ' WITHOUT ROWID', '') || iif(strict, ' STRICT', '') FROM pragma_table_list WHERE name = ?"
-
-
-def _table_facts(connection: apsw.Connection, table: str) -> dict[str, str]:
-    """Describe what statements and the soundness of rows rely on: a table's columns, its kind, its constraints."""
-    words = _sql_words(_schema_of(connection)[table])
-    facts = {f"column {name}": kind for name, kind in cast(Any, connection.execute(_COLUMNS_OF, (table,)))}
-    kind = str(connection.execute(_KIND_OF, (table,)).get)
-    facts["the table's kind"] = f"plain{kind}{' AUTOINCREMENT' if 'autoincrement' in words else ''}"
-    return facts | dict.fromkeys(_clauses(words), "")
-
-
-def _table_problems(connection: apsw.Connection, table: str, version: int) -> Iterator[str]:
-    """Say what of a table is missing, or not as durable made it. A column that others have added must take no value."""
-    found, expected = _table_facts(connection, table), _table_facts(_blank_database(version), table)
-    for name, kind in expected.items():
-        if name not in found:
-            yield f"table {table}: {name}{kind and f' ({kind})'} is missing"
-        elif found[name] != kind:
-            yield f"table {table}: {name} is {found[name]}, not {kind}"
-    for name in found.keys() - expected.keys():
-        if "NOT NULL" in found[name] and not {"DEFAULT", "GENERATED"} & set(found[name].split()):
-            yield f"table {table}: {name} was added as NOT NULL without a default, so that no row can be written"
-
-
-def _schema_problems(connection: apsw.Connection, version: int) -> Iterator[str]:
-    """Say what of durable's tables and indexes is missing, or not as it was made; what others have added is theirs."""
-    found = _schema_of(connection)
-    for name, sql in _expected_schema(version).items():
-        if found.get(name) == sql:
-            continue
-        make = f"by: {' '.join(sql.split())}"
-        if sql.startswith("CREATE TABLE"):
-            if name in found:
-                yield from _table_problems(connection, name, version)
-            else:
-                yield f"table {name} is missing. Make it, without what was in it, {make}"
-        elif name not in found:
-            yield f"index {name} is missing. Make it {make}"
-        elif _sql_words(found[name]) != _sql_words(sql):
-            yield f"index {name} is not as it was made. Drop it, and make it {make}"
-
-
-def _roll_back(connection: apsw.Connection) -> None:
-    if connection.in_transaction:  # SQLite itself has rolled back on some errors
-        connection.execute("ROLLBACK")
-
-
-@contextlib.contextmanager
-def _one_view(connection: apsw.Connection) -> Iterator[None]:
-    """See a file as it is at one instant, whatever others commit meanwhile."""
-    if connection.in_transaction:
-        yield
-        return
-    connection.execute("BEGIN")
-    try:
-        yield
-    finally:
-        _roll_back(connection)
-
-
-def _file_version(connection: apsw.Connection, path: str) -> int:
-    """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
-    try:
-        with _one_view(connection):  # another process may be migrating it
-            schema = _schema_of(connection)
-            if not schema:
-                return 0
-            rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
-        version = int(cast(str, rows[0][0]))
-    except (apsw.SQLError, LookupError, ValueError) as error:
-        raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
-    if version > _SCHEMA_VERSION:
-        raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
-    if _expected_schema(version).items() - schema.items() and (problems := list(_schema_problems(connection, version))):
-        advice = "Bring it back as it was, or restore a copy of the file"
-        raise SchemaError(f"{path} is damaged: {'; '.join(problems[:20])}. {advice}")
-    return version
-
-
-def _enter_wal_mode(connection: apsw.Connection, path: str, patience: _Patience) -> None:
-    """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
-    for calls in range(1_000_000):
-        try:
-            mode = connection.pragma("journal_mode", "wal")
-        except apsw.BusyError:
-            if not patience(calls):
-                raise
-        else:
-            if mode != "wal":
-                raise DurableError(f"{path}: this file system can't do WAL mode, which durable needs")
-            return
-
-
-def _migrate(connection: apsw.Connection, path: str) -> None:
-    if _file_version(connection, path) == _SCHEMA_VERSION:
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    try:  # looked at again: another process may have been first
-        for script in _MIGRATIONS[_file_version(connection, path) :]:
-            connection.execute(script)
-        connection.execute(
-            "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('schema_version', ?)", (str(_SCHEMA_VERSION),)
-        )
-        _file_version(connection, path)  # what was damaged before is no whole file of this version now
-        connection.execute("COMMIT")
-    except BaseException as error:
-        _roll_back(connection)
-        if isinstance(error, apsw.SQLError):
-            raise SchemaError(f"{path} is damaged: it could not be migrated: {error}") from error
-        raise
-
-
-def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Connection:
-    """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
-    with _driver_errors(path):
-        connection = _connect(path, patience=patience)
-        try:
-            # Closing the last connection copies the WAL into the file: not into one that may be refused.
-            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            _file_version(connection, path)
-            if connection.readonly("main"):
-                raise DurableError(f"{path} can only be read: durable needs to write")
-            if connection.pragma("page_count") == 0:  # else it is too late, or the application's to say
-                connection.pragma("auto_vacuum", "incremental")
-            _configure(connection, synchronous)
-            _enter_wal_mode(connection, path, patience)
-            _migrate(connection, path)
-            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
-
-
-def _parked_queues(connection: apsw.Connection, parked_on: str) -> Iterator[str]:
-    """Yield the queues in which rows are parked on something, by a seek each."""
-    queue: str | None = ""
-    while (queue := connection.execute(_LINE_QUEUE, (parked_on, queue)).get) is not None:
-        yield queue
-
-
-def _keep_for_ever(connections: list[apsw.Connection]) -> None:
-    """Keep connections from being closed, even by the interpreter's end.
-
-    A fork's child shares its parent's open files: closing SQLite's in the child may truncate the WAL under the
-    parent. What a reference is held to that nobody will drop is never closed.
-    """
-    import ctypes  # only the child of a fork pays for it
-
-    for connection in connections:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-
-
-class _SweepPosition(NamedTuple):
-    """Where a sweep of ended rows goes on: within those of one retention, in the order of their ends."""
-
-    retention: int | None = None
-    updated_at: int = 0
-    id: int = 0
-    has_freed: bool = False
-    """Whether a failed row was among them: then it begins anew, for its children were kept with it."""
-
-
-class _Ending(NamedTuple):
-    """How an instance ended, if its status says that it has."""
-
-    id: int
-    status: str
-    result: str | None
-    last_error: str | None
-
-
-class _Reader:
-    """Reads what is committed, on connections of its own that can't write and never block a beat."""
-
-    def __init__(self, path: str, files: _OpenFiles | None = None) -> None:
-        self.path = path
-        self._files = files
-        self._idle: list[apsw.Connection] = []
-        self._all: list[apsw.Connection] = []
-        self._is_closed = False
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[apsw.Connection]:
-        """Lend a connection to one thread at a time."""
-        if self._is_closed:
-            raise EngineClosedError(f"the engine on {self.path} is closed")
-        if self._files is not None:
-            self._files.check()
-        with _driver_errors(self.path):
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = self._open()
-                connection.execute("PRAGMA query_only = ON")
-                self._all.append(connection)
-            try:
-                yield connection
-            finally:
-                self._put_back(connection)
-
-    def _open(self) -> apsw.Connection:
-        return _connect(self.path, apsw.SQLITE_OPEN_READWRITE)
-
-    def _put_back(self, connection: apsw.Connection) -> None:
-        if self._is_closed:
-            self._close(connection)
-        else:
-            self._idle.append(connection)
-
-    def _close(self, connection: apsw.Connection) -> None:
-        if self._files is not None:
-            self._files.release(connection)
-        with contextlib.suppress(apsw.Error):  # a reader has nothing to lose
-            connection.close()
-
-    def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self.reading() as connection:
-            return list(connection.execute(sql, bindings))
-
-    def locate(self, target: int | str) -> int:
-        """Return the id that a target means: by key, the occupant's, else that of the newest that carries the key."""
-        if isinstance(_target(target), int):
-            if abs(cast(int, target)) > _MAX_INTEGER:
-                raise NotFoundError(f"no instance has the id {target!r}")
-            return cast(int, target)
-        rows = self._rows(_OCCUPANT, (target,)) or self._rows(_CARRIER, (target,))
-        if not rows or rows[0][0] is None:
-            raise NotFoundError(f"no instance carries the key {target!r}")
-        return int(rows[0][0])
-
-    def identify(self, target: int | str) -> int:
-        """Return the id of an instance that exists."""
-        identity = self.locate(target)
-        if not self._rows(_STATUS, (identity,)):
-            raise NotFoundError(f"no instance has the id {target!r}")
-        return identity
-
-    def get(self, target: int | str) -> Instance:
-        identity = self.locate(target)
-        rows = self._rows(_GET, (identity,))
-        if not rows:
-            raise NotFoundError(f"no instance has the id {target!r}")
-        return _make_instance(rows[0])
-
-    def ending(self, instance: int) -> _Ending:
-        """Return only what a result needs: half the time of the whole instance."""
-        rows = self._rows(_ENDING, (instance,))
-        if not rows:
-            raise NotFoundError(f"no instance has the id {instance!r}")
-        return _Ending(*rows[0])
-
-    def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
-        """Return the newest instances that pass all filters, which are columns or `before`."""
-        given = {name: value for name, value in filters.items() if value is not None}
-        clauses = [_FIND_BY[name] for name in given]
-        if given.get("status") == _encode([Status.FAILED]):
-            clauses.append(_FIND_FAILED)
-        sql = _FIND + (" AND ".join(clauses) or "TRUE") + _FIND_END
-        return [_make_instance(row) for row in self._rows(sql, (*given.values(), limit))]
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        counts: dict[str, dict[str, int]] = {}
-        for queue, status, count in self._rows(_COUNTS):
-            of_queue = counts.setdefault(queue, {})
-            of_queue[status] = of_queue.get(status, 0) + count
-        return {queue: counts[queue] for queue in sorted(counts)}
-
-    def workers(self) -> list[Worker]:
-        return [_make_worker(row) for row in self._rows(_WORKERS)]
-
-    def calls(self, instance: int) -> dict[str, tuple[str | None, bool]]:
-        """Return the calls that are kept of an instance's step: (value as JSON, whether it was awaited) by name."""
-        return {name: (value, bool(is_awaited)) for name, value, is_awaited in self._rows(_CALLS, (instance,))}
-
-    def history(self, instance: int) -> list[Transition]:
-        return [_make_transition(row) for row in self._rows(_HISTORY, (instance,))]
-
-    def latest_run(self, instance: int, step_name: str) -> int | None:
-        """Return the number of the latest run of a step, if there is one in the history."""
-        return cast("int | None", self._rows(_LATEST_OF_STEP, (instance, step_name))[0][0])
-
-    def step_of_run(self, instance: int, seq: int) -> str | None:
-        rows = self._rows(_STEP_OF_RUN, (instance, seq))
-        return rows[0][0] if rows else None
-
-    def schedules(self) -> list[Schedule]:
-        return [_make_schedule(row) for row in self._rows(_LIST_SCHEDULES)]
-
-    def schedule_rows(self) -> list[_ScheduleRow]:
-        return [_ScheduleRow(*row) for row in self._rows(_SCHEDULES)]
-
-    def children(self, parent: int) -> tuple[Instance, ...]:
-        return tuple(map(_make_instance, self._rows(_CHILDREN, (parent,))))
-
-    def signals(self, target: int) -> tuple[Signal, ...]:
-        return tuple(map(_make_signal, self._rows(_INBOX, (target,))))
-
-    def paused(self) -> list[str]:
-        return [queue for (queue,) in self._rows("SELECT queue FROM durable_paused ORDER BY queue")]
-
-    def busy(self, now: int) -> set[str]:
-        """Return the queues in which something is to be done now, or runs."""
-        return {queue for (queue,) in self._rows(_BUSY, (now,))}
-
-    def data_version(self) -> int:
-        """Return a number that changes when another connection than the one which is asked has committed."""
-        with self.reading() as connection:
-            return hash((id(connection), connection.execute("PRAGMA data_version").get))
-
-    def live(self) -> Iterator[tuple[Any, ...]]:
-        """Yield (id, fsm, version, step, state) of the instances that have not ended."""
-        with self.reading() as connection:
-            yield from connection.execute(_LIVE_ROWS)
-
-    def queues(self) -> list[str]:
-        return [queue for (queue,) in self._rows("SELECT DISTINCT queue FROM durable_instances")]
-
-    def is_ahead(self, now: int) -> bool:
-        """Whether something in the file was written by a clock that was ahead of now, and waits for it."""
-        horizon = now + _SET_BACK_MS
-        return bool(self._rows(_IS_AHEAD, (now, horizon))[0][0])
-
-    def is_cancelled(self, instance: int) -> bool:
-        rows = self._rows(_CANCEL_REQUESTED, (instance,))
-        return bool(rows and rows[0][0])
-
-    def policy(self, name: str) -> _Policy | None:
-        rows = self._rows(_LIMIT, (name,))
-        return _Policy(*rows[0]) if rows else None
-
-    def statuses(self, ids: Iterable[int]) -> dict[int, str]:
-        return dict(cast(Iterable[tuple[int, str]], self._rows(_STATUSES, (_encode(list(ids)),))))
-
-    def check(self) -> list[str]:
-        """Hold the file against SQLite's own integrity check and the engine's invariants, in one view of it."""
-        with self.reading() as connection:
-            connection.execute("BEGIN")
-            try:
-                found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
-                problems = [] if found == ["ok"] else [f"SQLite: {text}" for text in found]
-                for title, sql in () if problems else _AUDITS.items():
-                    ids = [str(row[0]) for row in connection.execute(sql)]
-                    if ids:
-                        problems.append(f"{title}: {', '.join(ids[:10])}{' ...' if len(ids) > 10 else ''}")
-                return problems
-            finally:
-                connection.execute("ROLLBACK")
-
-    def close(self) -> None:
-        self._is_closed = True
-        while self._idle:
-            self._close(self._idle.pop())
-
-    def abandon(self) -> None:
-        """Forget the connections, unclosed: this is the child of a fork."""
-        self._is_closed = True
-        _keep_for_ever(self._all)
-
-
-_WRITE_ACTIONS = frozenset(
-    {
-        apsw.SQLITE_INSERT,
-        apsw.SQLITE_UPDATE,
-        apsw.SQLITE_DELETE,
-        apsw.SQLITE_ALTER_TABLE,
-        apsw.SQLITE_REINDEX,
-        apsw.SQLITE_CREATE_INDEX,
-        apsw.SQLITE_CREATE_TABLE,
-        apsw.SQLITE_CREATE_TRIGGER,
-        apsw.SQLITE_CREATE_VIEW,
-        apsw.SQLITE_CREATE_VTABLE,
-        apsw.SQLITE_DROP_INDEX,
-        apsw.SQLITE_DROP_TABLE,
-        apsw.SQLITE_DROP_TRIGGER,
-        apsw.SQLITE_DROP_VIEW,
-        apsw.SQLITE_DROP_VTABLE,
-    }
-)
-# They would outlive the step, on the engine's own connection, and hide other tables from it.
-_NO_TEMPORARIES = "create temporary objects"
-_FORBIDDEN_ACTIONS = {
-    apsw.SQLITE_TRANSACTION: "control the transaction",
-    apsw.SQLITE_SAVEPOINT: "control the transaction",
-    apsw.SQLITE_ATTACH: "attach databases",
-    apsw.SQLITE_DETACH: "detach databases",
-    apsw.SQLITE_CREATE_TEMP_INDEX: _NO_TEMPORARIES,
-    apsw.SQLITE_CREATE_TEMP_TABLE: _NO_TEMPORARIES,
-    apsw.SQLITE_CREATE_TEMP_TRIGGER: _NO_TEMPORARIES,
-    apsw.SQLITE_CREATE_TEMP_VIEW: _NO_TEMPORARIES,
-}
-_HARMLESS_PRAGMAS = frozenset(
-    {
-        "application_id",
-        "data_version",  # this and page_size are asked by SQLite's own full-text and R-tree modules
-        "foreign_key_list",
-        "index_list",
-        "page_size",
-        "table_info",
-        "user_version",
-    }
-)
-
-
-def _is_owned(table: str | None) -> bool:
-    """Whether a table is durable's, or SQLite's own with the ids that were given out."""
-    return table is not None and (table.lower().startswith("durable_") or table.lower() == "sqlite_sequence")
-
-
-def _in_bulk(rows: Sequence[_One]) -> tuple[list[Sequence[_One]], Sequence[_One]]:
-    """Split rows into lots of `_BULK`, and what is left."""
-    whole = len(rows) - len(rows) % _BULK
-    return [rows[start : start + _BULK] for start in range(0, whole, _BULK)], rows[whole:]
-
-
-class _Store:
-    """The write connection: every statement of a beat, a method each, no logic."""
-
-    LONG_LOG_PAGES = 4 * _LOG_PAGES
-    SPARE_PAGES = 256
-    """So many free pages are kept for what is written next."""
-
-    def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
-        self.path = path
-        self._files = files
-        self.patience = _Patience(path)
-        self.db = _open_database(path, synchronous, self.patience)
-        self._can_shrink = self.db.pragma("auto_vacuum") == _INCREMENTAL
-        self._log_pages = 0
-        self.copied_pages = 0
-        """How much of the log is in the database already."""
-        self._is_copy_due = False
-        # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
-        # and its failure would look like the commit's.
-        self.db.set_wal_hook(self._note_log)
-        self._users_sql: str | None = None
-        """What the user's statement that runs says, in lower case."""
-        self._refusal: str | None = None
-        # Asked when a statement is prepared, not when it runs; set once, for setting it prepares everything anew.
-        self.db.authorizer = self._authorize
-
-    # Transactions
-
-    def begin(self) -> None:
-        self._files.check()
-        self.db.execute("BEGIN IMMEDIATE")
-
-    def commit(self) -> None:
-        self._files.check()  # again: it may have been long
-        self.db.execute("COMMIT")
-
-    def rollback(self) -> None:
-        _roll_back(self.db)
-
-    def savepoint(self) -> None:
-        self.db.execute("SAVEPOINT durable")
-
-    def release(self) -> None:
-        self.db.execute("RELEASE durable")
-
-    def undo(self) -> None:
-        self.db.execute("ROLLBACK TO durable; RELEASE durable")
-
-    def checkpoint(self) -> apsw.Error | None:
-        """Copy the write-ahead log into the database once it is large; an error means only that it is copied later."""
-        if self._log_pages < _LOG_PAGES and not self._is_copy_due:
-            return None
-        self._log_pages, self._is_copy_due = 0, False
-        return self.copy_log(self.db)
-
-    @property
-    def is_log_long(self) -> bool:
-        """Whether there is so much to copy that nobody should wait for it: who read for long has held it up."""
-        return self._log_pages - self.copied_pages > self.LONG_LOG_PAGES
-
-    def copy_log(self, connection: apsw.Connection) -> apsw.Error | None:
-        """Copy into the database what nobody reads in the log; an error means only that it is copied later."""
-        self._files.look()
-        if self._files.loss is not None:
-            return None
-        try:
-            _, self.copied_pages = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-        except apsw.BusyError:
-            pass  # another process is at it
-        except apsw.Error as error:
-            return error
-        return None
-
-    def _note_log(self, _: apsw.Connection, name: str, pages: int) -> int:
-        if name == "main":
-            if pages < self.copied_pages:  # it was begun anew
-                self.copied_pages = 0
-            self._log_pages = pages
-        return apsw.SQLITE_OK
-
-    def spare_pages(self) -> int:
-        """Count the free pages that can be given back to the file system."""
-        return max(0, int(self.db.execute(_FREE_PAGES).get) - self.SPARE_PAGES) if self._can_shrink else 0
-
-    def shrink(self) -> None:
-        """Give back `_SHRUNK_AT_ONCE` free pages; pages from the end of the file are moved to where they were."""
-        for _ in self.db.execute(_SHRINK):
-            pass
-
-    def copy_log_soon(self) -> None:
-        """Have the log copied after this transaction, however short it is: only then the file becomes smaller."""
-        self._is_copy_due = True
-
-    def data_version(self) -> int:
-        """A number that changes when another connection has committed."""
-        return int(self.db.execute("PRAGMA data_version").get)
-
-    def close(self) -> None:
-        """Close the connection; if the last copying of the log fails, the log stays and loses nothing."""
-        self._files.release(self.db)
-        try:
-            self.db.close()
-        except apsw.Error as error:
-            _log.warning("%s: its write-ahead log stays as it is: %s", self.path, _error_text(error))
-
-    # The user's own statements
-
-    def run(self, statement: _Statement) -> None:
-        """Run the user's SQL; what it may not do is a DurableError."""
-        sql = statement.sql.lower()
-        names = self._owned_names() if "rename" in sql else None
-        self._users_sql, self._refusal = sql, None
-        try:
-            # The flag keeps it out of the cached statements of our own, which were let pass.
-            for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
-                pass
-        except apsw.AuthError as error:
-            raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
-        finally:
-            self._users_sql = None
-        if names is not None and not names >= self._owned_names():  # a rename's new name is not told when it is asked
-            raise DurableError(f"ctx.execute may not give a name that begins with durable_: {statement.sql}")
-
-    def _owned_names(self) -> set[str]:
-        return {name for (name,) in self.db.execute("SELECT name FROM sqlite_schema") if _is_owned(name)}
-
-    def check_foreign_keys(self) -> None:
-        """Refuse what deferred foreign keys would refuse at the commit, where it would fail the whole beat."""
-        if self.db.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]:
-            raise DurableError("a foreign key constraint would fail at the commit")
-
-    def _authorize(
-        self, action: int, one: str | None, two: str | None, database: str | None, trigger: str | None
-    ) -> int:
-        if self._users_sql is None:
-            return apsw.SQLITE_OK
-        self._refusal = self._refusal or _FORBIDDEN_ACTIONS.get(action)
-        if action == apsw.SQLITE_PRAGMA and one not in _HARMLESS_PRAGMAS:
-            self._refusal = f"set PRAGMA {one}"
-        if action in _WRITE_ACTIONS and not self._is_sqlites_own(action, one, trigger):
-            if database == "temp":
-                self._refusal = self._refusal or _NO_TEMPORARIES
-            names = (one,) if action == apsw.SQLITE_UPDATE else (one, two)  # of an update, two is a column
-            owned = next(filter(_is_owned, names), None)
-            self._refusal = self._refusal or (owned and f"write to {owned}")
-        return apsw.SQLITE_DENY if self._refusal else apsw.SQLITE_OK
-
-    def _is_sqlites_own(self, action: int, table: str | None, trigger: str | None) -> bool:
-        """Whether it is only how SQLite drops or renames a table of the application's.
-
-        It then writes to its record of ids, which nobody else can without naming it, and updates the temporary
-        schema, which nobody else can at all.
-        """
-        if table == "sqlite_sequence":
-            return trigger is None and "sqlite_sequence" not in cast(str, self._users_sql)
-        return table == "sqlite_temp_master" and action == apsw.SQLITE_UPDATE
-
-    # Instances
-
-    def insert(self, row: _NewRow) -> int | None:
-        """Insert an instance; None if its correlation key is taken."""
-        self.db.execute(_INSERT_UNIQUE, row)
-        return self.db.last_insert_rowid() if self.db.changes() else None
-
-    def insert_many(self, rows: Sequence[_NewRow]) -> range:
-        """Insert instances without correlation keys; one writer and AUTOINCREMENT give them ids in a row."""
-        lots, rest = _in_bulk(rows)
-        for lot in lots:
-            self.db.execute(_INSERT_MANY, tuple(itertools.chain.from_iterable(lot)))
-        self.db.executemany(_INSERT, rest)
-        last = self.db.last_insert_rowid()
-        return range(last - len(rows) + 1, last + 1)
-
-    def occupant(self, key: str) -> tuple[int, str] | None:
-        return cast("tuple[int, str] | None", self._first(_OCCUPANT, (key,)))
-
-    def last_carrier(self, key: str) -> tuple[int, str] | None:
-        """Return the newest instance that carries a key, with its status."""
-        instance = self.db.execute(_CARRIER, (key,)).get
-        return None if instance is None else (instance, cast(str, self.status(instance)))
-
-    def children_ids(self, parent: int) -> list[int]:
-        return [one for (one,) in self.db.execute(_CHILDREN_IDS, (parent,))]
-
-    def settle(self, row: _Row, change: _Change, now: int, cancel_reason: str | None = None) -> bool:
-        """Write an outcome under the claim that produced it; False if that claim holds no more."""
-        sql = _FINISH if isinstance(change, _Finish) else _PROGRESS if isinstance(change, _Progress) else _AGAIN
-        self.db.execute(sql, (*change, now, row.id, row.claim, cancel_reason))
-        return bool(self.db.changes())
-
-    def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
-        """Write outcomes, each under its claim; False if one of these claims holds no more, or was cancelled."""
-        rows: dict[type[_Change], list[tuple[Any, ...]]] = {_Finish: [], _Progress: [], _Again: []}
-        for one in commits:
-            row = one.claim.row
-            rows[type(one.change)].append((*one.change, now, row.id, row.claim, None))
-        return (
-            self._change_each(_FINISH, rows[_Finish])
-            and self._change_each(_PROGRESS, rows[_Progress])
-            and self._change_each(_AGAIN, rows[_Again])
-        )
-
-    def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
-        """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
-        first, end = _Progress._fields.index("step"), _Progress._fields.index("awaits")
-        rows = []
-        for one in commits:
-            row = one.claim.row
-            rows.append((*one.change[first:end], now, row.id, row.claim, None))
-        return self._change_each(_ADVANCE, rows)
-
-    def _change_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> bool:
-        """Run a statement for each of the rows; False if it has changed nothing for one.
-
-        Counted one by one, since the connection's total holds what the application's triggers change, too.
-        """
-        changes: list[int] = []
-
-        def bindings() -> Iterator[Sequence[Any]]:
-            for row in rows:
-                yield row
-                changes.append(self.db.changes())
-
-        if rows:
-            self.db.executemany(sql, bindings())
-        return all(changes)
-
-    def cancel_reason(self, row: _Row) -> str | None:
-        """Why the row was cancelled, if it is still held by that claim."""
-        return cast("str | None", self.db.execute(_CANCEL_REASON, (row.id, row.claim)).get)
-
-    def row(self, instance: int) -> tuple[_Row, str] | None:
-        """Return a row with its status."""
-        found = self._first(_FOR_UPDATE, (instance,))
-        return found and (_Row(*found[:-1]), found[-1])
-
-    def end(self, instance: int, reason: str, now: int) -> bool:
-        self.db.execute(_END, (reason, now, instance))
-        return bool(self.db.changes())
-
-    def request_cancel(self, instance: int, reason: str) -> bool:
-        self.db.execute(_REQUEST_CANCEL, (reason, instance))
-        return bool(self.db.changes())
-
-    def revive(self, instance: int, now: int) -> bool:
-        self.db.execute(_REVIVE, (now, instance))
-        return bool(self.db.changes())
-
-    def carried_key(self, instance: int) -> tuple[str | None, int]:
-        return cast(tuple[str | None, int], self._first(_CARRIED_KEY, (instance,)))
-
-    # Claims
-
-    def next_priority(self, queue: str, priority: int) -> tuple[int, int] | None:
-        """Return the first priority after that one with work, and when its first row is due; None if paused."""
-        return cast("tuple[int, int] | None", self._first(_NEXT_PRIORITY, (queue, priority)))
-
-    def candidates(self, queue: str, priority: int, horizon: int) -> Iterator[_Row]:
-        return map(_Row._make, self.db.execute(_CANDIDATES, (queue, priority, horizon)))
-
-    def known_candidates(self, queue: str, priority: int, horizon: int, known: str) -> Iterator[_Row]:
-        return map(_Row._make, self.db.execute(_KNOWN_CANDIDATES, (queue, priority, horizon, known)))
-
-    def next_due(self, queue: str, priority: int, horizon: int) -> int | None:
-        return cast("int | None", self.db.execute(_NEXT_DUE, (queue, priority, horizon)).get)
-
-    def claim_many(self, worker: str, claims: Iterable[_Claim], now: int) -> None:
-        lots, rest = _in_bulk([claim.row.id for claim in claims])
-        for lot in lots:
-            self.db.execute(_CLAIM_MANY, (worker, now, *lot))
-        self.db.executemany(_CLAIM, [(worker, now, one) for one in rest])
-
-    def next_queue(self, queue: str) -> str | None:
-        return cast("str | None", self.db.execute(_NEXT_QUEUE, (queue,)).get)
-
-    def give_back(self, row: _Row, now: int) -> bool:
-        self.db.execute(_GIVE_BACK, (now, row.id, row.claim))
-        return bool(self.db.changes())
-
-    # Limits
-
-    def executing(self, key: str) -> int:
-        return int(self.db.execute(_EXECUTING, (key,)).get)
-
-    def park_many(self, parked: Iterable[tuple[str, int]]) -> None:
-        self.db.executemany(_PARK, parked)
-
-    def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]:
-        return map(_Waiting._make, self.db.execute(_LINE, (parked_on, queue)))
-
-    def line_heads(self, parked_on: str) -> list[_Waiting]:
-        """Return the first row parked on something in each queue that has some."""
-        heads = (self._first(_LINE_HEAD, (parked_on, queue)) for queue in _parked_queues(self.db, parked_on))
-        return [_Waiting._make(head) for head in heads]
-
-    def line_start(self, parked_on: str, queue: str, count: int) -> list[tuple[int, int, int, str]]:
-        """Return (priority, eligible_at, id, queue) of the first rows parked on something in a queue."""
-        rows = self.db.execute(_LINE_START, (parked_on, queue, count))
-        return cast("list[tuple[int, int, int, str]]", list(rows))
-
-    def line_queues(self, parked_on: str) -> list[str]:
-        return list(_parked_queues(self.db, parked_on))
-
-    def next_line(self, parked_on: str) -> str | None:
-        return cast("str | None", self.db.execute(_NEXT_LINE, (parked_on,)).get)
-
-    def unpark(self, parked_on: str, queue: str, count: int) -> int:
-        self.db.execute(_UNPARK, (parked_on, queue, count))
-        return self.db.changes()
-
-    def unpark_other(self, parked_on: str, queue: str, rate: str) -> bool:
-        """Let the first of the next hundred rows go that waits for another bucket than that, or for none."""
-        self.db.execute(_UNPARK_OTHER, (parked_on, queue, rate))
-        return bool(self.db.changes())
-
-    def policy(self, name: str) -> _Policy | None:
-        found = self._first(_LIMIT, (name,))
-        return _Policy(*found) if found else None
-
-    def save_policy(self, policy: _Policy, now: int) -> None:
-        """Keep a rate limit; the levels of its buckets are put into its units."""
-        old = self.policy(policy.name)
-        if old == policy:
-            return
-        self.db.execute(_SAVE_LIMIT, policy)
-        if old is None:
-            return
-        for key, level, refilled_at in list(self.db.execute(_BUCKETS_OF, (policy.name,))):
-            level = old.level(level, refilled_at, now) * policy.per_ms // old.per_ms
-            self.save_bucket(policy, key, min(level, policy.capacity), now, now)
-
-    def bucket(self, key: str) -> tuple[int, int] | None:
-        """Return (level, refilled_at)."""
-        return cast("tuple[int, int] | None", self._first(_BUCKET, (key,)))
-
-    def first_at_bucket(self, key: str, queue: str, now: int) -> _Waiting | None:
-        """Return the first row of a bucket that is due in a queue and in no line."""
-        priority = -_MAX_INTEGER - 1
-        while (found := self._first(_NEXT_AT_BUCKET, (key, queue, priority))) is not None:
-            row = _Waiting._make(found)
-            if row.eligible_at <= now:
-                return row
-            priority = row.priority
-        return None
-
-    def save_bucket(self, policy: _Policy, key: str, level: int, refilled_at: int, ready_at: int | None) -> None:
-        full_at = policy.instant_of(policy.capacity, level, refilled_at)
-        self.db.execute(_SAVE_BUCKET, (key, level, refilled_at, full_at, ready_at))
-
-    def next_ready(self, now: int) -> int | None:
-        """Return the next instant after now at which a bucket is ready for its line."""
-        return cast("int | None", self.db.execute(_NEXT_READY, (now,)).get)
-
-    def ready_buckets(self, now: int) -> list[str]:
-        return [key for (key,) in self.db.execute(_READY_BUCKETS, (now,))]
-
-    # Signals and children
-
-    def status(self, instance: int) -> str | None:
-        return cast("str | None", self.db.execute(_STATUS, (instance,)).get)
-
-    def deliver(self, target: int, message: _Message, now: int) -> bool:
-        self.db.execute(_DELIVER, (target, message.name, message.payload, message.dedup_key, now))
-        return bool(self.db.changes())
-
-    def wake(self, target: int, name: str, now: int) -> bool:
-        self.db.execute(_WAKE, (now, target, name))
-        return bool(self.db.changes())
-
-    def inbox(self, target: int) -> tuple[Signal, ...]:
-        return tuple(map(_make_signal, self.db.execute(_INBOX, (target,))))
-
-    def has_unseen(self, target: int, names: str, seen: Iterable[int]) -> bool:
-        return self._first(_UNSEEN, (target, names, _encode(list(seen)))) is not None
-
-    def consume(self, ids: Iterable[int], kept_by: int | None) -> None:
-        """Take signals out of the inbox; with a history they stay in the file, marked by the claim."""
-        if kept_by is not None:
-            self.db.executemany(_KEEP_CONSUMED, [(kept_by, one) for one in ids])
-            return
-        bindings = [(one,) for one in ids]
-        self.db.executemany(_CONSUME, bindings)
-        self.db.executemany(_CONSUME_KEYED, bindings)
-
-    def has_signals(self) -> bool:
-        return self._first(_HAS_SIGNALS) is not None
-
-    def empty_inbox(self, target: int, kept_by: int | None = None) -> list[tuple[int, str]]:
-        """Take all of an instance's signals out of its inbox; return (id, name) of those that were not consumed."""
-        statement, bindings = (_EMPTY_INBOX, (target,)) if kept_by is None else (_KEEP_INBOX, (kept_by, target))
-        deleted = cast("Iterable[tuple[int, str, int]]", self.db.execute(statement, bindings))
-        return [(signal, name) for signal, name, is_consumed in deleted if not is_consumed]
-
-    def has_live_child(self, parent: int) -> bool:
-        return self._first(_LIVE_CHILD, (parent,)) is not None
-
-    def wake_parent(self, parent: int, now: int) -> bool:
-        self.db.execute(_WAKE_PARENT, (now, parent))
-        return bool(self.db.changes())
-
-    # Timers, workers, queues, collection
-
-    def timers(self, schedules_after: int) -> tuple[int | None, int | None, int | None]:
-        """Return the next await deadline, when the next bucket is ready for its line, and the next schedule fires."""
-        return cast("tuple[int | None, int | None, int | None]", self._first(_TIMERS, (schedules_after,)))
-
-    def fire(self, now: int, until: int) -> list[tuple[int, str, str]]:
-        return cast(list[tuple[int, str, str]], list(self.db.execute(_FIRE, (now, until))))
-
-    def set_right(self, now: int, count: int) -> tuple[int, bool]:
-        """Set right what a clock that was ahead has written, so many rows of a kind.
-
-        Return how many instances were to run and are brought back, and whether there may be more.
-        """
-        horizon = now + _SET_BACK_MS
-        self.db.execute(_SET_RIGHT_LEASES, (now, horizon))
-        changes = []
-        for sql in (_SET_RIGHT_RUNNABLE, _SET_RIGHT_AWAITING, _SET_RIGHT_EXECUTING, _SET_RIGHT_BUCKETS):
-            self.db.execute(sql, (now, horizon, count))
-            changes.append(self.db.changes())
-        retention: int | None = None
-        while True:
-            self.db.execute(_SET_RIGHT_ENDED, (now, horizon, count, retention))
-            changes.append(self.db.changes())
-            retention = self.next_retention(retention)
-            if retention is None:
-                return changes[0] + changes[1], max(changes) >= count
-
-    def register(self, worker: Sequence[Any]) -> None:
-        self.db.execute(_REGISTER, worker)
-
-    def renew(self, worker: str, now: int, lease_expires_at: int) -> bool:
-        self.db.execute(_RENEW, (now, lease_expires_at, worker))
-        return bool(self.db.changes())
-
-    def unregister(self, worker: str) -> None:
-        self.db.execute(_UNREGISTER, (worker,))
-
-    def note_taken(self, worker: str, now: int) -> None:
-        """Leave word, for a day, that a worker's lock was found free: should it live, it can tell what that means."""
-        self.db.execute(_FORGET_TAKEN, (now - 86_400_000,))
-        self.db.execute(_NOTE_TAKEN, (worker, now))
-
-    def was_taken(self, worker: str) -> bool:
-        """Whether somebody has found a worker's lock free."""
-        return self._first(_WAS_TAKEN, (worker,)) is not None
-
-    def workers(self) -> list[Worker]:
-        return [_make_worker(row) for row in self.db.execute(_WORKERS)]
-
-    def served_elsewhere(self, worker: str) -> frozenset[str]:
-        """Return the queues that other workers serve."""
-        return frozenset(queue for (queue,) in self.db.execute(_SERVED_ELSEWHERE, (worker,)))
-
-    def claimed_by(self, worker: str) -> list[_Row]:
-        return list(map(_Row._make, self.db.execute(_CLAIMED_BY, (worker,))))
-
-    def pause(self, queue: str) -> None:
-        self.db.execute(_PAUSE, (queue,))
-
-    def resume(self, queue: str) -> None:
-        self.db.execute(_RESUME, (queue,))
-
-    def is_paused(self, queue: str) -> bool:
-        return self._first(_IS_PAUSED, (queue,)) is not None
-
-    def declared_schedules(self) -> list[_ScheduleRow]:
-        return list(map(_ScheduleRow._make, self.db.execute(_DECLARED_SCHEDULES)))
-
-    def schedules_ahead(self, now: int) -> list[_ScheduleRow]:
-        """Return the schedules whose next instant is still to come."""
-        return list(map(_ScheduleRow._make, self.db.execute(_SCHEDULES_AHEAD, (now,))))
-
-    def schedule(self, name: str) -> _ScheduleRow | None:
-        found = self._first(_SCHEDULE, (name,))
-        return found and _ScheduleRow(*found)
-
-    def due_schedules(self, after: int, until: int) -> list[_ScheduleRow]:
-        """Return the schedules that fire in a span of time."""
-        return list(map(_ScheduleRow._make, self.db.execute(_DUE_SCHEDULES, (after, until))))
-
-    def has_occurrence(self, name: str, nominal: int) -> bool:
-        """Whether an instance in the file stands for that instant of a schedule."""
-        return self._first(_HAS_OCCURRENCE, (name, nominal)) is not None
-
-    def save_schedule(self, row: _ScheduleRow) -> None:
-        self.db.execute(_SAVE_SCHEDULE, row)
-
-    def rename_schedule(self, old: str, new: str) -> None:
-        for statement in _RENAME_SCHEDULE:
-            self.db.execute(statement, (new, old))
-
-    def unschedule(self, name: str) -> bool:
-        self.db.execute(_UNSCHEDULE, (name,))
-        return bool(self.db.changes())
-
-    def pause_schedules(self) -> None:
-        self.db.execute(_PAUSE_SCHEDULES)
-
-    def file_id(self) -> str:
-        return str(self.db.execute(_FILE_ID).get)
-
-    def sweep(self, after: _SweepPosition, before: int, count: int) -> list[tuple[int, int, int]]:
-        """Return (id, updated_at, whether it failed) of due ended rows of one retention, oldest first."""
-        bindings = after.retention, after.updated_at, after.id, before, count
-        return cast(list[tuple[int, int, int]], list(self.db.execute(_SWEEP, bindings)))
-
-    def next_retention(self, retention: int | None) -> int | None:
-        """Return the next longer retention that ended rows have of their own."""
-        return cast("int | None", self.db.execute(_NEXT_RETENTION, (-1 if retention is None else retention,)).get)
-
-    def collect(self, ids: Iterable[int]) -> None:
-        bindings = [(one,) for one in ids]
-        for statement in _COLLECT:
-            self.db.executemany(statement, bindings)
-
-    # Inside a step
-
-    def migrate(self, row: _Row) -> None:
-        """Write the version and the step that a row was brought to, ahead of its outcome."""
-        self.db.execute(_MIGRATE_ROW, (row.version, row.step, row.id, row.claim))
-
-    def keep_call(self, row: _Row, call: _Kept) -> bool:
-        """Keep what a call returned; False if the claim under which it was made holds no more."""
-        self.db.execute(_NOTE_CALLS, (row.id, row.claim))
-        if not self.db.changes():
-            return False
-        self.db.execute(_KEEP_CALL, (row.id, *call))
-        return True
-
-    def drop_calls(self, instance: int) -> None:
-        self.db.execute(_DROP_CALLS, (instance,))
-
-    def show_last_progress(self, row: _Row, progress: str) -> None:
-        """Write how far a step had come that is to run again."""
-        self.db.execute(_SHOW_LAST_PROGRESS, (progress, row.id, row.claim))
-
-    def show_progress(self, shown: Iterable[tuple[str, int, int]]) -> None:
-        """Write (progress, id, claim) of steps that run."""
-        self.db.executemany(_SHOW_PROGRESS, shown)
-
-    # History
-
-    def record(self, entries: Sequence[_Entry]) -> None:
-        lots, rest = _in_bulk(entries)
-        for lot in lots:
-            self.db.execute(_RECORD_MANY, tuple(itertools.chain.from_iterable(lot)))
-        self.db.executemany(_RECORD, rest)
-
-    def entries_from(self, instance: int, seq: int) -> list[_Entry]:
-        return list(map(_Entry._make, self.db.execute(_ENTRIES_FROM, (instance, seq))))
-
-    def retention(self, instance: int) -> int | None:
-        return cast("int | None", self.db.execute(_RETENTION, (instance,)).get)
-
-    def rewind(self, entry: _Entry, state: str, now: int) -> None:
-        self.db.execute(_REWIND, (entry.instance, entry.step, state, entry.awaits, entry.joining, now))
-
-    def bring_back(self, target: int, seq: int) -> None:
-        """Put back into the inbox what that run and later ones have consumed."""
-        self.db.execute(_BRING_BACK, (target, seq))
-
-    def detach(self, parent: int, first_child: int) -> None:
-        self.db.execute(_DETACH, (parent, first_child))
-
-    def collect_buckets(self, now: int, count: int) -> int:
-        self.db.execute(_COLLECT_BUCKETS, (now, count))
-        return self.db.changes()
-
-    def _first(self, sql: str, bindings: Sequence[Any] = ()) -> Any:
-        return self.db.execute(sql, bindings).fetchone()
-
-
-# ==================================================================================================
 # Files
 # ==================================================================================================
 
@@ -4867,6 +3018,10 @@ class _Store:
 
 _Identity = tuple[int, int]
 """Device and inode: the same for as long as a file is open, on some file systems no longer than that."""
+
+
+class _LostFileError(DurableError):
+    """The database or its log is no longer the file that was opened: what is written goes nowhere."""
 
 
 class _Process:
@@ -4912,22 +3067,21 @@ _LOCKS_NOT_SHARED = (
     "since another engine has found the lock free that this one holds: the folder is reached in two ways (a view of a"
     " container or a share) that do not see each other's locks"
 )
+_MIGRATED = (
+    "since a later version of durable has brought the file to schema version {found}, and this one knows up to {known}"
+)
 _SECOND_NAME = (
     "{path} {how}: SQLite finds a database's log by its name, so that whoever opens it by the other one loses commits."
     " {advice}"
 )
 
 
-def _file_id(path: str | bytes | os.PathLike[Any]) -> _Identity | None:
+def _file_id(file: str | bytes | os.PathLike[Any] | int) -> _Identity | None:
+    """Return which file is at a path, or has that descriptor, as far as there is one."""
     try:
-        status = os.stat(path)
+        status = os.stat(file)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino
-
-
-def _file_id_of(descriptor: int) -> _Identity:
-    status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
 
@@ -4971,13 +3125,9 @@ def _descriptors() -> list[int]:
     return []
 
 
-def _descriptors_of(identities: Collection[_Identity]) -> Iterator[tuple[_Identity, int]]:
-    """Yield the process's descriptors of these files."""
-    for descriptor in _descriptors():
-        with contextlib.suppress(OSError):  # closed by now: that of the listing itself
-            identity = _file_id_of(descriptor)
-            if identity in identities:
-                yield identity, descriptor
+def _descriptors_of(identities: Collection[_Identity]) -> dict[_Identity, int]:
+    """Find descriptors of the process's for these files; one may be closed by now, as that of the listing itself."""
+    return {one: number for number in _descriptors() if (one := _file_id(number)) is not None and one in identities}
 
 
 def _has_open(connection: apsw.Connection, identity: _Identity | None) -> bool:
@@ -5002,7 +3152,7 @@ def _is_open_otherwise(path: str) -> bool:
     if database is None or _is_engines(database):  # what has an engine is guarded since
         return False
     identities = {database, *filter(None, others)}
-    is_open = next(_descriptors_of(identities), None) is not None
+    is_open = bool(_descriptors_of(identities))
     return is_open and not any(_has_open(connection, database) for connection in apsw.connections())
 
 
@@ -5026,13 +3176,14 @@ def _refuse_second_name(path: str) -> None:
         return
     if not stat.S_ISREG(status.st_mode):
         return
-    links = status.st_nlink
-    if links > 1:
+    if status.st_nlink > 1:
+        how = f"has {status.st_nlink} names"
         advice = "Remove the other hard link, or make a copy of the file in its place"
-        raise DurableError(_SECOND_NAME.format(path=path, how=f"has {links} names", advice=advice))
-    if _is_mount_point(path):
-        advice = "Mount the folder that it lies in"
-        raise DurableError(_SECOND_NAME.format(path=path, how="is a mount point of its own", advice=advice))
+    elif _is_mount_point(path):
+        how, advice = "is a mount point of its own", "Mount the folder that it lies in"
+    else:
+        return
+    raise DurableError(_SECOND_NAME.format(path=path, how=how, advice=advice))
 
 
 def _refuse_shared(path: str) -> None:
@@ -5078,7 +3229,7 @@ class _OpenFiles:
         """Look after them from now on: they are open."""
         self.note()
         self._root = _file_id("/")
-        self._descriptors = dict(_descriptors_of(self._identities.values()))
+        self._descriptors = _descriptors_of(self._identities.values())
         self._look_at = 0.0
 
     def has(self, identity: _Identity) -> bool:
@@ -5138,7 +3289,7 @@ class _OpenFiles:
             return False
         descriptor = self._descriptors.get(identity, -1)
         try:
-            return _file_id_of(descriptor) != identity or os.fstat(descriptor).st_nlink > 0
+            return _file_id(descriptor) != identity or os.fstat(descriptor).st_nlink > 0
         except OSError:
             return True
 
@@ -5230,6 +3381,11 @@ class _LockFile:
         return lock is not None
 
     @classmethod
+    def is_held(cls, path: str) -> bool:
+        """Whether the worker whose file it is lives, as far as there is one that tells."""
+        return os.path.exists(path) and not cls.is_dropped(path)
+
+    @classmethod
     def take_from_dead(cls, path: str) -> _LockFile | None:
         """Take the lock of a worker that has died; None if it lives, or as far as the file does not tell."""
         try:
@@ -5245,11 +3401,11 @@ class _LockFile:
         return None
 
     def is_in_place(self) -> bool:
-        """Whether the file is where others look for it, as far as this process can see."""
-        try:
-            return _file_id(self._path) == _file_id_of(self._descriptor)
-        except OSError:  # what was removed, some FUSE file systems know no more
-            return False
+        """Whether the file is where others look for it, as far as this process can see.
+
+        What was removed, some FUSE file systems know no more.
+        """
+        return _file_id(self._path) == _file_id(self._descriptor) is not None
 
     def restore(self, database: str) -> None:
         """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead.
@@ -5390,6 +3546,1793 @@ class _LogWatch:
         while self._events.poll() and not self._is_closing:
             os.read(self._descriptor, 4096)
             self._call()
+
+
+# ==================================================================================================
+# Store
+# ==================================================================================================
+
+# `correlation_guard` makes duplicates uncommittable and is a signal's address look-up. Every index serves one query
+# and is partial, so that finished rows, the bulk of an old file, stand in none that a beat reads. Conditions are
+# spelled with OR: for IN, SQLite builds its list anew for each row written, which made an update a third slower.
+_SCHEMA = """
+CREATE TABLE durable_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_instances (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, fsm TEXT NOT NULL, version INTEGER NOT NULL, step TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'runnable' CHECK (
+        status = 'runnable' OR status = 'executing' OR status = 'done' OR status = 'failed'
+        OR status = 'awaiting_signal' OR status = 'awaiting_children'),
+    state TEXT NOT NULL, result TEXT, last_error TEXT, traceback TEXT,
+    attempt INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER,
+    crashes INTEGER NOT NULL DEFAULT 0, max_crashes INTEGER NOT NULL,
+    queue TEXT NOT NULL, priority INTEGER NOT NULL, eligible_at INTEGER NOT NULL,
+    worker TEXT, claim INTEGER NOT NULL DEFAULT 0, cancel_reason TEXT,
+    concurrency_key TEXT, rate_limit TEXT, weight INTEGER NOT NULL, parked_on TEXT,
+    awaits TEXT, await_deadline INTEGER, joining INTEGER NOT NULL DEFAULT 0, parent_id INTEGER,
+    correlation_key TEXT, correlation_scope INTEGER NOT NULL,
+    correlation_guard TEXT AS (
+        CASE WHEN correlation_scope & CASE status WHEN 'done' THEN 2 WHEN 'failed' THEN 4 ELSE 1 END
+        THEN correlation_key END),
+    inserted_at INTEGER NOT NULL, updated_at INTEGER NOT NULL,
+    CHECK ((status = 'executing') = (worker IS NOT NULL)),
+    CHECK (parked_on IS NULL OR status = 'runnable'),
+    CHECK (await_deadline IS NULL OR status = 'awaiting_signal'),
+    CHECK (cancel_reason IS NULL OR status = 'executing')
+) STRICT;
+CREATE INDEX durable_pick ON durable_instances (queue, priority, eligible_at, id, fsm, version)
+    WHERE status = 'runnable' AND parked_on IS NULL;
+CREATE INDEX durable_parked ON durable_instances (parked_on, queue, priority, eligible_at, id)
+    WHERE parked_on IS NOT NULL;
+CREATE INDEX durable_executing ON durable_instances (worker, queue) WHERE status = 'executing';
+CREATE INDEX durable_held ON durable_instances (concurrency_key)
+    WHERE status = 'executing' AND concurrency_key IS NOT NULL;
+CREATE INDEX durable_deadlines ON durable_instances (await_deadline) WHERE await_deadline IS NOT NULL;
+CREATE INDEX durable_waiting ON durable_instances (status, queue)
+    WHERE status = 'awaiting_signal' OR status = 'awaiting_children';
+CREATE INDEX durable_children ON durable_instances (parent_id, status) WHERE parent_id IS NOT NULL;
+CREATE UNIQUE INDEX durable_occupants ON durable_instances (correlation_guard) WHERE correlation_guard IS NOT NULL;
+CREATE INDEX durable_keys ON durable_instances (correlation_key) WHERE correlation_key IS NOT NULL;
+CREATE INDEX durable_finished ON durable_instances (updated_at, queue, status)
+    WHERE status = 'done' OR status = 'failed';
+CREATE INDEX durable_failed ON durable_instances (id) WHERE status = 'failed';
+CREATE TABLE durable_signals (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, target INTEGER NOT NULL, name TEXT NOT NULL, payload TEXT, dedup_key TEXT,
+    consumed INTEGER NOT NULL DEFAULT 0, sent_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX durable_inbox ON durable_signals (target);
+CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, dedup_key) WHERE dedup_key IS NOT NULL;
+CREATE TABLE durable_limits (
+    name TEXT PRIMARY KEY, allowed INTEGER NOT NULL, per_ms INTEGER NOT NULL, burst INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_buckets (
+    key TEXT PRIMARY KEY, level INTEGER NOT NULL, refilled_at INTEGER NOT NULL, full_at INTEGER NOT NULL,
+    ready_at INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX durable_ready ON durable_buckets (ready_at) WHERE ready_at IS NOT NULL;
+CREATE INDEX durable_full ON durable_buckets (full_at);
+CREATE TABLE durable_workers (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL, queues TEXT NOT NULL,
+    started_at INTEGER NOT NULL, heartbeat_at INTEGER NOT NULL, lease_expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_paused (queue TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+"""
+_SECOND = """
+-- A failed row that waited for a signal when it was cancelled: what `retry` makes of it again, with which deadline.
+ALTER TABLE durable_instances ADD COLUMN failed_from TEXT
+    CHECK (failed_from IS NULL OR (failed_from = 'awaiting_signal' AND status = 'failed'));
+ALTER TABLE durable_instances ADD COLUMN kept_deadline INTEGER
+    CHECK (kept_deadline IS NULL OR failed_from IS NOT NULL);
+ALTER TABLE durable_instances ADD COLUMN schedule TEXT;
+ALTER TABLE durable_instances ADD COLUMN scheduled_at INTEGER;
+ALTER TABLE durable_instances ADD COLUMN retention INTEGER;
+ALTER TABLE durable_instances ADD COLUMN progress TEXT;
+ALTER TABLE durable_instances ADD COLUMN has_calls INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX durable_scheduled ON durable_instances (schedule) WHERE schedule IS NOT NULL;
+CREATE INDEX durable_at_buckets ON durable_instances (rate_limit, queue, priority, eligible_at, id)
+    WHERE status = 'runnable' AND parked_on IS NULL AND rate_limit IS NOT NULL;
+DROP INDEX durable_finished;
+CREATE INDEX durable_finished ON durable_instances (retention, updated_at, queue, status)
+    WHERE status = 'done' OR status = 'failed';
+-- A redelivery is one under the same name.
+DROP INDEX durable_dedup;
+CREATE UNIQUE INDEX durable_dedup ON durable_signals (target, name, dedup_key) WHERE dedup_key IS NOT NULL;
+DROP INDEX durable_inbox;
+CREATE INDEX durable_inbox ON durable_signals (target, consumed);
+CREATE TABLE durable_schedules (
+    name TEXT PRIMARY KEY, fsm TEXT NOT NULL, "when" TEXT NOT NULL, template TEXT NOT NULL,
+    catch_up TEXT NOT NULL CHECK (catch_up IN ('last', 'none', 'all')),
+    window INTEGER NOT NULL, overlap INTEGER NOT NULL, jitter INTEGER NOT NULL,
+    is_declared INTEGER NOT NULL, is_from_code INTEGER NOT NULL, written_at INTEGER NOT NULL,
+    is_paused INTEGER NOT NULL, next_at INTEGER, fires_at INTEGER,
+    last_at INTEGER, last_id INTEGER, missed INTEGER NOT NULL, fired_until INTEGER,
+    CHECK (is_paused = (next_at IS NULL) AND is_paused = (fires_at IS NULL))
+) STRICT, WITHOUT ROWID;
+CREATE INDEX durable_fires ON durable_schedules (fires_at) WHERE fires_at IS NOT NULL;
+CREATE TABLE durable_calls (
+    instance INTEGER NOT NULL, name TEXT NOT NULL, value TEXT, is_awaited INTEGER NOT NULL, PRIMARY KEY (instance, name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE durable_transitions (
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL, step TEXT NOT NULL, attempt INTEGER NOT NULL, kind TEXT NOT NULL,
+    started_at INTEGER NOT NULL, duration REAL NOT NULL, worker TEXT, error TEXT, traceback TEXT,
+    state TEXT NOT NULL, signals TEXT, "to" TEXT, awaits TEXT, joining INTEGER NOT NULL, first_child INTEGER,
+    PRIMARY KEY (instance, seq)
+) STRICT, WITHOUT ROWID;
+INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
+"""
+
+
+def _view(table: str, columns: str, instants: str) -> str:
+    """Make a view of a table anew, which shows instants as ISO text."""
+    shown = [f"strftime('%Y-%m-%dT%H:%M:%fZ', {at} / 1000.0, 'unixepoch') AS {at}" for at in instants.split()]
+    return f"""
+DROP VIEW IF EXISTS durable_view_{table};
+CREATE VIEW durable_view_{table} AS SELECT {columns}, {", ".join(shown)} FROM durable_{table};
+"""
+
+
+_VIEWS = (
+    _view(
+        "instances",
+        "id, fsm, version, step, status, queue, priority, attempt, max_attempts, crashes, correlation_key, parent_id,"
+        " parked_on, awaits, state, result, last_error, concurrency_key, rate_limit, weight, worker, schedule",
+        "scheduled_at eligible_at await_deadline inserted_at updated_at",
+    )
+    + _view("signals", "id, target, name, payload, dedup_key, consumed", "sent_at")
+    + _view("workers", "id, name, host, pid, queues", "started_at heartbeat_at lease_expires_at")
+    + _view(
+        "schedules",
+        'name, fsm, "when", template, catch_up, window, overlap, jitter, is_declared, is_paused, last_id, missed',
+        "next_at fires_at last_at",
+    )
+)
+_MIGRATIONS: tuple[str, ...] = (_SCHEMA, _SECOND + _VIEWS)
+"""The script at position n brings a file from version n to n + 1. One that was released changes in white space only."""
+_SCHEMA_VERSION = len(_MIGRATIONS)
+
+_DAMAGE_ERRORS = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
+_STORE_FAILURES = (
+    *_DAMAGE_ERRORS,
+    *(apsw.FullError, apsw.IOError, apsw.BusyError, apsw.LockedError, apsw.ProtocolError, apsw.CantOpenError),
+    *(apsw.ReadOnlyError, apsw.PermissionsError, apsw.NoMemError, apsw.InterruptError, _LostFileError),
+)
+"""What is no fault of who asked: storage, or what somebody has done to the file."""
+_LOCK_TIMEOUT_S = 10.0
+"""How long a transaction waits for another process's write lock."""
+_LONG_WAIT_S = 1.0
+"""After how long the log is told."""
+_LONGEST_PATH = 504
+"""What SQLite allows on POSIX, in bytes, with room for what it appends."""
+
+
+def _reading_error(path: str) -> apsw.Error | None:
+    """Return what the system says to a look at a file's head: what can't be read, SQLite calls damage."""
+    try:
+        with contextlib.closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+            connection.read("main", 0, 0, 100)
+    except apsw.Error as error:
+        return error
+    return None
+
+
+def _opening_trouble(path: str) -> str:
+    """Say why a file could not be opened, as far as one can see, for the start of a message."""
+    folder = os.path.dirname(path)
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        return f"{path} is too long: SQLite takes paths of at most {_LONGEST_PATH} bytes"
+    if not os.path.exists(folder):
+        return f"{path}: its folder {folder} is missing"
+    return f"{path} is a folder" if os.path.isdir(path) else path
+
+
+def _translated(error: apsw.Error, path: str) -> DurableError:
+    """Say in the module's own errors what the driver said."""
+    trouble = _reading_error(path) if isinstance(error, _DAMAGE_ERRORS) else None
+    if trouble is not None:
+        translated = DurableError(f"{path} can't be read: {_error_text(trouble)}")
+    elif isinstance(error, _DAMAGE_ERRORS):
+        translated = SchemaError(f"{path} is damaged or no database: {error}")
+    elif isinstance(error, apsw.BusyError):
+        held = f"another process held the write lock for over {_LOCK_TIMEOUT_S:g} s"
+        translated = DurableError(f"{path}: {held}: {error}")
+    else:
+        named = _opening_trouble(path) if isinstance(error, apsw.CantOpenError) else path
+        translated = DurableError(f"{named}: {_error_text(error)}")
+    translated.__cause__ = error
+    return translated
+
+
+@contextlib.contextmanager
+def _driver_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except apsw.Error as error:
+        raise _translated(error, path) from error
+
+
+class _Patience:
+    """Busy handler: tries again with sleeps from 50 us to 2 ms, for `_LOCK_TIMEOUT_S` in all.
+
+    SQLite's own handler starts at whole milliseconds, which is longer than most transactions here last.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._deadline = self._tells_at = 0.0
+        self.tell: Callable[[str], None] = _log.warning
+        """Hears of a long wait, once, while it lasts: the text is a line for the log."""
+
+    def __call__(self, calls: int) -> bool:
+        now = _Ticks.monotonic()
+        if calls == 0:
+            self._deadline, self._tells_at = now + _LOCK_TIMEOUT_S, now + _LONG_WAIT_S
+        if now >= self._tells_at:
+            self._tells_at = math.inf
+            self.tell(
+                f"{self._path}: another connection has held the lock for over {_LONG_WAIT_S:g} s: it is waited for"
+            )
+        time.sleep(min(0.002, 0.00005 * 2 ** min(calls, 6)))
+        return now < self._deadline
+
+
+def _connect(
+    path: str,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+    patience: _Patience | None = None,
+) -> apsw.Connection:
+    # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
+    # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job.
+    connection = apsw.Connection(path, flags=flags, statementcachesize=1024)
+    connection.set_busy_handler(patience or _Patience(path))
+    # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
+    # place of 2 for the candidates of a claim.
+    connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
+    return connection
+
+
+_LOG_PAGES = 1000
+"""Size of the write-ahead log at which it is copied into the database, SQLite's own default."""
+
+
+def _configure(connection: apsw.Connection, synchronous: str) -> apsw.Connection:
+    connection.execute(f"PRAGMA synchronous = {synchronous}; PRAGMA foreign_keys = ON")
+    # To this a longer log is cut, once it has been copied and nobody reads in it any more. Usually it is a tenth over
+    # its pages, so that it is cut only after somebody has held it up.
+    connection.pragma("journal_size_limit", 2 * _LOG_PAGES * connection.pragma("page_size"))
+    if synchronous in ("full", "extra"):  # on macOS only these reach the platter; elsewhere they change nothing
+        connection.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
+    return connection
+
+
+def _database_path(database: str | os.PathLike[str]) -> str:
+    path: object = os.fspath(database) if isinstance(cast(object, database), str | os.PathLike) else None
+    if not isinstance(path, str) or path in ("", ":memory:"):
+        raise ValueError(f"database must be the path of a file, not {database!r}")
+    try:
+        path = os.path.realpath(path)
+        path.encode()
+    except ValueError as error:  # of both
+        raise ValueError(f"database must be a path without null bytes that UTF-8 can write, not {path!r}") from error
+    except OSError as error:
+        raise DurableError(f"{path}: the current folder is gone ({error}): give an absolute path") from error
+    return path
+
+
+def _schema_of(connection: apsw.Connection) -> dict[str, str]:
+    """Read the definitions of durable's tables and indexes, whatever the white space in them."""
+    rows = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'index') AND name GLOB 'durable_*'"
+    )
+    return {name: " ".join(sql.split()) for name, sql in cast(Iterable[tuple[str, str]], rows) if sql}
+
+
+@functools.cache
+def _expected_schema(version: int) -> dict[str, str]:
+    with contextlib.closing(apsw.Connection(":memory:")) as blank:
+        for script in _MIGRATIONS[:version]:
+            blank.execute(script)
+        return _schema_of(blank)
+
+
+def _clauses(sql: str) -> list[str]:
+    """Split a definition into clauses, for comparison: without comments, quotes of names and case.
+
+    The first is what stands before a table's columns, the last what stands after them.
+    """
+    import re  # only a schema that somebody has edited pays for it
+
+    words = re.findall(r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql)
+    clauses, depth = [""], 0
+    for word in (
+        word if word[0] == "'" else word.strip('"[]`').lower() for word in words if word[:2] not in ("--", "/*")
+    ):
+        depth += {"(": 1, ")": -1}.get(word, 0)
+        if (word == "," and depth == 1) or (word == "(" and depth == 1) or (word == ")" and depth == 0):
+            clauses.append("")
+        elif word != "asc":
+            clauses[-1] += f" {word}"
+    return [clause.strip() for clause in clauses]
+
+
+def _table_problems(table: str, found: Sequence[str], expected: Sequence[str]) -> Iterator[str]:
+    """Say what of a table is missing, or not as durable made it. A column that others have added must take no value."""
+    for clause in expected[1:-1]:
+        if clause not in found[1:-1]:
+            yield f"table {table}: {clause} is missing"
+    if set(found[-1].split()) != set(expected[-1].split()):
+        yield f"table {table}: it is {found[-1] or 'plain'}, not {expected[-1] or 'plain'}"
+    for clause in found[1:-1]:
+        words = clause.split()
+        if clause not in expected and "not null" in clause and not {"default", "as", "check"} & set(words):
+            yield f"table {table}: column {words[0]} was added as NOT NULL without a default: no row can be written"
+
+
+def _schema_problems(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
+    """Say what of durable's tables and indexes is missing, or not as it was made; what others have added is theirs."""
+    for name, sql in expected.items():
+        kind = "table" if sql.startswith("CREATE TABLE") else "index"
+        if name not in found:
+            loss = ", without what was in it," if kind == "table" else ""
+            yield f"{kind} {name} is missing. Make it{loss} by: {sql}"
+        elif kind == "table":
+            yield from _table_problems(name, _clauses(found[name]), _clauses(sql))
+        elif _clauses(found[name]) != _clauses(sql):
+            yield f"index {name} is not as it was made. Drop it, and make it by: {sql}"
+
+
+def _roll_back(connection: apsw.Connection) -> None:
+    if connection.in_transaction:  # SQLite itself has rolled back on some errors
+        connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def _one_view(connection: apsw.Connection) -> Iterator[None]:
+    """See a file as it is at one instant, whatever others commit meanwhile."""
+    if connection.in_transaction:
+        yield
+        return
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        _roll_back(connection)
+
+
+def _file_version(connection: apsw.Connection, path: str) -> int:
+    """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
+    try:
+        with _one_view(connection):  # another process may be migrating it
+            schema = _schema_of(connection)
+            if not schema:
+                return 0
+            rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
+        version = int(cast(str, rows[0][0]))
+    except (apsw.SQLError, LookupError, ValueError) as error:
+        raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
+    if version > _SCHEMA_VERSION:
+        raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
+    expected = _expected_schema(version)
+    if expected.items() - schema.items() and (problems := list(_schema_problems(schema, expected))):
+        advice = "Bring it back as it was, or restore a copy of the file"
+        raise SchemaError(f"{path} is damaged: {'; '.join(problems[:20])}. {advice}")
+    return version
+
+
+def _enter_wal_mode(connection: apsw.Connection, path: str, patience: _Patience) -> None:
+    """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
+    for calls in range(1_000_000):
+        try:
+            mode = connection.pragma("journal_mode", "wal")
+        except apsw.BusyError:
+            if not patience(calls):
+                raise
+        else:
+            if mode != "wal":
+                raise DurableError(f"{path}: this file system can't do WAL mode, which durable needs")
+            return
+
+
+def _refuse_under_engines(connection: apsw.Connection, path: str, version: int) -> None:
+    """Refuse to migrate a file on which engines run: those of the version that it has would go on writing it."""
+    workers = connection.execute("SELECT id, name, pid, host FROM durable_workers")
+    running = [
+        f"{name} (pid {pid} on {host})"
+        for worker, name, pid, host in cast(Iterable[tuple[str, str, int, str]], workers)
+        if _LockFile.is_held(_LockFile.path_of(path, worker))
+    ]
+    if running:
+        what = f"{path} has schema version {version}, and engines that know no later one run on it"
+        raise DurableError(f"{what}: {', '.join(running)}. Stop them: then opening it migrates it to {_SCHEMA_VERSION}")
+
+
+def _migrate(connection: apsw.Connection, path: str) -> None:
+    if _file_version(connection, path) == _SCHEMA_VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:  # looked at again: another process may have been first
+        version = _file_version(connection, path)
+        if 0 < version < _SCHEMA_VERSION:
+            _refuse_under_engines(connection, path, version)
+        for script in _MIGRATIONS[version:]:
+            connection.execute(script)
+        connection.execute(
+            "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('schema_version', ?)", (str(_SCHEMA_VERSION),)
+        )
+        _file_version(connection, path)  # what was damaged before is no whole file of this version now
+        connection.execute("COMMIT")
+    except BaseException as error:
+        _roll_back(connection)
+        if isinstance(error, apsw.SQLError):
+            raise SchemaError(f"{path} is damaged: it could not be migrated: {error}") from error
+        raise
+
+
+def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Connection:
+    """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
+    with _driver_errors(path):
+        connection = _connect(path, patience=patience)
+        try:
+            # Closing the last connection copies the WAL into the file: not into one that may be refused.
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            _file_version(connection, path)
+            if connection.readonly("main"):
+                raise DurableError(f"{path} can only be read: durable needs to write")
+            if connection.pragma("page_count") == 0:  # else it is too late, or the application's to say
+                connection.pragma("auto_vacuum", "incremental")
+            _configure(connection, synchronous)
+            _enter_wal_mode(connection, path, patience)
+            _migrate(connection, path)
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+_Method = typing.TypeVar("_Method", bound=Callable[..., Any])
+_only = operator.itemgetter(0)
+
+
+def _stands_for(sql: str, run: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    """Put into a method's place what runs its statement; its parameters are what that binds, in their order."""
+
+    def stand(signature: _Method) -> _Method:
+        run.sql = sql  # type: ignore[attr-defined] # for who asks how SQLite runs it
+        return cast(_Method, functools.update_wrapper(run, signature))
+
+    return stand
+
+
+def _reads(
+    sql: str, make: Callable[[Any], Any] = tuple, into: Callable[[Iterable[Any]], Collection[Any]] = list
+) -> Callable[[_Method], _Method]:
+    """Have a method return what the first function makes of each row, in a list or another collection."""
+    return _stands_for(sql, lambda self, *bindings: into(map(make, self._select(sql, bindings))))
+
+
+def _reads_each(sql: str, make: Callable[[Any], Any] = tuple) -> Callable[[_Method], _Method]:
+    """Have a method yield it likewise, row by row: most of them are never looked at."""
+    return _stands_for(sql, lambda self, *bindings: map(make, self._select(sql, bindings)))
+
+
+def _reads_one(sql: str, make: Callable[[Any], Any] = tuple) -> Callable[[_Method], _Method]:
+    """Have a method return what that function makes of the first row, or None."""
+
+    def run(self: _Statements, *bindings: Any) -> Any:
+        for row in self._select(sql, bindings):
+            return make(row)
+        return None
+
+    return _stands_for(sql, run)
+
+
+def _reads_value(sql: str) -> Callable[[_Method], _Method]:
+    """Have a method return the only column of the first row, or None."""
+    return _reads_one(sql, _only)
+
+
+def _asks(sql: str) -> Callable[[_Method], _Method]:
+    """Have a method say whether there is a row."""
+    return _stands_for(sql, lambda self, *bindings: next(iter(self._select(sql, bindings)), None) is not None)
+
+
+def _writes(sql: str) -> Callable[[_Method], _Method]:
+    """Have a method say whether it changed a row."""
+
+    def run(self: _Table, *bindings: Any) -> bool:
+        self.db.execute(sql, bindings)
+        return self.db.changes() > 0
+
+    return _stands_for(sql, run)
+
+
+def _writes_all(sql: str) -> Callable[[_Method], _Method]:
+    """Have a method run a statement for each of the rows that it is given."""
+    return _stands_for(sql, lambda self, rows: self.db.executemany(sql, rows))
+
+
+def _counts(sql: str) -> Callable[[_Method], _Method]:
+    """Have a method return how many rows it changed."""
+
+    def run(self: _Table, *bindings: Any) -> int:
+        self.db.execute(sql, bindings)
+        return self.db.changes()
+
+    return _stands_for(sql, run)
+
+
+class _Statements:
+    """Methods that run a statement each, which stands above them as static text."""
+
+    def _select(self, sql: str, bindings: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+        raise NotImplementedError
+
+
+_ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
+    "i.has_inbox", "EXISTS (SELECT 1 FROM durable_signals WHERE target = i.id AND consumed = 0)"
+)
+_ROW_TO_CLAIM = _ROW.replace("i.claim,", "i.claim + 1,")
+"""The row as it will be under the claim that is about to be made."""
+_INSTANCE = _columns(Instance)
+_SCHEDULE_ROW = f"SELECT {_columns(_ScheduleRow)} FROM durable_schedules"
+_LIVE_STATUSES = "status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children')"
+
+# What a clock has written that was ahead of now (?1) by more than is waited for (up to ?2), at most so many rows (?3).
+# As `_brought_back` rules for each; those that were due when they were written become due in the order that they had.
+_AHEAD = "eligible_at > ?1 AND updated_at > ?2 AND eligible_at < 2 * updated_at - ?1"
+_AHEAD_RUNNABLE = f"""
+    SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_pick
+    WHERE status = 'runnable' AND parked_on IS NULL AND {_AHEAD}
+    UNION ALL
+    SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_parked
+    WHERE parked_on IS NOT NULL AND {_AHEAD}"""
+_AHEAD_AWAITING = """
+    SELECT id FROM durable_instances INDEXED BY durable_deadlines
+    WHERE await_deadline > ?1 AND updated_at > ?2 AND await_deadline < 2 * updated_at - ?1"""
+_AHEAD_EXECUTING = """
+    SELECT id FROM durable_instances INDEXED BY durable_executing
+    WHERE status = 'executing' AND eligible_at > ?1 AND eligible_at <= updated_at"""
+_AHEAD_ENDED = """
+    SELECT id FROM durable_instances
+    WHERE (status = 'done' OR status = 'failed') AND retention IS ?4 AND updated_at > ?2"""
+
+
+class _SharedReads(_Statements):
+    """What both a beat and who only looks ask for."""
+
+    @_reads_value("SELECT value FROM durable_meta WHERE key = 'schema_version'")
+    def schema_version(self) -> str | None: ...
+
+    # The guard column's index decides on duplicates, so no look-up goes before an insert.
+    @_reads_one("SELECT id, status FROM durable_instances WHERE correlation_guard = ?")
+    def occupant(self, key: str) -> tuple[int, str] | None:
+        """Return (id, status) of the instance that occupies a key."""
+
+    @_reads_one("SELECT id, status FROM durable_instances WHERE correlation_key = ? ORDER BY id DESC LIMIT 1")
+    def last_carrier(self, key: str) -> tuple[int, str] | None:
+        """Return (id, status) of the newest instance that carries a key."""
+
+    @_reads_value("SELECT status FROM durable_instances WHERE id = ?")
+    def status(self, instance: int) -> str | None: ...
+    @_reads_one(f"SELECT {_columns(_Policy)} FROM durable_limits WHERE name = ?", _Policy._make)
+    def policy(self, name: str) -> _Policy | None:
+        """Return a rate limit of the file."""
+
+    @_reads(
+        f"SELECT {_columns(Signal)} FROM durable_signals WHERE target = ? AND consumed = 0 ORDER BY id",
+        _make_signal,
+        tuple,
+    )
+    def signals(self, target: int) -> tuple[Signal, ...]:
+        """Return an instance's inbox."""
+
+    @_reads(f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id", _make_worker)
+    def workers(self) -> list[Worker]: ...
+
+
+_BULK = 16
+"""So many rows are one statement, where one will do."""
+
+
+class _Table(_Statements):
+    """Statements of a beat, on the write connection."""
+
+    db: apsw.Connection
+
+    def _select(self, sql: str, bindings: Sequence[Any] = ()) -> apsw.Cursor:
+        return self.db.execute(sql, bindings)
+
+    def _write_in_bulk(self, one: str, many: str, rows: Sequence[Sequence[Any]], first: Sequence[Any] = ()) -> None:
+        """Run a statement for rows, each bound after what all of them have in common; `_BULK` at once where it goes.
+
+        That opens the indexes once for all: 2 us a row in place of 3.5.
+        """
+        whole = len(rows) - len(rows) % _BULK
+        for start in range(0, whole, _BULK):
+            self.db.execute(many, (*first, *itertools.chain.from_iterable(rows[start : start + _BULK])))
+        self.db.executemany(one, [(*first, *row) for row in rows[whole:]])
+
+
+def _values(record: Any) -> str:
+    return f"({', '.join('?' * len(record._fields))})"
+
+
+_INSERT = f"INSERT INTO durable_instances ({_columns(_NewRow)}) VALUES {_values(_NewRow)}"
+_INSERT_MANY = _INSERT + f", {_values(_NewRow)}" * (_BULK - 1)
+_INSERT_UNIQUE = f"{_INSERT} ON CONFLICT (correlation_guard) WHERE correlation_guard IS NOT NULL DO NOTHING"
+
+
+class _InstanceTable(_Table):
+    """Instances, but for their claims and outcomes."""
+
+    def insert(self, row: _NewRow) -> int | None:
+        """Insert an instance; None if its correlation key is taken."""
+        self.db.execute(_INSERT_UNIQUE, row)
+        return self.db.last_insert_rowid() if self.db.changes() else None
+
+    def insert_many(self, rows: Sequence[_NewRow]) -> range:
+        """Insert instances without correlation keys; one writer and AUTOINCREMENT give them ids in a row."""
+        self._write_in_bulk(_INSERT, _INSERT_MANY, rows)
+        last = self.db.last_insert_rowid()
+        return range(last - len(rows) + 1, last + 1)
+
+    @_reads_one(
+        f"SELECT {_ROW}, i.status FROM durable_instances i WHERE id = ?", lambda row: (_Row(*row[:-1]), row[-1])
+    )
+    def row(self, instance: int) -> tuple[_Row, str] | None:
+        """Return a row with its status."""
+
+    @_reads_one("SELECT correlation_key, correlation_scope FROM durable_instances WHERE id = ?")
+    def carried_key(self, instance: int) -> tuple[str | None, int]: ...
+    @_reads_value("SELECT retention FROM durable_instances WHERE id = ?")
+    def retention(self, instance: int) -> int | None: ...
+    @_reads("SELECT id FROM durable_instances WHERE parent_id = ? ORDER BY id", _only)
+    def children_ids(self, parent: int) -> list[int]: ...
+    @_asks(f"SELECT 1 FROM durable_instances WHERE parent_id = ? AND {_LIVE_STATUSES} LIMIT 1")
+    def has_live_child(self, parent: int) -> bool: ...
+    @_writes("""
+UPDATE durable_instances SET status = 'runnable', eligible_at = ?2, updated_at = ?2
+WHERE id = ?1 AND status = 'awaiting_children'
+""")
+    def wake_parent(self, parent: int, now: int) -> bool: ...
+    @_writes("UPDATE durable_instances SET parent_id = NULL WHERE parent_id = ? AND id >= ?")
+    def detach(self, parent: int, first_child: int) -> bool: ...
+    @_writes("""
+UPDATE durable_instances SET
+    status = 'failed', last_error = ?2, traceback = NULL, crashes = 0, parked_on = NULL, progress = NULL,
+    failed_from = iif(status = 'awaiting_signal', status, NULL), kept_deadline = await_deadline, await_deadline = NULL,
+    updated_at = ?3, claim = claim + 1
+WHERE id = ?1 AND status IN ('runnable', 'awaiting_signal', 'awaiting_children')
+""")
+    def end(self, instance: int, reason: str, now: int) -> bool:
+        """Fail an instance that does not execute."""
+
+    @_writes("""
+UPDATE durable_instances SET cancel_reason = coalesce(cancel_reason, ?2) WHERE id = ?1 AND status = 'executing'
+""")
+    def request_cancel(self, instance: int, reason: str) -> bool: ...
+    @_writes(f"""
+UPDATE durable_instances SET
+    status = CASE
+        WHEN failed_from IS NOT NULL THEN failed_from
+        WHEN joining AND EXISTS (SELECT 1 FROM durable_instances WHERE parent_id = ?1 AND {_LIVE_STATUSES})
+            THEN 'awaiting_children'
+        ELSE 'runnable' END,
+    await_deadline = kept_deadline, failed_from = NULL, kept_deadline = NULL,
+    attempt = 0, crashes = 0, eligible_at = ?2, updated_at = ?2
+WHERE id = ?1 AND status = 'failed'
+""")
+    def revive(self, instance: int, now: int) -> bool: ...
+
+    # What stood is the history's; the row goes on under a claim number of its own, which a late outcome doesn't have.
+    _REWIND = """
+UPDATE durable_instances SET
+    status = 'runnable', step = ?2, state = ?3, awaits = ?4, joining = ?5, eligible_at = ?6, updated_at = ?6,
+    attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
+    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1, progress = NULL, has_calls = 0
+WHERE id = ?1 AND status <> 'executing'
+"""
+
+    def rewind(self, entry: _Entry, state: str, now: int) -> None:
+        self.db.execute(self._REWIND, (entry.instance, entry.step, state, entry.awaits, entry.joining, now))
+
+
+def _settings(change: type[_Change], *left_out: str) -> str:
+    """Set the columns of a change to the values that it binds."""
+    return ", ".join(f"{name} = ?" for name in change._fields if name not in left_out)
+
+
+# The guard: only the claim that produced an outcome may write it, and not if the instance was cancelled meanwhile.
+_HELD_CLAIM = "id = ? AND status = 'executing' AND claim = ?"
+_UNDER_CLAIM = f"WHERE {_HELD_CLAIM} AND cancel_reason IS ?"
+# A failed row, ?1 being the status, keeps what it waited for: `retry` goes back to it.
+_FINISH = f"""
+UPDATE durable_instances SET {_settings(_Finish)}, updated_at = ?,
+    awaits = iif(?1 = 'failed', awaits, NULL), joining = iif(?1 = 'failed', joining, 0),
+    worker = NULL, cancel_reason = NULL, progress = NULL
+{_UNDER_CLAIM}"""
+_AGAIN = f"""
+UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
+    worker = NULL, cancel_reason = NULL
+{_UNDER_CLAIM}"""
+_CLEAN_SLATE = "last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, progress = NULL, has_calls = 0"
+_PROGRESS = f"""
+UPDATE durable_instances SET {_settings(_Progress)}, updated_at = ?, {_CLEAN_SLATE}, worker = NULL, cancel_reason = NULL
+{_UNDER_CLAIM}"""
+# An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
+# is not written, not even as it is: that would have every index that depends on it looked at.
+_ADVANCE = f"""
+UPDATE durable_instances SET {_settings(_Progress, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
+    {_CLEAN_SLATE}, awaits = NULL, joining = 0, claim = claim + 1
+{_UNDER_CLAIM}"""
+
+
+class _OutcomeTable(_Table):
+    """What steps have come to, and what is kept of them while they run: only under the claim that produced it."""
+
+    def settle(self, row: _Row, change: _Change, now: int, cancel_reason: str | None = None) -> bool:
+        """Write an outcome under the claim that produced it; False if that claim holds no more."""
+        sql = _FINISH if isinstance(change, _Finish) else _PROGRESS if isinstance(change, _Progress) else _AGAIN
+        self.db.execute(sql, (*change, now, row.id, row.claim, cancel_reason))
+        return bool(self.db.changes())
+
+    def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
+        """Write outcomes, each under its claim; False if one of these claims holds no more, or was cancelled."""
+        rows: dict[type[_Change], list[tuple[Any, ...]]] = {_Finish: [], _Progress: [], _Again: []}
+        for one in commits:
+            row = one.claim.row
+            rows[type(one.change)].append((*one.change, now, row.id, row.claim, None))
+        return (
+            self._change_each(_FINISH, rows[_Finish])
+            and self._change_each(_PROGRESS, rows[_Progress])
+            and self._change_each(_AGAIN, rows[_Again])
+        )
+
+    def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
+        """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
+        first, end = _Progress._fields.index("step"), _Progress._fields.index("awaits")
+        rows = []
+        for one in commits:
+            row = one.claim.row
+            rows.append((*one.change[first:end], now, row.id, row.claim, None))
+        return self._change_each(_ADVANCE, rows)
+
+    def _change_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> bool:
+        """Run a statement for each of the rows; False if it has changed nothing for one.
+
+        Counted one by one, since the connection's total holds what the application's triggers change, too.
+        """
+        changes: list[int] = []
+
+        def bindings() -> Iterator[Sequence[Any]]:
+            for row in rows:
+                yield row
+                changes.append(self.db.changes())
+
+        if rows:
+            self.db.executemany(sql, bindings())
+        return all(changes)
+
+    _CANCEL_REASON = f"SELECT cancel_reason FROM durable_instances WHERE {_HELD_CLAIM} AND cancel_reason IS NOT NULL"
+
+    def cancel_reason(self, row: _Row) -> str | None:
+        """Why the row was cancelled, if it is still held by that claim."""
+        return cast("str | None", self.db.execute(self._CANCEL_REASON, (row.id, row.claim)).get)
+
+    _MIGRATE = f"UPDATE durable_instances SET version = ?, step = ? WHERE {_HELD_CLAIM}"
+
+    def migrate(self, row: _Row) -> None:
+        """Write the version and the step that a row was brought to, ahead of its outcome."""
+        self.db.execute(self._MIGRATE, (row.version, row.step, row.id, row.claim))
+
+    _NOTE_CALLS = f"UPDATE durable_instances SET has_calls = 1 WHERE {_HELD_CLAIM}"
+    _KEEP_CALL = "INSERT OR REPLACE INTO durable_calls (instance, name, value, is_awaited) VALUES (?, ?, ?, ?)"
+
+    def keep_call(self, row: _Row, call: _Kept) -> bool:
+        """Keep what a call returned; False if the claim under which it was made holds no more."""
+        self.db.execute(self._NOTE_CALLS, (row.id, row.claim))
+        if not self.db.changes():
+            return False
+        self.db.execute(self._KEEP_CALL, (row.id, *call))
+        return True
+
+    @_writes("DELETE FROM durable_calls WHERE instance = ?")
+    def drop_calls(self, instance: int) -> bool: ...
+    @_writes_all(f"UPDATE durable_instances SET progress = ? WHERE {_HELD_CLAIM}")
+    def show_progress(self, shown: Iterable[tuple[str, int, int]]) -> None:
+        """Write (progress, id, claim) of steps that run."""
+
+    _LAST_PROGRESS = "UPDATE durable_instances SET progress = ? WHERE id = ? AND claim = ? AND status = 'runnable'"
+
+    def show_last_progress(self, row: _Row, progress: str) -> None:
+        """Write how far a step had come that is to run again."""
+        self.db.execute(self._LAST_PROGRESS, (progress, row.id, row.claim))
+
+
+_CLAIM = """
+UPDATE durable_instances SET status = 'executing', worker = ?, claim = claim + 1, updated_at = ?
+WHERE id = ? AND status = 'runnable'
+"""
+_CLAIM_MANY = _CLAIM.replace("id = ?", f"id IN ({', '.join('?' * _BULK)})")
+
+
+class _ClaimTable(_Table):
+    """Rows that can run now, and the claims on them."""
+
+    # One seek a priority: a date in the future on an urgent priority must not hide live work on a less urgent one.
+    @_reads_one("""
+SELECT priority, eligible_at FROM durable_instances
+WHERE queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
+    AND NOT EXISTS (SELECT 1 FROM durable_paused WHERE queue = durable_instances.queue)
+ORDER BY priority, eligible_at LIMIT 1
+""")
+    def next_priority(self, queue: str, priority: int) -> tuple[int, int] | None:
+        """Return the first priority after that one with work, and when its first row is due; None if paused."""
+
+    @_reads_each(
+        f"""
+SELECT {_ROW_TO_CLAIM} FROM durable_instances i
+WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
+ORDER BY eligible_at, id
+""",
+        _Row._make,
+    )
+    def candidates(self, queue: str, priority: int, horizon: int) -> Iterator[_Row]: ...
+
+    # Used where rows of unknown classes stand in front: they are told apart within the index.
+    @_reads_each(
+        f"""
+SELECT {_ROW_TO_CLAIM} FROM durable_instances i
+WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
+    AND EXISTS (SELECT 1 FROM json_each(?) WHERE value ->> 0 = fsm AND version BETWEEN value ->> 1 AND value ->> 2)
+ORDER BY eligible_at, id
+""",
+        _Row._make,
+    )
+    def known_candidates(self, queue: str, priority: int, horizon: int, known: str) -> Iterator[_Row]: ...
+    @_reads_value("""
+SELECT min(eligible_at) FROM durable_instances
+WHERE queue = ? AND priority = ? AND eligible_at > ? AND status = 'runnable' AND parked_on IS NULL
+""")
+    def next_due(self, queue: str, priority: int, horizon: int) -> int | None: ...
+
+    def claim_many(self, worker: str, claims: Iterable[_Claim], now: int) -> None:
+        self._write_in_bulk(_CLAIM, _CLAIM_MANY, [(claim.row.id,) for claim in claims], (worker, now))
+
+    @_reads_value("""
+SELECT min(queue) FROM durable_instances WHERE queue > ? AND status = 'runnable' AND parked_on IS NULL
+""")
+    def next_queue(self, queue: str) -> str | None: ...
+    @_reads(f"SELECT {_ROW} FROM durable_instances i WHERE worker = ? AND status = 'executing' ORDER BY id", _Row._make)
+    def claimed_by(self, worker: str) -> list[_Row]: ...
+
+    # What was due when it was claimed is due now, whatever the clock says by now; a drain claims what is dated, too.
+    _GIVE_BACK = f"""
+UPDATE durable_instances SET
+    status = 'runnable', worker = NULL, updated_at = ?1,
+    eligible_at = iif(eligible_at <= updated_at, min(eligible_at, ?1), eligible_at)
+WHERE {_HELD_CLAIM} AND cancel_reason IS NULL
+"""
+
+    def give_back(self, row: _Row, now: int) -> bool:
+        self.db.execute(self._GIVE_BACK, (now, row.id, row.claim))
+        return bool(self.db.changes())
+
+
+_LINE = f"""
+SELECT {_columns(_Waiting)} FROM durable_instances
+WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
+"""
+
+
+class _LineTable(_Table):
+    """The lines of concurrency keys and buckets: rows that are parked on them, in the order in which they go on."""
+
+    @_reads_value("SELECT count(*) FROM durable_instances WHERE concurrency_key = ? AND status = 'executing'")
+    def executing(self, key: str) -> int: ...
+    @_writes_all(
+        "UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL"
+    )
+    def park_many(self, parked: Iterable[tuple[str, int]]) -> None: ...
+    @_reads_each(_LINE, _Waiting._make)
+    def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]: ...
+    @_reads_one(f"{_LINE} LIMIT 1", _Waiting._make)
+    def line_head(self, parked_on: str, queue: str) -> _Waiting: ...
+
+    def line_heads(self, parked_on: str) -> list[_Waiting]:
+        """Return the first row parked on something in each queue that has some."""
+        return [self.line_head(parked_on, queue) for queue in self.line_queues(parked_on)]
+
+    @_reads("""
+SELECT priority, eligible_at, id, queue FROM durable_instances
+WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT ?
+""")
+    def line_start(self, parked_on: str, queue: str, count: int) -> list[tuple[int, int, int, str]]:
+        """Return (priority, eligible_at, id, queue) of the first rows parked on something in a queue."""
+
+    @_reads_value("SELECT min(queue) FROM durable_instances WHERE parked_on = ? AND queue > ?")
+    def line_queue(self, parked_on: str, queue: str) -> str | None: ...
+
+    def line_queues(self, parked_on: str) -> list[str]:
+        """Return the queues in which rows are parked on something, by a seek each."""
+        queue = self.line_queue(parked_on, "")
+        queues = []
+        while queue is not None:
+            queues.append(queue)
+            queue = self.line_queue(parked_on, queue)
+        return queues
+
+    @_reads_value("SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?")
+    def next_line(self, parked_on: str) -> str | None: ...
+    @_counts("""
+UPDATE durable_instances SET parked_on = NULL WHERE id IN (
+    SELECT id FROM durable_instances WHERE parked_on = ? AND queue = ?
+    ORDER BY priority, eligible_at, id LIMIT ?)
+""")
+    def unpark(self, parked_on: str, queue: str, count: int) -> int: ...
+    @_writes("""
+UPDATE durable_instances SET parked_on = NULL WHERE id IN (
+    SELECT id FROM (
+        SELECT id, rate_limit FROM durable_instances WHERE parked_on = ? AND queue = ?
+        ORDER BY priority, eligible_at, id LIMIT 100)
+    WHERE rate_limit IS NOT ? LIMIT 1)
+""")
+    def unpark_other(self, parked_on: str, queue: str, rate: str) -> bool:
+        """Let the first of the next hundred rows go that waits for another bucket than that, or for none."""
+
+    # One seek a priority, as for candidates. A bucket's unparked rows in queues that are claimed from need no look-up:
+    # they are met in their order.
+    @_reads_one(
+        f"""
+SELECT {_columns(_Waiting)} FROM durable_instances
+WHERE rate_limit = ? AND queue = ? AND priority > ? AND status = 'runnable' AND parked_on IS NULL
+ORDER BY priority, eligible_at, id LIMIT 1
+""",
+        _Waiting._make,
+    )
+    def next_at_bucket(self, key: str, queue: str, priority: int) -> _Waiting | None: ...
+
+    def first_at_bucket(self, key: str, queue: str, now: int) -> _Waiting | None:
+        """Return the first row of a bucket that is due in a queue and in no line."""
+        row = self.next_at_bucket(key, queue, -_MAX_INTEGER - 1)
+        while row is not None and row.eligible_at > now:
+            row = self.next_at_bucket(key, queue, row.priority)
+        return row
+
+
+class _BucketTable(_SharedReads, _Table):
+    """Rate limits and their buckets."""
+
+    _SAVE_POLICY = f"INSERT OR REPLACE INTO durable_limits ({_columns(_Policy)}) VALUES {_values(_Policy)}"
+
+    def save_policy(self, policy: _Policy, now: int) -> None:
+        """Keep a rate limit; the levels of its buckets are put into its units."""
+        old = self.policy(policy.name)
+        if old == policy:
+            return
+        self.db.execute(self._SAVE_POLICY, policy)
+        if old is None:
+            return
+        for key, level, refilled_at in self.buckets_of(policy.name):
+            level = old.level(level, refilled_at, now) * policy.per_ms // old.per_ms
+            self.save_bucket(policy, key, min(level, policy.capacity), now, now)
+
+    @_reads(
+        "SELECT key, level, refilled_at FROM durable_buckets WHERE key = ?1 OR key >= ?1 || ':' AND key < ?1 || ';'"
+    )
+    def buckets_of(self, name: str) -> list[tuple[str, int, int]]: ...
+    @_reads_one("SELECT level, refilled_at FROM durable_buckets WHERE key = ?")
+    def bucket(self, key: str) -> tuple[int, int] | None:
+        """Return (level, refilled_at)."""
+
+    _SAVE_BUCKET = """
+INSERT INTO durable_buckets (key, level, refilled_at, full_at, ready_at) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET
+    level = excluded.level, refilled_at = excluded.refilled_at, full_at = excluded.full_at, ready_at = excluded.ready_at
+"""
+
+    def save_bucket(self, policy: _Policy, key: str, level: int, refilled_at: int, ready_at: int | None) -> None:
+        full_at = policy.instant_of(policy.capacity, level, refilled_at)
+        self.db.execute(self._SAVE_BUCKET, (key, level, refilled_at, full_at, ready_at))
+
+    @_reads_value("SELECT min(ready_at) FROM durable_buckets WHERE ready_at > ?")
+    def next_ready(self, now: int) -> int | None:
+        """Return the next instant after now at which a bucket is ready for its line."""
+
+    @_reads("SELECT key FROM durable_buckets WHERE ready_at <= ?", _only)
+    def ready_buckets(self, now: int) -> list[str]: ...
+    @_counts("""
+DELETE FROM durable_buckets WHERE key IN (
+    SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
+""")
+    def collect_buckets(self, now: int, count: int) -> int:
+        """Drop full buckets: a cold one is full."""
+
+
+class _InboxTable(_Table):
+    """Signals, but for the look at them."""
+
+    _DELIVER = """
+INSERT INTO durable_signals (target, name, payload, dedup_key, sent_at) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (target, name, dedup_key) WHERE dedup_key IS NOT NULL DO NOTHING
+"""
+
+    def deliver(self, target: int, message: _Message, now: int) -> bool:
+        self.db.execute(self._DELIVER, (target, message.name, message.payload, message.dedup_key, now))
+        return bool(self.db.changes())
+
+    @_writes("""
+UPDATE durable_instances SET status = 'runnable', eligible_at = ?3, await_deadline = NULL, updated_at = ?3
+WHERE id = ?1 AND status = 'awaiting_signal' AND EXISTS (SELECT 1 FROM json_each(awaits) WHERE value = ?2)
+""")
+    def wake(self, target: int, name: str, now: int) -> bool: ...
+
+    _UNSEEN = """
+SELECT 1 FROM durable_signals
+WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
+    AND id NOT IN (SELECT value FROM json_each(?)) LIMIT 1
+"""
+
+    def has_unseen(self, target: int, names: str, seen: Iterable[int]) -> bool:
+        return self.db.execute(self._UNSEEN, (target, names, _encode(list(seen)))).get is not None
+
+    # A consumed signal that has a dedup_key leaves it behind, so that a redelivery stays a no-op while the instance
+    # lives. With a history each stays, marked with the number of the claim that consumed it, so that it can come back.
+    _CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
+    _CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
+    _KEEP_CONSUMED = "UPDATE durable_signals SET consumed = ? WHERE id = ? AND consumed = 0"
+
+    def consume(self, ids: Iterable[int], kept_by: int | None) -> None:
+        """Take signals out of the inbox; with a history they stay in the file, marked by the claim."""
+        if kept_by is not None:
+            self.db.executemany(self._KEEP_CONSUMED, [(kept_by, one) for one in ids])
+            return
+        bindings = [(one,) for one in ids]
+        self.db.executemany(self._CONSUME, bindings)
+        self.db.executemany(self._CONSUME_KEYED, bindings)
+
+    @_asks("SELECT 1 FROM durable_signals LIMIT 1")
+    def has_signals(self) -> bool: ...
+
+    _EMPTY_INBOX = "DELETE FROM durable_signals WHERE target = ? RETURNING id, name, consumed"
+    _KEEP_INBOX = "UPDATE durable_signals SET consumed = ? WHERE target = ? AND consumed = 0 RETURNING id, name, 0"
+
+    def empty_inbox(self, target: int, kept_by: int | None = None) -> list[tuple[int, str]]:
+        """Take all of an instance's signals out of its inbox; return (id, name) of those that were not consumed."""
+        sql, bindings = (self._EMPTY_INBOX, (target,)) if kept_by is None else (self._KEEP_INBOX, (kept_by, target))
+        taken = cast("Iterable[tuple[int, str, int]]", self.db.execute(sql, bindings))
+        return [(signal, name) for signal, name, is_consumed in taken if not is_consumed]
+
+    # What was consumed without a history has lost its payload.
+    @_writes("UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ? AND payload IS NOT NULL")
+    def bring_back(self, target: int, seq: int) -> bool:
+        """Put back into the inbox what that run and later ones have consumed."""
+
+
+class _TimerTable(_Table):
+    """What is due at an instant, and instants that a clock was wrong about."""
+
+    @_reads_one("""
+SELECT (SELECT min(await_deadline) FROM durable_instances WHERE await_deadline IS NOT NULL),
+    (SELECT min(ready_at) FROM durable_buckets WHERE ready_at IS NOT NULL),
+    (SELECT min(fires_at) FROM durable_schedules WHERE fires_at > ?)
+""")
+    def timers(self, schedules_after: int) -> tuple[int | None, int | None, int | None]:
+        """Return the next await deadline, when the next bucket is ready for its line, and the next schedule fires."""
+
+    @_reads("""
+UPDATE durable_instances SET status = 'runnable', eligible_at = ?1, await_deadline = NULL, updated_at = ?1
+WHERE id IN (
+    SELECT id FROM durable_instances WHERE await_deadline <= ?2 ORDER BY await_deadline LIMIT 1000)
+RETURNING id, fsm, step
+""")
+    def fire(self, now: int, until: int) -> list[tuple[int, str, str]]:
+        """Wake instances whose deadline is over; return (id, fsm, step) of each."""
+
+    _SET_RIGHT_RUNNABLE = f"""
+WITH ahead AS ({_AHEAD_RUNNABLE}), placed AS (
+    SELECT id, delay, row_number() OVER same AS place, count(*) OVER (PARTITION BY delay > 0) AS count FROM ahead
+    WINDOW same AS (PARTITION BY delay > 0 ORDER BY eligible_at, id))
+UPDATE durable_instances SET updated_at = ?1, eligible_at = ?1 + iif(delay > 0, delay, place - count)
+FROM placed WHERE durable_instances.id = placed.id AND place <= ?3
+"""
+    _SET_RIGHT_AWAITING = f"""
+UPDATE durable_instances SET await_deadline = ?1 + max(0, await_deadline - updated_at), updated_at = ?1
+WHERE id IN ({_AHEAD_AWAITING} LIMIT ?3)
+"""
+    _SET_RIGHT_EXECUTING = f"UPDATE durable_instances SET eligible_at = ?1 WHERE id IN ({_AHEAD_EXECUTING} LIMIT ?3)"
+    _SET_RIGHT_BUCKETS = """
+UPDATE durable_buckets SET
+    full_at = full_at - refilled_at + ?1, ready_at = ready_at - refilled_at + ?1, refilled_at = ?1
+WHERE key IN (SELECT key FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2 LIMIT ?3)
+"""
+    _SET_RIGHT_ENDED = f"""
+UPDATE durable_instances SET updated_at = ?1, kept_deadline = iif(
+    kept_deadline > ?1 AND kept_deadline < 2 * updated_at - ?1, ?1 + max(0, kept_deadline - updated_at), kept_deadline)
+WHERE id IN ({_AHEAD_ENDED} LIMIT ?3)
+"""
+    _SET_RIGHT_LEASES = """
+UPDATE durable_workers SET lease_expires_at = lease_expires_at - heartbeat_at + ?1, heartbeat_at = ?1
+WHERE heartbeat_at > ?2
+"""
+
+    def set_right(self, now: int, count: int) -> tuple[int, bool]:
+        """Set right what a clock that was ahead has written, so many rows of a kind.
+
+        Return how many instances were to run and are brought back, and whether there may be more.
+        """
+        horizon = now + _SET_BACK_MS
+        self.db.execute(self._SET_RIGHT_LEASES, (now, horizon))
+        changes, first = [], (self._SET_RIGHT_RUNNABLE, self._SET_RIGHT_AWAITING)
+        for sql in (*first, self._SET_RIGHT_EXECUTING, self._SET_RIGHT_BUCKETS):
+            self.db.execute(sql, (now, horizon, count))
+            changes.append(self.db.changes())
+        retention: int | None = None
+        while True:
+            self.db.execute(self._SET_RIGHT_ENDED, (now, horizon, count, retention))
+            changes.append(self.db.changes())
+            retention = self.next_retention(retention)
+            if retention is None:
+                return changes[0] + changes[1], max(changes) >= count
+
+    # A finished child waits for its parent's join, of which `joining` says that it is still to make progress; and a
+    # failed parent keeps its children as long as itself, for it may be retried.
+    _SWEEP = """
+SELECT id, updated_at, status = 'failed' FROM durable_instances c
+WHERE (status = 'done' OR status = 'failed') AND retention IS ? AND (updated_at, id) > (?, ?) AND updated_at < ?
+    AND NOT EXISTS (
+        SELECT 1 FROM durable_instances p WHERE p.id = c.parent_id AND (p.joining OR p.status = 'failed'))
+ORDER BY updated_at, id LIMIT ?
+"""
+
+    def sweep(self, after: _SweepPosition, before: int, count: int) -> list[tuple[int, int, int]]:
+        """Return (id, updated_at, whether it failed) of due ended rows of one retention, oldest first."""
+        bindings = after.retention, after.updated_at, after.id, before, count
+        return cast(list[tuple[int, int, int]], list(self.db.execute(self._SWEEP, bindings)))
+
+    _NEXT_RETENTION = """
+SELECT min(retention) FROM durable_instances WHERE (status = 'done' OR status = 'failed') AND retention > ?
+"""
+
+    def next_retention(self, retention: int | None) -> int | None:
+        """Return the next longer retention that ended rows have of their own."""
+        shorter = -1 if retention is None else retention
+        return cast("int | None", self.db.execute(self._NEXT_RETENTION, (shorter,)).get)
+
+    _COLLECT = (
+        "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')",
+        "DELETE FROM durable_signals WHERE target = ?",
+        "DELETE FROM durable_transitions WHERE instance = ?",
+        "DELETE FROM durable_calls WHERE instance = ?",
+    )
+
+    def collect(self, ids: Iterable[int]) -> None:
+        """Delete ended instances, with all that belongs to them."""
+        bindings = [(one,) for one in ids]
+        for statement in self._COLLECT:
+            self.db.executemany(statement, bindings)
+
+
+class _WorkerTable(_Table):
+    """Running engines, and queues."""
+
+    _REGISTER = f"""
+INSERT INTO durable_workers ({_columns(Worker)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, lease_expires_at = excluded.lease_expires_at
+"""
+
+    def register(self, worker: Sequence[Any]) -> None:
+        self.db.execute(self._REGISTER, worker)
+
+    @_writes("UPDATE durable_workers SET heartbeat_at = ?2, lease_expires_at = ?3 WHERE id = ?1")
+    def renew(self, worker: str, now: int, lease_expires_at: int) -> bool: ...
+    @_writes("DELETE FROM durable_workers WHERE id = ?")
+    def unregister(self, worker: str) -> bool: ...
+
+    _FORGET_TAKEN = "DELETE FROM durable_meta WHERE key GLOB 'taken:*' AND CAST(value AS INTEGER) < ?"
+    _NOTE_TAKEN = "INSERT OR REPLACE INTO durable_meta (key, value) VALUES ('taken:' || ?, ?)"
+
+    def note_taken(self, worker: str, now: int) -> None:
+        """Leave word, for a day, that a worker's lock was found free: should it live, it can tell what that means."""
+        self.db.execute(self._FORGET_TAKEN, (now - 86_400_000,))
+        self.db.execute(self._NOTE_TAKEN, (worker, now))
+
+    @_asks("SELECT 1 FROM durable_meta WHERE key = 'taken:' || ?")
+    def was_taken(self, worker: str) -> bool:
+        """Whether somebody has found a worker's lock free."""
+
+    @_reads("SELECT key FROM durable_workers w, json_each(w.queues) WHERE w.id IS NOT ?", _only, frozenset)
+    def served_elsewhere(self, worker: str) -> frozenset[str]:
+        """Return the queues that other workers serve."""
+
+    @_writes("INSERT INTO durable_paused (queue) VALUES (?) ON CONFLICT DO NOTHING")
+    def pause(self, queue: str) -> bool: ...
+    @_writes("DELETE FROM durable_paused WHERE queue = ?")
+    def resume(self, queue: str) -> bool: ...
+    @_asks("SELECT 1 FROM durable_paused WHERE queue = ?")
+    def is_paused(self, queue: str) -> bool: ...
+
+
+class _ScheduleTable(_Table):
+    """Schedules."""
+
+    @_reads_value("SELECT value FROM durable_meta WHERE key = 'file_id'")
+    def file_id(self) -> str: ...
+    @_reads_one(f"{_SCHEDULE_ROW} WHERE name = ?", _ScheduleRow._make)
+    def schedule(self, name: str) -> _ScheduleRow | None: ...
+    @_reads(f"{_SCHEDULE_ROW} WHERE is_declared ORDER BY name", _ScheduleRow._make)
+    def declared_schedules(self) -> list[_ScheduleRow]: ...
+    @_reads(f"{_SCHEDULE_ROW} WHERE next_at > ? ORDER BY name", _ScheduleRow._make)
+    def schedules_ahead(self, now: int) -> list[_ScheduleRow]:
+        """Return the schedules whose next instant is still to come."""
+
+    @_reads(f"{_SCHEDULE_ROW} WHERE fires_at > ? AND fires_at <= ? ORDER BY fires_at, name", _ScheduleRow._make)
+    def due_schedules(self, after: int, until: int) -> list[_ScheduleRow]:
+        """Return the schedules that fire in a span of time."""
+
+    @_asks("SELECT 1 FROM durable_instances WHERE schedule = ? AND scheduled_at = ? LIMIT 1")
+    def has_occurrence(self, name: str, nominal: int) -> bool:
+        """Whether an instance in the file stands for that instant of a schedule."""
+
+    _SAVE = f"INSERT OR REPLACE INTO durable_schedules ({_columns(_ScheduleRow)}) VALUES {_values(_ScheduleRow)}"
+
+    def save_schedule(self, row: _ScheduleRow) -> None:
+        self.db.execute(self._SAVE, row)
+
+    _RENAME = (
+        "UPDATE durable_schedules SET name = ? WHERE name = ?",
+        "UPDATE durable_instances SET schedule = ? WHERE schedule = ?",
+    )
+
+    def rename_schedule(self, old: str, new: str) -> None:
+        for statement in self._RENAME:
+            self.db.execute(statement, (new, old))
+
+    @_writes("DELETE FROM durable_schedules WHERE name = ?")
+    def unschedule(self, name: str) -> bool: ...
+    @_writes("UPDATE durable_schedules SET is_paused = 1, next_at = NULL, fires_at = NULL")
+    def pause_schedules(self) -> bool: ...
+
+
+_RECORD = f"INSERT INTO durable_transitions ({_columns(_Entry)}) VALUES {_values(_Entry)}"
+_RECORD_MANY = _RECORD + f", {_values(_Entry)}" * (_BULK - 1)
+
+
+class _HistoryTable(_Table):
+    """The runs that are over."""
+
+    def record(self, entries: Sequence[_Entry]) -> None:
+        self._write_in_bulk(_RECORD, _RECORD_MANY, entries)
+
+    @_reads(
+        f"SELECT {_columns(_Entry)} FROM durable_transitions WHERE instance = ? AND seq >= ? ORDER BY seq", _Entry._make
+    )
+    def entries_from(self, instance: int, seq: int) -> list[_Entry]: ...
+
+
+def _keep_for_ever(connections: list[apsw.Connection]) -> None:
+    """Keep connections from being closed, even by the interpreter's end.
+
+    A fork's child shares its parent's open files: closing SQLite's in the child may truncate the WAL under the
+    parent. What a reference is held to that nobody will drop is never closed.
+    """
+    import ctypes  # only the child of a fork pays for it
+
+    for connection in connections:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+class _Ending(NamedTuple):
+    """How an instance ended, if its status says that it has."""
+
+    id: int
+    status: str
+    result: str | None
+    last_error: str | None
+
+
+class _Looks(_SharedReads):
+    """What only those ask for who look."""
+
+    @_reads_one(f"SELECT {_INSTANCE} FROM durable_instances WHERE id = ?", _make_instance)
+    def instance(self, instance: int) -> Instance | None: ...
+    @_reads(f"SELECT {_INSTANCE} FROM durable_instances WHERE parent_id = ? ORDER BY id", _make_instance, tuple)
+    def children(self, parent: int) -> tuple[Instance, ...]: ...
+    @_reads_one(f"SELECT {_columns(_Ending)} FROM durable_instances WHERE id = ?", _Ending._make)
+    def find_ending(self, instance: int) -> _Ending | None: ...
+    @_reads("SELECT id, status FROM durable_instances WHERE id IN (SELECT value FROM json_each(?))", tuple, dict)
+    def statuses_of(self, ids: str) -> dict[int, str]:
+        """Return the status of each of the ids in a JSON array."""
+
+    # Each line reads one partial index and no row.
+    @_reads("""
+SELECT queue, status, count(*) FROM durable_instances WHERE status = 'runnable' AND parked_on IS NULL
+    GROUP BY queue
+UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE parked_on IS NOT NULL GROUP BY queue
+UNION ALL SELECT queue, status, count(*) FROM durable_instances WHERE status = 'executing' GROUP BY queue
+UNION ALL SELECT queue, status, count(*) FROM durable_instances
+    WHERE status = 'awaiting_signal' OR status = 'awaiting_children' GROUP BY queue, status
+UNION ALL SELECT queue, status, count(*) FROM durable_instances
+    WHERE status = 'done' OR status = 'failed' GROUP BY queue, status
+""")
+    def tally(self) -> list[tuple[str, str, int]]:
+        """Return (queue, status, count), the runnable ones in two parts."""
+
+    @_reads(
+        """
+SELECT DISTINCT queue FROM durable_instances
+WHERE (status = 'executing' OR status = 'runnable' AND eligible_at <= ?)
+    AND queue NOT IN (SELECT queue FROM durable_paused)
+""",
+        _only,
+        set,
+    )
+    def busy(self, now: int) -> set[str]:
+        """Return the queues in which something is to be done now, or runs, but for paused ones."""
+
+    @_reads("SELECT DISTINCT queue FROM durable_instances", _only)
+    def queues(self) -> list[str]: ...
+    @_reads("SELECT queue FROM durable_paused ORDER BY queue", _only)
+    def paused(self) -> list[str]: ...
+    @_reads(
+        "SELECT name, value, is_awaited FROM durable_calls WHERE instance = ?",
+        lambda row: (row[0], (row[1], bool(row[2]))),
+        dict,
+    )
+    def calls(self, instance: int) -> dict[str, tuple[str | None, bool]]:
+        """Return the calls that are kept of an instance's step: (value as JSON, whether it was awaited) by name."""
+
+    @_reads(f"SELECT {_columns(Transition)} FROM durable_transitions WHERE instance = ? ORDER BY seq", _make_transition)
+    def history(self, instance: int) -> list[Transition]: ...
+    @_reads_value("""
+SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kind NOT IN ('rewind', 'cancel')
+""")
+    def latest_run(self, instance: int, step_name: str) -> int | None:
+        """Return the number of the latest run of a step, if there is one in the history."""
+
+    @_reads_value("SELECT step FROM durable_transitions WHERE instance = ? AND seq = ?")
+    def step_of_run(self, instance: int, seq: int) -> str | None: ...
+    @_reads(f"SELECT {_columns(Schedule)} FROM durable_schedules ORDER BY name", _make_schedule)
+    def schedules(self) -> list[Schedule]: ...
+    @_reads(f"{_SCHEDULE_ROW} ORDER BY name", _ScheduleRow._make)
+    def schedule_rows(self) -> list[_ScheduleRow]: ...
+    @_asks("SELECT 1 FROM durable_instances WHERE id = ? AND status = 'executing' AND cancel_reason IS NOT NULL")
+    def is_cancelled(self, instance: int) -> bool: ...
+    @_reads_value(f"""
+SELECT EXISTS ({_AHEAD_RUNNABLE}) OR EXISTS ({_AHEAD_AWAITING}) OR EXISTS ({_AHEAD_EXECUTING})
+    OR EXISTS (SELECT 1 FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2)
+    OR EXISTS (SELECT 1 FROM durable_workers WHERE heartbeat_at > ?2)
+""")
+    def has_ahead(self, now: int, horizon: int) -> int:
+        """Whether something was written by a clock that was ahead of now, by more than up to that horizon."""
+
+
+_FIND_BY = {
+    "status": "status IN (SELECT value FROM json_each(?))",
+    "fsm": "fsm IN (SELECT value FROM json_each(?))",
+    "queue": "queue = ?",
+    "parent_id": "parent_id = ?",
+    "correlation_key": "correlation_key = ?",
+    "schedule": "schedule = ?",
+    "since": "updated_at >= ?",
+    "before": "id < ?",
+}
+_FIND_FAILED = "status = 'failed'"  # a literal, for the index of the failed rows
+
+_AUDITS = {
+    "executing rows of a worker that is not registered": """
+        SELECT id FROM durable_instances
+        WHERE status = 'executing' AND worker NOT IN (SELECT id FROM durable_workers)""",
+    "rows waiting for a signal without saying which": """
+        SELECT id FROM durable_instances i WHERE status = 'awaiting_signal' AND awaits IS NULL""",
+    "rows waiting for children of which none is live": """
+        SELECT id FROM durable_instances p WHERE status = 'awaiting_children' AND NOT EXISTS (
+            SELECT 1 FROM durable_instances c WHERE c.parent_id = p.id AND c.status NOT IN ('done', 'failed'))""",
+    "done rows with an inbox": """
+        SELECT DISTINCT target FROM durable_signals JOIN durable_instances i ON i.id = target
+        WHERE i.status = 'done' AND NOT consumed""",
+    "done rows that wait for something": """
+        SELECT id FROM durable_instances WHERE status = 'done' AND (awaits IS NOT NULL OR joining)""",
+    "signals without an instance": """
+        SELECT DISTINCT target FROM durable_signals WHERE target NOT IN (SELECT id FROM durable_instances)""",
+    "rows whose state, result or awaits is no JSON": """
+        SELECT id FROM durable_instances WHERE NOT json_valid(state)
+            OR NOT coalesce(json_valid(result), 1) OR NOT coalesce(json_valid(awaits), 1)""",
+    "signals whose payload is no JSON (by target)": """
+        SELECT target FROM durable_signals WHERE NOT json_valid(payload)""",
+    "rows of a rate limit that is not in the file": """
+        SELECT id FROM durable_instances WHERE rate_limit IS NOT NULL AND status NOT IN ('done', 'failed')
+            AND substr(rate_limit, 1, instr(rate_limit || ':', ':') - 1) NOT IN (SELECT name FROM durable_limits)""",
+    "rows parked on something that is not theirs": """
+        SELECT id FROM durable_instances WHERE parked_on IS NOT NULL
+            AND parked_on IS NOT 'key:' || concurrency_key AND parked_on IS NOT 'rate:' || rate_limit""",
+    "rows parked on a bucket that will never wake them": """
+        SELECT id FROM durable_instances WHERE parked_on LIKE 'rate:%' AND NOT EXISTS (
+            SELECT 1 FROM durable_buckets WHERE 'rate:' || key = parked_on AND ready_at IS NOT NULL)""",
+    "rows parked on a key that nobody holds or is about to take": """
+        SELECT id FROM durable_instances i WHERE parked_on = 'key:' || concurrency_key AND NOT EXISTS (
+            SELECT 1 FROM durable_instances o WHERE o.concurrency_key = i.concurrency_key AND (o.status = 'executing'
+                OR o.status = 'runnable' AND (o.parked_on IS NULL OR o.parked_on LIKE 'rate:%')))""",
+    "schedules that would fire before their instant (by name)": """
+        SELECT name FROM durable_schedules WHERE fires_at < next_at OR fires_at > next_at + jitter""",
+    "schedules whose grid or instance is no JSON (by name)": """
+        SELECT name FROM durable_schedules WHERE NOT json_valid("when") OR NOT json_valid(template)""",
+    "schedules whose latest instance is another's (by name)": """
+        SELECT s.name FROM durable_schedules s JOIN durable_instances i ON i.id = s.last_id
+        WHERE i.schedule IS NOT s.name""",
+    "runs of an instance that is not in the file (by its id)": """
+        SELECT DISTINCT instance FROM durable_transitions WHERE instance NOT IN (SELECT id FROM durable_instances)""",
+    "counters below zero": """
+        SELECT id FROM durable_instances WHERE min(attempt, crashes, claim) < 0 OR weight < 1""",
+}
+
+
+_LIVE_ROWS = f"SELECT id, fsm, version, step, state FROM durable_instances WHERE {_LIVE_STATUSES}"
+_One = typing.TypeVar("_One")
+
+
+class _Reader(_Looks):
+    """Reads what is committed, on connections of its own that can't write and never block a beat."""
+
+    def __init__(self, path: str, files: _OpenFiles | None = None) -> None:
+        self.path = path
+        self._files = files
+        self._idle: list[apsw.Connection] = []
+        self._all: list[apsw.Connection] = []
+        self._is_closed = False
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[apsw.Connection]:
+        """Lend a connection to one thread at a time."""
+        if self._is_closed:
+            raise EngineClosedError(f"the engine on {self.path} is closed")
+        if self._files is not None:
+            self._files.check()
+        with _driver_errors(self.path):
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._open()
+                connection.execute("PRAGMA query_only = ON")
+                self._all.append(connection)
+            try:
+                yield connection
+            finally:
+                self._put_back(connection)
+
+    def _open(self) -> apsw.Connection:
+        return _connect(self.path, apsw.SQLITE_OPEN_READWRITE)
+
+    def _put_back(self, connection: apsw.Connection) -> None:
+        if self._is_closed:
+            self._close(connection)
+        else:
+            self._idle.append(connection)
+
+    def _close(self, connection: apsw.Connection) -> None:
+        if self._files is not None:
+            self._files.release(connection)
+        with contextlib.suppress(apsw.Error):  # a reader has nothing to lose
+            connection.close()
+
+    def _select(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self.reading() as connection:
+            return list(connection.execute(sql, bindings))
+
+    def locate(self, target: int | str) -> int:
+        """Return the id that a target means: by key, the occupant's, else that of the newest that carries the key."""
+        if isinstance(_target(target), int):
+            if abs(cast(int, target)) > _MAX_INTEGER:
+                raise NotFoundError(f"no instance has the id {target!r}")
+            return cast(int, target)
+        carrier = self.occupant(cast(str, target)) or self.last_carrier(cast(str, target))
+        if carrier is None:
+            raise NotFoundError(f"no instance carries the key {target!r}")
+        return carrier[0]
+
+    def identify(self, target: int | str) -> int:
+        """Return the id of an instance that exists."""
+        identity = self.locate(target)
+        self._found(self.status(identity), target)
+        return identity
+
+    def get(self, target: int | str) -> Instance:
+        return self._found(self.instance(self.locate(target)), target)
+
+    def ending(self, instance: int) -> _Ending:
+        """Return only what a result needs: half the time of the whole instance."""
+        return self._found(self.find_ending(instance), instance)
+
+    def _found(self, found: _One | None, target: int | str) -> _One:
+        if found is None:
+            raise NotFoundError(f"no instance has the id {target!r}")
+        return found
+
+    def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
+        """Return the newest instances that pass all filters, which are columns or `before`."""
+        clauses = [_FIND_BY[name] for name in filters]
+        if filters.get("status") == _encode([Status.FAILED]):
+            clauses.append(_FIND_FAILED)
+        where = " AND ".join(clauses) or "TRUE"
+        sql = f"SELECT {_INSTANCE} FROM durable_instances WHERE {where} ORDER BY id DESC LIMIT ?"
+        return [_make_instance(row) for row in self._select(sql, (*filters.values(), limit))]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = {}
+        for queue, status, count in sorted(self.tally(), key=_only):
+            of_queue = counts.setdefault(queue, {})
+            of_queue[status] = of_queue.get(status, 0) + count
+        return counts
+
+    def live(self) -> Iterator[tuple[Any, ...]]:
+        """Yield (id, fsm, version, step, state) of the instances that have not ended, as they are read."""
+        with self.reading() as connection:
+            yield from connection.execute(_LIVE_ROWS)
+
+    def statuses(self, ids: Iterable[int]) -> dict[int, str]:
+        return self.statuses_of(_encode(list(ids)))
+
+    def is_ahead(self, now: int) -> bool:
+        """Whether something in the file was written by a clock that was ahead of now, and waits for it."""
+        return bool(self.has_ahead(now, now + _SET_BACK_MS))
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection than the one which is asked has committed."""
+        with self.reading() as connection:
+            return hash((id(connection), connection.execute("PRAGMA data_version").get))
+
+    def check(self) -> list[str]:
+        """Hold the file against SQLite's own integrity check and the engine's invariants, in one view of it."""
+        with self.reading() as connection, _one_view(connection):
+            found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+            problems = [] if found == ["ok"] else [f"SQLite: {text}" for text in found]
+            for title, sql in () if problems else _AUDITS.items():
+                ids = [str(row[0]) for row in connection.execute(sql)]
+                if ids:
+                    problems.append(f"{title}: {', '.join(ids[:10])}{' ...' if len(ids) > 10 else ''}")
+            return problems
+
+    def close(self) -> None:
+        self._is_closed = True
+        while self._idle:
+            self._close(self._idle.pop())
+
+    def abandon(self) -> None:
+        """Forget the connections, unclosed: this is the child of a fork."""
+        self._is_closed = True
+        _keep_for_ever(self._all)
+
+
+# They would outlive the step, on the engine's own connection, and hide other tables from it.
+_NO_TEMPORARIES = "create temporary objects"
+_FORBIDDEN_ACTIONS = {
+    apsw.SQLITE_TRANSACTION: "control the transaction",
+    apsw.SQLITE_SAVEPOINT: "control the transaction",
+    apsw.SQLITE_ATTACH: "attach databases",
+    apsw.SQLITE_DETACH: "detach databases",
+    apsw.SQLITE_CREATE_TEMP_INDEX: _NO_TEMPORARIES,
+    apsw.SQLITE_CREATE_TEMP_TABLE: _NO_TEMPORARIES,
+    apsw.SQLITE_CREATE_TEMP_TRIGGER: _NO_TEMPORARIES,
+    apsw.SQLITE_CREATE_TEMP_VIEW: _NO_TEMPORARIES,
+}
+_WRITE_ACTIONS = frozenset(
+    {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_ALTER_TABLE, apsw.SQLITE_REINDEX}
+    | {apsw.SQLITE_CREATE_INDEX, apsw.SQLITE_CREATE_TABLE, apsw.SQLITE_CREATE_TRIGGER, apsw.SQLITE_CREATE_VIEW}
+    | {apsw.SQLITE_DROP_INDEX, apsw.SQLITE_DROP_TABLE, apsw.SQLITE_DROP_TRIGGER, apsw.SQLITE_DROP_VIEW}
+    | {apsw.SQLITE_CREATE_VTABLE, apsw.SQLITE_DROP_VTABLE}
+)
+# data_version and page_size are asked by SQLite's own full-text and R-tree modules.
+_HARMLESS_PRAGMAS = frozenset(
+    ["application_id", "data_version", "foreign_key_list", "index_list", "page_size", "table_info", "user_version"]
+)
+
+
+def _is_owned(table: str | None) -> bool:
+    """Whether a table is durable's, or SQLite's own with the ids that were given out."""
+    return table is not None and (table.lower().startswith("durable_") or table.lower() == "sqlite_sequence")
+
+
+class _UserStatements(_Table):
+    """Statements of the user's own, which may do in the transaction of a beat what is no business of durable's."""
+
+    def __init__(self) -> None:
+        self._users_sql: str | None = None
+        """What the user's statement that runs says, in lower case."""
+        self._refusal: str | None = None
+        # Asked when a statement is prepared, not when it runs; set once, for setting it prepares everything anew.
+        self.db.authorizer = self._authorize
+
+    def run(self, statement: _Statement) -> None:
+        """Run the user's SQL; what it may not do is a DurableError."""
+        sql = statement.sql.lower()
+        names = self._owned_names() if "rename" in sql else None
+        self._users_sql, self._refusal = sql, None
+        try:
+            # The flag keeps it out of the cached statements of our own, which were let pass.
+            for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
+                pass
+        except apsw.AuthError as error:
+            raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
+        finally:
+            self._users_sql = None
+        if names is not None and not names >= self._owned_names():  # a rename's new name is not told when it is asked
+            raise DurableError(f"ctx.execute may not give a name that begins with durable_: {statement.sql}")
+
+    def _owned_names(self) -> set[str]:
+        return {name for (name,) in self.db.execute("SELECT name FROM sqlite_schema") if _is_owned(name)}
+
+    def check_foreign_keys(self) -> None:
+        """Refuse what deferred foreign keys would refuse at the commit, where it would fail the whole beat."""
+        if self.db.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]:
+            raise DurableError("a foreign key constraint would fail at the commit")
+
+    def _authorize(
+        self, action: int, one: str | None, two: str | None, database: str | None, trigger: str | None
+    ) -> int:
+        if self._users_sql is None:
+            return apsw.SQLITE_OK
+        self._refusal = self._refusal or _FORBIDDEN_ACTIONS.get(action)
+        if action == apsw.SQLITE_PRAGMA and one not in _HARMLESS_PRAGMAS:
+            self._refusal = f"set PRAGMA {one}"
+        if action in _WRITE_ACTIONS and not self._is_sqlites_own(action, one, trigger):
+            if database == "temp":
+                self._refusal = self._refusal or _NO_TEMPORARIES
+            names = (one,) if action == apsw.SQLITE_UPDATE else (one, two)  # of an update, two is a column
+            owned = next(filter(_is_owned, names), None)
+            self._refusal = self._refusal or (owned and f"write to {owned}")
+        return apsw.SQLITE_DENY if self._refusal else apsw.SQLITE_OK
+
+    def _is_sqlites_own(self, action: int, table: str | None, trigger: str | None) -> bool:
+        """Whether it is only how SQLite drops or renames a table of the application's.
+
+        It then writes to its record of ids, which nobody else can without naming it, and updates the temporary
+        schema, which nobody else can at all.
+        """
+        if table == "sqlite_sequence":
+            return trigger is None and "sqlite_sequence" not in cast(str, self._users_sql)
+        return table == "sqlite_temp_master" and action == apsw.SQLITE_UPDATE
+
+
+_INCREMENTAL = 2
+"""What `PRAGMA auto_vacuum` says of a file that can give space back."""
+_SHRUNK_AT_ONCE = 64
+"""Pages; it takes 1 to 4 ms."""
+
+
+class _Space(_Table):
+    """The write-ahead log, and free pages of the file."""
+
+    LONG_LOG_PAGES = 4 * _LOG_PAGES
+    SPARE_PAGES = 256
+    """So many free pages are kept for what is written next."""
+
+    _files: _OpenFiles
+
+    def __init__(self) -> None:
+        self._can_shrink = self.db.pragma("auto_vacuum") == _INCREMENTAL
+        self._log_pages = 0
+        self.copied_pages = 0
+        """How much of the log is in the database already."""
+        self._is_copy_due = False
+        # In place of SQLite's own checkpoint, which is part of the commit that meets it: callers would wait for it,
+        # and its failure would look like the commit's.
+        self.db.set_wal_hook(self._note_log)
+
+    def _note_log(self, _: apsw.Connection, name: str, pages: int) -> int:
+        if name == "main":
+            if pages < self.copied_pages:  # it was begun anew
+                self.copied_pages = 0
+            self._log_pages = pages
+        return apsw.SQLITE_OK
+
+    def checkpoint(self) -> apsw.Error | None:
+        """Copy the write-ahead log into the database once it is large; an error means only that it is copied later."""
+        if self._log_pages < _LOG_PAGES and not self._is_copy_due:
+            return None
+        pages, is_due = self._log_pages, self._is_copy_due
+        self._log_pages, self._is_copy_due = 0, False
+        refusal = self.copy_log(self.db)
+        self._is_copy_due = is_due and self.copied_pages < pages  # who still read in it has held it up
+        return refusal
+
+    @property
+    def is_log_long(self) -> bool:
+        """Whether there is so much to copy that nobody should wait for it: who read for long has held it up."""
+        return self._log_pages - self.copied_pages > self.LONG_LOG_PAGES
+
+    def copy_log(self, connection: apsw.Connection) -> apsw.Error | None:
+        """Copy into the database what nobody reads in the log; an error means only that it is copied later."""
+        self._files.look()
+        if self._files.loss is not None:
+            return None
+        try:
+            _, self.copied_pages = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.BusyError:
+            pass  # another process is at it
+        except apsw.Error as error:
+            return error
+        return None
+
+    def copy_log_soon(self) -> None:
+        """Have the log copied after this transaction, however short it is: only then the file becomes smaller."""
+        self._is_copy_due = True
+
+    @_reads_value("PRAGMA freelist_count")
+    def free_pages(self) -> int: ...
+
+    def spare_pages(self) -> int:
+        """Count the free pages that can be given back to the file system."""
+        return max(0, self.free_pages() - self.SPARE_PAGES) if self._can_shrink else 0
+
+    @_reads(f"PRAGMA incremental_vacuum({_SHRUNK_AT_ONCE})")
+    def shrink(self) -> list[Any]:
+        """Give back `_SHRUNK_AT_ONCE` free pages; pages from the end of the file are moved to where they were."""
+
+
+class _SweepPosition(NamedTuple):
+    """Where a sweep of ended rows goes on: within those of one retention, in the order of their ends."""
+
+    retention: int | None = None
+    updated_at: int = 0
+    id: int = 0
+    has_freed: bool = False
+    """Whether a failed row was among them: then it begins anew, for its children were kept with it."""
+
+
+class _Store(
+    _InstanceTable,
+    _OutcomeTable,
+    _ClaimTable,
+    _LineTable,
+    _BucketTable,
+    _InboxTable,
+    _TimerTable,
+    _WorkerTable,
+    _ScheduleTable,
+    _HistoryTable,
+    _Space,
+    _UserStatements,
+):
+    """The write connection: transactions, and every statement of a beat, a method each, no logic."""
+
+    def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
+        self.path = path
+        self._files = files
+        self.patience = _Patience(path)
+        self.db = _open_database(path, synchronous, self.patience)
+        _Space.__init__(self)
+        _UserStatements.__init__(self)
+
+    def begin(self) -> None:
+        self._files.check()
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        self._files.check()  # again: it may have been long
+        self.db.execute("COMMIT")
+
+    def rollback(self) -> None:
+        _roll_back(self.db)
+
+    def savepoint(self) -> None:
+        self.db.execute("SAVEPOINT durable")
+
+    def release(self) -> None:
+        self.db.execute("RELEASE durable")
+
+    def undo(self) -> None:
+        self.db.execute("ROLLBACK TO durable; RELEASE durable")
+
+    @_reads_value("PRAGMA data_version")
+    def data_version(self) -> int:
+        """A number that changes when another connection has committed."""
+
+    def close(self) -> None:
+        """Close the connection; if the last copying of the log fails, the log stays and loses nothing."""
+        self._files.release(self.db)
+        try:
+            self.db.close()
+        except apsw.Error as error:
+            _log.warning("%s: its write-ahead log stays as it is: %s", self.path, _error_text(error))
 
 
 # ==================================================================================================
@@ -6738,9 +6681,9 @@ class _Hub:
         self._is_running = self._is_short = False
 
     def subscribe(self, callback: Callable[[Event], object], names: tuple[str, ...]) -> Callable[[], None]:
-        unknown = set(names) - _EVENT_NAMES
-        if unknown:
-            raise ValueError(f"unknown event {min(map(str, unknown))!r}; known are {', '.join(sorted(_EVENT_NAMES))}")
+        for name in names:
+            if name not in sorted(_EVENT_NAMES):  # looked through: what can't be hashed is none, either
+                raise ValueError(f"unknown event {name!r}; known are {', '.join(sorted(_EVENT_NAMES))}")
         if not callable(callback):
             raise ValueError(f"callback must be callable, not {callback!r}")
         token = object()
@@ -7632,7 +7575,7 @@ class _Inboxes:
         return self._has_signals
 
     def of(self, instance: int) -> tuple[Signal, ...]:
-        return self._store.inbox(instance) if self.may_hold_any() else _NO_SIGNALS
+        return self._store.signals(instance) if self.may_hold_any() else _NO_SIGNALS
 
     def empty(self, claim: _Claim, kept_by: int | None) -> None:
         """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
@@ -8454,7 +8397,7 @@ class _Picker:
         return False
 
     def _claim_of(self, row: _Row, found: _Found) -> _Claim:
-        return _Claim(row, *found, self._setup.desk, self._store.inbox(row.id) if row.has_inbox else _NO_SIGNALS)
+        return _Claim(row, *found, self._setup.desk, self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS)
 
     def _write(self, pick: _Pick) -> None:
         """Write what was found in a queue, once; from then on it is not gone through."""
@@ -9059,6 +9002,10 @@ class _Peers:
             return
         if self._data_version is not None:
             self._changed_at = monotonic
+        found = int(store.schema_version() or 0)
+        if found > _SCHEMA_VERSION:
+            self._core.files.lose(_MIGRATED.format(found=found, known=_SCHEMA_VERSION))
+            return
         workers = store.workers()
         self._others = [worker for worker in workers if worker.id != self._core.worker_id]
         if len(self._others) == len(workers) and self._lock_file is not None:
@@ -10182,7 +10129,7 @@ class _Scheduler:
         """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
         if self.desk.fork_guard.is_forked:
             return
-        drain_s = self.options.drain_s if timeout_s is None else timeout_s
+        drain_s = min(self.options.drain_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
         if self._thread is None:
             self._stop_unstarted(drain_s)
             return
@@ -10567,43 +10514,56 @@ def _check_code(reader: _Reader) -> list[str]:
     return [*_check_instances(reader), *_check_schedules(reader, _Behaviours(())), *_check_texts()]
 
 
-def _id_or_none(value: object, name: str) -> int | None:
+class _Filters(TypedDict, total=False):
+    """What `find` can look for."""
+
+    status: str | Iterable[str] | None
+    fsm: Any
+    queue: str | None
+    parent_id: int | None
+    correlation_key: str | None
+    schedule: str | None
+    since: dt.datetime | None
+    before: int | None
+
+
+def _id(value: object, name: str) -> int:
     """Check an id to look for; one beyond SQLite's integers is that of nobody."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value and max(-_MAX_INTEGER, min(value, _MAX_INTEGER))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(-_MAX_INTEGER, min(value, _MAX_INTEGER))
     raise ValueError(f"{name} must be an id, not {value!r}")
 
 
-def _statuses(value: object) -> str:
+def _statuses(value: object, name: str) -> str:
     """Read one status, or several, as JSON for a statement."""
     given = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
     try:
         return _encode([Status(cast(str, one)) for one in given])
     except ValueError:
-        raise ValueError(f"status must be one or several of {', '.join(Status)}, not {value!r}") from None
+        raise ValueError(f"{name} must be one or several of {', '.join(Status)}, not {value!r}") from None
 
 
-def _checked_filters(
-    status: Any = None,
-    fsm: Any = None,
-    queue: Any = None,
-    parent_id: Any = None,
-    correlation_key: Any = None,
-    schedule: Any = None,
-    since: Any = None,
-    before: Any = None,
-) -> dict[str, Any]:
-    """Check what `find` is to look for."""
-    return {
-        "status": None if status is None else _statuses(status),
-        "fsm": None if fsm is None else _encode(_names_of(fsm) if isinstance(fsm, str) else _spec_of(fsm).names),
-        "queue": None if queue is None else _text(queue, "queue"),
-        "parent_id": _id_or_none(parent_id, "parent_id"),
-        "correlation_key": None if correlation_key is None else _text(correlation_key, "correlation_key"),
-        "schedule": None if schedule is None else _text(schedule, "schedule"),
-        "since": None if since is None else _instant_ms(since, "since"),
-        "before": _id_or_none(before, "before"),
-    }
+def _class_names(value: object, _: str) -> str:
+    """Read a class, or a name, as the names under which its rows stand, likewise."""
+    return _encode(_names_of(value) if isinstance(value, str) else _spec_of(value).names)
+
+
+_FILTER_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "status": _statuses,
+    "fsm": _class_names,
+    "queue": _text,
+    "parent_id": _id,
+    "correlation_key": _text,
+    "schedule": _text,
+    "since": _instant_ms,
+    "before": _id,
+}
+
+
+def _checked_filters(filters: Mapping[str, Any]) -> dict[str, Any]:
+    """Check what `find` is to look for; None looks for nothing."""
+    _refuse_unknown(filters, _FILTER_CHECKS)
+    return {name: _FILTER_CHECKS[name](value, name) for name, value in filters.items() if value is not None}
 
 
 class _Runs(typing.Protocol):
@@ -10639,7 +10599,372 @@ def _fork_template(old: Instance, options: _InsertOptions, desk: _Desk) -> _NewR
     return _forked_row(old, _make_insert(old.fsm, options), desk)
 
 
-class Engine:
+class _Client:
+    """An engine as its methods see it."""
+
+    _core: _Scheduler
+    _path: str
+
+    @property
+    def _reader(self) -> _Reader:
+        """What reads the file, of an engine that is open."""
+        self._core.check_open()
+        return self._core.reader
+
+    def workers(self) -> list[Worker]:
+        """Return the engines that run on this file; one whose process has died is none of them."""
+        return _living(self._path, self._reader.workers())
+
+
+class _Sending(_Client):
+    """Insert and signal."""
+
+    def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
+        """Insert an instance, with the options of `Insert`, and return its id once it is durable.
+
+        Raises `DuplicateError`, `StateError`, `UnknownFSMError`, `UnknownLimitError`, `ValueError` or `TypeError`;
+        then nothing was written.
+        """
+        self._core.check_open()
+        return self._core.insert(self._core.desk.new_row(_make_insert(fsm, options)))
+
+    def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
+        """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
+        self._core.check_open()
+        rows = _new_rows(inserts, self._core.desk.new_row)
+        return cast("list[int | None]", self._core.perform(lambda beat: beat.inserts.write(rows)))
+
+    def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
+        """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
+
+        What `insert` would raise at the file, the future has as its exception; what is wrong with the options is
+        raised here. It can also be awaited, in any running loop. Its callbacks are called one after the other in a
+        thread of the engine's.
+        """
+        self._core.check_open()
+        return self._core.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
+
+    def signal_nowait(
+        self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
+    ) -> concurrent.futures.Future[None]:
+        """Send a signal without waiting; the future is done once it is durable, or has what `signal` would raise."""
+        message = _message(target, name, payload, dedup_key)
+        return self._core.perform_later(lambda beat: beat.inboxes.deliver(message))
+
+    def result_nowait(self, target: int | str) -> concurrent.futures.Future[Any]:
+        """Return a future of an instance's result, which can also be awaited: no thread waits for it.
+
+        It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception.
+        Raises `NotFoundError`.
+        """
+        return self._core.result_later(self._reader.identify(target))
+
+    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
+        """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
+
+        A `dedup_key` makes redelivery under the same name a no-op as long as the instance lives. Raises
+        `NoTargetError`.
+        """
+        message = _message(target, name, payload, dedup_key)
+        self._core.perform(lambda beat: beat.inboxes.deliver(message))
+
+
+class _Looking(_Client):
+    """Look and wait."""
+
+    _UNSEEN_S = 0.1
+    """For how long to trust that an instance which this engine runs has not ended elsewhere."""
+    _IDLE_LOOK_S = 0.1
+    """How often `wait_idle` looks, and tells of changes."""
+    _WARN_S = 5.0
+    """After so long the log is told that somebody waits for what nobody is there to run."""
+
+    def get(self, target: int | str) -> Instance:
+        """Return an instance by id, or by correlation key: the occupant, else the newest that carries the key.
+
+        Raises `NotFoundError`.
+        """
+        return self._reader.get(target)
+
+    def find(self, *, limit: int = 100, **filters: Unpack[_Filters]) -> list[Instance]:
+        """Return the newest instances that pass all filters, newest first; `before=id` pages.
+
+        `status` may be several, `fsm` is a class or a name; `queue`, `parent_id`, `correlation_key` and `schedule` are
+        those of the rows; `since` is an instant: those that have changed at it or after.
+        """
+        return self._reader.find(_checked_filters(filters), _at_least_1(limit, "limit"))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many instances each queue has in each status: `{queue: {status: n}}`."""
+        return self._reader.counts()
+
+    def wait(self, target: int | str, timeout: _Duration | None = 5, *, until: str = "settled") -> Instance:
+        """Wait until an instance is done, failed or parked (`until="terminal"`: done or failed), and return it.
+
+        A timeout, in seconds, is not an error: the instance is returned as it stands. Raises `NotFoundError`, and
+        `EngineClosedError` if the engine is stopped meanwhile.
+        """
+        if until not in tuple(_UNTIL):  # looked through: what can't be hashed is none, either
+            raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
+        reader = self._core.reader
+        return self._wait(target, lambda waiter: reader.get(waiter.instance), _UNTIL[until], timeout)
+
+    def wait_idle(
+        self,
+        *,
+        queue: str | None = None,
+        timeout: _Duration | None = None,
+        on_change: Callable[[dict[str, dict[str, int]]], object] | None = None,
+    ) -> bool:
+        """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout.
+
+        Rows that are dated in the future, wait for a signal, or are of a paused queue do not count. `on_change(counts)`
+        is called in this thread whenever the counts have changed, at most ten times a second, and after the last
+        change; what it raises is raised on. Work that no running engine serves is a `DurableError`, not a wait for
+        ever.
+        """
+        if queue is not None:
+            _text(queue, "queue")
+        if on_change is not None and not callable(on_change):
+            raise ValueError(f"on_change must be callable, not {on_change!r}")
+        deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
+        told: dict[str, dict[str, int]] | None = None
+        while True:
+            busy = self._reader.busy(self._core.desk.now())
+            busy = busy if queue is None else busy & {queue}
+            if on_change is not None and (counts := self.counts()) != told:
+                told = counts
+                on_change(counts)
+            left_s = deadline - _Ticks.monotonic()
+            if not busy or left_s <= 0:
+                return not busy
+            self._refuse_unserved(busy)
+            time.sleep(min(left_s, self._IDLE_LOOK_S))
+
+    def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
+        """Wait for an instance to end and return its result.
+
+        Raises `FailedError` with its `last_error`, `TimeoutError` after `timeout` seconds (None: never), and
+        `NotFoundError`.
+        """
+        ending = self._wait(target, self._ending, _TERMINAL, timeout)
+        if ending.status == Status.DONE:
+            return _load_value(ending.result)
+        if ending.status == Status.FAILED:
+            raise FailedError(ending.id, ending.last_error)
+        note = self._note_if_unserved(ending.id)
+        raise TimeoutError(f"instance {ending.id} has not ended within {timeout!r} s, it is {ending.status}{note}")
+
+    def _ending(self, waiter: _Waiter) -> _Ending:
+        done = waiter.done
+        if done is None:
+            return self._core.reader.ending(waiter.instance)
+        return _Ending(waiter.instance, done.status, done.result, None)
+
+    def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
+        """Call back with every `Event` of those names, or all; return a function that unsubscribes.
+
+        Events come from a thread of their own while the engine runs, else from the thread that made them. What a
+        callback raises is logged.
+        """
+        self._core.check_open()
+        return self._core.hub.subscribe(callback, names)
+
+    def _wait(
+        self, target: int | str, look: Callable[[_Waiter], _Look], until: tuple[Status, ...], timeout: _Duration | None
+    ) -> _Look:
+        """Look at an instance until it is in one of the statuses, or the timeout is over."""
+        core = self._core
+        core.check_open()
+        deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
+        instance = core.reader.locate(target)
+        warn_at = _Ticks.monotonic() + self._WARN_S
+        with core.waiters.waiting(instance, until) as waiter:
+            if core.holds(instance):  # most likely there is nothing to see yet
+                waiter.bell.wait(max(0.0, min(deadline - _Ticks.monotonic(), self._UNSEEN_S)))
+                core.check_open()
+            while True:
+                found, monotonic = look(waiter), _Ticks.monotonic()
+                if found.status in until or deadline <= monotonic:
+                    return found
+                if warn_at <= monotonic:
+                    warn_at = math.inf
+                    self._warn_if_unserved(instance)
+                # The engine's own thread rings for commits, also for those of other processes; without it, look.
+                look_at = math.inf if core.is_started else monotonic + core.options.poll_s
+                waiter.bell.wait(min(deadline, warn_at, look_at) - monotonic)
+                core.check_open()
+
+    def _warn_if_unserved(self, instance: int) -> None:
+        """Say in the log that somebody waits for what nobody is there to run."""
+        if note := self._note_if_unserved(instance):
+            _log.warning("instance %d is waited for: it is runnable%s", instance, note)
+
+    def _refuse_unserved(self, queues: set[str]) -> None:
+        """Refuse to wait for work that no engine is there to run, unless one was just about to end it."""
+        served = {queue for worker in self.workers() for queue in worker.queues}
+        unserved = queues - served and self._core.reader.busy(self._core.desk.now()) & queues - served
+        if unserved:
+            raise DurableError(
+                f"no running engine serves {', '.join(map(repr, sorted(unserved)))}, where there is work"
+            )
+
+    def _note_if_unserved(self, instance: int) -> str:
+        """Say whether a runnable instance has nobody to run it, for the end of a sentence."""
+        found = self._core.reader.get(instance)
+        is_served = found.status != Status.RUNNABLE or any(found.queue in one.queues for one in self.workers())
+        return "" if is_served else f", and no running engine serves its queue {found.queue!r}"
+
+
+class _Steering(_Client):
+    """Cancel, retry, pause; and the past of an instance."""
+
+    def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
+        """Fail an instance for a reason; True if it is failed now, or will be when its running step ends.
+
+        The running step's outcome is dropped, `handle` hears nothing of it, and its `ctx.cancelled` is true; an `async
+        def` step gets asyncio's CancelledError at once, one of another process within its `poll_interval`. False if
+        it had ended. With `children` its live descendants, those of an ended instance too, are cancelled in the same
+        transaction. Raises `NotFoundError`.
+        """
+        _text(reason, "reason")
+        _boolean(children, "children")
+        instance = self._reader.identify(target)
+        cancel = _Instances.cancel_tree if children else _Instances.cancel
+        return cast(bool, self._core.perform(lambda beat: cancel(beat.instances, instance, reason)))
+
+    def retry(self, target: int | str) -> None:
+        """Let a failed instance go on from where it stood, with attempt 0.
+
+        Its step runs again, now, with the signals and children that it had been shown. One that was cancelled while
+        it waited for a signal waits again, until the deadline that it had, if any, which fires at once if it is past;
+        so does one at its join of which children live, by now or still. Raises `NotFoundError`, `DurableError` if it
+        has not failed, `DuplicateError` if its key is taken by now.
+        """
+        instance = self._reader.identify(target)
+        self._core.perform(lambda beat: beat.instances.retry(instance))
+
+    def pause(self, queue: str) -> None:
+        """Keep every engine from claiming from a queue, until `resume`.
+
+        What runs, ends; what is claimed ahead (`prefetch`) and has not started is given back, by this engine at once,
+        by others within their `poll_interval`.
+        """
+        _text(queue, "queue")
+        self._core.perform(lambda beat: beat.pause(queue))
+
+    def resume(self, queue: str) -> None:
+        """Let a paused queue run again."""
+        _text(queue, "queue")
+        self._core.perform(lambda beat: beat.resume(queue))
+
+    def history(self, target: int | str) -> list[Transition]:
+        """Return what was run of an instance, oldest first, as far as it is kept: see the class option `history`.
+
+        Raises `NotFoundError`.
+        """
+        return self._reader.history(self._reader.identify(target))
+
+    def rewind(self, target: int | str, to: Any, *, state: Any = None) -> None:
+        """Have an instance stand again before the run `to` of its history: a `seq`, or a step, its latest run.
+
+        It is runnable now, at that step, with the state that it had then, unless another is given; with what it
+        awaited, attempt and crashes 0, its inbox as it stood then, in the queue and under the key and rate limit that
+        it has. Children that the run or later ones inserted go on without a parent. What was done outside the file
+        stays done: whether it may be done again is the caller's to know.
+
+        Raises `NotFoundError`; `DurableError` if it is executing; `DuplicateError` if its correlation key is taken by
+        now; `StateError`; `ValueError` for a run that its history does not have (a step that never ran will do if
+        `state` is given). Nothing is changed then.
+        """
+        old = self._reader.get(target)
+        past = _find_past(self._core.reader, old, to, state)
+        self._core.perform(lambda beat: beat.history.rewind(old.id, past))
+
+    def fork(self, target: int | str, to: Any, **options: Unpack[_InsertOptions]) -> int:
+        """Insert a new instance that goes on from before the run `to` of another, and return its id.
+
+        `to` is that of `rewind`, and so is `state` among the options, which are those of `Insert`. The new one has the
+        class, the version and the queue of the old one, which is left alone; no key and no parent, an empty inbox and
+        a history of its own. Errors are those of `rewind` and `insert`.
+        """
+        old = self._reader.get(target)
+        past = _find_past(self._core.reader, old, to, options.pop("state", None))
+        template = _fork_template(old, options, self._core.desk)
+        return cast(int, self._core.perform(lambda beat: beat.history.fork(old.id, past, template)))
+
+
+class _Scheduling(_Client):
+    """Schedules."""
+
+    def schedule(
+        self,
+        name: str,
+        fsm: Any,
+        when: Cron | Every,
+        *,
+        catch_up: str = "last",
+        window: _Duration = dt.timedelta(days=1),
+        overlap: bool = False,
+        jitter: _Duration = 0,
+        **options: Unpack[_InsertOptions],
+    ) -> None:
+        """Insert instances of a class at the instants of `when`, until `unschedule`; each once over all processes.
+
+        It replaces the schedule of that name: the same again changes nothing, and a change takes effect from now on.
+        `options` are those of `Insert`, but for dates. The instances are ordinary ones, with `schedule` and
+        `scheduled_at`, the instant that each stands for.
+
+        * `catch_up`: what becomes of occurrences that no engine was there for: "last" inserts the latest if it is not
+          older than `window` (seconds or a timedelta), "none" none, "all" each within it, the latest 1,000 at most
+          (with `overlap=True` only). The others are counted in `missed`. A new schedule catches up nothing
+        * `overlap`: insert also while the latest instance is live; otherwise that occurrence is skipped
+        * `jitter`: seconds or a timedelta up to which each is inserted later, by a hash of the file, name and instant,
+          but before the next
+
+        Only engines that know the class fire it, as its highest version; what a state or arguments leave out has the
+        defaults of now. A clock that is set back brings nothing a second time, as far as the instances are kept.
+        Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
+        `UnknownLimitError`; then nothing was written.
+        """
+        self._core.check_open()
+        _text(name, "name")
+        plan = _plan(when, catch_up=catch_up, window=window, overlap=overlap, jitter=jitter, **options)
+        row = self._core.describe_schedule(name, _resolve(fsm), plan)
+        self._core.perform(lambda beat: beat.schedules.write(row))
+
+    def unschedule(self, name: str) -> bool:
+        """Remove a schedule; True if there was one. One that a class declares is written again at the next start."""
+        _text(name, "name")
+        return cast(bool, self._core.perform(lambda beat: beat.schedules.remove(name)))
+
+    def schedules(self) -> list[Schedule]:
+        """Return the schedules of the file, by name."""
+        return self._reader.schedules()
+
+    def trigger(self, name: str) -> int:
+        """Insert an instance of a schedule now, and return its id: beside its grid, also while it is paused.
+
+        Its `scheduled_at` is now. Raises `NotFoundError`, and `DuplicateError` if its correlation key is taken.
+        """
+        _text(name, "name")
+        return cast(int, self._core.perform(lambda beat: beat.schedules.trigger(name)))
+
+    def pause_schedule(self, name: str) -> None:
+        """Keep a schedule from firing until `resume_schedule`. Raises `NotFoundError`."""
+        _text(name, "name")
+        self._core.perform(lambda beat: beat.schedules.pause(name))
+
+    def resume_schedule(self, name: str) -> None:
+        """Let a paused schedule fire again, from now on: what it would have fired meanwhile is not caught up.
+
+        Raises `NotFoundError`.
+        """
+        _text(name, "name")
+        self._core.perform(lambda beat: beat.schedules.resume(name))
+
+
+class Engine(_Sending, _Looking, _Steering, _Scheduling):
     """Runs machines and jobs on one SQLite file, and lets anybody insert, signal, wait and look.
 
     Making one opens the file, and creates or migrates it; `start()` or `with` runs its queues. Every method is
@@ -10665,13 +10990,6 @@ class Engine:
     A bad value is a `ValueError`, a damaged, foreign or newer file a `SchemaError`, one that `sqlite3` or a plain
     `open` has open in this process a `SharedFileError`, one with a second name a `DurableError`.
     """
-
-    _UNSEEN_S = 0.1
-    """For how long to trust that an instance which this engine runs has not ended elsewhere."""
-    _IDLE_LOOK_S = 0.1
-    """How often `wait_idle` looks, and tells of changes."""
-    _WARN_S = 5.0
-    """After so long the log is told that somebody waits for what nobody is there to run."""
 
     def __init__(self, database: str | os.PathLike[str], **options: Unpack[_EngineOptions]) -> None:
         _refuse_unknown(options, _EngineOptions.__annotations__)
@@ -10756,319 +11074,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # Insert and signal
-
-    def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
-        """Insert an instance, with the options of `Insert`, and return its id once it is durable.
-
-        Raises `DuplicateError`, `StateError`, `UnknownFSMError`, `UnknownLimitError`, `ValueError` or `TypeError`;
-        then nothing was written.
-        """
-        self._core.check_open()
-        return self._core.insert(self._core.desk.new_row(_make_insert(fsm, options)))
-
-    def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
-        """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
-        self._core.check_open()
-        rows = _new_rows(inserts, self._core.desk.new_row)
-        return cast("list[int | None]", self._core.perform(lambda beat: beat.inserts.write(rows)))
-
-    def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
-        """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
-
-        What `insert` would raise at the file, the future has as its exception; what is wrong with the options is
-        raised here. It can also be awaited, in any running loop. Its callbacks are called one after the other in a
-        thread of the engine's.
-        """
-        self._core.check_open()
-        return self._core.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
-
-    def signal_nowait(
-        self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
-    ) -> concurrent.futures.Future[None]:
-        """Send a signal without waiting; the future is done once it is durable, or has what `signal` would raise."""
-        message = _message(target, name, payload, dedup_key)
-        return self._core.perform_later(lambda beat: beat.inboxes.deliver(message))
-
-    def result_nowait(self, target: int | str) -> concurrent.futures.Future[Any]:
-        """Return a future of an instance's result, which can also be awaited: no thread waits for it.
-
-        It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception.
-        Raises `NotFoundError`.
-        """
-        self._core.check_open()
-        return self._core.result_later(self._core.reader.identify(target))
-
-    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
-        """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
-
-        A `dedup_key` makes redelivery under the same name a no-op as long as the instance lives. Raises
-        `NoTargetError`.
-        """
-        message = _message(target, name, payload, dedup_key)
-        self._core.perform(lambda beat: beat.inboxes.deliver(message))
-
-    # Look and wait
-
-    def get(self, target: int | str) -> Instance:
-        """Return an instance by id, or by correlation key: the occupant, else the newest that carries the key.
-
-        Raises `NotFoundError`.
-        """
-        self._core.check_open()
-        return self._core.reader.get(target)
-
-    def find(
-        self,
-        *,
-        status: str | Iterable[str] | None = None,
-        fsm: Any = None,
-        queue: str | None = None,
-        parent_id: int | None = None,
-        correlation_key: str | None = None,
-        schedule: str | None = None,
-        since: dt.datetime | None = None,
-        limit: int = 100,
-        before: int | None = None,
-    ) -> list[Instance]:
-        """Return the newest instances that pass all filters, newest first; `before=id` pages.
-
-        `status` may be several; `since` is an instant: those that have changed at it or after.
-        """
-        self._core.check_open()
-        filters = _checked_filters(status, fsm, queue, parent_id, correlation_key, schedule, since, before)
-        return self._core.reader.find(filters, _at_least_1(limit, "limit"))
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Return how many instances each queue has in each status: `{queue: {status: n}}`."""
-        self._core.check_open()
-        return self._core.reader.counts()
-
-    def wait(self, target: int | str, timeout: _Duration | None = 5, *, until: str = "settled") -> Instance:
-        """Wait until an instance is done, failed or parked (`until="terminal"`: done or failed), and return it.
-
-        A timeout, in seconds, is not an error: the instance is returned as it stands. Raises `NotFoundError`, and
-        `EngineClosedError` if the engine is stopped meanwhile.
-        """
-        if until not in _UNTIL:
-            raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
-        reader = self._core.reader
-        return self._wait(target, lambda waiter: reader.get(waiter.instance), _UNTIL[until], timeout)
-
-    def wait_idle(
-        self,
-        *,
-        queue: str | None = None,
-        timeout: _Duration | None = None,
-        on_change: Callable[[dict[str, dict[str, int]]], object] | None = None,
-    ) -> bool:
-        """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout.
-
-        Rows that are dated in the future, wait for a signal, or are of a paused queue do not count. `on_change(counts)`
-        is called in this thread whenever the counts have changed, at most ten times a second, and after the last
-        change; what it raises is raised on. Work that no running engine serves is a `DurableError`, not a wait for
-        ever.
-        """
-        if queue is not None:
-            _text(queue, "queue")
-        if on_change is not None and not callable(on_change):
-            raise ValueError(f"on_change must be callable, not {on_change!r}")
-        deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
-        told: dict[str, dict[str, int]] | None = None
-        while True:
-            self._core.check_open()
-            busy = self._core.reader.busy(self._core.desk.now())
-            busy = busy if queue is None else busy & {queue}
-            if on_change is not None and (counts := self.counts()) != told:
-                told = counts
-                on_change(counts)
-            left_s = deadline - _Ticks.monotonic()
-            if not busy or left_s <= 0:
-                return not busy
-            self._refuse_unserved(busy)
-            time.sleep(min(left_s, self._IDLE_LOOK_S))
-
-    def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
-        """Wait for an instance to end and return its result.
-
-        Raises `FailedError` with its `last_error`, `TimeoutError` after `timeout` seconds (None: never), and
-        `NotFoundError`.
-        """
-        ending = self._wait(target, self._ending, _TERMINAL, timeout)
-        if ending.status == Status.DONE:
-            return _load_value(ending.result)
-        if ending.status == Status.FAILED:
-            raise FailedError(ending.id, ending.last_error)
-        note = self._note_if_unserved(ending.id)
-        raise TimeoutError(f"instance {ending.id} has not ended within {timeout!r} s, it is {ending.status}{note}")
-
-    def _ending(self, waiter: _Waiter) -> _Ending:
-        done = waiter.done
-        if done is None:
-            return self._core.reader.ending(waiter.instance)
-        return _Ending(waiter.instance, done.status, done.result, None)
-
-    def subscribe(self, callback: Callable[[Event], object], *names: str) -> Callable[[], None]:
-        """Call back with every `Event` of those names, or all; return a function that unsubscribes.
-
-        Events come from a thread of their own while the engine runs, else from the thread that made them. What a
-        callback raises is logged.
-        """
-        self._core.check_open()
-        return self._core.hub.subscribe(callback, names)
-
-    # Steer
-
-    def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
-        """Fail an instance for a reason; True if it is failed now, or will be when its running step ends.
-
-        The running step's outcome is dropped, `handle` hears nothing of it, and its `ctx.cancelled` is true; an `async
-        def` step gets asyncio's CancelledError at once, one of another process within its `poll_interval`. False if
-        it had ended. With `children` its live descendants, those of an ended instance too, are cancelled in the same
-        transaction. Raises `NotFoundError`.
-        """
-        _text(reason, "reason")
-        _boolean(children, "children")
-        self._core.check_open()
-        instance = self._core.reader.identify(target)
-        cancel = _Instances.cancel_tree if children else _Instances.cancel
-        return cast(bool, self._core.perform(lambda beat: cancel(beat.instances, instance, reason)))
-
-    def retry(self, target: int | str) -> None:
-        """Let a failed instance go on from where it stood, with attempt 0.
-
-        Its step runs again, now, with the signals and children that it had been shown. One that was cancelled while
-        it waited for a signal waits again, until the deadline that it had, if any, which fires at once if it is past;
-        so does one at its join of which children live, by now or still. Raises `NotFoundError`, `DurableError` if it
-        has not failed, `DuplicateError` if its key is taken by now.
-        """
-        self._core.check_open()
-        instance = self._core.reader.identify(target)
-        self._core.perform(lambda beat: beat.instances.retry(instance))
-
-    def pause(self, queue: str) -> None:
-        """Keep every engine from claiming from a queue, until `resume`.
-
-        What runs, ends; what is claimed ahead (`prefetch`) and has not started is given back, by this engine at once,
-        by others within their `poll_interval`.
-        """
-        _text(queue, "queue")
-        self._core.perform(lambda beat: beat.pause(queue))
-
-    def resume(self, queue: str) -> None:
-        """Let a paused queue run again."""
-        _text(queue, "queue")
-        self._core.perform(lambda beat: beat.resume(queue))
-
-    # The past
-
-    def history(self, target: int | str) -> list[Transition]:
-        """Return what was run of an instance, oldest first, as far as it is kept: see the class option `history`.
-
-        Raises `NotFoundError`.
-        """
-        self._core.check_open()
-        return self._core.reader.history(self._core.reader.identify(target))
-
-    def rewind(self, target: int | str, to: Any, *, state: Any = None) -> None:
-        """Have an instance stand again before the run `to` of its history: a `seq`, or a step, its latest run.
-
-        It is runnable now, at that step, with the state that it had then, unless another is given; with what it
-        awaited, attempt and crashes 0, its inbox as it stood then, in the queue and under the key and rate limit that
-        it has. Children that the run or later ones inserted go on without a parent. What was done outside the file
-        stays done: whether it may be done again is the caller's to know.
-
-        Raises `NotFoundError`; `DurableError` if it is executing; `DuplicateError` if its correlation key is taken by
-        now; `StateError`; `ValueError` for a run that its history does not have (a step that never ran will do if
-        `state` is given). Nothing is changed then.
-        """
-        self._core.check_open()
-        old = self._core.reader.get(target)
-        past = _find_past(self._core.reader, old, to, state)
-        self._core.perform(lambda beat: beat.history.rewind(old.id, past))
-
-    def fork(self, target: int | str, to: Any, **options: Unpack[_InsertOptions]) -> int:
-        """Insert a new instance that goes on from before the run `to` of another, and return its id.
-
-        `to` is that of `rewind`, and so is `state` among the options, which are those of `Insert`. The new one has the
-        class, the version and the queue of the old one, which is left alone; no key and no parent, an empty inbox and
-        a history of its own. Errors are those of `rewind` and `insert`.
-        """
-        self._core.check_open()
-        old = self._core.reader.get(target)
-        past = _find_past(self._core.reader, old, to, options.pop("state", None))
-        template = _fork_template(old, options, self._core.desk)
-        return cast(int, self._core.perform(lambda beat: beat.history.fork(old.id, past, template)))
-
-    # Schedules
-
-    def schedule(
-        self,
-        name: str,
-        fsm: Any,
-        when: Cron | Every,
-        *,
-        catch_up: str = "last",
-        window: _Duration = dt.timedelta(days=1),
-        overlap: bool = False,
-        jitter: _Duration = 0,
-        **options: Unpack[_InsertOptions],
-    ) -> None:
-        """Insert instances of a class at the instants of `when`, until `unschedule`; each once over all processes.
-
-        It replaces the schedule of that name: the same again changes nothing, and a change takes effect from now on.
-        `options` are those of `Insert`, but for dates. The instances are ordinary ones, with `schedule` and
-        `scheduled_at`, the instant that each stands for.
-
-        * `catch_up`: what becomes of occurrences that no engine was there for: "last" inserts the latest if it is not
-          older than `window` (seconds or a timedelta), "none" none, "all" each within it, the latest 1,000 at most
-          (with `overlap=True` only). The others are counted in `missed`. A new schedule catches up nothing
-        * `overlap`: insert also while the latest instance is live; otherwise that occurrence is skipped
-        * `jitter`: seconds or a timedelta up to which each is inserted later, by a hash of the file, name and instant,
-          but before the next
-
-        Only engines that know the class fire it, as its highest version; what a state or arguments leave out has the
-        defaults of now. A clock that is set back brings nothing a second time, as far as the instances are kept.
-        Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
-        `UnknownLimitError`; then nothing was written.
-        """
-        self._core.check_open()
-        _text(name, "name")
-        plan = _plan(when, catch_up=catch_up, window=window, overlap=overlap, jitter=jitter, **options)
-        row = self._core.describe_schedule(name, _resolve(fsm), plan)
-        self._core.perform(lambda beat: beat.schedules.write(row))
-
-    def unschedule(self, name: str) -> bool:
-        """Remove a schedule; True if there was one. One that a class declares is written again at the next start."""
-        _text(name, "name")
-        return cast(bool, self._core.perform(lambda beat: beat.schedules.remove(name)))
-
-    def schedules(self) -> list[Schedule]:
-        """Return the schedules of the file, by name."""
-        self._core.check_open()
-        return self._core.reader.schedules()
-
-    def trigger(self, name: str) -> int:
-        """Insert an instance of a schedule now, and return its id: beside its grid, also while it is paused.
-
-        Its `scheduled_at` is now. Raises `NotFoundError`, and `DuplicateError` if its correlation key is taken.
-        """
-        _text(name, "name")
-        return cast(int, self._core.perform(lambda beat: beat.schedules.trigger(name)))
-
-    def pause_schedule(self, name: str) -> None:
-        """Keep a schedule from firing until `resume_schedule`. Raises `NotFoundError`."""
-        _text(name, "name")
-        self._core.perform(lambda beat: beat.schedules.pause(name))
-
-    def resume_schedule(self, name: str) -> None:
-        """Let a paused schedule fire again, from now on: what it would have fired meanwhile is not caught up.
-
-        Raises `NotFoundError`.
-        """
-        _text(name, "name")
-        self._core.perform(lambda beat: beat.schedules.resume(name))
-
     # Drain
 
     def drain(
@@ -11117,11 +11122,6 @@ class Engine:
             spare = shrink(spare)
         return total
 
-    def workers(self) -> list[Worker]:
-        """Return the engines that run on this file; one whose process has died is none of them."""
-        self._core.check_open()
-        return _living(self._path, self._core.reader.workers())
-
     def check(self, *, code: bool = False) -> list[str]:
         """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound.
 
@@ -11130,8 +11130,7 @@ class Engine:
         steps that it names and they do not have. Nothing is run and nothing changed.
         """
         _boolean(code, "code")
-        self._core.check_open()
-        problems = self._core.reader.check()
+        problems = self._reader.check()
         return problems + _check_code(self._core.reader) if code else problems
 
     def connect(self) -> apsw.Connection:
@@ -11163,51 +11162,6 @@ class Engine:
                     os.unlink(partial + suffix)
 
     # Helpers
-
-    def _wait(
-        self, target: int | str, look: Callable[[_Waiter], _Look], until: tuple[Status, ...], timeout: _Duration | None
-    ) -> _Look:
-        """Look at an instance until it is in one of the statuses, or the timeout is over."""
-        core = self._core
-        core.check_open()
-        deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
-        instance = core.reader.locate(target)
-        warn_at = _Ticks.monotonic() + self._WARN_S
-        with core.waiters.waiting(instance, until) as waiter:
-            if core.holds(instance):  # most likely there is nothing to see yet
-                waiter.bell.wait(max(0.0, min(deadline - _Ticks.monotonic(), self._UNSEEN_S)))
-                core.check_open()
-            while True:
-                found, monotonic = look(waiter), _Ticks.monotonic()
-                if found.status in until or deadline <= monotonic:
-                    return found
-                if warn_at <= monotonic:
-                    warn_at = math.inf
-                    self._warn_if_unserved(instance)
-                # The engine's own thread rings for commits, also for those of other processes; without it, look.
-                look_at = math.inf if core.is_started else monotonic + core.options.poll_s
-                waiter.bell.wait(min(deadline, warn_at, look_at) - monotonic)
-                core.check_open()
-
-    def _warn_if_unserved(self, instance: int) -> None:
-        """Say in the log that somebody waits for what nobody is there to run."""
-        if note := self._note_if_unserved(instance):
-            _log.warning("instance %d is waited for: it is runnable%s", instance, note)
-
-    def _refuse_unserved(self, queues: set[str]) -> None:
-        """Refuse to wait for work that no engine is there to run, unless one was just about to end it."""
-        served = {queue for worker in self.workers() for queue in worker.queues}
-        unserved = queues - served and self._core.reader.busy(self._core.desk.now()) & queues - served
-        if unserved:
-            raise DurableError(
-                f"no running engine serves {', '.join(map(repr, sorted(unserved)))}, where there is work"
-            )
-
-    def _note_if_unserved(self, instance: int) -> str:
-        """Say whether a runnable instance has nobody to run it, for the end of a sentence."""
-        found = self._core.reader.get(instance)
-        is_served = found.status != Status.RUNNABLE or any(found.queue in one.queues for one in self.workers())
-        return "" if is_served else f", and no running engine serves its queue {found.queue!r}"
 
     def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
         policies = [_policy(name, limit) for name, limit in limits.items()]
@@ -11247,6 +11201,16 @@ class Engine:
             self.stop(0)
 
 
+class _CursorReads(_SharedReads):
+    """Reads on the application's own connection."""
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor = cursor
+
+    def _select(self, sql: str, bindings: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+        return cast("Iterable[tuple[Any, ...]]", self._cursor.execute(sql, bindings))
+
+
 def _cursor_of(connection: Any) -> Any:
     """Return a cursor of the application's connection, if a transaction is open on it."""
     standard = sys.modules.get("sqlite3")
@@ -11274,7 +11238,7 @@ def _lock_and_check(cursor: Any) -> None:
         if "no such table" not in str(error):
             raise
         raise ValueError("connection is to a file without durable's tables: open an Engine on it once") from error
-    version = int(cursor.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'").fetchone()[0])
+    version = int(_CursorReads(cursor).schema_version() or 0)
     if version != _SCHEMA_VERSION:
         advice = "open an Engine on it once to migrate it" if version < _SCHEMA_VERSION else "update durable"
         raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}: {advice}")
@@ -11293,18 +11257,13 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
         _check_open_files(connection.filename)
     _lock_and_check(cursor)
 
-    def first(sql: str, binding: object) -> Any:
-        return cursor.execute(sql, (binding,)).fetchone()
-
-    def policy_of(name: str) -> _Policy | None:
-        found = first(_LIMIT, name)
-        return _Policy(*found) if found else None
-
-    row = _new_row(_make_insert(fsm, options), int(time.time() * 1000), policy_of)
+    reads = _CursorReads(cursor)
+    row = _new_row(_make_insert(fsm, options), int(time.time() * 1000), reads.policy)
     cursor.execute(_INSERT_UNIQUE, row)
     inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
     if not inserted:
-        raise DuplicateError(cast(str, row.correlation_key), first(_OCCUPANT, row.correlation_key)[0])
+        key = cast(str, row.correlation_key)
+        raise DuplicateError(key, cast(tuple[int, str], reads.occupant(key))[0])
     return connection.last_insert_rowid() if isinstance(connection, apsw.Connection) else cursor.lastrowid
 
 
@@ -11425,7 +11384,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
         def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
             """Return the newest instances that pass all filters, by the names that `Engine.find` has for them."""
-            return super().find(_checked_filters(**filters), _at_least_1(limit, "limit"))
+            return super().find(_checked_filters(filters), _at_least_1(limit, "limit"))
 
         def workers(self) -> list[Worker]:
             """Return the engines that run on the file; one whose process has died is none of them."""
@@ -11433,7 +11392,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
         def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
             """Run one SELECT."""
-            return self._rows(sql, bindings)
+            return self._select(sql, bindings)
 
         def __enter__(self) -> Self:
             return self
@@ -11819,7 +11778,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     @staticmethod
     def filters(**given: Any) -> dict[str, Any]:
         """Check what `find` is to look for: what is given, instants in milliseconds, `status` and `fsm` as JSON."""
-        return {name: value for name, value in _checked_filters(**given).items() if value is not None}
+        return _checked_filters(given)
 
     @staticmethod
     def record(kind: type[_Record], columns: Sequence[Any]) -> _Record:

@@ -483,15 +483,26 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-_CANDIDATES _KNOWN_CANDIDATES _NEXT_PRIORITY _NEXT_DUE _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
-_GIVE_BACK _CANCEL_REASON _OCCUPANT _CARRIER _EXECUTING _PARK _LINE _LINE_HEAD _LINE_START _LINE_QUEUE
-_NEXT_LINE _UNPARK _BUCKET _READY_BUCKETS _NEXT_READY _NEXT_AT_BUCKET _STATUS _WAKE _INBOX _UNSEEN _CONSUME
-_CONSUME_KEYED _EMPTY_INBOX _LIVE_CHILD _WAKE_PARENT _TIMERS _FIRE _DUE_SCHEDULES _SCHEDULE _HAS_OCCURRENCE
-_NEXT_QUEUE _GET _STATUSES _CANCEL_REQUESTED _IS_PAUSED _RENEW _COLLECT_BUCKETS
+candidates known_candidates next_priority next_due _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
+_GIVE_BACK _CANCEL_REASON occupant last_carrier executing park_many line line_head line_start line_queue
+next_line unpark bucket ready_buckets next_ready next_at_bucket status wake signals _UNSEEN _CONSUME
+_CONSUME_KEYED _KEEP_CONSUMED _EMPTY_INBOX _KEEP_INBOX has_live_child wake_parent timers fire due_schedules schedule
+has_occurrence next_queue instance statuses_of is_cancelled is_paused renew collect_buckets
 """
 
 
-def plan_of(statement: str, database: Path) -> list[str]:
+def place_of(name: str) -> Any:
+    """Where a statement stands: in the module or a class, as a constant, or above a method."""
+    return next(place for place in (durable, durable._Store, durable._Reader) if hasattr(place, name))
+
+
+def statement(name: str) -> str:
+    """The text of a statement: a constant's, or that of the method that it stands above."""
+    found = getattr(place_of(name), name)
+    return cast(str, getattr(found, "sql", found))
+
+
+def plan_of(name: str, database: Path) -> list[str]:
     """The lines of the plan by which SQLite runs one of the module's statements."""
 
     def lines(plan: Any) -> Iterator[str]:
@@ -501,7 +512,7 @@ def plan_of(statement: str, database: Path) -> list[str]:
 
     Engine(database).stop()
     with closing(apsw.Connection(str(database))) as connection:
-        info = apsw.ext.query_info(connection, getattr(durable, statement), explain_query_plan=True)
+        info = apsw.ext.query_info(connection, statement(name), explain_query_plan=True)
     return list(lines(info.query_plan))
 
 
@@ -514,22 +525,22 @@ def test_hot_statements_scan_nothing_and_sort_nothing(name: str, database: Path)
 
 
 INDEXES = {
-    "_CANDIDATES": "durable_pick",
-    "_NEXT_PRIORITY": "durable_pick",
-    "_NEXT_DUE": "durable_pick",
-    "_LINE_HEAD": "durable_parked",
-    "_UNPARK": "durable_parked",
-    "_NEXT_AT_BUCKET": "durable_at_buckets",
-    "_EXECUTING": "durable_held",
-    "_CLAIMED_BY": "durable_executing",
-    "_FIRE": "durable_deadlines",
-    "_LIVE_CHILD": "durable_children",
-    "_OCCUPANT": "durable_occupants",
-    "_CARRIER": "durable_keys",
+    "candidates": "durable_pick",
+    "next_priority": "durable_pick",
+    "next_due": "durable_pick",
+    "line_head": "durable_parked",
+    "unpark": "durable_parked",
+    "next_at_bucket": "durable_at_buckets",
+    "executing": "durable_held",
+    "claimed_by": "durable_executing",
+    "fire": "durable_deadlines",
+    "has_live_child": "durable_children",
+    "occupant": "durable_occupants",
+    "last_carrier": "durable_keys",
     "_SWEEP": "durable_finished",
-    "_INBOX": "durable_inbox",
-    "_DUE_SCHEDULES": "durable_fires",
-    "_HAS_OCCURRENCE": "durable_scheduled",
+    "signals": "durable_inbox",
+    "due_schedules": "durable_fires",
+    "has_occurrence": "durable_scheduled",
 }
 
 
@@ -3922,7 +3933,8 @@ def test_a_migrated_file_is_a_new_one_to_its_schema(make_engine: MakeEngine, old
     schemas = []
     for path in (old_file, tmp_path / "new.db"):
         together(*[lambda path=path: make_engine(database=path, queues={}).check()] * 3)
-        schemas.append(ask(make_engine(database=path), "select name, sql from sqlite_schema order by name"))
+        found = ask(make_engine(database=path), "select name, sql from sqlite_schema order by name")
+        schemas.append([(name, sql and " ".join(sql.split())) for name, sql in found])
     assert schemas[0] == schemas[1]
 
 
@@ -3969,6 +3981,34 @@ def test_a_damaged_file_of_the_first_version_is_not_migrated(old_file: Path, dam
     with closing(apsw.Connection(str(old_file))) as connection:
         assert list(connection.execute("select name, sql from sqlite_schema order by name")) == before
         assert connection.execute("select value from durable_meta").get == "1"
+
+
+def test_a_file_is_not_migrated_under_engines_that_run_on_it(make_engine: MakeEngine, old_file: Path) -> None:
+    """They would go on writing what they know: the error names them, and nothing is changed; their death ends it."""
+    path = durable._LockFile.path_of(os.path.realpath(old_file), "w")
+    with closing(durable._LockFile.create(path, str(old_file))):
+        with pytest.raises(DurableError, match=r"schema version 1.*press \(pid 7 on elsewhere\)\. Stop them"):
+            make_engine()
+        with closing(apsw.Connection(str(old_file))) as connection:
+            assert connection.execute("select value from durable_meta").get == "1"
+    assert make_engine().check() == []
+
+
+def test_an_engine_whose_file_was_migrated_commits_no_more(make_engine: MakeEngine) -> None:
+    """What it would write is not what the later version reads: it says so, and leaves the file as it is."""
+    engine = make_engine(poll_interval=0.01)
+    engine.start()
+    first = engine.insert(Echo, schedule_in=3600)
+    with closing(engine.connect()) as later:
+        later.execute("update durable_meta set value = '3' where key = 'schema_version'")
+        eventually(lambda: engine._core.files.loss is not None)
+        for use in (lambda: engine.insert(Echo), lambda: engine.get(first)):
+            with pytest.raises(DurableError, match=r"nothing is committed any more.*schema version 3.* knows up to 2"):
+                use()
+        engine.stop()
+        assert later.execute("select count(*) from durable_instances").get == 1
+    with pytest.raises(durable.SchemaError, match="schema version 3"):
+        make_engine()
 
 
 def test_insert_into_a_file_of_the_first_version_says_what_to_do(old_file: Path) -> None:
@@ -5067,6 +5107,23 @@ def test_wait_until_terminal_waits_through_a_park(make_engine: MakeEngine) -> No
         sender.start()
         assert engine.wait(ident, timeout=PATIENCE, until="terminal").result == [1]
         sender.join()
+
+
+@pytest.mark.parametrize("until", ["", "done", None, [], {"terminal": 1}])
+def test_an_unknown_until_is_a_value_error(engine: Engine, until: Any) -> None:
+    """It names what was given and what is allowed, whatever it is."""
+    with pytest.raises(ValueError, match=f"until must be 'settled' or 'terminal', not {re.escape(repr(until))}"):
+        engine.wait(engine.insert(Echo), until=until)
+
+
+@pytest.mark.parametrize("longest", [10**30, timedelta.max])
+def test_a_stop_may_wait_as_long_as_it_likes(make_engine: MakeEngine, longest: Any) -> None:
+    """`drain_timeout`, or the argument of `stop`: longer than the system can wait is as long as it can."""
+    make_engine(drain_timeout=longest).stop()
+    make_engine().stop(timeout=longest)
+    started = make_engine(drain_timeout=longest)
+    started.start()
+    started.stop()
 
 
 def test_result_is_what_the_instance_ended_with(engine: Engine) -> None:
@@ -10774,10 +10831,7 @@ def rewrite(table: str, change: Callable[[str], str]) -> Callable[[Path], None]:
 
 def quoted(sql: str) -> str:
     """The same definition as a tool with a grid writes it."""
-    sql = re.sub(r"^    (\w+) (TEXT|INTEGER)", r'\t"\1"\t\2', sql, flags=re.MULTILINE)
-    sql = sql.replace("INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER").replace(
-        ") STRICT", ', PRIMARY KEY("id" AUTOINCREMENT) ) STRICT'
-    )
+    sql = re.sub(r"(\w+) (TEXT|INTEGER)\b", r'\t"\1"\t\2', sql)
     return sql.replace("CREATE TABLE durable_instances", "CREATE TABLE IF NOT EXISTS [durable_instances] /* edited */")
 
 
@@ -10827,11 +10881,11 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "table gone": (run_sql("drop table durable_signals"), r"table durable_signals is missing.* by: CREATE TABLE"),
     "column gone": (
         run_sql("alter table durable_workers rename column host to elsewhere"),
-        r"table durable_workers: column host \(TEXT NOT NULL\) is missing; .*column elsewhere was added as NOT NULL",
+        r"table durable_workers: host text not null is missing; .*column elsewhere was added as NOT NULL",
     ),
     "another type": (
         rewrite("durable_signals", lambda sql: sql.replace("name TEXT NOT NULL", "name INTEGER NOT NULL")),
-        r"column name is INTEGER NOT NULL, not TEXT NOT NULL",
+        r"table durable_signals: name text not null is missing; .*column name was added as NOT NULL",
     ),
     "a refusal": (
         rewrite("durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL")),
@@ -10843,9 +10897,9 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "ids come again": (
         rewrite("durable_signals", lambda sql: sql.replace(" AUTOINCREMENT", "")),
-        r"table durable_signals: the table's kind is plain STRICT, not plain STRICT AUTOINCREMENT",
+        r"table durable_signals: id integer primary key autoincrement is missing",
     ),
-    "not strict": (rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ")")), r"not plain STRICT"),
+    "not strict": (rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ")")), r"it is plain, not strict"),
     "index gone": (run_sql("drop index durable_pick"), r"index durable_pick is missing. Make it by: CREATE INDEX"),
     "another index": (
         run_sql("drop index durable_keys; create index durable_keys on durable_instances (correlation_key)"),
@@ -10982,6 +11036,22 @@ def test_gc_gives_back_the_space_that_it_has_set_free(make_engine: MakeEngine, c
     assert [other.get(ident).state["n"] for ident in kept if ident] == list(range(100))
     assert other.check() == []
     assert engine.gc() == 0
+
+
+def test_space_that_a_reader_holds_up_is_given_back_when_it_is_through(
+    make_engine: MakeEngine, clock: Clock, database: Path
+) -> None:
+    """What is still read in the log cannot be copied: the next commit after the reader's end makes the file smaller."""
+    engine = make_engine(clock=clock, retention=10)
+    full = fill_and_collect(engine, clock, rows=1300)
+    with closing(engine.connect()) as reader:
+        reader.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # so that the log is short, and not copied for that
+        reader.execute("begin; select count(*) from durable_instances")
+        assert engine.gc() == 1300
+        assert database.stat().st_size >= full
+        reader.execute("rollback")
+    engine.insert(Visitor, step="end", schedule_in=9999)
+    assert database.stat().st_size < full * 0.9
 
 
 def test_a_running_engine_gives_back_what_was_free_from_one_sweep_to_the_next(
@@ -12853,7 +12923,7 @@ def beats_of(engine: Engine) -> Counter[str]:
 
     def trace(cursor: apsw.Cursor, sql: str, bindings: object) -> bool:
         counts["beats"] += sql == "BEGIN IMMEDIATE"
-        counts["looks"] += sql == durable._DUE_SCHEDULES
+        counts["looks"] += sql == statement("due_schedules")
         return True
 
     core.store.db.exec_trace = trace
@@ -15141,8 +15211,15 @@ store.error signal.dropped
 def test_every_name_can_be_subscribed_to_and_no_other(bank: Engine) -> None:
     """An unknown name is a `ValueError`, also beside known ones."""
     bank.subscribe(print, *EVENT_NAMES.split())()
-    for names in (["step.start"], [*EVENT_NAMES.split(), "step.start"], ["STEP.STOP"]):
-        with pytest.raises(ValueError, match=names[-1]):
+    wrong: list[list[Any]] = [
+        ["step.start"],
+        [*EVENT_NAMES.split(), "step.start"],
+        ["STEP.STOP"],
+        [["step.stop"]],
+        [{}],
+    ]
+    for names in wrong:
+        with pytest.raises(ValueError, match=f"unknown event {re.escape(repr(names[-1]))}"):
             bank.subscribe(print, *names)
 
 
@@ -20091,13 +20168,17 @@ def test_a_rehearsed_play_goes_as_the_model_says(name: str) -> None:
 Planting = Callable[[pytest.MonkeyPatch], None]
 
 
-def reworded(statement: str, old: str, new: str) -> Planting:
+def reworded(name: str, old: str, new: str) -> Planting:
     """One of the module's statements with other words."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        text = getattr(durable, statement)
+        text, found = statement(name), getattr(place_of(name), name)
         assert old in text
-        patch.setattr(durable, statement, text.replace(old, new))
+        if found is text:
+            patch.setattr(place_of(name), name, text.replace(old, new))
+        else:
+            [cell] = [cell for cell in found.__closure__ if cell.cell_contents is text]
+            patch.setattr(cell, "cell_contents", text.replace(old, new))
 
     return plant
 
@@ -20210,7 +20291,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
         lambda deliver: lambda self, target, message, now: deliver(self, target, message._replace(dedup_key=None), now),
     ),
     "a signal wakes nobody": replaced(durable._Store, "wake", nothing),
-    "a signal of any name wakes": reworded("_WAKE", "WHERE value = ?3", "WHERE ?3 IS NOT NULL"),
+    "a signal of any name wakes": reworded("wake", "WHERE value = ?2", "WHERE ?2 IS NOT NULL"),
     "signals that came before the park are overlooked": replaced(durable._Store, "has_unseen", nothing),
     "signals that were shown wake again": bent(
         durable._Store, "has_unseen", lambda look: lambda self, target, names, seen: look(self, target, names, ())
@@ -20228,7 +20309,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
         " WHERE NOT EXISTS (SELECT 1 FROM durable_signals WHERE target = ?1 AND dedup_key = ?4)",
     ),
     "deadlines never fire": replaced(durable._Store, "fire", nothing),
-    "a deadline outlives its await": reworded("_TIMERS", "min(await_deadline)", "max(await_deadline)"),
+    "a deadline outlives its await": reworded("timers", "min(await_deadline)", "max(await_deadline)"),
     "parents are not woken": replaced(durable._Store, "wake_parent", nothing),
     "parents are woken by their first child": replaced(durable._Store, "has_live_child", nothing),
     "children are collected before the join": reworded("_SWEEP", "p.joining", "0"),
@@ -20264,12 +20345,10 @@ PLANTED_FAULTS: dict[str, Planting] = {
     ),
     "only a done instance forgets its crashes": reworded("_AGAIN", "crashes = ?", "crashes = max(?, crashes)"),
     "paused queues are served": reworded(
-        "_NEXT_PRIORITY", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND"
+        "next_priority", "FROM durable_paused WHERE", "FROM durable_paused WHERE 0 AND"
     ),
-    "who came first is served first whatever is due": reworded(
-        "_CANDIDATES", "ORDER BY eligible_at, id", "ORDER BY id"
-    ),
-    "future work is due": reworded("_CANDIDATES", "eligible_at <= ?", "eligible_at <= ? + 20000"),
+    "who came first is served first whatever is due": reworded("candidates", "ORDER BY eligible_at, id", "ORDER BY id"),
+    "future work is due": reworded("candidates", "eligible_at <= ?", "eligible_at <= ? + 20000"),
     "a refused outcome is half written": replaced(durable._Store, "undo", durable._Store.release),
     "outcomes are lost with a failed commit": bent(durable._Scheduler, "_report_failure", forgetting_outcomes),
     "handle is shown the inbox": bent(durable._Claim, "failed_with", keeping_the_inbox),
@@ -20279,15 +20358,15 @@ PLANTED_FAULTS: dict[str, Planting] = {
         "_reap",
         lambda reap: lambda self, beat, worker, how: nothing() if "lease" in how else reap(self, beat, worker, how),
     ),
-    "a retried instance keeps its attempts": reworded("_REVIVE", "attempt = 0, ", ""),
-    "a retry runs what was cancelled while it waited": reworded("_END", "iif(status = 'awaiting_signal'", "iif(0"),
+    "a retried instance keeps its attempts": reworded("revive", "attempt = 0, ", ""),
+    "a retry runs what was cancelled while it waited": reworded("end", "iif(status = 'awaiting_signal'", "iif(0"),
     "a retry waits though its signal had come": reworded(
-        "_END", "status = 'awaiting_signal', status", "1, 'awaiting_signal'"
+        "end", "status = 'awaiting_signal', status", "1, 'awaiting_signal'"
     ),
-    "a retry waits without the deadline": reworded("_END", "kept_deadline = await_deadline", "kept_deadline = NULL"),
-    "a retried join waits for nobody": reworded("_REVIVE", "WHEN joining AND", "WHEN 0 AND"),
-    "a retried join waits for who has ended": reworded("_REVIVE", "joining AND EXISTS", "joining OR EXISTS"),
-    "any retried step waits for its children": reworded("_REVIVE", "WHEN joining AND", "WHEN 1 AND"),
+    "a retry waits without the deadline": reworded("end", "kept_deadline = await_deadline", "kept_deadline = NULL"),
+    "a retried join waits for nobody": reworded("revive", "WHEN joining AND", "WHEN 0 AND"),
+    "a retried join waits for who has ended": reworded("revive", "joining AND EXISTS", "joining OR EXISTS"),
+    "any retried step waits for its children": reworded("revive", "WHEN joining AND", "WHEN 1 AND"),
     "an ended instance occupies its key for ever": bent(
         durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0
     ),
