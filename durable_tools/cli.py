@@ -19,7 +19,6 @@ import math
 import operator
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -37,9 +36,8 @@ import attrs
 
 import durable
 from durable import DurableError, Engine, Insert, Instance, NotFoundError, Status, Transition, Worker, tools
+from durable_tools.diagnosis import Diagnosis, how_far, namesake, why_it_does_not_fire
 from durable_tools.screen import BLOCKS, Screen, distance, ended, fit, moment, now, plain, span
-
-_TERMINAL = frozenset(Status) - durable.LIVE
 
 
 class _UsageError(Exception):
@@ -181,14 +179,6 @@ _FILTERS = (
 )
 
 
-def _namesake(get: Callable[[int | str], Instance], id_: int) -> int | None:
-    """The id of another instance that carries the digits of this one as its correlation key."""
-    with contextlib.suppress(NotFoundError):
-        carrier = get(str(id_)).id
-        return None if carrier == id_ else carrier
-    return None
-
-
 def _meant(word: str, options: argparse.Namespace, get: Callable[[int | str], Instance]) -> int | str:
     """The instance that a TARGET means: digits are an id, refused where they are another's key and nothing says which.
 
@@ -196,7 +186,7 @@ def _meant(word: str, options: argparse.Namespace, get: Callable[[int | str], In
     """
     if options.by_key or not re.fullmatch("0|[1-9][0-9]{0,18}", word):
         return word
-    if not options.by_id and (other := _namesake(get, int(word))):
+    if not options.by_id and (other := namesake(get, int(word))):
         raise DurableError(f"{word} is also the key of #{other}: say --key if you mean that one, --id if you do not")
     return int(word)
 
@@ -472,13 +462,6 @@ def _insert(options: argparse.Namespace) -> None:
 # ---- list, counts, workers, show, wait, check: looking, with a file that is only read
 
 
-def _how_far(progress: durable.Progress) -> str:
-    """A step's progress: `3 of 8, 38 %: unpacking`."""
-    total = "" if progress.total is None else f" of {progress.total:g}"
-    percent = "" if progress.fraction is None else f", {progress.fraction:.0%}"
-    return f"{progress.done:g}{total}{percent}" + (f": {progress.note}" if progress.note else "")
-
-
 def _timeline(screen: Screen, history: Iterable[Transition]) -> Iterator[str]:
     """What was run of an instance: when, how long, which step, what it came to, where, and what was wrong."""
     rows = [
@@ -505,7 +488,7 @@ def _remark(it: Instance) -> str:
         case Status.AWAITING_SIGNAL:
             return " ".join(it.awaits) + (f", {distance(it.await_deadline)}" if it.await_deadline else "")
         case Status.EXECUTING if it.progress:
-            return _how_far(it.progress)
+            return how_far(it.progress)
         case Status.RUNNABLE if it.parked_on:
             return f"parked on {it.parked_on}"
         case Status.RUNNABLE if it.eligible_at > now():
@@ -565,72 +548,11 @@ def _workers(reader: tools.Reader, options: argparse.Namespace) -> None:
     screen.answer(found, _worker_table(screen, found), as_json=options.json)
 
 
-_HOLDERS = "SELECT id FROM durable_instances WHERE status = 'executing' AND concurrency_key = ? LIMIT 5"
 _CHILD_COUNTS = "SELECT status, count(*) FROM durable_instances WHERE parent_id = ? GROUP BY status"
 
 
-class _Case(NamedTuple):
+class _Story(Diagnosis):
     """One instance, for `show`: where it stands, why, and the verb that helps."""
-
-    reader: tools.Reader
-    file: Path
-    it: Instance
-
-    def verb(self, name: str, *words: object) -> str:
-        """A command on the file, to be copied into a shell."""
-        file = ["MODULE", "--database", self.file] if name == "run" else [self.file]
-        return shlex.join(map(str, ["durable", name, *file, *words]))
-
-    def target(self) -> tuple[object, ...]:
-        """How a command says that it means this instance."""
-        return (self.it.id, "--id") if _namesake(self.reader.get, self.it.id) else (self.it.id,)
-
-    def plight(self) -> tuple[str, str]:
-        """What the instance waits for; and the verb that helps, if one does."""
-        it = self.it
-        match it.status:
-            case Status.RUNNABLE:
-                return self.why_it_does_not_run()
-            case Status.EXECUTING:
-                return self.who_runs_it()
-            case Status.AWAITING_SIGNAL:
-                end = f"until {moment(it.await_deadline)}" if it.await_deadline else "without a deadline"
-                return f"the signal {' or '.join(it.awaits)}, {end}", self.verb(
-                    "signal", *self.target(), it.awaits[0], "{}"
-                )
-            case Status.AWAITING_CHILDREN:
-                return "the end of its children", self.verb("list", "--parent", it.id)
-            case Status.FAILED:
-                return "somebody to retry it", self.verb("retry", *self.target())
-        return "", ""
-
-    def why_it_does_not_run(self) -> tuple[str, str]:
-        """What stands between a runnable instance and a worker."""
-        it = self.it
-        if it.queue in self.reader.paused():
-            return f"its queue {it.queue} to be resumed", self.verb("resume", it.queue)
-        if it.parked_on == f"key:{it.concurrency_key}":
-            holders = [id_ for (id_,) in self.reader.rows(_HOLDERS, (it.concurrency_key,))]
-            others = " ".join(["held by", *(f"#{id_}" for id_ in holders)]) if holders else "free by now"
-            return f"its turn on {it.concurrency_key}, {others}", self.verb("show", holders[0]) if holders else ""
-        if it.parked_on:
-            return f"{it.weight} tokens of {it.rate_limit}, which come by themselves", ""
-        if it.eligible_at > now():
-            return f"its time, {moment(it.eligible_at)}", ""
-        if not any(it.queue in worker.queues for worker in self.reader.workers()):
-            return f"an engine that runs the queue {it.queue}", self.verb("run")
-        return "a free place, or an engine that knows its class", self.verb("workers")
-
-    def who_runs_it(self) -> tuple[str, str]:
-        """The worker that has the instance, if it lives."""
-        for worker in self.reader.workers():
-            if worker.id == self.it.worker and worker.lease_expires_at > now():
-                heard = distance(worker.heartbeat_at)
-                where = f"its step, in process {worker.pid} on {worker.host}, heard of {heard}"
-                if self.reader.is_cancelled(self.it.id):
-                    return f"{where}; it has been asked to end", self.verb("workers")
-                return where, self.verb("cancel", *self.target())
-        return "an engine to take it from a worker that is gone", self.verb("run")
 
     def facts(self) -> Iterator[tuple[str, object]]:
         """The story, a line each."""
@@ -639,7 +561,7 @@ class _Case(NamedTuple):
         yield "stands at", f"{it.step}, attempt {it.attempt}{of_how_many}"
         yield "since", moment(it.updated_at)
         yield "waits for", reason
-        yield "progress", it.progress and f"{_how_far(it.progress)}, {distance(it.progress.at)}"
+        yield "progress", it.progress and f"{how_far(it.progress)}, {distance(it.progress.at)}"
         yield "try", verb
         yield "crashes", it.crashes
         yield "key", it.correlation_key
@@ -681,7 +603,7 @@ def _show(reader: tools.Reader, options: argparse.Namespace) -> None:
     """
     it = reader.get(_meant(options.target, options, reader.get))
     whole = attrs.asdict(it, recurse=False) | {"history": reader.history(it.id)}
-    options.screen.answer(whole, _Case(reader, options.file, it).tell(options.screen), as_json=options.json)
+    options.screen.answer(whole, _Story(reader, options.file, it).tell(options.screen), as_json=options.json)
 
 
 @_verb("durable history shop.db order:42", _TARGET("target"), *_BY, _JSON, opens=tools.Reader)
@@ -705,7 +627,7 @@ def _wait(reader: tools.Reader, options: argparse.Namespace) -> None:
     Exit status 1 if it failed, or has not ended after --timeout seconds.
     """
     end, it = time.monotonic() + options.timeout, reader.get(_meant(options.target, options, reader.get))
-    while it.status not in _TERMINAL and time.monotonic() < end:
+    while it.status in durable.LIVE and time.monotonic() < end:
         time.sleep(0.02)
         it = reader.get(it.id)
     if it.status is not Status.DONE:
@@ -733,19 +655,6 @@ def _check(reader: tools.Reader, options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _why_not(reader: tools.Reader, one: durable.Schedule) -> str:
-    """Why a schedule does not fire, or does not now; empty where it does."""
-    if one.is_paused:
-        return "paused"
-    if one.next_at is None:
-        return "no instant comes any more"
-    if one.last_id is not None and not one.overlap:
-        with contextlib.suppress(NotFoundError):
-            if reader.get(one.last_id).status not in _TERMINAL:
-                return f"skipped while #{one.last_id} is live"
-    return "" if reader.workers() else "no engine runs on the file"
-
-
 @_verb(
     "durable schedules shop.db --next 5",
     _argument("--next", type=_count_argument, default=1, metavar="N", help="so many instants to come of each (1)"),
@@ -764,7 +673,7 @@ def _schedules(reader: tools.Reader, options: argparse.Namespace) -> None:
             ", ".join(f"{at.astimezone():%Y-%m-%d %H:%M:%S}" for at in instants[one.name]),
             one.last_at and moment(one.last_at),
             one.missed,
-            _why_not(reader, one),
+            why_it_does_not_fire(reader, one),
         )
         for one in found
     ]
@@ -1080,6 +989,73 @@ def _demo(options: argparse.Namespace) -> int:
     directory = (options.directory or Path(sysconfig.get_path("stdlib"))).resolve(strict=True)
     with tempfile.TemporaryDirectory(prefix="durable-demo-", ignore_cleanup_errors=True) as home:
         return Demo(directory, Path(home), options.screen).play()
+
+
+# ---- page, diagram: to be looked at
+
+
+@_verb(
+    "durable page shop.db",
+    "durable page shop.db shop.worker --write",
+    _FILE,
+    _argument(
+        "target", nargs="?", metavar="TARGET", help="a module or script, whose machines are drawn from their code"
+    ),
+    _argument("--port", type=int, default=0, metavar="N", help="where to serve it (any free port)"),
+    _argument(
+        "--write", action="store_true", help="retry, cancel, rewind, signal, pause, resume, trigger from the page"
+    ),
+    _argument("--host", default="127.0.0.1", help="another interface than this machine's own; it needs --expose"),
+    _argument("--expose", action="store_true", help="yes, whoever reaches that interface may try the address"),
+)
+def _page(options: argparse.Namespace) -> None:
+    """Serve a page that shows FILE, live, and print its address; Ctrl-C ends it.
+
+    Read-only unless --write. Only this machine reaches it, and only with the token in the address, which is new each
+    time. With TARGET the machines are drawn from their code, else from what their history shows.
+    """
+    from durable_tools import page  # here: it loads a web server
+
+    if not page.is_loopback(options.host) and not options.expose:
+        raise _UsageError(
+            f"--host {options.host} lets other machines reach the page: the token in its address is all that keeps"
+            " others out, and it goes over the network unencrypted. Say --expose if you mean that;"
+            " `ssh -L` or an authenticating proxy is safer"
+        )
+    if not 0 <= options.port <= 65_535:
+        raise _UsageError(f"not a port: {options.port}")
+    tools.Reader(options.file).close()
+    if options.target is not None:
+        _load(options.target)
+    server, address = page.make_server(options.file, host=options.host, port=options.port, write=options.write)
+    with server, contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        print(address, flush=True)
+        server.serve_forever()
+
+
+@_verb(
+    "durable diagram jobs.py:Checkout",
+    "durable diagram shop.worker:Checkout --file shop.db",
+    _argument("target", metavar="TARGET:CLASS", help="a module or script, and a class or function job in it"),
+    _argument("--file", type=Path, metavar="FILE", help="how often each way was taken there, and who stands where"),
+)
+def _diagram(options: argparse.Namespace) -> None:
+    """Print a machine as a Mermaid diagram: its steps, and the outcomes that lead from one to another.
+
+    They are read from the code's text, which is not run; a step whose name is computed is `?`. With --file the
+    numbers are those of FILE: of transitions seen, and of live instances at each step.
+    """
+    from durable_tools import diagram
+
+    _, fsm = _load(options.target)
+    if fsm is None:
+        raise _UsageError(f"not TARGET:CLASS: {options.target!r}")
+    machine = diagram.known_machine(fsm)
+    if options.file is not None:
+        with tools.Reader(options.file) as reader:
+            machine = diagram.counted(machine, reader)
+    print(machine.mermaid())
 
 
 # ---- the entry
