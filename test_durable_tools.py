@@ -11,6 +11,12 @@ In this order:
 * The past, and code against the file
 * What is shown, and where
 * Processes
+* Diagrams
+* What the page shows
+* The page and its file
+* What the page does
+* Who may ask for the page
+* The page in a browser
 
 What the tests of durable have for all tests, these use too.
 """
@@ -19,23 +25,33 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
+import hashlib
+import inspect
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, cast
+from wsgiref.util import setup_testing_defaults
 
 import apsw
 import attrs
@@ -63,7 +79,7 @@ from durable import (
     step,
     tools,
 )
-from durable_tools import cli, screen
+from durable_tools import cli, page, screen
 from test_durable import (
     BLOCKS,
     ENDS_OF_THE_CALENDAR,
@@ -1859,3 +1875,1167 @@ def test_demo_survives_a_real_kill(tmp_path: Path) -> None:
 def test_demo_needs_files(command: Command, tmp_path: Path) -> None:
     """An empty directory shows nothing: exit status 1."""
     assert command("demo", tmp_path).status == 1
+
+
+# ---- Diagrams ------------------------------------------------------------------------------------
+
+
+class DrawnSteps(FSM, name="drawn.Steps"):
+    @step
+    def start(self, ctx: Ctx) -> Await:
+        return Await("paid", then=DrawnSteps.ship)
+
+    @step
+    def ship(self, ctx: Ctx) -> Any:
+        if ctx.attempt:
+            return Next(ctx.state["where"])
+        return ScheduleChildren([], then="close") if ctx.awaited else Stop("never paid")
+
+    @step
+    async def close(self, ctx: Ctx) -> Any:
+        return Retry(5) if ctx.attempt else Done()
+
+
+class DrawnNames(FSM, name="drawn.Names"):
+    def step(self, name: str, ctx: Ctx) -> Any:
+        match name:
+            case "start":
+                return Next("to: #1")
+            case "to: #1":
+                return Done()
+        return Stop("no such step")
+
+
+@durable.job(name="drawn.job")
+def drawn_job(n: int) -> int:
+    """A job that does nothing."""
+    return n
+
+
+def test_a_machine_of_step_methods_is_drawn_from_their_text(command: Command) -> None:
+    """A line for each outcome: where it stands, where it leads, what it is; `?` for a name that is computed."""
+    said = command("diagram", f"{__name__}:DrawnSteps")
+    assert (said.status, said.err) == (0, "")
+    assert said.out.splitlines() == [
+        "stateDiagram-v2",
+        "    %% drawn.Steps, version 1",
+        '    state "?" as s3',
+        "    [*] --> start",
+        "    start --> ship : Await",
+        "    ship --> s3 : Next",
+        "    ship --> close : ScheduleChildren",
+        "    ship --> [*] : Stop",
+        "    close --> close : Retry",
+        "    close --> [*] : Done",
+    ]
+
+
+def test_a_machine_with_one_step_method_is_drawn_by_the_names_that_it_matches(command: Command) -> None:
+    """`def step(self, name, ctx)`: names that Mermaid would read otherwise stand in quotes, with its codes."""
+    lines = [line.strip() for line in command("diagram", f"{__name__}:DrawnNames").out.splitlines()]
+    assert 'state "to#58; #35;1" as s1' in lines
+    assert {"[*] --> start", "start --> s1 : Next", "s1 --> [*] : Done"} <= set(lines)
+
+
+def test_a_job_is_drawn_as_what_may_become_of_it(command: Command) -> None:
+    """It is done when it returns, is tried again when it raises, and fails in the end: no outcome has to say so."""
+    lines = [line.strip() for line in command("diagram", f"{__name__}:drawn_job").out.splitlines()]
+    assert lines[2:] == [
+        "[*] --> perform",
+        "perform --> [*] : Done",
+        "perform --> perform : Retry",
+        "perform --> [*] : Stop",
+    ]
+
+
+def test_a_diagram_with_a_file_counts_what_was_seen_there(command: Command, tmp_path: Path) -> None:
+    """How often each way was taken, and how many live instances stand at each step."""
+    path = tmp_path / "drawn.db"
+    with client(path) as engine:
+        for key in ("a", "b", "c"):
+            engine.insert(DrawnSteps, correlation_key=key)
+        engine.drain()
+        engine.signal("a", "paid")
+        engine.drain()
+    lines = [line.strip() for line in command("diagram", f"{__name__}:DrawnSteps", "--file", path).out.splitlines()]
+    assert 'state "ship: 2 here" as ship' in lines
+    assert {"start --> ship : Await (3)", "close --> [*] : Done (1)", "ship --> [*] : Stop (0)"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "words"), [("json", 2, "TARGET:CLASS"), ("json:JSONDecoder", 1, "no machine and no job")]
+)
+def test_what_is_no_machine_is_not_drawn(command: Command, target: str, status: int, words: str) -> None:
+    """A module without a class is a usage error, another class a refusal; both name what was given."""
+    said = command("diagram", target)
+    assert (said.status, said.out) == (status, "")
+    assert words in said.err
+
+
+# ---- What the page shows -------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Answer:
+    """What the page's application answered."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Viewer:
+    """Who asks the page's application, as its own page does unless a header says otherwise."""
+
+    def __init__(self, file: Path, **options: Any) -> None:
+        self.app = page.make_app(file, **options)
+
+    def ask(self, path: str, query: Any = None, *, method: str = "GET", body: Any = None, **extra: Any) -> Answer:
+        text = urllib.parse.urlencode({name: value for name, value in (query or {}).items() if value is not None})
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": text}
+        if body is not None:
+            environ |= {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(data)), "HTTP_X_DURABLE": "page"}
+        environ |= {"wsgi.input": io.BytesIO(data)} | extra
+        setup_testing_defaults(environ)
+        started: list[Any] = []
+        chunks = list(self.app(environ, cast(Any, lambda *given: started.extend(given[:2]))))
+        return Answer(int(started[0].split()[0]), dict(started[1]), b"".join(chunks))
+
+    def get(self, name: str, **query: Any) -> Any:
+        answer = self.ask(f"/api/{name}", query)
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def do(self, **asked: Any) -> Answer:
+        return self.ask("/api/do", method="POST", body=asked)
+
+
+@pytest.fixture
+def viewer() -> Iterator[Callable[..., Viewer]]:
+    """Make viewers of files; in the end these are let go of."""
+    made: list[Viewer] = []
+
+    def make(file: Path, **options: Any) -> Viewer:
+        made.append(Viewer(file, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.app.close()
+
+
+View = Callable[..., Viewer]
+
+
+def noted(seen: list[Any], one: Any) -> list[Any]:
+    """`seen` with one more."""
+    seen.append(one)
+    return seen
+
+
+def seen_at_last(look: Callable[[], Any]) -> Any:
+    """What `look` returns once that is true."""
+    seen: list[Any] = []
+    eventually(lambda: bool(noted(seen, look())[-1]))
+    return seen[-1]
+
+
+def test_the_overview_counts_what_the_engine_counts(shop: Path, viewer: View) -> None:
+    """For each queue its statuses, the pause, the width of the engines that serve it, and the last hour by minute."""
+    with client(shop) as engine:
+        engine.pause("later")
+        expected = engine.counts()
+    seen = {queue["name"]: queue for queue in viewer(shop).get("overview")["queues"]}
+    assert {name: queue["tally"] for name, queue in seen.items()} == expected
+    assert [name for name, queue in seen.items() if queue["is_paused"]] == ["later"]
+    assert [sum(minute[0] for minute in seen["orders"]["chart"]), len(seen["orders"]["chart"])] == [1, 60]
+    assert sum(minute[1] for minute in seen["default"]["chart"]) == 1
+
+
+def test_the_overview_begins_with_what_is_wrong(tmp_path: Path, viewer: View) -> None:
+    """Due work that no engine serves, a paused queue, failures: since when, and what helps; the worst first."""
+    path = tmp_path / "monday.db"
+    with client(path, clock=Clock(time.time() - 600)) as engine:
+        engine.insert(Broken)
+        engine.drain()
+        engine.insert(CliOrder)
+        engine.insert(Broken, queue="held")
+        engine.pause("held")
+    troubles = viewer(path).get("overview")["attention"]
+    assert [trouble["level"] for trouble in troubles] == ["bad", "bad", "warn"]
+    unserved, failed, paused = troubles
+    assert "No engine serves the queue orders, where 1 wait" in unserved["what"]
+    assert "durable run" in unserved["command"]
+    assert 590_000 < time.time() * 1000 - unserved["since"] < 700_000
+    assert "cli.Broken failed in perform: the disk" in failed["what"]
+    assert "held is paused: 1 wait there" in paused["what"]
+    assert paused["resume"] == "held"
+
+
+def test_nothing_is_wrong_with_an_empty_file(tmp_path: Path, viewer: View) -> None:
+    """No queue, no trouble, no failure: every list is there, and empty."""
+    with client(tmp_path / "new.db"):
+        pass
+    seen = viewer(tmp_path / "new.db").get("overview")
+    assert (seen["attention"], seen["queues"], seen["running"], seen["workers"]) == ([], [], [], [])
+
+
+def test_what_runs_is_shown_with_its_progress_and_worker(tmp_path: Path, viewer: View) -> None:
+    """The overview has what executes, since when, how far, and who runs it; and the workers with their queues."""
+    held = threading.Event()
+
+    class Long(FSM, name="page.Long", queue="long"):
+        def perform(self, args: Any, ctx: Ctx) -> None:
+            ctx.progress(3, 8, "unpacking")
+            held.wait(60)
+
+    with Engine(tmp_path / "runs.db", queues={"long": 2}, name="presser") as engine:
+        id_ = engine.insert(Long)
+        eye = viewer(tmp_path / "runs.db")
+        seen = seen_at_last(lambda: next((it for it in eye.get("overview")["running"] if it["progress"]), None))
+        workers = eye.get("overview")["workers"]
+        held.set()
+        assert (seen["id"], seen["progress"][:3]) == (id_, [3, 8, "unpacking"])
+        assert [(one["name"], one["queues"]) for one in workers] == [("presser", {"long": 2})]
+        assert seen["worker"] == workers[0]["id"]
+
+
+def ids_of(eye: Viewer, **filters: Any) -> list[int]:
+    """All that the list of instances shows with these filters, page after page."""
+    ids: list[int] = []
+    before = None
+    while True:
+        found = eye.get("instances", q=json.dumps(filters), before=before)
+        ids += [line["id"] for line in found["lines"]]
+        if found["reached"] is None:
+            return ids
+        assert before is None or found["reached"] < before
+        before = found["reached"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        ({}, [4, 3, 2, 1]),
+        ({"status": ["failed"]}, [2]),
+        ({"status": ["runnable", "awaiting_signal"]}, [4, 3]),
+        ({"status": "done"}, [1]),
+        ({"fsm": "cli.Broken"}, [4, 2]),
+        ({"fsm": "Broken"}, [4, 2]),
+        ({"fsm": "roken"}, []),
+        ({"queue": "later"}, [4]),
+        ({"key": "order:1"}, [1]),
+        ({"error": "ON FIRE"}, [2]),
+        ({"error": "%"}, []),
+        ({"status": ["failed"], "kind": "the disk"}, [2]),
+        ({"status": ["failed"], "kind": "another"}, []),
+    ],
+)
+def test_the_list_of_instances_filters(shop: Path, viewer: View, filters: dict[str, Any], ids: list[int]) -> None:
+    """By status, class (its name, or what stands behind a dot of it), queue, key, text of the error; newest first."""
+    assert ids_of(viewer(shop), **filters) == ids
+
+
+def test_pages_of_instances_show_each_once(tmp_path: Path, viewer: View) -> None:
+    """All of many, whatever they are filtered by, and though ids between them are missing."""
+    path = tmp_path / "many.db"
+    with client(path, retention=0) as engine:
+        engine.insert_all(Insert(CliOrder, step="ship") for _ in range(60))
+        engine.drain()
+        kept = engine.insert_all(Insert(CliOrder, queue="abc"[n % 3]) for n in range(240))
+        engine.gc()
+    eye = viewer(path)
+    assert ids_of(eye) == kept[::-1]
+    assert ids_of(eye, queue="b") == kept[1::3][::-1]
+    assert ids_of(eye, status=["runnable"], queue="c") == kept[2::3][::-1]
+
+
+def test_a_look_that_takes_too_long_is_gone_on_with(shop: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long what is looked for is not found: a request ends, with the id from which the next goes on."""
+    monkeypatch.setattr(page, "_LOT", 1)
+    monkeypatch.setattr(page, "LOOKS_FOR_S", 0.0)
+    eye = viewer(shop)
+    first = eye.get("instances", q='{"key": null, "fsm": "cli.Order"}')
+    assert (first["lines"], first["reached"], first["looked_at"]) == ([], 4, 1)
+    assert ids_of(eye, fsm="cli.Order") == [3, 1]
+
+
+class Picky(FSM, name="page.Picky", max_attempts=1):
+    def perform(self, args: dict[str, Any]) -> None:
+        raise ValueError(f"order {args['n']} of 'customer {args['n']}' is unknown")
+
+
+def test_failures_are_grouped_by_class_and_kind_of_error(shop: Path, viewer: View) -> None:
+    """What differs from one to the next, numbers and quoted texts, makes no group of its own; the latest is shown."""
+    with client(shop) as engine:
+        ids = engine.insert_all(Insert(Picky, args={"n": n}) for n in range(5))
+        engine.drain(with_scheduled=False)
+    groups = viewer(shop).get("failures")["groups"]
+    assert [(one["fsm"], one["count"]) for one in groups] == [("page.Picky", 5), ("cli.Broken", 1)]
+    assert groups[0]["kind"] == "ValueError: order … of … is unknown"
+    assert groups[0]["id"] in ids
+    assert ids_of(viewer(shop), status="failed", kind=groups[0]["kind"]) == ids[::-1]
+
+
+def test_one_instance_shows_its_past_and_what_it_waits_for(command: Command, shop: Path, viewer: View) -> None:
+    """Its runs with the state before each, its state as it is written, and the words and the command of `show`."""
+    seen = viewer(shop).get("instance", id=3)
+    said = command("show", shop, 3).out
+    assert seen["waits_for"].partition(", until")[0] in said
+    assert seen["command"] in said
+    assert [(run["step"], run["kind"], run["to"]) for run in seen["runs"]["items"]] == [("start", "await", "ship")]
+    assert seen["runs"]["items"][0]["duration"] < 60
+    assert json.loads(seen["it"]["state"]["text"]) == {}
+    assert (seen["it"]["awaits"], seen["it"]["correlation_key"]) == (["paid"], "order:2")
+
+
+def test_one_instance_shows_its_machine_with_its_step(shop: Path, viewer: View) -> None:
+    """By its class's text and by what it did; where the class is not known, by what is seen in the histories."""
+    machine = viewer(shop).get("instance", id=3)["machine"]
+    assert (machine["steps"], machine["initial"], machine["standing"]) == (["start", "ship"], "start", {"ship": 1})
+    taken = {(arrow["step"], arrow["outcome"], arrow["to"]): arrow["seen"] for arrow in machine["arrows"]}
+    assert taken == {("start", "Await", "ship"): 1, ("ship", "Done", None): 0}
+    connection = apsw.Connection(str(shop))
+    connection.execute("UPDATE durable_instances SET fsm = 'gone.Order' WHERE fsm = 'cli.Order'")
+    connection.close()
+    machine = viewer(shop).get("instance", id=3)["machine"]
+    assert {(arrow["step"], arrow["to"]): arrow["seen"] for arrow in machine["arrows"]} == {
+        ("start", "ship"): 1,
+        ("ship", None): 0,  # as another of its class did
+    }
+    assert not any(arrow["is_in_text"] for arrow in machine["arrows"])
+
+
+def test_children_come_in_pages_those_first_that_need_somebody(tmp_path: Path, viewer: View) -> None:
+    """A count by status and fifty at a time: failed before done, each once."""
+
+    class Many(FSM, name="page.Many"):
+        @step
+        def start(self, ctx: Ctx) -> ScheduleChildren:
+            return ScheduleChildren([Insert(Broken if n % 3 == 0 else CliOrder) for n in range(130)], then="start")
+
+    path = tmp_path / "family.db"
+    with client(path) as engine:
+        parent = engine.insert(Many)
+        engine.drain(queue="default")
+    eye = viewer(path)
+    pages = [eye.get("instance", id=parent)["children"]]
+    assert pages[0]["tally"] == {"failed": 44, "runnable": 86}
+    while pages[-1]["has_more"]:
+        last = pages[-1]["items"][-1]
+        pages.append(eye.get("children", id=parent, status=last["status"], after=last["id"]))
+    shown = [(it["status"], it["id"]) for one in pages for it in one["items"]]
+    assert [len(one["items"]) for one in pages] == [50, 50, 30]
+    assert shown == sorted(shown, key=lambda it: (it[0] != "failed", it[1]))
+    assert len(set(shown)) == 130
+    assert [one["id"] for one in eye.get("instance", id=shown[0][1])["ancestors"]] == [parent]
+
+
+def test_long_values_are_asked_for_by_themselves(tmp_path: Path, viewer: View) -> None:
+    """A state of megabytes is shown as its length; asked for, it comes as it is written, numbers of any length too."""
+    state = {"big": ["x" * 90] * 20_000, "exact": 12345678901234567890}
+    with client(tmp_path / "long.db") as engine:
+        id_ = engine.insert(CliOrder, state=state)
+    eye = viewer(tmp_path / "long.db")
+    seen = eye.get("instance", id=id_)["it"]["state"]
+    assert seen["text"] is None
+    assert seen["size"] > 1_800_000
+    answer = eye.ask("/api/value", {"what": "state", "id": id_})
+    assert len(answer.body) == seen["size"]
+    assert answer.json == state
+
+
+def test_a_target_is_an_id_or_a_key(shop: Path, viewer: View) -> None:
+    """What somebody types into the page is looked for as both."""
+    eye = viewer(shop)
+    assert [eye.get("target", target=word)["id"] for word in ("2", "order:2", "broken:1")] == [2, 3, 2]
+    assert eye.ask("/api/target", {"target": "nobody"}).status == 404
+
+
+def test_who_has_the_same_answer_is_told_so(shop: Path, viewer: View) -> None:
+    """A second look costs one status, 304, until the file has changed; then it is answered anew."""
+    eye = viewer(shop)
+    first = eye.ask("/api/instances")
+    again = eye.ask("/api/instances", HTTP_IF_NONE_MATCH=first.headers["ETag"])
+    assert (again.status, again.body) == (304, b"")
+    with client(shop) as engine:
+        id_ = engine.insert(CliOrder)
+    answer = seen_at_last(
+        lambda: (
+            answer
+            if (answer := eye.ask("/api/instances", HTTP_IF_NONE_MATCH=first.headers["ETag"])).status == 200
+            else None
+        )
+    )
+    assert answer.json["lines"][0]["id"] == id_
+
+
+def test_one_look_answers_all_viewers(shop: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred who look at one thing cost the file what one costs."""
+    made: list[int] = []
+    real = page._overview
+
+    def overview(*given: Any) -> Any:
+        made.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(page, "_overview", overview)
+    eye = viewer(shop)
+    with ThreadPoolExecutor(8) as pool:
+        bodies = set(pool.map(lambda _: eye.ask("/api/overview").body, range(100)))
+    assert len(made) <= 3  # the time of day is part of an answer
+    assert len(bodies) == len(made)
+
+
+def test_a_large_file_is_counted_apart_and_from_there_by_what_is_new(
+    tmp_path: Path, viewer: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a count costs decides how often all is counted; in between what is new is added to it at once."""
+    monkeypatch.setattr(page._Tally, "QUICK_S", -1.0)
+    monkeypatch.setattr(page._Tally, "SHARE", 1_000_000)
+    path = tmp_path / "large.db"
+    with client(path, clock=Clock(time.time() - 100)) as engine:
+        engine.insert_all(Insert(CliOrder, step="ship") for _ in range(50))
+        engine.insert_all(Insert(Broken) for _ in range(7))
+        engine.drain()
+    eye = viewer(path)
+    eventually(lambda: eye.get("overview")["is_counted"])
+    with client(path) as engine:
+        engine.insert_all(Insert(CliOrder, step="ship", queue="new") for _ in range(20))
+        engine.insert(Broken)
+        engine.drain(queue="new")
+        expected = engine.counts()
+    eventually(lambda: {one["name"]: one["tally"] for one in eye.get("overview")["queues"]} == expected)
+
+
+def test_a_large_file_answers_at_once(tmp_path: Path, viewer: View) -> None:
+    """Of 60,000 rows each view is there in far under a second: no request reads all rows."""
+    path = tmp_path / "large.db"
+    with client(path) as engine:
+        engine.insert_all(Insert(CliOrder, queue="abc"[n % 3]) for n in range(60_000))
+    connection = apsw.Connection(str(path))
+    connection.execute("UPDATE durable_instances SET status = 'done', updated_at = updated_at - id WHERE id % 10")
+    connection.execute("UPDATE durable_instances SET status = 'failed', last_error = 'x ' || id WHERE id % 100 = 1")
+    connection.close()
+    eye = viewer(path)
+    views: list[tuple[str, dict[str, Any]]] = [
+        ("overview", {}),
+        ("instances", {}),
+        ("instances", {"q": '{"key": "none"}'}),
+        ("instances", {"q": '{"error": "none"}'}),
+        ("instances", {"q": '{"status": "failed", "fsm": "none"}'}),
+        ("failures", {}),
+        ("instance", {"id": 9}),
+    ]
+    for name, query in views:
+        begun = time.monotonic()
+        eye.get(name, **query)
+        assert time.monotonic() - begun < 0.8, (name, query)
+
+
+# ---- The page and its file -----------------------------------------------------------------------
+
+
+def test_a_file_that_was_replaced_is_shown_as_it_is_now(shop: Path, viewer: View, tmp_path: Path) -> None:
+    """Another file under the same name is opened anew, by the next look."""
+    eye = viewer(shop)
+    assert len(ids_of(eye)) == 4
+    with client(tmp_path / "other.db") as engine:
+        engine.insert(CliOrder)
+    os.replace(tmp_path / "other.db", shop)
+    assert ids_of(eye) == [1]
+
+
+def test_a_file_that_is_gone_is_told_in_words_and_found_again(shop: Path, viewer: View, tmp_path: Path) -> None:
+    """While it is away each request says so, with what helps; when it is back it is shown."""
+    eye = viewer(shop)
+    assert len(ids_of(eye)) == 4
+    shop.rename(tmp_path / "away.db")
+    answer = eye.ask("/api/overview")
+    assert (answer.status, answer.json["error"]) == (503, f"{shop}: no such file")
+    assert "by itself" in answer.json["helps"]
+    (tmp_path / "away.db").rename(shop)
+    assert len(ids_of(eye)) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.write_bytes(b"no database" * 500), "no database"),
+        (lambda path: path.mkdir(), "no file"),
+        (lambda path: apsw.Connection(str(path)).execute("CREATE TABLE t (x)"), "no database of durable's"),
+    ],
+)
+def test_what_is_no_file_of_durables_is_told_in_words(
+    tmp_path: Path, viewer: View, make: Callable[[Path], object], words: str
+) -> None:
+    """Never a stack trace: one line that says what lies there."""
+    make(tmp_path / "x.db")
+    answer = viewer(tmp_path / "x.db").ask("/api/overview")
+    assert answer.status == 503
+    assert words in answer.json["error"]
+    assert "Traceback" not in answer.body.decode()
+
+
+def test_a_file_of_an_old_version_is_not_migrated_by_looking(tmp_path: Path, viewer: View) -> None:
+    """Not even by the page that may write: it says what migrates it, and leaves the file as it is."""
+    path = tmp_path / "old.db"
+    connection = apsw.Connection(str(path))
+    connection.execute(durable._SCHEMA)
+    connection.execute("INSERT INTO durable_meta VALUES ('schema_version', '1')")
+    connection.close()
+    before = path.read_bytes()
+    eye = viewer(path, write=True)
+    assert "open an engine on it once to migrate it" in eye.ask("/api/overview").json["error"]
+    assert "open an engine on it once to migrate it" in eye.do(verb="pause", queue="default").json["error"]
+    assert path.read_bytes() == before
+
+
+def test_the_page_lets_go_of_a_file_that_nobody_looks_at(shop: Path, viewer: View) -> None:
+    """Beside a file that was closed lies nothing; and the next look opens it again."""
+    eye = viewer(shop)
+    assert len(ids_of(eye)) == 4
+    eye.app.close(unless_used_for_s=60)
+    eye.app.close()
+    assert [path.name for path in shop.parent.glob("shop.db*")] == ["shop.db"]
+    assert len(ids_of(eye)) == 4
+
+
+# ---- What the page does --------------------------------------------------------------------------
+
+
+def test_a_page_that_may_not_write_refuses_to(shop: Path, viewer: View) -> None:
+    """Without `write` every verb is refused, with the word that allows it, and changes nothing."""
+    before = found(shop)
+    refused: list[dict[str, Any]] = [{"verb": "retry", "id": 2}, {"verb": "pause", "queue": "orders"}]
+    for asked in refused:
+        answer = viewer(shop).do(**asked)
+        assert answer.status == 403
+        assert "--write" in answer.json["helps"]
+    assert found(shop) == before
+    assert viewer(shop).get("about")["write"] is False
+
+
+def test_the_page_does_to_one_instance_what_the_methods_do(shop: Path, viewer: View) -> None:
+    """Retry, cancel, signal, rewind: each says what it did."""
+    eye = viewer(shop, write=True)
+    assert eye.do(verb="retry", id=2).json["said"] == "Retried #2"
+    assert get(shop, 2).status == Status.RUNNABLE
+    assert eye.do(verb="cancel", id=4, options={"reason": "out of stock"}).json["said"] == "Cancelled #4"
+    assert get(shop, 4).last_error == "out of stock"
+    signal = {"name": "paid", "payload": '{"n": 12345678901234567890}', "dedup_key": "e1"}
+    assert eye.do(verb="signal", id=3, options=signal).json["said"] == "Sent the signal to #3"
+    with client(shop) as engine:
+        engine.drain(queue="orders")
+    assert get(shop, 3).result == {"amount": [{"n": 12345678901234567890}]}
+    assert eye.do(verb="rewind", id=3, options={"to": "start", "state": '{"again": 1}'}).json["said"] == "Rewound #3"
+    assert (get(shop, 3).step, get(shop, 3).state) == ("start", {"again": 1})
+
+
+def test_the_page_pauses_resumes_and_triggers(tmp_path: Path, viewer: View) -> None:
+    """Queues and schedules, by their names."""
+    with client(tmp_path / "s.db") as engine:
+        engine.schedule("nightly", CliOrder, durable.Every(3600))
+    eye = viewer(tmp_path / "s.db", write=True)
+    for verb, thing, name in [("pause", "queue", "orders"), ("pause", "schedule", "nightly")]:
+        assert name in eye.do(verb=verb, **{thing: name}).json["said"]
+    seen = seen_at_last(lambda: (it := eye.get("overview"))["schedules"][0]["is_paused"] and it)
+    assert (seen["queues"][0]["name"], seen["queues"][0]["is_paused"]) == ("orders", True)
+    for verb, thing, name in [("resume", "queue", "orders"), ("resume", "schedule", "nightly")]:
+        assert eye.do(verb=verb, **{thing: name}).status == 200
+    assert eye.do(verb="trigger", schedule="nightly").json["id"] == 1
+    assert get(tmp_path / "s.db", 1).schedule == "nightly"
+
+
+def test_a_filter_is_acted_on_after_a_count(shop: Path, viewer: View) -> None:
+    """The count has those that the verb can mean; what came later than the count is left alone, a refusal is told."""
+    with client(shop) as engine:
+        ids = [engine.insert(Picky, args={"n": n}, correlation_key=f"k{n}") for n in range(5)]
+        engine.drain(queue="default")
+        engine.insert(CliOrder, correlation_key="k3")  # so that the fourth can't be retried
+    eye = viewer(shop, write=True)
+    meant = {"fsm": "Picky"}
+    counted = eye.get("count", verb="retry", q=json.dumps(meant))
+    assert (counted["count"], counted["reached"], counted["newest"]) == (5, None, [ids[-1]])
+    with client(shop) as engine:
+        later = engine.insert(Picky, args={"n": 9})
+        engine.drain(queue="default")
+    said = eye.do(verb="retry", filter=meant, before=counted["newest"][0] + 1).json
+    assert (said["done"], said["reached"]) == (4, None)
+    assert [(one["id"], "k3" in one["why"]) for one in said["refused"]] == [(ids[3], True)]
+    assert [get(shop, id_).status for id_ in (*ids, later)] == [
+        "runnable" if id_ not in (ids[3], later) else "failed" for id_ in (*ids, later)
+    ]
+
+
+def test_a_filter_of_many_is_acted_on_piece_by_piece(tmp_path: Path, viewer: View) -> None:
+    """Each request takes a second or two at most and says from where to go on, so that one sees it go and can stop."""
+    with client(tmp_path / "many.db") as engine:
+        engine.insert_all(Insert(CliOrder) for _ in range(450))
+    eye = viewer(tmp_path / "many.db", write=True)
+    before: int | None = 451
+    done = 0
+    while before is not None:
+        said = eye.do(verb="cancel", filter={}, before=before).json
+        assert said["done"] <= 200
+        done, before = done + said["done"], said["reached"]
+    assert done == 450
+    with client(tmp_path / "many.db") as engine:
+        assert engine.counts() == {"orders": {"failed": 450}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "words"),
+    [
+        ({"verb": "delete", "id": 1}, 400, "there is no 'delete'"),
+        ({"verb": "retry", "id": "1"}, 400, "an id is a number"),
+        ({"verb": "retry", "id": 99}, 404, "99"),
+        ({"verb": "retry", "id": 1}, 409, "not failed"),
+        ({"verb": "cancel", "id": 2}, 409, "had ended"),
+        ({"verb": "signal", "id": 3, "options": {"name": "paid", "payload": "{"}}, 400, "payload is no JSON"),
+        ({"verb": "signal", "id": 3, "options": {"name": "\ud800"}}, 400, "UTF-8"),
+        ({"verb": "rewind", "id": 3, "options": {"to": ""}}, 400, "to which run"),
+        ({"verb": "rewind", "id": 3, "options": {"to": 77}}, 400, "77"),
+        ({"verb": "trigger", "schedule": "nope"}, 404, "nope"),
+        ({"verb": "retry", "filter": {"status": ["odd"]}, "before": 9}, 400, "runnable"),
+        ({"verb": "retry", "filter": {"where": "1=1"}, "before": 9}, 400, "a filter is"),
+        ({"verb": "retry", "filter": {}}, 400, "before"),
+        ([], 400, "object"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_changes_nothing(
+    shop: Path, viewer: View, asked: Any, status: int, words: str
+) -> None:
+    """A refusal names what was given, or what stands in the way."""
+    before = found(shop)
+    answer = viewer(shop, write=True).ask("/api/do", method="POST", body=asked)
+    assert (answer.status, found(shop)) == (status, before)
+    assert words in answer.json["error"]
+
+
+# ---- Who may ask for the page --------------------------------------------------------------------
+
+
+def test_without_the_token_nothing_is_shown(shop: Path, viewer: View) -> None:
+    """The page wants it in its address, or a cookie that it has set; data want it in a header, never a cookie."""
+    eye = viewer(shop, token="secret")
+    assert [eye.ask(path).status for path in ("/", "/api/overview", "/api/value")] == [401, 401, 401]
+    assert [eye.ask("/", {"token": word}).status for word in ("wrong", "", "secrét")] == [401, 401, 401]
+    opened = eye.ask("/", {"token": "secret"})
+    assert opened.status == 200
+    cookie = opened.headers["Set-Cookie"]
+    assert "secret" not in cookie
+    assert {"HttpOnly", "SameSite=Lax"} <= set(cookie.split("; "))
+    assert eye.ask("/", HTTP_COOKIE=cookie.partition(";")[0]).status == 200
+    assert eye.ask("/api/overview", HTTP_COOKIE=cookie.partition(";")[0]).status == 401
+    assert eye.ask("/api/overview", {"token": "secret"}).status == 401
+    assert eye.ask("/api/overview", HTTP_AUTHORIZATION="Bearer secret").status == 200
+    assert eye.ask("/api/overview", HTTP_AUTHORIZATION="Bearer secre").status == 401
+
+
+def test_a_foreign_name_in_the_host_header_is_refused(shop: Path, viewer: View) -> None:
+    """A name of another site that was made to mean this machine gets nothing, with the token or without."""
+    eye = viewer(shop, token="secret", hosts=["127.0.0.1:8000", "localhost"])
+    for host, status in [("127.0.0.1:8000", 200), ("localhost:1", 200), ("evil.example", 421), ("", 421)]:
+        assert eye.ask("/", {"token": "secret"}, HTTP_HOST=host).status == status
+    assert eye.ask("/api/overview", HTTP_HOST="evil.example", HTTP_AUTHORIZATION="Bearer secret").status == 421
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"HTTP_SEC_FETCH_SITE": "cross-site"},
+        {"HTTP_SEC_FETCH_SITE": "same-site"},
+        {"HTTP_ORIGIN": "https://evil.example"},
+        {"HTTP_ORIGIN": "null"},
+        {"HTTP_ORIGIN": "http://127.0.0.1:99"},
+        {"HTTP_X_DURABLE": ""},
+        {"CONTENT_TYPE": "text/plain"},
+        {"CONTENT_TYPE": "application/x-www-form-urlencoded"},
+    ],
+)
+def test_another_site_cannot_write(shop: Path, viewer: View, headers: dict[str, str]) -> None:
+    """Though the browser would send what the user may send: no form, no script of another site, no other port."""
+    before = found(shop)
+    answer = viewer(shop, write=True).ask("/api/do", method="POST", body={"verb": "retry", "id": 2}, **headers)
+    assert answer.status in (403, 415)
+    assert found(shop) == before
+
+
+def test_the_page_itself_may_write(shop: Path, viewer: View) -> None:
+    """Behind a proxy that changes the Host header too, as far as the browser says that it is the same site."""
+    for headers in (
+        {"HTTP_ORIGIN": "http://127.0.0.1"},
+        {"HTTP_SEC_FETCH_SITE": "same-origin", "HTTP_ORIGIN": "http://x"},
+    ):
+        asked = {"verb": "pause", "queue": "orders"}
+        assert viewer(shop, write=True).ask("/api/do", method="POST", body=asked, **headers).status == 200
+
+
+def test_another_site_gets_no_data(shop: Path, viewer: View) -> None:
+    """What a foreign page asks the browser for is not answered."""
+    assert viewer(shop).ask("/api/overview", HTTP_SEC_FETCH_SITE="cross-site").status == 403
+
+
+@pytest.mark.parametrize("path", ["/", "/api/overview", "/api/nothing", "/api/value"])
+def test_each_answer_says_how_it_may_be_used(shop: Path, viewer: View, path: str) -> None:
+    """In no frame, as nothing else than it is, kept by nobody, refusals too."""
+    headers = viewer(shop).ask(path).headers
+    assert headers["X-Frame-Options"] == "DENY"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def test_the_page_runs_its_own_script_and_no_other(shop: Path, viewer: View) -> None:
+    """Script and style stand in the page and are known by their hashes; nothing is fetched, framed or posted."""
+    answer = viewer(shop).ask("/")
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";"))
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", answer.body.decode(), re.DOTALL)
+        assert policy[directive] == f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert (policy["default-src"], policy["connect-src"], policy["frame-ancestors"]) == ("'none'", "'self'", "'none'")
+    assert (policy["base-uri"], policy["form-action"], policy["trusted-types"]) == ("'none'", "'none'", "'none'")
+    page_text = answer.body.decode()
+    assert set(re.findall(r"https?://[^'\"\s)]+", page_text)) == {"http://www.w3.org/2000/svg"}  # a name, no address
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|<[^>]* (src|on\w+)=", page_text
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/", 405),
+        ("DELETE", "/api/overview", 405),
+        ("GET", "/api/do", 404),
+        ("GET", "/../durable.py", 404),
+        ("GET", "/api/instance", 400),
+        ("HEAD", "/", 200),
+        ("HEAD", "/api/overview", 200),
+    ],
+)
+def test_other_methods_and_paths_are_refused(shop: Path, viewer: View, method: str, path: str, status: int) -> None:
+    """A page, its data, and one place to write to; HEAD is GET without the body."""
+    answer = viewer(shop, write=True).ask(path, method=method)
+    assert answer.status == status
+    assert method != "HEAD" or answer.body == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("/api/instance", {"id": "x"}),
+        ("/api/instance", {"id": 1 << 70}),
+        ("/api/instances", {"q": "["}),
+        ("/api/instances", {"q": "[" * 100_000}),
+        ("/api/instances", {"q": "[]"}),
+        ("/api/instances", {"q": '{"queue": "\\ud800"}'}),
+        ("/api/instances", {"q": '{"queue": 7}'}),
+        ("/api/instances", {"before": "1e3"}),
+        ("/api/children", {"id": 1, "status": "odd"}),
+        ("/api/value", {"what": "password", "id": 1}),
+        ("/api/count", {"verb": "x"}),
+    ],
+)
+def test_bad_questions_get_a_line_that_says_what_was_bad(
+    shop: Path, viewer: View, path: str, query: dict[str, Any]
+) -> None:
+    """Whatever a question has in it: status 400, an error in words, and no log of ours."""
+    answer = viewer(shop).ask(path, query)
+    assert answer.status == 400, answer.body
+    assert answer.json["error"]
+
+
+def test_a_request_says_how_long_it_is(shop: Path, viewer: View) -> None:
+    """One without a length, or with too large a one, is not read."""
+    eye = viewer(shop, write=True)
+    for length in ("", "-1", "x", "999999999"):
+        answer = eye.ask("/api/do", method="POST", body={"verb": "pause", "queue": "orders"}, CONTENT_LENGTH=length)
+        assert answer.status == 413
+
+
+def test_an_application_mounts_the_page_under_a_prefix(shop: Path, viewer: View) -> None:
+    """With the prefix left in the path, or taken off by the server; without a slash at the end it is led there."""
+    eye = viewer(shop, prefix="/ops/jobs")
+    assert eye.ask("/ops/jobs/").status == 200
+    assert eye.ask("/ops/jobs/api/about").status == 200
+    assert eye.ask("/api/about", SCRIPT_NAME="/ops/jobs").status == 200
+    led = eye.ask("/ops/jobs", {"a": 1})
+    assert (led.status, led.headers["Location"]) == (308, "/ops/jobs/?a=1")
+    led = eye.ask("", SCRIPT_NAME="/ops/jobs")
+    assert (led.status, led.headers["Location"]) == (308, "/ops/jobs/")
+    for prefix in ("jobs", "/jobs/", "/", "/a?b"):
+        with pytest.raises(ValueError, match="prefix must be"):
+            page.make_app(shop, prefix=prefix)
+
+
+@contextmanager
+def page_served(file: Path, *words: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`durable page` as a process, and the address that it prints."""
+    process = start("page", file, *words)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip(), process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+def test_the_page_is_served_on_the_loopback_interface(shop: Path) -> None:
+    """It prints its address with a token of its own, answers there, and a Ctrl-C ends it with status 0."""
+    with page_served(shop) as (address, process):
+        parts = urllib.parse.urlsplit(address)
+        assert parts.hostname == "127.0.0.1"
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert b"<!doctype html>" in answer.read()
+        token = urllib.parse.parse_qs(parts.query)["token"][0]
+        data = f"http://{parts.netloc}/api/about"
+        asked = urllib.request.Request(data, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            assert json.load(answer)["file"] == str(shop)
+        for refused, headers in ((f"http://{parts.netloc}/", {}), (address, {"Host": "evil.example"})):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(urllib.request.Request(refused, headers=headers), timeout=30)
+            error.value.close()
+            assert error.value.code in (401, 421)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--host", "0.0.0.0"], 2, "--expose"),
+        (["--host", "192.0.2.1"], 2, "unencrypted"),
+        (["--port", "70000"], 2, "not a port"),
+        (["--port", "x"], 2, "--port"),
+        (["no.module"], 1, "cannot be loaded"),
+    ],
+)
+def test_the_page_is_not_served_to_others_by_accident(
+    command: Command, shop: Path, words: list[str], status: int, said: str
+) -> None:
+    """Another interface asks for a word, and says what that means; what can't be meant is a usage error."""
+    answer = command("page", shop, *words)
+    assert (answer.status, answer.out) == (status, "")
+    assert said in answer.err
+
+
+def test_the_page_of_a_missing_file_is_not_served(command: Command, tmp_path: Path) -> None:
+    """It says so at once, and makes none."""
+    answer = command("page", tmp_path / "none.db")
+    assert (answer.status, list(tmp_path.iterdir())) == (1, [])
+    assert "no such file" in answer.err
+
+
+def test_what_is_exposed_answers_to_addresses_and_its_own_names(shop: Path) -> None:
+    """No name of another's: an address can't be made to mean another machine."""
+    server, address = page.make_server(shop, host="0.0.0.0")
+    with server:
+        token = urllib.parse.parse_qs(urllib.parse.urlsplit(address).query)["token"][0]
+        eye = Viewer(shop)
+        eye.app = cast(Any, server.get_app())
+        for host, status in [
+            ("10.1.2.3:80", 200),
+            ("[fe80::1]:80", 200),
+            (socket.gethostname(), 200),
+            ("evil.example", 421),
+        ]:
+            assert eye.ask("/", {"token": token}, HTTP_HOST=host).status == status
+        eye.app.close()
+
+
+# ---- The page in a browser -----------------------------------------------------------------------
+
+
+@attrs.frozen
+class Chromium:
+    """A browser, and the thread in which alone it may be used: its library takes the thread's event loop for itself."""
+
+    thread: ThreadPoolExecutor
+    browser: Any
+
+
+def start_chromium(opened: ExitStack) -> Any:
+    """Start a Chromium without a window; the test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    running = opened.enter_context(playwright.sync_playwright())
+    try:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    except playwright.Error as error:
+        pytest.skip(f"no Chromium: apt install chromium, or playwright install chromium ({str(error)[:80]})")
+    opened.callback(browser.close)
+    return browser
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    """One browser for all tests."""
+    with ThreadPoolExecutor(1) as thread:
+        opened = ExitStack()
+        try:
+            yield Chromium(thread, thread.submit(start_chromium, opened).result())
+        finally:
+            thread.submit(opened.close).result()
+
+
+def in_browser(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in the browser's thread."""
+
+    @pytest.mark.browser
+    @functools.wraps(test)
+    def run(chromium: Chromium, **given: Any) -> None:
+        chromium.thread.submit(test, **given).result()
+
+    parameters = inspect.signature(test).parameters.values()
+    first = inspect.Parameter("chromium", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    cast(Any, run).__signature__ = inspect.Signature([first, *parameters])
+    return cast("Callable[..., None]", run)
+
+
+class Screened:
+    """A page in a browser: what it said on its console, what it asked of whom."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        self.page = self.context.new_page()
+        self.trouble: list[str] = []
+        self.asked: set[str] = set()
+        self.page.on("console", lambda said: self.trouble.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.trouble.append(dialog.message))
+        self.page.on("request", lambda request: self.asked.add(urllib.parse.urlsplit(request.url).netloc))
+        self.page.goto(address)
+
+    def go(self, place: str, waits_for: str = "h1") -> Any:
+        self.page.evaluate("place => { location.hash = place; }", place)
+        self.page.wait_for_selector(f"main >> {waits_for}")
+        return self.page
+
+
+@pytest.fixture
+def screened(chromium: Chromium) -> Iterator[Callable[..., Screened]]:
+    """Serve files and open their pages; in the end all that was opened is closed, and no page had trouble."""
+    opened = ExitStack()
+    screens: list[Screened] = []
+
+    def show(file: Path, *, write: bool = False, **options: Any) -> Screened:
+        server, address = page.make_server(file, write=write)
+        opened.enter_context(server)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        opened.callback(thread.join)
+        opened.callback(server.shutdown)
+        opened.callback(cast(Any, server.get_app()).close)
+        screens.append(Screened(chromium.browser, address, **options))
+        opened.callback(screens[-1].context.close)
+        return screens[-1]
+
+    try:
+        yield show
+    finally:
+        chromium.thread.submit(opened.close).result()
+    assert [one.trouble for one in screens] == [[]] * len(screens)
+
+
+Show = Callable[..., Screened]
+
+
+@pytest.fixture
+def family(shop: Path) -> Path:
+    """The shop with a parent and its children, a long failure, a schedule, and an inbox."""
+    with client(shop) as engine:
+        engine.insert(Parent, correlation_key="family")
+        engine.insert_all(Insert(Picky, args={"n": n}) for n in range(60))
+        engine.schedule("nightly", CliOrder, durable.Every(3600))
+        engine.drain(with_scheduled=False)
+        engine.signal("order:2", "note", {"text": "hello"})
+        engine.pause("later")
+    return shop
+
+
+VIEWS = ("#/", "#/instances", "#/failures", "#/instance/2", "#/instance/3", "#/instance/5")
+
+
+@in_browser
+def test_every_view_is_drawn_and_asks_nobody_else(family: Path, screened: Show) -> None:
+    """No word on the console, no request to another host; the token is gone from the address."""
+    one = screened(family)
+    for place in VIEWS:
+        text = one.go(place).locator("main").inner_text()
+        assert len(text) > 40
+    assert "token" not in one.page.url
+    assert one.asked == {urllib.parse.urlsplit(one.page.url).netloc}
+
+
+@in_browser
+def test_the_page_is_live(family: Path, screened: Show) -> None:
+    """What another process commits is there without a reload, and what has the focus keeps it."""
+    one = screened(family)
+    one.go("#/instances", "table")
+    one.page.locator("main table a").nth(4).focus()
+    focused = one.page.evaluate("() => document.activeElement.textContent")
+    with client(family) as engine:
+        id_ = engine.insert(CliOrder, correlation_key="fresh")
+    one.page.wait_for_selector(f"main table >> text=#{id_}", timeout=5000)
+    assert one.page.evaluate("() => document.activeElement.textContent") == focused
+    one.go(f"#/instance/{id_}", "text=runnable")
+    with client(family) as engine:
+        engine.drain(queue="orders", with_scheduled=False)
+    one.page.wait_for_selector("main >> text=awaiting signal", timeout=5000)
+
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202egnp.exe\u0007\"'&amp;"
+
+
+@in_browser
+def test_nothing_of_the_users_is_taken_as_html(tmp_path: Path, screened: Show) -> None:
+    """Names, keys, states, errors, payloads, calls, notes: shown as text, marks that would steer it by their codes."""
+
+    class Hostile(FSM, name=f"h.{HOSTILE}", queue=HOSTILE):
+        def step(self, name: str, ctx: Ctx) -> Any:
+            if name == "start":
+                ctx.call(HOSTILE, str)
+                return Await(HOSTILE, then=HOSTILE, state={HOSTILE: [HOSTILE, "\ud800"]})
+            return Stop(HOSTILE)
+
+    path = tmp_path / "hostile.db"
+    with client(path, name=HOSTILE) as engine:
+        failed = engine.insert(Hostile, correlation_key=HOSTILE)
+        engine.drain()
+        engine.signal(HOSTILE, HOSTILE, {HOSTILE: HOSTILE})
+        engine.drain()
+        parked = engine.insert(Hostile, correlation_key=HOSTILE)
+        engine.drain()
+        engine.signal(parked, "other", HOSTILE)
+        engine.schedule(HOSTILE, Hostile, durable.Every(3600))
+    one = screened(path, write=True)
+    for place in ("#/", "#/instances", "#/failures", f"#/instance/{failed}", f"#/instance/{parked}"):
+        shown = one.go(place, "text=<img src=x")
+        assert shown.locator("main img, main script").count() == 0
+        assert "\\u202e" in shown.locator("main").inner_text()
+        assert "\u202e" not in shown.locator("main").inner_text()
+    one.page.get_by_role("button", name="Cancel…").click()
+    assert one.page.locator("dialog img").count() == 0
+
+
+@in_browser
+def test_the_keyboard_is_enough(family: Path, screened: Show) -> None:
+    """From the overview to a failure, and to its retry, without a pointer; each key is listed under `?`."""
+    one = screened(family, write=True)
+    one.page.wait_for_selector("main h1")
+    press = one.page.keyboard.press
+    press("?")
+    assert one.page.locator("dialog kbd").count() > 8
+    press("Escape")
+    press("3")
+    one.page.wait_for_selector("main [data-row]")
+    press("j")
+    press("j")
+    press("Enter")
+    one.page.wait_for_selector("main h1 >> text=Instances")
+    press("2")
+    one.go("#/instance/2", "text=Last error")
+    one.page.get_by_role("button", name="Retry…").focus()
+    press("Enter")
+    one.page.wait_for_selector("dialog[open]")
+    press("Tab")
+    press("Enter")
+    one.page.wait_for_selector("#said >> text=Retried #2")
+    assert get(family, 2).status == Status.RUNNABLE
+    press("/")
+    one.page.wait_for_selector("#filters [name=key]")
+    eventually(lambda: one.page.evaluate("() => document.activeElement.name") == "key" or one.page.wait_for_timeout(50))
+    one.page.keyboard.type("order:2")
+    eventually(lambda: one.page.locator("main tbody tr").count() == 1 or one.page.wait_for_timeout(50))
+
+
+@in_browser
+def test_a_filter_is_acted_on_after_a_preview_of_how_many(family: Path, screened: Show) -> None:
+    """It says how many and which first, does nothing when one leaves it, and says what it did."""
+    one = screened(family, write=True)
+    one.go("#/instances?fsm=page.Picky", "table")
+    one.page.get_by_role("button", name="Retry those…").click()
+    one.page.wait_for_selector("dialog >> text=60 pass it that have failed")
+    one.page.get_by_role("button", name="Leave it").click()
+    with client(family) as engine:
+        assert engine.counts()["default"]["failed"] == 62
+    one.page.get_by_role("button", name="Retry those…").click()
+    one.page.get_by_role("button", name="Retry 60").click()
+    one.page.wait_for_selector("#said >> text=Retried 60.")
+    with client(family) as engine:
+        assert engine.counts()["default"] == {"failed": 2, "runnable": 60}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@in_browser
+def test_axe_finds_no_serious_fault(family: Path, screened: Show, scheme: str, width: int) -> None:
+    """Names, roles, contrast, order of headings: of every view and of a dialog; and nothing is wider than a phone."""
+    axe = pytest.importorskip("axe_playwright_python", reason="pip install '.[browser]'")
+    source = Path(axe.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
+    one = screened(family, write=True, color_scheme=scheme, viewport={"width": width, "height": 844}, bypass_csp=True)
+    one.page.evaluate(source)
+
+    def check(place: str) -> None:
+        faults = one.page.evaluate("async () => (await axe.run()).violations")
+        serious = [(it["id"], it["nodes"][0]["html"]) for it in faults if it["impact"] in ("serious", "critical")]
+        assert serious == [], place
+        assert one.page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), place
+
+    for place in VIEWS:
+        one.go(place)
+        check(place)
+    one.go("#/instance/2", "text=Last error")
+    one.page.get_by_role("button", name="Rewind…").click()
+    check("dialog")
+
+
+@pytest.mark.slow
+@in_browser
+def test_ten_megabytes_and_ten_thousand_children_do_not_freeze_it(tmp_path: Path, screened: Show) -> None:
+    """A long state is unfolded when it is asked for, children are a count and a page; the page goes on beating."""
+
+    class Huge(FSM, name="page.Huge"):
+        @step
+        def start(self, ctx: Ctx) -> ScheduleChildren:
+            return ScheduleChildren([Insert(CliOrder) for _ in range(10_000)], then="start")
+
+    path = tmp_path / "huge.db"
+    with client(path) as engine:
+        id_ = engine.insert(Huge, state={"rows": [{"n": n, "text": "x" * 80} for n in range(100_000)]})
+        engine.drain(queue="default")
+    one = screened(path)
+    one.go(f"#/instance/{id_}", "text=10,000 runnable")
+    assert one.page.locator("main .tree li").count() == 51
+    one.page.get_by_role("button", name="50 more").click()
+    eventually(lambda: one.page.locator("main .tree li").count() == 101 or one.page.wait_for_timeout(50))
+    one.page.evaluate(
+        "() => { let at = performance.now(); window.longest = 0; setInterval(() => {"
+        " window.longest = Math.max(window.longest, performance.now() - at); at = performance.now(); }, 20); }"
+    )
+    one.page.get_by_role("button", name=re.compile(r"Show .* MB")).click()
+    one.page.locator("main .json summary").nth(1).click()
+    one.page.wait_for_selector("main .json >> text=100 more of 99,900")
+    assert one.page.evaluate("() => window.longest") < 3000  # milliseconds; a few hundred on a quiet machine
+
+
+@in_browser
+def test_a_file_that_goes_away_is_told_on_the_page(shop: Path, screened: Show, tmp_path: Path) -> None:
+    """What was seen last stays to be seen, with a line that says what is wrong, until it is back."""
+    one = screened(shop)
+    one.go("#/instances", "table")
+    shop.rename(tmp_path / "away.db")
+    one.page.wait_for_selector("main [role=alert] >> text=no such file")
+    assert one.page.locator("main tbody tr").count() == 4
+    (tmp_path / "away.db").rename(shop)
+    one.page.wait_for_selector("main [role=alert]", state="detached")
+    one.trouble.clear()  # the browser's own words for the answers in between

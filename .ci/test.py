@@ -120,6 +120,7 @@ def _environment(path: str, *, lowest: bool = False) -> str:
         _run(inside, *_PIP_INSTALL, *requirements)
         if _LONG and not lowest:
             _install_recipes(inside)
+            _install_chromium(inside)
         stamp.write_text(content, encoding="utf-8")
     return inside
 
@@ -135,11 +136,24 @@ def _lowest_dependencies() -> list[str]:
 
 
 def _install_recipes(python: str) -> None:
-    """Install what README's recipes are tried with, as far as it can be had; the tests skip, and name, the rest."""
-    for requirement in _project()["optional-dependencies"]["recipes"]:
+    """Install what README's recipes and the page are tried with, as far as it can be had; the tests name the rest."""
+    extras = _project()["optional-dependencies"]
+    for requirement in (*extras["recipes"], *extras["browser"]):
         command = [python, *_PIP_INSTALL, "--only-binary", ":all:", requirement]
         if subprocess.run(command, check=False).returncode:
             print(f"not to be had for this Python: {requirement}", flush=True)
+
+
+def _install_chromium(python: str) -> None:
+    """Have a Chromium for the page's tests, which skip without one: the system's, or the one that Playwright brings."""
+    if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        return
+    by_apt = [["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium"]]
+    for commands in (by_apt, [[python, "-m", "playwright", "install", "chromium"]]):
+        has_tool = shutil.which(commands[0][0]) is not None
+        if has_tool and not any(subprocess.run(command, check=False).returncode for command in commands):
+            return
+    print("no Chromium to be had: the page is not tried in a browser", flush=True)
 
 
 def _run(python: str, *arguments: str, profile: str | None = None) -> None:

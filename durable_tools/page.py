@@ -117,9 +117,10 @@ class _Source:
         if self._readers is None or identity != self._identity:
             self._close()
             with contextlib.ExitStack() as opened:
-                reader, watcher = (opened.enter_context(tools.Reader(self.path)) for _ in range(2))
+                watcher, reader = (opened.enter_context(tools.Reader(self.path)) for _ in range(2))
                 opened.pop_all()
-            # Two: a data version is a connection's, and the watcher has one, which is asked under the lock.
+            # Two: a data version is a connection's, and the watcher has one, which is asked under the lock. It is the
+            # first to be opened and the last to be closed: of a file without a log that one takes away what it made.
             self._readers, self._identity = (reader, watcher), identity
             self._generation += 1
             self._looked_at = -self.LOOKS_EVERY_S
@@ -397,6 +398,8 @@ _LIVE_IDS = {
         UNION ALL SELECT * FROM (SELECT id FROM durable_instances WHERE parked_on IS NOT NULL LIMIT ?1)""",
 }
 _LOT, _FEW = 500, 5_000
+LOOKS_FOR_S = 0.06
+"""So long a request looks for instances; whoever wants more asks again."""
 
 
 def _lots_of_ids(reader: tools.Reader, meant: _Filter, before: int) -> Iterator[list[int]]:
@@ -441,10 +444,10 @@ class _Found(NamedTuple):
 
 
 def _look_for(
-    reader: tools.Reader, meant: _Filter, *, before: int | None, limit: int, within_s: float = 0.06
+    reader: tools.Reader, meant: _Filter, *, before: int | None, limit: int, within_s: float | None = None
 ) -> _Found:
     """Look for instances, newest first, for so long at most: whoever wants more asks again, from where it ended."""
-    end = time.monotonic() + within_s
+    end = time.monotonic() + (LOOKS_FOR_S if within_s is None else within_s)
     condition, values = meant.condition()
     lines: list[_Line] = []
     looked_at = 0
