@@ -3248,10 +3248,21 @@ class _OpenFiles:
     def look(self) -> None:
         """See whether they are still in their places. Windows lets nobody move what is open."""
         self._look_at = _Ticks.monotonic() + self.LOOK_S
-        if sys.platform != "win32" and self.loss is None:
-            lost = next((name for name, identity in self._identities.items() if self._is_lost(name, identity)), None)
-            if lost is not None and not self.is_closing:
-                self.lose(_TAKEN_AWAY.format(name=lost) if lost == self.path else _LOG_TAKEN_AWAY.format(name=lost))
+        if sys.platform == "win32" or self.loss is not None:
+            return
+        for name, identity in self._identities.items():
+            try:
+                status = os.stat(name)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError:  # what can't be seen, after dropped privileges say, is no proof
+                continue
+            else:
+                if (status.st_dev, status.st_ino) == identity:
+                    continue
+            if not self.is_closing and not self._is_out_of_sight(identity):
+                self.lose((_TAKEN_AWAY if name == self.path else _LOG_TAKEN_AWAY).format(name=name))
+                return
 
     def lose(self, how: str) -> None:
         """Have nothing committed any more, and leave the files to whoever has them now."""
@@ -3272,16 +3283,6 @@ class _OpenFiles:
     def close(self) -> None:
         """Let others open them."""
         _process.open_files.discard(self)
-
-    def _is_lost(self, name: str, identity: _Identity) -> bool:
-        """Whether a file is no longer in its place; what can't be seen, after dropped privileges say, is no proof."""
-        try:
-            status = os.stat(name)
-        except (FileNotFoundError, NotADirectoryError):
-            return not self._is_out_of_sight(identity)
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) != identity and not self._is_out_of_sight(identity)
 
     def _is_out_of_sight(self, identity: _Identity) -> bool:
         """Whether this process has another root by now, after a chroot, and the file may be where it was."""
