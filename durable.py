@@ -10335,37 +10335,46 @@ class _Standing(NamedTuple):
     state: str
 
 
-def _code_problem(one: _Standing) -> str | None:
-    """Say what would keep an instance from running with the classes that are known here, and what would help."""
-    spec = _registry.get((one.fsm, one.version))
-    if spec is None:
-        versions = sorted(version for name, version in list(_registry) if name == one.fsm)
-        if not versions:
-            return f"{one.fsm}: no class of that name: import it, or give the one that it is now aliases=({one.fsm!r},)"
+def _code_problem(one: _Standing) -> tuple[str, str] | None:
+    """Say what would keep an instance from running with the classes that are known here, and what would help.
+
+    Return it with what is the same for all that have it: of states, the places of their problems and not the values.
+    """
+    spec, problem, places = _registry.get((one.fsm, one.version)), "", ""
+    versions = sorted(version for name, version in list(_registry) if name == one.fsm)
+    if not versions:
+        problem = f"no class of that name: import it, or give the one that it is now aliases=({one.fsm!r},)"
+    elif spec is None:
         if one.version < versions[-1] and _registry[one.fsm, versions[-1]].migrates:
             return None
-        known = ", ".join(map(str, versions))
-        return f"{one.fsm}: no class of version {one.version}, only {known}: keep it, or write `migrate` in the highest"
-    if spec.any_step is None and one.step not in spec.steps:
-        return f"{one.fsm} version {one.version}: no step {one.step!r}: keep it, or make a new version with `migrate`"
-    try:
-        _load_state(spec.state, one.state)
-    except StateError as error:
-        problems = "; ".join(error.problems)
-        return f"{one.fsm} version {one.version}: the state no longer loads ({problems}): `handle` will be asked"
-    return None
+        advice = "keep it, or write `migrate` in the highest" if one.version < versions[-1] else "update the code"
+        problem = f"no class of version {one.version}, only {', '.join(map(str, versions))}: {advice}"
+    elif spec.any_step is None and one.step not in spec.steps:
+        problem = f"no step {one.step!r}: keep it, or make a new version with `migrate`"
+    else:
+        try:
+            _load_state(spec.state, one.state)
+        except StateError as error:
+            problem = f"the state no longer loads ({'; '.join(error.problems)}): `handle` will be asked"
+            places = "; ".join(text.partition(":")[0].partition("[")[0] for text in error.problems)
+    version = "" if spec is None else f" version {one.version}"
+    return (f"{one.fsm}{version}: {problem}", places and f"{one.fsm}{version}: {places}") if problem else None
 
 
 def _check_instances(reader: _Reader) -> Iterator[str]:
-    """Hold every live instance against the classes that are known here: a line for each problem."""
-    found: dict[str, list[int]] = {}
+    """Hold every live instance against the classes that are known here: a line for each problem, by the first."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    counts: collections.Counter[str] = collections.Counter()
     for row in reader.live():
         one = _Standing(*row)
         if (problem := _code_problem(one)) is not None:
-            found.setdefault(problem, []).append(one.id)
-    for problem, ids in found.items():
-        first = ", ".join(map(str, ids[:5]))
-        yield f"{problem} ({len(ids)} instance{'s' * (len(ids) > 1)}: {first}{', ...' if len(ids) > 5 else ''})"
+            text, same = problem
+            counts[same or text] += 1
+            ids = found.setdefault(same or text, (text, []))[1]
+            ids += [one.id] * (len(ids) < 5)
+    for same, (text, ids) in found.items():
+        first, count = ", ".join(map(str, ids)), counts[same]
+        yield f"{text} ({count} instance{'s' * (count > 1)}: {first}{', ...' if count > 5 else ''})"
 
 
 def _check_schedules(reader: _Reader, behaviours: _Behaviours) -> Iterator[str]:
@@ -10380,7 +10389,7 @@ def _check_schedules(reader: _Reader, behaviours: _Behaviours) -> Iterator[str]:
             new = _occurrence(row, spec, 0)
             problem = _code_problem(_Standing(0, new.fsm, new.version, new.step, new.state))
             if problem is not None:
-                yield f"schedule {row.name}: {problem}"
+                yield f"schedule {row.name}: {problem[0]}"
 
 
 class _Edge(NamedTuple):

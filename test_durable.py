@@ -16962,6 +16962,45 @@ def test_check_says_what_the_code_lacks_for_the_file(make_engine: MakeEngine) ->
     assert ask(engine, "select * from durable_instances") == before
 
 
+def test_check_says_once_what_many_states_have_wrong(make_engine: MakeEngine) -> None:
+    """Whatever the values are that stand there: one line, with the count, the first ids and the first one's problem."""
+
+    class Counts(FSM, name="test.counts"):
+        @attrs.frozen
+        class State:
+            n: int = 0
+            m: int = 0
+
+        @step
+        def start(self, ctx: Ctx) -> Done:
+            return Done()
+
+    engine = make_engine()
+    ids = [engine.insert(Counts, schedule_in=9) for _ in range(9)]
+    with closing(engine.connect()) as connection:
+        change = "update durable_instances set state = json_object('n', 'no ' || id) where id <= ?"
+        connection.execute(change, (ids[6],))
+        connection.execute("update durable_instances set state = json_object('m', null) where id = ?", (ids[8],))
+    first, second = about(engine, "test.counts")
+    assert f"the state no longer loads (n: not a valid int, 'no {ids[0]}'" in first
+    assert f"(7 instances: {', '.join(map(str, ids[:5]))}, ...)" in first
+    assert f"(1 instance: {ids[8]})" in second
+
+
+def test_check_of_code_that_is_older_than_the_file_says_so(make_engine: MakeEngine) -> None:
+    """What migrates goes up only: a row of a later version waits for later code."""
+    engine = make_engine()
+    old = types.new_class("Later", (FSM,), {"name": "test.later", "version": 2}, lambda space: space.update(BODY))
+    ident = engine.insert(old, schedule_in=9)
+    forget("test.later")
+    types.new_class("Later", (FSM,), {"name": "test.later", "version": 1}, lambda space: space.update(BODY))
+    told = f"test.later: no class of version 2, only 1: update the code (1 instance: {ident})"
+    assert about(engine, "test.later") == [told]
+
+
+BODY = {"perform": lambda self, args: None}
+
+
 def test_check_finds_a_misspelt_step_in_the_text_of_a_class(make_engine: MakeEngine) -> None:
     """Where it stands in quotes, in `Next`, `Await` or `ScheduleChildren`, by position or by name; with its line."""
 
