@@ -4810,7 +4810,7 @@ class _HistoryTable(_Table):
     def entries_from(self, instance: int, seq: int) -> list[_Entry]: ...
 
 
-def _keep_for_ever(connections: list[apsw.Connection]) -> None:
+def _keep_for_ever(connections: Iterable[apsw.Connection]) -> None:
     """Keep connections from being closed, even by the interpreter's end.
 
     A fork's child shares its parent's open files: closing SQLite's in the child may truncate the WAL under the
@@ -4978,7 +4978,7 @@ class _Reader(_Looks):
         self.path = path
         self._files = files
         self._idle: list[apsw.Connection] = []
-        self._all: list[apsw.Connection] = []
+        self._all: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
         self._is_closed = False
 
     @contextlib.contextmanager
@@ -4994,11 +4994,13 @@ class _Reader(_Looks):
             except IndexError:
                 connection = self._open()
                 connection.execute("PRAGMA query_only = ON")
-                self._all.append(connection)
+                self._all.add(connection)
             try:
                 yield connection
-            finally:
-                self._put_back(connection)
+            except BaseException:
+                self._close(connection)  # what was raised may keep a statement of it half read, and so an old view
+                raise
+            self._put_back(connection)
 
     def _open(self) -> apsw.Connection:
         return _connect(self.path, apsw.SQLITE_OPEN_READWRITE)
@@ -5013,7 +5015,7 @@ class _Reader(_Looks):
         if self._files is not None:
             self._files.release(connection)
         with contextlib.suppress(apsw.Error):  # a reader has nothing to lose
-            connection.close()
+            connection.close(True)
 
     def _select(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self.reading() as connection:
@@ -6034,8 +6036,9 @@ class _Behaviours:
                 self._objects[cls] = one
         self._unusable: set[type] = set()
         self._coming: set[type] = set()
+        self._makers: dict[type, object] = {}
         self.wanted: set[type[FSM]] = set()
-        """Classes that were met and have no object yet; once taken they are coming."""
+        """Classes that were met and have no object yet, and that nobody makes one of."""
 
     def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
         """Return a class's description and object; None if it is not known here, or has no object yet."""
@@ -6052,15 +6055,18 @@ class _Behaviours:
                 return None
         return spec, behaviour
 
-    def take_wanted(self) -> set[type[FSM]]:
-        taken, self.wanted = self.wanted, set()
-        self._coming |= taken
-        return taken
+    def expect(self, cls: type[FSM]) -> None:
+        """Note that somebody is about to make the object of a class."""
+        self._coming.add(cls)
 
     def make(self, cls: type[FSM]) -> None:
-        """Make the object of a class; the user's code, so not within a transaction."""
+        """Make the object of a class; the user's code, so not in a transaction. Asked for twice, it is made once."""
+        token = object()
+        if self._makers.setdefault(cls, token) is not token:
+            return
         try:
-            self._objects[cls] = cls()
+            if cls not in self._objects and cls not in self._unusable:
+                self._objects[cls] = cls()
         except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
             self._unusable.add(cls)
             _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
@@ -6069,7 +6075,9 @@ class _Behaviours:
 
     def leave(self, cls: type[FSM]) -> None:
         """It is no longer coming: it is here, or can't be had."""
+        self.wanted.discard(cls)
         self._coming.discard(cls)
+        self._makers.pop(cls, None)
 
     def can_run(self, name: str, version: int) -> bool:
         """Whether rows of a class can run here, or will when its object is made."""
@@ -6107,6 +6115,14 @@ class _Behaviours:
         return highest if highest is not None and highest.migrates and version < highest.version else None
 
 
+def _died(claim: _Claim) -> _Commit:
+    """Record the crash of a step whose thread has ended without saying what the step has come to."""
+    row, now = claim.row, claim.desk.now()
+    claim.ruled_at = now
+    change = _crashed(row, f"crash: the thread that ran step {row.step!r} has died", now, None)
+    return _Commit(claim, _CRASH, change)
+
+
 def _load_what_steps_need() -> None:
     """Load now what a step would be the first to need: by then there may be no file, or no right, to load it with."""
     import traceback  # noqa: F401 - for errors
@@ -6119,6 +6135,15 @@ def _load_what_steps_need() -> None:
 # ==================================================================================================
 # Threads
 # ==================================================================================================
+
+
+def _hand_over(take: Callable[[], _One], count: int, put: Callable[[Iterable[_One]], object]) -> None:
+    """Move so many things from one container to another.
+
+    By one call of the interpreter's own: what is raised in a thread from outside, by a signal's handler or by another
+    thread, comes before or after it, and finds each of them in one of the two.
+    """
+    put(map(operator.call, itertools.repeat(take, count)))
 
 
 class _Bell:
@@ -6144,9 +6169,33 @@ class _Bell:
 
     def wait(self, timeout: float = -1) -> bool:
         """Sleep until it is rung; False if the timeout, in seconds, was first."""
-        is_rung = self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
-        self._is_rung = False
-        return is_rung
+        timeout = min(timeout, threading.TIMEOUT_MAX)
+        try:
+            return self._lock.acquire(timeout=timeout)
+        finally:  # also after an interrupt: nobody would ring it any more
+            self._is_rung = False
+
+
+class _Worker:
+    """A thread of a pool, and what it runs."""
+
+    __slots__ = ("bell", "claim", "made_at", "thread")
+
+    START_S = 1.0
+    """After so long a thread that has not started won't: whoever was to start it was interrupted."""
+
+    def __init__(self, serve: Callable[[_Worker], None], context: contextvars.Context) -> None:
+        self.bell = _Bell()
+        self.claim: _Claim | None = None
+        """What it has taken last: that has crashed if the thread ends before it does."""
+        self.made_at = _Ticks.monotonic()
+        self.thread = threading.Thread(target=context.run, args=(serve, self), name="durable-worker", daemon=True)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its thread has ended, or does not come to start."""
+        has_run = self.thread.ident is not None
+        return not self.thread.is_alive() and (has_run or _Ticks.monotonic() - self.made_at > self.START_S)
 
 
 class _Pool:
@@ -6158,6 +6207,8 @@ class _Pool:
 
     After a run of quick steps no other thread is roused, since waking one costs more than several such steps; if one
     blocks after all, the scheduler notices within `WATCH_S`.
+
+    Who runs what is kept as sets: so nothing is counted twice or not at all, wherever a thread is interrupted or dies.
     """
 
     QUICK_S = 0.0001
@@ -6172,67 +6223,88 @@ class _Pool:
         self._port = port
         self._lock = threading.Lock()
         self._ready: collections.deque[_Claim] = collections.deque()
-        self._idle: list[_Bell] = []
-        self._running = 0
-        self._threads = 0
-        self._arriving = 0
+        self._withheld: list[_Claim] = []
+        """What a beat under way has taken back."""
+        self._running: set[_Claim] = set()
+        self._workers: set[_Worker] = set()
+        self._idle: dict[_Worker, None] = {}
+        self._arriving: set[_Worker] = set()
         """Threads that will look for work in a moment: roused, or in a beat. What is finished is left to them."""
         self._quick_steps = 0
         self._is_quick = False
         self._taken_at = 0.0
         self._is_closed = False
 
-    def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
+    # What others hand in and take back
+
+    def submit(self, claims: collections.deque[_Claim], *, first: bool = False) -> None:
+        """Take over claimed rows, each of them once, wherever that is interrupted."""
         with self._lock:
-            (self._ready.extendleft if first else self._ready.extend)(claims)
+            if first:
+                _hand_over(claims.pop, len(claims), self._ready.extendleft)
+            else:
+                _hand_over(claims.popleft, len(claims), self._ready.extend)
         self.rouse()
 
     def withdraw(self) -> list[_Claim]:
         """Take back what has not started; an attempt that waits for `handle` has."""
+        claims = self.withhold()
+        self.release()
+        return claims
+
+    def withhold(self, instance: int | None = None) -> list[_Claim]:
+        """Keep what has not started, or one row of it, from starting, until it is put back or released."""
         with self._lock:
-            unstarted = [claim for claim in self._ready if claim.error is None]
-            self._ready = collections.deque(claim for claim in self._ready if claim.error is not None)
-        return unstarted
+            found = [one for one in self._ready if one.error is None and instance in (None, one.row.id)]
+            if found:
+                left = collections.deque(claim for claim in self._ready if claim not in found)
+                self._ready, self._withheld = left, self._withheld + found  # at once: nothing comes in between
+        return found
+
+    def put_back(self) -> None:
+        """Let what was withheld start after all."""
+        if self._withheld:
+            with self._lock:
+                self._ready, self._withheld = collections.deque([*self._withheld, *self._ready]), []
+            self.rouse()
+
+    def release(self) -> None:
+        """Forget what was withheld: others have it."""
+        self._withheld = []
 
     def unstarted(self) -> list[_Row]:
         with self._lock:
             return [claim.row for claim in self._ready if claim.error is None]
 
-    def discard(self, instance: int) -> _Claim | None:
-        """Take back one row, if it has not started."""
-        with self._lock:
-            claim = next((one for one in self._ready if one.row.id == instance and one.error is None), None)
-            if claim is not None:
-                self._ready.remove(claim)
-        return claim
-
     def disown(self, claim: _Claim, error: BaseException) -> bool:
         """Let a step that is over its timeout go: its thread is replaced, its late outcome dropped."""
         with self._lock:
-            if claim.is_finished or claim.is_disowned:
+            if claim.is_finished or claim not in self._running:
                 return False
-            claim.is_disowned = True
-            self._running -= 1
-            self._threads -= not claim.is_async
             self._ready.appendleft(claim.failed_with(error))
+            claim.is_disowned = True
+            self._running.discard(claim)
+            self._workers = {worker for worker in self._workers if worker.claim is not claim}
         self.rouse()
         return True
 
-    def finish(self, claim: _Claim, commit: _Commit | None) -> bool:
+    def finish(self, worker: _Worker, claim: _Claim, commit: _Commit | None) -> bool:
         """Take what a step in one of these threads has come to. False if the step was disowned."""
         with self._lock:
-            if not self._end(claim) or commit is None:
+            if commit is None or claim not in self._running:
                 return False
-            self._port.finish(commit)
+            self._port.finish(commit)  # first: from here on, a thread that dies leaves an outcome and no crash
+            self._end(claim)
             was_quick = self._is_quick
             self._count_step(commit.duration)
             is_last = not self._ready
             # The scheduler watches a pool that it has seen quick: one that turns so has to be shown to it.
-            is_minded = self._arriving > 0 or (was_quick and self._is_quick)
-            self._arriving += is_last
+            is_minded = bool(self._arriving) or (was_quick and self._is_quick)
+            if is_last:
+                self._arriving.add(worker)
         if is_last:
             self._port.beat()
-            self._arrive()
+            self._arrive(worker)
         elif not is_minded:
             self._port.ring()
         return True
@@ -6240,47 +6312,69 @@ class _Pool:
     def finish_async(self, claim: _Claim, result: _Commit | BaseException) -> bool:
         """Take the result of a step on the event loop: a commit, or an error for `handle`. False if disowned."""
         with self._lock:
-            if not self._end(claim):
+            if claim not in self._running:
                 return False
             if isinstance(result, BaseException):
                 self._ready.appendleft(claim.failed_with(result))
             else:
                 self._port.finish(result)
+            self._end(claim)
         self._port.ring()
         self.rouse()
         return True
 
-    def _end(self, claim: _Claim) -> bool:
-        """Note that a step runs no more; False if it was disowned, and so counted out, before. The lock is held."""
-        if claim.is_disowned:
-            return False
+    def _end(self, claim: _Claim) -> None:
         claim.is_finished = True
-        self._running -= 1
-        return True
+        self._running.discard(claim)
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            idle, self._idle = self._idle, []
-        for bell in idle:
-            bell.ring()
+            idle = list(self._idle)
+        for worker in idle:
+            worker.bell.ring()
+
+    # What the scheduler looks after
 
     @property
     def will_beat(self) -> bool:
         """Whether one of these threads is about to run a beat, unless its step blocks."""
-        return self._arriving > 0 or (self._is_quick and self._running > 0)
+        return bool(self._arriving) or (self._is_quick and bool(self._running))
 
     @property
     def is_to_be_watched(self) -> bool:
         """Whether rows, or outcomes, may come to wait behind a step that blocks after quick ones."""
-        is_behind = self._running > 1 or bool(self._ready) or (self._running > 0 and self._port.has_finished)
-        return self._is_quick and (is_behind or self._arriving > 0)
+        running = len(self._running)
+        is_behind = running > 1 or bool(self._ready) or (running > 0 and self._port.has_finished)
+        return self._is_quick and (is_behind or bool(self._arriving))
 
     def watch(self) -> None:
         """See whether a thread that was to take one row after the other has come to a step that blocks."""
         if self._is_quick and _Ticks.perf_counter() - self._taken_at > self.BLOCKED_S:
             self._quick_steps, self._is_quick = 0, False
         self.rouse()
+
+    def replace_dead(self) -> None:
+        """Have threads replaced that died without saying so, and those woken whose wake-up was interrupted."""
+        for worker in [worker for worker in list(self._workers) if worker.is_dead]:
+            self._retire(worker)
+        for worker in list(self._arriving):
+            worker.bell.ring()
+
+    def _retire(self, worker: _Worker) -> None:
+        """Count a thread out that ends. What it had taken and has not finished has crashed; it may be done twice."""
+        claim = worker.claim
+        with self._lock:
+            if claim in self._running:
+                if claim not in self._ready:
+                    self._port.finish(_died(claim))
+                self._end(claim)
+            self._workers.discard(worker)
+            self._idle.pop(worker, None)
+            self._arriving.discard(worker)
+        if not self._is_closed:
+            self._port.ring()
+            self.rouse()
 
     def _count_step(self, duration_s: float) -> None:
         """Once slow is chance, a thread has to wait for the interpreter now and then; twice is not."""
@@ -6294,76 +6388,89 @@ class _Pool:
         """Wake a thread, or start one, if there is something that may start and nobody about to take it."""
         with self._lock:
             is_coming = self._arriving or (self._running and self._is_quick)
-            if is_coming or self._is_closed or not self._ready or self._running >= self.width:
+            if is_coming or self._is_closed or not self._ready or len(self._running) >= self.width:
                 return
             if self._idle:
-                bell = self._idle.pop()
-            elif self._threads < self.width:
-                bell = None
-                self._threads += 1
+                worker = next(reversed(self._idle))
+                is_new = False
+            elif len(self._workers) < self.width:
+                worker = _Worker(self._serve, self._port.context.copy())
+                self._workers.add(worker)
+                is_new = True
             else:
                 return
-            self._arriving += 1
-        if bell is not None:
-            bell.ring()
+            self._arriving.add(worker)
+            self._idle.pop(worker, None)
+        if is_new:
+            self._start(worker)
         else:
-            self._start_thread()
+            worker.bell.ring()
 
-    def _start_thread(self) -> None:
-        context = self._port.context.copy()
+    def _start(self, worker: _Worker) -> None:
         try:
-            threading.Thread(target=context.run, args=(self._work,), name="durable-worker", daemon=True).start()
+            worker.thread.start()
         except RuntimeError as error:  # the system has no more; the scheduler rouses the pool again now and then
             self._port.log_soon("no worker thread could be started", error)
             with self._lock:
-                self._threads -= 1
-                self._arriving -= 1
+                self._workers.discard(worker)
+                self._arriving.discard(worker)
 
-    def _work(self) -> None:
+    # What the threads do
+
+    def _serve(self, worker: _Worker) -> None:
+        try:
+            self._work(worker)
+        except BaseException as error:  # noqa: BLE001 - from outside, in the engine's own code: it is told and replaced
+            self._port.log_soon("a worker thread has died, and is replaced", error, exc_info=error)
+        finally:
+            self._retire(worker)
+
+    def _work(self, worker: _Worker) -> None:
         """Run rows until the pool closes; a thread whose step was disowned has been replaced and leaves."""
-        bell = _Bell()
-        self._arrive()
+        self._arrive(worker)
         while not self._is_closed:
-            claim = self._take(bell)
+            claim = self._take(worker)
             if claim is None:
-                bell.wait()
-                self._arrive()
-            elif claim.needs_migration and not self._migrate(claim):
+                worker.bell.wait()
+                self._arrive(worker)
+            elif claim.needs_migration and not self._migrate(worker, claim):
                 continue
             elif claim.is_async:
                 self._port.execute_async(claim, self)
-            elif not self.finish(claim, contextvars.copy_context().run(self._run, claim)):
+                worker.claim = None  # it is the event loop's
+            elif not self.finish(worker, claim, contextvars.copy_context().run(self._run, claim)):
                 self._port.drop(claim)
                 return
 
-    def _migrate(self, claim: _Claim) -> bool:
+    def _migrate(self, worker: _Worker, claim: _Claim) -> bool:
         """Bring a row of an earlier version to this, which decides whose turn it is; False if that was a crash."""
         try:
             contextvars.copy_context().run(claim.migrate)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like, as out of a step
-            self.finish(claim, _crash(claim, error))
+            self.finish(worker, claim, _crash(claim, error))
             return False
         return True
 
-    def _arrive(self) -> None:
+    def _arrive(self, worker: _Worker) -> None:
         """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
         with self._lock:
-            self._arriving -= 1
+            self._arriving.discard(worker)
         if self._port.has_finished and not self._port.beat():
             self._port.ring()  # whoever is in a beat may have counted on this thread
 
-    def _take(self, bell: _Bell) -> _Claim | None:
+    def _take(self, worker: _Worker) -> _Claim | None:
         """Take the next row, or line up for being roused."""
         with self._lock:
-            if not self._ready or self._running >= self.width:
+            if not self._ready or len(self._running) >= self.width:
                 if not self._is_closed:
-                    self._idle.append(bell)
+                    self._idle[worker] = None
                 else:
-                    self._arriving += 1
-                    bell.ring()
+                    worker.bell.ring()
                 return None
-            self._running += 1  # first: whoever looks without the lock must not find neither
-            claim = self._ready.popleft()
+            claim = worker.claim = self._ready[0]
+            self._running.add(claim)  # before it leaves: whoever looks without the lock must not find neither
+            self._ready.popleft()
+            self._idle.pop(worker, None)
             self._taken_at = _Ticks.perf_counter()
             has_more = bool(self._ready) and not self._is_quick and not claim.is_async
         if has_more:
@@ -6402,7 +6509,7 @@ class _Port(typing.Protocol):
     def finish(self, commit: _Commit) -> None: ...
     def beat(self) -> bool: ...
     def ring(self) -> None: ...
-    def log_soon(self, what: str, error: BaseException) -> None: ...
+    def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None: ...
     def drop(self, claim: _Claim) -> None: ...
     def watch(self, claim: _Claim, pool: _Pool) -> None: ...
     def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
@@ -6517,15 +6624,34 @@ class _EventLoop:
 
     def _accept(self) -> None:
         self._is_roused = False  # first: what is added from now on rouses again
-        while self._incoming:
-            claim, pool = self._incoming.popleft()
-            if claim.timeout_s is not None:
-                self._port.watch(claim, pool)
-            self._tasks[claim] = self._loop.create_task(self._run(claim, pool), context=self._port.context.copy())
+        try:
+            while self._incoming:
+                claim, pool = self._incoming[0]
+                if claim not in self._tasks and not claim.is_finished:
+                    self._start_task(claim, pool)
+                self._incoming.popleft()
+        except BaseException:
+            self._loop.call_soon(self._accept)
+            raise
+
+    def _start_task(self, claim: _Claim, pool: _Pool) -> None:
+        if claim.timeout_s is not None:
+            self._port.watch(claim, pool)
+        task = self._loop.create_task(self._run(claim, pool), context=self._port.context.copy())
+        self._tasks[claim] = task
+        task.add_done_callback(lambda _: self._end(claim, pool))
+
+    def _end(self, claim: _Claim, pool: _Pool) -> None:
+        """See whether a task that has ended has said what its step has come to; else that has crashed."""
+        self._tasks.pop(claim, None)
+        if not (claim.is_finished or claim.is_disowned or self._is_closing):
+            pool.finish_async(claim, _died(claim))
 
     async def _run(self, claim: _Claim, pool: _Pool) -> None:
         import asyncio
 
+        if self._tasks.get(claim) is not asyncio.current_task():
+            return  # whoever started it was interrupted, and has started another
         result: _Commit | BaseException
         try:
             result = await _execute_async(claim)
@@ -6622,8 +6748,8 @@ class _Waiters:
     @contextlib.contextmanager
     def waiting(self, instance: int, until: tuple[Status, ...]) -> Iterator[_Waiter]:
         waiter = _Waiter(instance, until)
-        self.add(waiter)
         try:
+            self.add(waiter)
             yield waiter
         finally:
             self.remove(waiter)
@@ -6634,11 +6760,9 @@ class _Waiters:
 
     def remove(self, waiter: _Waiter | _ResultWaiter) -> None:
         with self._lock:
-            waiters = self._of.get(waiter.instance, [])
-            if waiter in waiters:
-                waiters.remove(waiter)
-            if not waiters:
-                self._of.pop(waiter.instance, None)
+            others = [one for one in self._of.pop(waiter.instance, ()) if one is not waiter]
+            if others:
+                self._of[waiter.instance] = others
 
     def futures(self) -> list[_ResultWaiter]:
         with self._lock:
@@ -6703,12 +6827,22 @@ class _Hub:
     def publish(self, events: Iterable[Event]) -> None:
         """Tell the subscribers, soon."""
         for event in events:
-            self.post(functools.partial(self._tell, event))
+            self.post(self.call_for(event))
+
+    def call_for(self, event: Event) -> Callable[[], None]:
+        """Make what tells the subscribers of an event."""
+        return functools.partial(self._tell, event)
 
     def post(self, call: Callable[[], object]) -> None:
         """Have something called: by the thread while the engine runs, else by the next `flush`."""
         self._calls.append(call)
         if self._is_running:
+            self._rouse()
+
+    def take_over(self, calls: collections.deque[Callable[[], object]], *, is_apart: bool = False) -> None:
+        """Have all of these called, and none twice, wherever the handing over is interrupted."""
+        _hand_over(calls.popleft, len(calls), self._calls.extend)
+        if self._is_running or is_apart:
             self._rouse()
 
     def post_apart(self, call: Callable[[], object]) -> None:
@@ -6717,8 +6851,10 @@ class _Hub:
         self._rouse()
 
     def flush(self) -> None:
-        """Call here and now what waits for it, unless there is a thread that will."""
+        """Call here and now what waits for it, unless there is a thread that will, or one can be had."""
         if self._calls:
+            if self._is_running and self._thread is None:
+                self._rouse()
             with self._lock:
                 is_minded = self._thread is not None
             if not is_minded:
@@ -6746,32 +6882,41 @@ class _Hub:
     def _rouse(self) -> None:
         with self._lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # the system has no more; the next call tries again
-                    if not self._is_short:  # said once: a handler of the log may make the next call
-                        self._is_short = True
-                        self._calls.append(functools.partial(_log.error, "no thread for callbacks: %s", error))
-                    return
-                self._thread, self._is_short = thread, False
+                self._start_thread()
         self._bell.ring()
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
+        try:
+            self._thread.start()
+            self._is_short = False
+        except BaseException as error:
+            self._thread = None  # if it has started nevertheless, it finds out
+            if not isinstance(error, RuntimeError):
+                raise
+            if not self._is_short:  # said once: a handler of the log may make the next call, which tries again
+                self._is_short = True
+                self._calls.append(functools.partial(_log.error, "no thread for callbacks: %s", error))
 
     def _update(self) -> None:
         self.wanted = frozenset().union(*(names for _, names in list(self._subscribers.values())))
 
     def _serve(self) -> None:
         with self._lock:
-            pass  # whoever has started this thread has written it down by then
-        while True:
-            self._call_all()
-            with self._lock:
-                if self._calls:
-                    continue
-                if not self._is_running:
-                    self._thread = None
-                    return
-            self._bell.wait()
+            is_wanted = self.is_current
+        try:
+            while is_wanted:
+                self._call_all()
+                with self._lock:
+                    if self._calls:
+                        continue
+                    if not self._is_running:
+                        self._thread = None
+                        return
+                self._bell.wait()
+        except BaseException:  # from outside: the next call starts another
+            self._thread = None
+            raise
 
     def _call_all(self) -> None:
         while self._calls:
@@ -6802,9 +6947,15 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
     """Make the class of the engine's futures: their done-callbacks are the hub's to run, not the beat's."""
     import concurrent.futures  # only users of futures pay for it
 
+    class Condition(threading.Condition):
+        # As functions in Python they would let an interrupt in between taking the lock and the block that releases it.
+        __enter__ = property(operator.attrgetter("_lock.__enter__"))
+        __exit__ = property(operator.attrgetter("_lock.__exit__"))
+
     class Future(concurrent.futures.Future[Any]):
         def __init__(self, hub: _Hub) -> None:
             super().__init__()
+            self._condition = Condition()
             self._hub = hub
 
         def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
@@ -6813,7 +6964,14 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
                 super().add_done_callback(fn)
             else:
                 self._hub.pinned.add(self)  # until it is called: nobody else may refer to it
-                super().add_done_callback(lambda done: self._hub.post_apart(functools.partial(self._call, fn)))
+                call: collections.deque[Callable[[], object]] = collections.deque([functools.partial(self._call, fn)])
+                super().add_done_callback(lambda _: self._hub.take_over(call, is_apart=True))
+
+        def tell_again(self) -> None:
+            """Tell whoever waits that it is done: whoever settled it may have been interrupted before he did."""
+            with self._condition:  # no public call does this for a future that is settled
+                self._condition.notify_all()
+            cast(Any, self)._invoke_callbacks()
 
         def _call(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
             self._hub.pinned.discard(self)
@@ -6849,7 +7007,7 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
 class _Request:
     """Something that a caller wants done in the next beat, and the answer to it."""
 
-    __slots__ = ("_bell", "action", "error", "future", "is_settled", "row", "value")
+    __slots__ = ("_bell", "action", "error", "future", "is_cancelled", "is_settled", "row", "value")
 
     def __init__(
         self,
@@ -6863,16 +7021,17 @@ class _Request:
         self.future = future
         self.value: Any = None
         self.error: BaseException | None = None
-        self.is_settled = False
+        self.is_settled = self.is_cancelled = False
         self._bell = None if future is not None else _Bell()
 
     def settle(self) -> None:
-        """Tell the caller: what it asked for is committed, or has failed."""
-        self.is_settled = True
+        """Tell the caller: what it asked for is committed, or has failed. It may be told twice."""
+        is_again, self.is_settled = self.is_settled, True
         if self.future is None:
             cast(_Bell, self._bell).ring()
-        elif self.future.done():
-            pass  # by somebody whom it does not belong to
+        elif self.future.done():  # by somebody whom it does not belong to, or here, where an interrupt came before all
+            if is_again:
+                cast(Any, self.future).tell_again()
         elif self.error is not None:
             self.future.set_exception(self.error)
         else:
@@ -6880,8 +7039,11 @@ class _Request:
 
     def is_wanted(self) -> bool:
         """Take the request up; False if whoever has its future has cancelled it before that."""
-        future = cast("concurrent.futures.Future[Any]", self.future)
-        return future.running() or future.set_running_or_notify_cancel()
+        future = self.future
+        if future is None or self.is_cancelled or future.running():
+            return not self.is_cancelled
+        self.is_cancelled = future.cancelled()  # first: those who wait for it can be told only once
+        return future.set_running_or_notify_cancel()
 
     def wait(self) -> None:
         cast(_Bell, self._bell).wait()
@@ -8365,17 +8527,20 @@ class _Picker:
                 self._report.note_due(eligible_at)
                 continue
             rows = self._store.candidates(pick.queue, priority, pick.horizon)
-            while (row := next(rows, None)) is not None:
-                found = known.get((row.fsm, row.version)) or self._find(row)
-                if found is None:
-                    rows = self._known_rows(pick, priority)
-                    continue
-                if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
-                    yield row, found
-                else:
-                    taken.append(self._claim_of(row, found))
-                if len(taken) >= slots:
-                    return
+            try:
+                while (row := next(rows, None)) is not None:
+                    found = known.get((row.fsm, row.version)) or self._find(row)
+                    if found is None:
+                        rows = self._known_rows(pick, priority)
+                        continue
+                    if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
+                        yield row, found
+                    else:
+                        taken.append(self._claim_of(row, found))
+                    if len(taken) >= slots:
+                        return
+            finally:  # or the traceback of an interrupt would keep it, and with it an old view of the file
+                rows = iter(())
             self._report.note_due(self._store.next_due(pick.queue, priority, pick.horizon))
 
     def _advance(self, pick: _Pick, met: list[_Met]) -> None:
@@ -8465,6 +8630,11 @@ class _Beat:
             self.report.is_unfinished = True
         self.report.note_due(self._admission.save())
         return self.report
+
+    def stop_reading(self) -> None:
+        """Let go of statements that are half read: the transaction is undone."""
+        for pick in self._transaction.picks.values():
+            pick.rows = iter(())
 
     # What requests ask for
 
@@ -8884,6 +9054,7 @@ class _Peers:
         One that is not patient waits until it is known of each other worker whether it is dead.
         """
         core = self._core
+        self._drop_lock()
         self._lock_file = _LockFile.create(_LockFile.path_of(core.path, core.worker_id), core.path)
         self._judge_from = 0
         try:
@@ -8895,9 +9066,15 @@ class _Peers:
             core.regroup_lines()  # last: by a beat that claims
             _LockFile.remove_stale(core.path, [worker.id for worker in core.reader.workers()])
         except BaseException:
-            self._lock_file.remove()
-            self._lock_file = None
+            core.post(lambda beat: beat.store.unregister(core.worker_id))  # if it came so far
+            self._drop_lock()
             raise
+
+    def _drop_lock(self) -> None:
+        """Remove the lock file, if there is one: also that of a start or drain that was interrupted."""
+        lock, self._lock_file = self._lock_file, None
+        if lock is not None:
+            lock.remove()
 
     def leave(self, *, is_signed_off: bool) -> None:
         """Let the lock go; its file only if nothing is left in the database: unlocked, it tells of a dead worker."""
@@ -9099,7 +9276,9 @@ class _Drain:
     """It can't renew while a step runs; its lock file tells whether it lives."""
 
     def __init__(self, core: _Scheduler, queue: str | None, *, with_scheduled: bool) -> None:
-        self.tally: collections.Counter[str] = collections.Counter()
+        self.steps = 0
+        self.kinds: list[str] = []
+        """What they have come to."""
         self.unmade: list[type[FSM]] = []
         """Classes that the last beat has met for the first time."""
         self.fired: set[str] = set()
@@ -9111,13 +9290,17 @@ class _Drain:
         self._runner: asyncio.Runner | None = None
         self._is_over = False
 
-    def submit(self, claims: Iterable[_Claim], *, first: bool = False) -> None:
-        (self._ready.extendleft if first else self._ready.extend)(claims)
+    @property
+    def tally(self) -> collections.Counter[str]:
+        """How many steps were run, and how many have come to what."""
+        return collections.Counter([*itertools.repeat("steps", self.steps), *self.kinds])
 
-    def note(self, report: _Report) -> None:
-        """Count what a beat has committed, and remember which schedules it has fired."""
-        self.tally.update(report.kinds)
-        self.fired.update(report.fired)
+    def submit(self, claims: collections.deque[_Claim], *, first: bool = False) -> None:
+        """Take over claimed rows, each of them once, wherever that is interrupted."""
+        if first:
+            _hand_over(claims.pop, len(claims), self._ready.extendleft)
+        else:
+            _hand_over(claims.popleft, len(claims), self._ready.extend)
 
     def demand(self, at_most: int = 0) -> _Demand:
         """Say what it takes: at most so many rows, of its queue or of all."""
@@ -9158,7 +9341,7 @@ class _Drain:
 
     def _check(self, claim: _Claim, max_steps: int) -> None:
         """Refuse to go on with too many steps, or for an engine that was stopped."""
-        if self.tally["steps"] >= max_steps and claim.error is None:
+        if self.steps >= max_steps and claim.error is None:
             raise DurableError(
                 f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
                 f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
@@ -9168,7 +9351,7 @@ class _Drain:
 
     def _run(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
-        self.tally["steps"] += claim.error is None
+        self.steps += claim.error is None
         context = contextvars.copy_context()
         try:
             if claim.needs_migration:
@@ -9223,6 +9406,98 @@ def _giving_back_unstarted(queue: str) -> Callable[[_Beat], None]:
     return lambda beat: beat.withdrawals.give_back_unstarted(queue)
 
 
+class _Batch:
+    """What a beat has taken up, until all of it is told or put back.
+
+    It is the scheduler's and not the thread's: what an interrupt has kept one thread from, the next does.
+    """
+
+    __slots__ = (
+        "beat",
+        "claims",
+        "commits",
+        "doubt",
+        "error",
+        "failed",
+        "failure",
+        "is_committing",
+        "is_open",
+        "kinds",
+        "news",
+        "requests",
+        "stopped",
+    )
+
+    def __init__(self) -> None:
+        self.is_open = self.is_committing = False
+        self.error: BaseException | None = None
+        """What was raised in its transaction, or right behind it."""
+        self.commits: list[_Commit] = []
+        self.requests: list[_Request] = []
+        self.beat: _Beat | None = None
+        """The latest try of its transaction."""
+        self.failure: Exception | None = None
+        """Why nothing of it was kept."""
+        self.doubt: Exception | None = None
+        """An error that did not come again, and so came from outside: it is raised on, behind the commit."""
+        self.claims: dict[str, collections.deque[_Claim]] | None = None
+        """What is to be handed to the runners, as far as it was not, by queue; None until it is sorted."""
+        self.failed: list[collections.deque[_Claim]] = []
+        self.stopped: collections.deque[_Commit] = collections.deque()
+        self.news: collections.deque[Callable[[], object]] | None = None
+        """What the log and the subscribers are to be told, as far as it was not handed over."""
+        self.kinds: collections.deque[str] | None = None
+
+    def sort_claims(self, report: _Report) -> dict[str, collections.deque[_Claim]]:
+        """Say, once, who gets what; a refused outcome goes to `handle`, and if it is that of `handle`, ends."""
+        if self.claims is None:
+            claims: dict[str, collections.deque[_Claim]] = {}
+            for claim in report.claims:
+                claims.setdefault(claim.row.queue, collections.deque()).append(claim)
+            for commit, error in report.refused:
+                if commit.claim.error is not None or commit.kind == _CRASH:
+                    self.stopped.append(_stop(commit.claim, error))
+                else:
+                    self.failed.append(collections.deque([commit.claim.failed_with(error)]))
+            self.claims = claims
+        return self.claims
+
+
+class _Held:
+    """What this engine has claimed and not let go of.
+
+    By id and claim number: what it has lost may be claimed again while it still runs.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[tuple[int, int], _Claim]] = collections.defaultdict(dict)
+        self._ids: set[int] = set()
+
+    def add(self, claim: _Claim) -> None:
+        row = claim.row
+        self._of[row.queue][row.id, row.claim] = claim
+        self._ids.add(row.id)
+
+    def remove(self, claim: _Claim) -> None:
+        row = claim.row
+        if self._of[row.queue].pop((row.id, row.claim), None) is not None:
+            self._ids.discard(row.id)
+
+    def count(self, queue: str) -> int:
+        """How many of a queue there are."""
+        return len(self._of[queue])
+
+    def __contains__(self, instance: int) -> bool:
+        """Whether an outcome is still to come for an instance. Of what was claimed twice that may not be known."""
+        return instance in self._ids
+
+    def __iter__(self) -> Iterator[_Claim]:
+        return iter([claim for claims in list(self._of.values()) for claim in list(claims.values())])
+
+    def __bool__(self) -> bool:
+        return any(self._of.values())
+
+
 class _Scheduler:
     """Runs beats: in a thread of its own when started, else in the calling thread. There is one code path.
 
@@ -9235,6 +9510,13 @@ class _Scheduler:
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
     _futures_thread: threading.Thread | None = None
+    _flusher: threading.Thread | None = None
+    """The thread that commits what was asked for without waiting, on an engine that no thread beats for."""
+    _life_owner: int | None = None
+    """The thread that starts or drains."""
+    _is_at_end = False
+    """Whether it is closed to the end."""
+    _is_loss_told = False
     _callers_loop: asyncio.AbstractEventLoop | None = None
     PROGRESS_S = 0.2
     """How long to wait before the progress of steps is written again."""
@@ -9258,7 +9540,6 @@ class _Scheduler:
         self.worker_id = os.urandom(8).hex()
         self.context = contextvars.copy_context()
         self.is_stopping = self.is_closed = False
-        self._is_loss_told = self._is_flushing = False
         self.behaviours = behaviours
         self.beat_at = -math.inf
         """When the last beat ended, by the monotonic clock."""
@@ -9267,10 +9548,8 @@ class _Scheduler:
         self._request_lock = threading.Lock()
         self._requests: collections.deque[_Request] = collections.deque()
         self._finished: collections.deque[_Commit] = collections.deque()
-        self._held: dict[tuple[int, int], _Claim] = {}
-        """What this engine has claimed, by id and claim: what it has lost may be claimed again while it still runs."""
-        self._held_ids: set[int] = set()
-        self._in_flight: collections.Counter[str] = collections.Counter()
+        self._batch = _Batch()
+        self._held = _Held()
         self._pools: dict[str, _Pool] = {}
         self._event_loop: _EventLoop | None = None
         self._drain: _Drain | None = None
@@ -9279,9 +9558,8 @@ class _Scheduler:
         self._reported: set[tuple[str, int | str]] = set()  # unknown classes with versions, schedules left with reasons
         self._timeouts = _Timeouts()
         self._life_lock = threading.Lock()
-        self._life_owner: int | None = None
+        self._stop_lock = threading.RLock()
         self._drained = _Bell()
-        self._stopped = threading.Event()
         self._agenda = _Agenda(seen_at=self.desk.now())
         self._setup = self._set_up()
         self.peers = _Peers(self)
@@ -9332,16 +9610,24 @@ class _Scheduler:
         self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None
     ) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = cast(Any, _future_type())(self.hub)
-        self._enqueue(_Request(action, row, future))
-        if self._is_beating():
-            self._bell.ring()
-        elif not self._is_flushing:
-            self._is_flushing = True
-            try:
-                threading.Thread(target=self._flush, name="durable-flush", daemon=True).start()
-            except RuntimeError:  # the system has no more
-                self._flush()
+        request = _Request(action, row, future)
+        try:
+            self._enqueue(request)
+            if self._is_beating():
+                self._bell.ring()
+            elif self._flusher is None or not self._flusher.is_alive():
+                self._start_flush()
+        except BaseException:
+            self._withdraw(request)
+            raise
         return future
+
+    def _start_flush(self) -> None:
+        thread = self._flusher = threading.Thread(target=self._flush, name="durable-flush", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more
+            self._flush()
 
     def result_later(self, instance: int) -> concurrent.futures.Future[Any]:
         """Return a future of an instance's result."""
@@ -9403,11 +9689,15 @@ class _Scheduler:
 
     def _flush(self) -> None:
         """Commit what was inserted without waiting, on an engine that no thread beats for."""
-        while self._requests:
+        while self._is_asked():
             self._beat_for_callers()
-        self._is_flushing = False
-        if self._requests:  # added between the last look and the line above
+        self._flusher = None
+        if self._is_asked():  # added between the last look and the line above
             self._beat_for_callers()
+
+    def _is_asked(self) -> bool:
+        """Whether callers wait for what no beat is at: it is to come, or was left by one that was interrupted."""
+        return bool(self._requests) or (self._batch.is_open and not self._beat_lock.locked())
 
     def post(self, action: Callable[[_Beat], Any]) -> _Request:
         """Have something done in the next beat, which nobody waits for."""
@@ -9426,13 +9716,17 @@ class _Scheduler:
             raise _LostFileError(self.files.loss)
 
     def _await_request(self, request: _Request) -> Any:
-        self._enqueue(request)
-        if self._is_beating():
-            self._beat_in_place()
-            request.wait()
-        else:
-            while not request.is_settled:
-                self._beat_for_callers()
+        try:
+            self._enqueue(request)
+            if self._is_beating():
+                self._beat_in_place()
+                request.wait()
+            else:
+                while not request.is_settled:
+                    self._beat_for_callers()
+        except BaseException:
+            self._withdraw(request)
+            raise
         if request.error is not None:
             raise request.error
         return request.value
@@ -9443,6 +9737,11 @@ class _Scheduler:
             self.check_open()
             self._requests.append(request)
 
+    def _withdraw(self, request: _Request) -> None:
+        """Forget a request that no beat has begun with: its caller was interrupted."""
+        with contextlib.suppress(ValueError):
+            self._requests.remove(request)
+
     def _is_beating(self) -> bool:
         """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
         return self._thread is not None and self._thread is not threading.current_thread()
@@ -9452,18 +9751,17 @@ class _Scheduler:
 
         Whoever runs one looks for what came meanwhile when it has let go of the lock, so nothing is left lying.
         """
-        if not self._beat_lock.acquire(blocking=False):
+        if self._beat_lock.locked():  # and not acquire(blocking=False): an interrupt behind it would leave it locked
             return False
         try:
-            if self._agenda.failure is None and not self.is_closed:
-                self._beat()
+            with self._beat_lock:
+                if self._agenda.failure is None and not self.is_closed:
+                    self._beat()
+            if self._sleeps_too_long():
+                self._bell.ring()
         except BaseException:
             self._bell.ring()  # for what came meanwhile, and what was put back
             raise
-        finally:
-            self._beat_lock.release()
-        if self._sleeps_too_long():
-            self._bell.ring()
         self.hub.flush()
         return True
 
@@ -9480,7 +9778,7 @@ class _Scheduler:
 
     def _beat_for_callers(self) -> None:
         with self._beat_lock:
-            if self._requests and not self.is_closed:
+            if (self._requests or self._batch.is_open) and not self.is_closed:
                 self._beat()
         self.hub.flush()
 
@@ -9512,7 +9810,7 @@ class _Scheduler:
 
     def holds(self, instance: int) -> bool:
         """Whether an outcome of this engine's is still to come for it. Of what it has claimed twice it may not know."""
-        return instance in self._held_ids
+        return instance in self._held
 
     @property
     def is_in_beat(self) -> bool:
@@ -9571,36 +9869,30 @@ class _Scheduler:
     def _take_back(self, queue: str, instance: int | None) -> list[_Claim]:
         """Take claimed rows of a queue that have not started from its pool: all, or only that one."""
         pool = self._pools.get(queue)
-        if pool is None:
-            return []
-        return pool.withdraw() if instance is None else [one for one in [pool.discard(instance)] if one is not None]
+        return pool.withhold(instance) if pool is not None else []
 
     # The beat
 
     def _beat(self, demand: _Demand | None = None) -> bool:
         """Run one transaction and tell everybody who waits for it; True if it has left something for the next.
 
-        The caller holds the lock.
+        The caller holds the lock. What is raised from outside, at whatever point, is raised on when what is committed
+        has been told, and what is not has been put back.
         """
-        commits = self._take_finished()
-        requests = self._take_requests()
+        if self._batch.is_open:  # its thread was interrupted again and again
+            self._conclude()
+        batch = self._batch
         try:
-            report = self._transact(list(commits), requests, demand or self._demand())
-        except BaseException as error:
-            self._finished.extendleft(reversed(commits))
-            if not isinstance(error, Exception):  # an interrupt: the callers' requests are tried again
-                self._requests.extendleft(reversed(requests))
-                raise
-            self._report_failure(error, requests)
+            self._take_up(batch)
+            self._transact(batch, demand or self._demand())
+        finally:
+            self._conclude()
+        if batch.failure is not None:
             return False
-        self.beat_at = _Ticks.monotonic()
-        self._agenda.failures_in_a_row = 0
-        self._agenda.failure = None
-        self._publish(report, requests)
         self._checkpoint()
-        if report.interrupt is not None:
-            raise report.interrupt
-        return report.is_unfinished
+        if batch.doubt is not None:
+            raise batch.doubt
+        return cast(_Beat, batch.beat).report.is_unfinished
 
     def _checkpoint(self) -> None:
         """Have the log copied once it is large: here, or aside if that takes long and there are threads."""
@@ -9611,16 +9903,14 @@ class _Scheduler:
         if refusal is not None:
             self.log_soon("its write-ahead log could not be copied yet", refusal)
 
-    def _take_finished(self) -> list[_Commit]:
-        return [self._finished.popleft() for _ in range(len(self._finished))]
-
-    def _take_requests(self) -> list[_Request]:
-        own = [_Request(action) for action in self._duties()]
-        if not self._requests:
-            return own
-        count = min(len(self._requests), self.REQUESTS_AT_ONCE)
-        requests = [self._requests.popleft() for _ in range(count)]
-        return [request for request in requests if request.future is None or request.is_wanted()] + own
+    def _take_up(self, batch: _Batch) -> None:
+        batch.is_open = True
+        _hand_over(self._finished.popleft, len(self._finished), batch.commits.extend)
+        if self._requests:
+            with self._request_lock:
+                count = min(len(self._requests), self.REQUESTS_AT_ONCE)
+                _hand_over(self._requests.popleft, count, batch.requests.extend)
+            batch.requests = [request for request in batch.requests if request.is_wanted()]
 
     def _duties(self) -> list[Callable[[_Beat], Any]]:
         """What a beat has to do before it claims, whoever runs it; it is due until a commit has done it."""
@@ -9633,42 +9923,59 @@ class _Scheduler:
             duties.append(self._show_progress)
         return duties
 
-    def _transact(self, commits: list[_Commit], requests: list[_Request], demand: _Demand) -> _Report:
+    def _transact(self, batch: _Batch, demand: _Demand) -> None:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
-        is_careful = False
+        commits = list(batch.commits)
+        requests = [*batch.requests, *map(_Request, self._duties())]
         refused: list[tuple[_Commit, Exception]] = []
+        is_careful, doubt = False, None
         while True:
-            beat = _Beat(self._setup, self._given(commits, requests, demand, is_careful=is_careful))
-            report = beat.report
-            is_committing = False
-            started = _Ticks.perf_counter()
-            try:
-                self.store.begin()
-                beat.run()
-                is_committing = True
-                self.store.commit()
-            except BaseException as error:
-                if is_committing and isinstance(error, KeyboardInterrupt) and not self.store.db.in_transaction:
-                    report.interrupt = error  # it came between the commit and here: what is committed is told first
-                    return report
-                self._undo(report)
-                if isinstance(error, _RolledBackError):
-                    commits.remove(error.commit)
-                    refused.append((error.commit, error.error))
-                elif isinstance(error, _StaleError):
-                    is_careful = True
-                elif is_careful or not isinstance(error, Exception) or isinstance(error, _STORE_FAILURES):
-                    raise
-                else:
-                    self.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
-                    is_careful = True
-                continue
-            report.refused.extend(refused)
-            if (commits or report.inserted) and report.is_wanted("commit.stop"):
-                duration = _Ticks.perf_counter() - started
-                measurements = {"outcomes": len(commits), "inserts": report.inserted, "duration": duration}
-                report.tell("commit.stop", measurements, {})
-            return report
+            batch.is_committing, batch.error = False, None
+            beat = batch.beat = _Beat(self._setup, self._given(commits, requests, demand, is_careful=is_careful))
+            error = self._attempt(batch, beat)
+            if error is None:
+                break
+            if isinstance(error, _RolledBackError):
+                commits.remove(error.commit)
+                refused.append((error.commit, error.error))
+            elif isinstance(error, _StaleError):
+                is_careful = True
+            elif is_careful or isinstance(error, _STORE_FAILURES):
+                batch.failure = error
+                return
+            else:
+                self.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
+                is_careful, doubt = True, error
+        beat.report.refused.extend(refused)
+        if not (beat.report.refused or any(request.error for request in requests)):
+            batch.doubt = doubt
+
+    def _attempt(self, batch: _Batch, beat: _Beat) -> Exception | None:
+        """Try a transaction; return what it failed with, when it is undone."""
+        started = _Ticks.perf_counter()
+        try:
+            self.store.begin()
+            report = beat.run()
+            batch.is_committing = True
+            self.store.commit()
+        except BaseException as error:
+            batch.error = error  # first: it tells whether that is committed
+            if self._is_committed(batch):
+                raise
+            self._undo(batch)
+            if not isinstance(error, Exception):
+                raise
+            return error
+        if (batch.commits or report.inserted) and report.is_wanted("commit.stop"):
+            duration = _Ticks.perf_counter() - started
+            measurements = {"outcomes": len(batch.commits), "inserts": report.inserted, "duration": duration}
+            report.tell("commit.stop", measurements, {})
+        return None
+
+    def _is_committed(self, batch: _Batch) -> bool:
+        """Whether the latest try has come through its COMMIT, whatever was raised behind it."""
+        is_through = batch.is_committing and not isinstance(batch.error, apsw.Error)
+        return is_through and not self.store.db.in_transaction
 
     def _given(self, commits: list[_Commit], requests: list[_Request], demand: _Demand, *, is_careful: bool) -> _Given:
         return _Given(
@@ -9686,12 +9993,43 @@ class _Scheduler:
             is_careful=is_careful,
         )
 
-    def _undo(self, report: _Report) -> None:
+    def _conclude(self) -> None:
+        """Tell what the beat has committed, or undo it and put back what it has taken up.
+
+        The one place for that: each part may be done twice, so after an interrupt all is simply done again, at once,
+        or by whoever holds the lock next.
+        """
         try:
-            self.store.rollback()
-        finally:
-            for claim in reversed(report.withdrawn):
-                self._pools[claim.row.queue].submit([claim], first=True)
+            self._end_batch()
+        except BaseException:
+            self._end_batch()
+            raise
+
+    def _end_batch(self) -> None:
+        batch = self._batch
+        if self._is_committed(batch):
+            self._publish(batch, cast(_Beat, batch.beat).report)
+        elif batch.is_open:
+            self._put_back(batch)
+        self._batch = _Batch()
+
+    def _put_back(self, batch: _Batch) -> None:
+        self._undo(batch)
+        _hand_over(batch.commits.pop, len(batch.commits), self._finished.extendleft)
+        if batch.failure is not None:
+            self._report_failure(batch.failure, batch.requests)
+        else:
+            for request in batch.requests:
+                request.error = None  # of this try
+            _hand_over(batch.requests.pop, len(batch.requests), self._requests.extendleft)
+
+    def _undo(self, batch: _Batch) -> None:
+        batch.is_committing = False  # first: without a transaction it would look committed
+        if batch.beat is not None:
+            batch.beat.stop_reading()
+        self.store.rollback()
+        for pool in self._pools.values():
+            pool.put_back()
 
     def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
         """Log an error, but not under the lock: what handlers of the log do is not for a beat's time."""
@@ -9736,40 +10074,47 @@ class _Scheduler:
             self._report_failure(_LostFileError(self.files.loss), [])
         return self.files.loss is None
 
-    def _publish(self, report: _Report, requests: list[_Request]) -> None:
-        """After the commit, and only then: answer callers, wake waiters, hand out claims."""
+    def _publish(self, batch: _Batch, report: _Report) -> None:
+        """After the commit, and only then: answer callers, wake waiters, hand out claims.
+
+        All of it may be done twice, and nothing happens twice for it.
+        """
+        self.beat_at = _Ticks.monotonic()
+        self._agenda.failures_in_a_row = 0
+        self._agenda.failure = None
         self._agenda.due_at = self.desk.now() if report.is_unfinished else report.next_at
         self._agenda.passed_on = report.passed_on
         self._agenda.fired_until = report.fired_until
         if report.left:
             self._let_go(report.left)
         if report.claims or report.refused:
-            self._dispatch(report)
-        for request in requests:
+            self._dispatch(batch, report)
+        for request in batch.requests:
             request.settle()
         for act in report.after:
             act()
         if report.cancelled:
             self._cancel_async(lambda claim: claim.row.id in report.cancelled)
         if self._drain is not None:
-            self._drain.note(report)
+            batch.kinds = collections.deque(report.kinds) if batch.kinds is None else batch.kinds
+            _hand_over(batch.kinds.popleft, len(batch.kinds), self._drain.kinds.extend)
+            self._drain.fired.update(report.fired)
         if self.waiters:
             self.waiters.notify(report.settled)
-        for cls in self.behaviours.take_wanted() if self.behaviours.wanted else ():
-            self._make_behaviour(cls)
-        if report.has_news:
-            self._tell(report)
+        while self.behaviours.wanted:
+            self._make_behaviour(next(iter(self.behaviours.wanted)))
+        if batch.news or report.has_news:
+            self._tell(batch, report)
 
-    def _tell(self, report: _Report) -> None:
+    def _tell(self, batch: _Batch, report: _Report) -> None:
         """Have the log and the subscribers told of what a beat has brought."""
-        self._tell_unknown(report)
-        for queue in report.saturated:
-            report.tell("scheduler.saturation", {"in_flight": self._in_flight[queue]}, {"queue": queue})
-        for row, change in report.failures:
-            self.hub.post(functools.partial(_log_failure, row, change))
-        for log in report.logs:
-            self.hub.post(log)
-        self.hub.publish(report.events)
+        if batch.news is None:
+            self._tell_unknown(report)
+            for queue in report.saturated:
+                report.tell("scheduler.saturation", {"in_flight": self._held.count(queue)}, {"queue": queue})
+            failures = (functools.partial(_log_failure, row, change) for row, change in report.failures)
+            batch.news = collections.deque([*failures, *report.logs, *map(self.hub.call_for, report.events)])
+        self.hub.take_over(batch.news)
 
     def _tell_unknown(self, report: _Report) -> None:
         """Say, once, which classes nothing here can run, and why a schedule is left to other engines."""
@@ -9784,16 +10129,18 @@ class _Scheduler:
     def _let_go(self, claims: Iterable[_Claim]) -> None:
         for claim in claims:
             self.desk.progress.pop((claim.row.id, claim.row.claim), None)
-            if self._held.pop((claim.row.id, claim.row.claim), None) is not None:
-                self._held_ids.discard(claim.row.id)
-                self._in_flight[claim.row.queue] -= 1
+            self._held.remove(claim)
+        for pool in self._pools.values():
+            pool.release()
         if self.is_stopping and not self._held:
             self._drained.ring()
 
     def _make_behaviour(self, cls: type[FSM]) -> None:
         """Make the object of a class that was met for the first time: in a thread, since it may take long or wait."""
+        self.behaviours.expect(cls)
         if self._drain is not None:  # whoever drains makes it himself: else he may be through before it is there
             self._drain.unmade.append(cls)
+            self.behaviours.wanted.discard(cls)
             return
 
         def make() -> None:
@@ -9805,34 +10152,27 @@ class _Scheduler:
 
         try:
             threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
+            self.behaviours.wanted.discard(cls)  # last: after an interrupt it is asked for again
         except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
             self.log_soon(f"no thread could be started to make {cls}", error)
             self.behaviours.leave(cls)
             self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
-    def _dispatch(self, report: _Report) -> None:
-        """Hand claimed rows to their pools; what a commit refused goes to `handle`, or ends."""
-        by_queue: dict[str, list[_Claim]] = {}
+    def _dispatch(self, batch: _Batch, report: _Report) -> None:
+        """Hand claimed rows to their runners; what a commit refused goes to `handle`, or ends."""
+        by_queue = batch.sort_claims(report)
         for claim in report.claims:
-            self._held[claim.row.id, claim.row.claim] = claim
-            self._held_ids.add(claim.row.id)
-            by_queue.setdefault(claim.row.queue, []).append(claim)
+            self._held.add(claim)
         for queue, claims in by_queue.items():
-            self._in_flight[queue] += len(claims)
             self._runner_of(queue).submit(claims)
-        for commit, error in report.refused:
-            self._refuse(commit, error)
+        for failed in filter(None, batch.failed):
+            self._runner_of(failed[0].row.queue).submit(failed, first=True)
+        if batch.stopped:
+            _hand_over(batch.stopped.popleft, len(batch.stopped), self._finished.extend)
+            self._bell.ring()
 
     def _runner_of(self, queue: str) -> _Pool | _Drain:
         return self._drain or self._pools[queue]
-
-    def _refuse(self, commit: _Commit, error: Exception) -> None:
-        claim = commit.claim
-        if claim.error is not None or commit.kind == _CRASH:
-            self.finish(_stop(claim, error))
-            self._bell.ring()
-        else:
-            self._runner_of(claim.row.queue).submit([claim.failed_with(error)], first=True)
 
     def _demand(self) -> _Demand:
         """Say what is to be claimed: what the pools have room for; a drain claims in beats of its own."""
@@ -9840,66 +10180,79 @@ class _Scheduler:
             return self._drain.demand()
         if self.is_stopping:
             return _Demand({})
-        prefetch, in_flight = self.options.prefetch, self._in_flight
-        return _Demand({queue: pool.width + prefetch - in_flight[queue] for queue, pool in self._pools.items()})
+        prefetch, held = self.options.prefetch, self._held
+        return _Demand({queue: pool.width + prefetch - held.count(queue) for queue, pool in self._pools.items()})
 
     # The thread
 
     def start(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Run the queues; `async def` steps on that loop, if one is given, which some other thread runs."""
         self.check_open()
-        with self._alone():
+
+        def start() -> None:
             self._callers_loop = loop
             self._start()
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+        self._alone(start)
+
+    def _alone(self, act: Callable[[], None]) -> None:
         """Keep starting and draining apart: each needs that nobody else runs this engine's claims."""
-        if not self._life_lock.acquire(blocking=False):
+        if self._life_lock.locked():
             raise DurableError("the engine is being started or drained, by another thread or by this step's caller")
-        self._life_owner = threading.get_ident()
-        try:
-            if self._thread is not None:
-                raise DurableError("the engine is started already: it runs its queues itself")
-            yield
-        finally:
-            self._life_owner = None
-            self._life_lock.release()
+        with self._life_lock:
+            try:
+                self._life_owner = threading.get_ident()
+                self._end_drain()  # one that was interrupted before its end
+                if self._thread is not None:
+                    raise DurableError("the engine is started already: it runs its queues itself")
+                if self.is_stopping:
+                    self.check_open()
+                    raise EngineClosedError(f"the engine on {self.path} is being stopped")
+                act()
+            finally:
+                self._life_owner = None
+                self._drained.ring()
 
     def _start(self) -> None:
         _load_what_steps_need()
         self.context = contextvars.copy_context()
         self.peers.join_and_watch()
-        self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
-        self.hub.start()
-        context = self.context.copy()
-        thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
         try:
-            thread.start()
-        except RuntimeError as error:
+            self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
+            self.hub.start()
+            self._start_thread()
+        except BaseException as error:
+            self._thread = None  # if it has started nevertheless, it finds out
             self._pools = {}
             self.hub.stop()
             self.peers.unwatch()
             self._sign_off()
+            if not isinstance(error, RuntimeError):
+                raise
             raise DurableError(f"the engine on {self.path} can't start: {error}") from error
-        self._thread = thread
         self._agenda.due_at = self.desk.now()
         _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
+
+    def _start_thread(self) -> None:
+        context = self.context.copy()
+        self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
+        self._thread.start()
 
     @property
     def is_started(self) -> bool:
         return self._thread is not None
 
     def _serve(self) -> None:
-        while not self.is_closed:
-            self._agenda.wakes_at = math.inf
+        current = threading.current_thread()
+        while self._thread is current and not self.is_closed:
             try:
+                self._agenda.wakes_at = math.inf
                 sleep_s = self._step()
-            except Exception:  # noqa: BLE001 - a scheduler that dies would leave its callers waiting for ever
-                _log.exception("%s: the scheduler failed; it goes on", self.path)
-                sleep_s = 0.1
-            self._agenda.wakes_at = _Ticks.monotonic() + sleep_s
-            self._bell.wait(sleep_s)
+                self._agenda.wakes_at = _Ticks.monotonic() + sleep_s
+                self._bell.wait(sleep_s)
+            except BaseException as error:  # noqa: BLE001 - without it callers would wait for ever
+                self.log_soon("the scheduler failed; it goes on", error, exc_info=error)
+                self._bell.wait(0.1)
 
     def _step(self) -> float:
         """Do what is due; return for how long there is nothing to do, in seconds."""
@@ -9916,7 +10269,7 @@ class _Scheduler:
 
     def _has_work(self) -> bool:
         """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
-        if self._requests:
+        if self._is_asked():
             return True
         is_due = self._has_outcomes() or self.is_due() or bool(self._duties())
         return is_due and _Ticks.monotonic() >= self._agenda.retry_at
@@ -9973,6 +10326,8 @@ class _Scheduler:
             self._declare_later()
         if monotonic >= self.peers.next_look_at(monotonic):
             self.peers.look(monotonic)
+            for pool in self._pools.values():
+                pool.replace_dead()
         now = self.desk.now()
         if now >= self._agenda.gc_at:
             self._agenda.gc_at = now + self.options.gc_ms
@@ -10131,18 +10486,15 @@ class _Scheduler:
         if self.desk.fork_guard.is_forked:
             return
         drain_s = min(self.options.drain_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
-        if self._thread is None:
-            self._stop_unstarted(drain_s)
+        if self._is_at_end or (self.is_stopping and self.is_within()):
             return
-        with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
-            is_first, self.is_stopping = not self.is_stopping, True
-        if is_first:
-            try:
+        with self._stop_lock:  # a stop that was interrupted is gone on with by the next
+            if self._thread is None:
+                self._stop_unstarted(drain_s)
+            elif not self.is_closed:
                 self._stop_started(drain_s)
-            finally:
-                self._stopped.set()
-        elif not self.is_within():
-            self._stopped.wait()
+            if self.is_closed and not self._is_at_end:
+                self._close()
 
     def is_within(self) -> bool:
         """Whether this is a step of the engine's or a callback, which whoever stops it waits for."""
@@ -10150,6 +10502,8 @@ class _Scheduler:
         return self.hub.is_current or (ctx is not None and ctx._claim.desk is self.desk)
 
     def _stop_started(self, drain_s: float) -> None:
+        with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
+            self.is_stopping = True
         self._bell.ring()
         unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
         self._try_to_give_back(unstarted)
@@ -10168,22 +10522,25 @@ class _Scheduler:
     def _stop_unstarted(self, drain_s: float) -> None:
         """Stop an engine that beats for its callers, or drains: then the step that runs may end first."""
         self.is_stopping = True
-        if self._life_owner == threading.get_ident():
+        if self._life_lock.locked() and self._life_owner == threading.get_ident():
             return  # called by the very step that is drained: `drain` closes behind it
-        is_alone = self._life_lock.acquire(timeout=drain_s)
-        try:
-            while self._requests and self._agenda.failure is None:
-                self._beat_for_callers()
-            if not is_alone:
-                self._sign_off()
-            self._close()
-        finally:
-            if is_alone:
-                self._life_lock.release()
+        deadline = _Ticks.monotonic() + drain_s
+        while self._life_lock.locked() and (left_s := deadline - _Ticks.monotonic()) > 0:
+            self._drained.wait(left_s)
+        if self._thread is not None:  # it was being started
+            self._stop_started(drain_s)
+            return
+        while self._is_asked() and self._agenda.failure is None and not self.is_closed:
+            self._beat_for_callers()
+        if self._life_lock.locked() and not self.is_closed:
+            self._sign_off()
+        elif self._drain is not None:  # it was interrupted before its end
+            self._end_drain()
+        self._close()
 
     def _tell_drain(self, released: collections.Counter[str]) -> None:
         for queue in self._pools:
-            left = sum(claim.row.queue == queue for claim in list(self._held.values()))
+            left = self._held.count(queue)
             if self.hub.wants("scheduler.drain"):
                 event = Event("scheduler.drain", {"released": released[queue], "in_flight": left}, {"queue": queue})
                 self.hub.publish([event])
@@ -10194,7 +10551,7 @@ class _Scheduler:
 
     def _sign_off(self) -> None:
         """Give everything back, and leave."""
-        claims = list(self._held.values())
+        claims = list(self._held)
         self.peers.leave(is_signed_off=self._try(lambda beat: beat.withdrawals.sign_off(claims)))
 
     def _try(self, action: Callable[[_Beat], Any]) -> bool:
@@ -10207,9 +10564,10 @@ class _Scheduler:
         return True
 
     def _close(self) -> None:
+        """Close, also where that was interrupted: each part may be done twice."""
+        if self._is_at_end:
+            return
         with self._request_lock:
-            if self.is_closed:
-                return
             self.is_closed = True
         self._bell.ring()
         if self._is_beating():
@@ -10219,10 +10577,12 @@ class _Scheduler:
         for waiter in self.waiters.futures():
             self._settle_future(waiter, error=EngineClosedError(f"the engine on {self.path} was stopped"))
         with self._beat_lock:
+            if self._batch.is_open:
+                self._conclude()
             while self._requests:
-                request = self._requests.popleft()
-                request.error = EngineClosedError(f"the engine on {self.path} was stopped")
-                request.settle()
+                self._requests[0].error = EngineClosedError(f"the engine on {self.path} was stopped")
+                self._requests[0].settle()
+                self._requests.popleft()
         self.hub.flush()
         self.hub.stop()  # after the requests: one of them may be a subscriber's
         self._copier.wait()
@@ -10232,6 +10592,7 @@ class _Scheduler:
             self.store.close()
             self.files.close()
         self.peers.leave(is_signed_off=False)
+        self._is_at_end = True
 
     close = _close
 
@@ -10251,17 +10612,25 @@ class _Scheduler:
 
     def drain(self, queue: str | None, with_scheduled: bool, max_steps: int) -> collections.Counter[str]:
         """Run what is runnable in this thread."""
-        with self._alone():
-            self._drain = drain = _Drain(self, queue, with_scheduled=with_scheduled)
+        drain = _Drain(self, queue, with_scheduled=with_scheduled)
+
+        def run() -> None:
+            self._drain = drain
             try:
                 _load_what_steps_need()
                 self.peers.join(drain.LEASE_MS, is_patient=False)
                 drain.run(max_steps)
             finally:
-                self._end_drain(drain)
+                self._end_drain()
+
+        self._alone(run)
         return drain.tally
 
-    def _end_drain(self, drain: _Drain) -> None:
+    def _end_drain(self) -> None:
+        """End the drain that there is, if any."""
+        drain = self._drain
+        if drain is None:
+            return
         try:
             drain.close()
         finally:
@@ -11596,7 +11965,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             if found is None:
                 with self._making:
                     found = self._behaviours.find(row.fsm, row.version)
-                    for cls in self._behaviours.take_wanted():
+                    for cls in list(self._behaviours.wanted):
                         self._behaviours.make(cls)
                     found = found or self._behaviours.find(row.fsm, row.version)
             return None if found is None else _Claim(row, *found, self._desk, tuple(inbox))

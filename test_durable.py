@@ -10,8 +10,8 @@ In this order, each part with its sections:
   What takes long, or cannot be had; Looking; Waiting; Cancel; Retry; Drain; Operations; Order and timers; Several
   engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children
 * Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; A clock that was
-  wrong; Crashes of a step; Time-outs; Forks and forgotten engines; The disk; Files taken away; Damage; Cleaning;
-  Kills; Power cuts; Soak; Other systems
+  wrong; Crashes of a step; Time-outs; Forks and forgotten engines; Interrupts; The disk; Files taken away; Damage;
+  Cleaning; Kills; Power cuts; Soak; Other systems
 * Recurring work: Grids; Timetables; Schedules of a file; Declared in code; What is missed; Overlap and keys; The clock;
   What schedules cost; Several processes, or none of the extra
 * The user's own data, events, logs: ctx.execute; ctx.insert and ctx.signal; insert_into; One SQLite per process; An
@@ -37,7 +37,9 @@ import concurrent.futures
 import contextlib
 import contextvars
 import copy
+import ctypes
 import dataclasses
+import dis
 import doctest
 import email
 import enum
@@ -578,7 +580,7 @@ def statements_of_beats(engine: Engine, beats: int) -> list[collections.Counter[
         counts.append(collections.Counter())
         with core._beat_lock:
             core._beat()
-        for claim in list(core._held.values()):
+        for claim in core._held:
             core._finished.append(contextvars.copy_context().run(execute, claim))
     core.store.db.exec_trace = None
     return counts
@@ -4581,7 +4583,8 @@ def test_a_class_that_is_just_being_made_is_not_made_again() -> None:
     behaviours = durable._Behaviours(())
     name, version = durable._resolve(Shared).name, 1
     assert behaviours.find(name, version) is None
-    (coming,) = behaviours.take_wanted()
+    coming = behaviours.wanted.pop()
+    behaviours.expect(coming)
 
     class ReadyInBetween(dict[type, object]):
         def get(self, cls: type, default: object = None) -> object:
@@ -4592,7 +4595,7 @@ def test_a_class_that_is_just_being_made_is_not_made_again() -> None:
 
     behaviours._objects = ReadyInBetween()
     behaviours.find(name, version)
-    assert behaviours.take_wanted() == set()
+    assert behaviours.wanted == set()
     assert behaviours.find(name, version) is not None
 
 
@@ -4874,7 +4877,7 @@ def test_a_row_that_is_just_being_taken_after_quick_ones_is_watched(engine: Engi
     pool = NoPool(1, engine._core)
     pool._is_quick = True
     assert not pool.is_to_be_watched
-    pool.submit([cast(Any, object())])
+    pool.submit(collections.deque([cast(Any, object())]))
     assert pool.is_to_be_watched
 
 
@@ -5247,10 +5250,10 @@ def test_what_was_lost_is_claimed_again_while_its_first_run_goes_on(make_engine:
         gate.leave.set()
         assert stale.take().metadata["id"] == ident
         assert engine.result(other, timeout=PATIENCE) == {}
-        assert engine._core._in_flight.total() == 1
+        assert len(list(engine._core._held)) == 1
         second.leave.set()
         assert engine.result(ident, timeout=PATIENCE) == 2
-        assert engine._core._in_flight.total() == 0
+        assert not engine._core._held
         assert not engine._core.holds(ident)
 
 
@@ -9935,6 +9938,334 @@ def test_engine_left_running_at_exit_warns(database: Path) -> None:
     command = [sys.executable, "-W", "always::ResourceWarning", "-c", source, str(database)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, env=environment())
     assert "ResourceWarning" in done.stderr
+
+
+# ---- Interrupts ----------------------------------------------------------------------------------
+
+raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+raise_in_thread.restype = None
+
+LETS_IN = {
+    code
+    for name, code in dis.opmap.items()
+    if name.startswith(("CALL", "JUMP_BACKWARD", "BEFORE_WITH", "FOR_ITER", "SEND", "LOAD_ATTR", "LOAD_SPECIAL"))
+}
+"""Instructions behind which the interpreter looks for what is to be raised in a thread from outside."""
+
+
+class BoomError(Exception):
+    """What a signal's handler raises, such as the TimeoutError of an alarm."""
+
+
+class Bang(BaseException):
+    """The same, but no Exception."""
+
+
+class Interrupter:
+    """Has an exception raised in this thread, by the interpreter, as it comes to the n-th instruction that lets one in.
+
+    The engine's own instructions are counted. From the tracing function it is handed over by an iteration, for that
+    lets nothing in itself.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.error: type[BaseException] = (BoomError, Bang)[n % 2]
+        self.where: str | None = None
+        """Where it was told to be raised, if it came to that."""
+        self.count = 0
+        self._texts: dict[types.CodeType, bytes] = {}
+        self._calls: Iterator[Any] = iter(())
+
+    def start(self) -> None:
+        """Count from now on, also in functions of the engine's that have called this."""
+        thread = ctypes.c_ulong(threading.get_ident())
+        self._calls = map(raise_in_thread, [thread], [ctypes.py_object(self.error)])
+        frame: types.FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename == durable.__file__:
+                frame.f_trace, frame.f_trace_opcodes = self._trace, True
+            frame = frame.f_back
+        sys.settrace(self._trace)
+
+    def call(self, call: Callable[[], Any]) -> Any:
+        """Call something; None if it was interrupted."""
+        try:
+            self.start()
+            return call()
+        except self.error:
+            return None
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame: types.FrameType, event: str, _: object) -> Any:
+        code = frame.f_code
+        if code.co_filename != durable.__file__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            text = self._texts.get(code) or self._texts.setdefault(code, code.co_code)
+            self.count += text[frame.f_lasti] in LETS_IN
+            if self.count == self.n:
+                self.where = f"{code.co_qualname}, line {frame.f_lineno}"
+                sys.settrace(None)
+                for _ in self._calls:
+                    return None
+        return self._trace
+
+
+def each_point(stride: int, longest: int = 20_000) -> Iterator[Interrupter]:
+    """Yield interrupters of one point after the other, until one is not come to, once from each of `stride` starts."""
+    n = 1
+    while n < longest:
+        interrupter = Interrupter(n)
+        yield interrupter
+        if interrupter.where is None:
+            return
+        n += stride
+    raise AssertionError("there is no end to it")
+
+
+def strides(quick: int) -> pytest.MarkDecorator:
+    """Every point in the larger run, each so-manieth in the quick one."""
+    return pytest.mark.parametrize("stride", [quick, pytest.param(1, marks=pytest.mark.slow)])
+
+
+class Effect(FSM, inline=True):
+    """Leaves a trace in a table of the application's at each step, exactly once."""
+
+    @step
+    def start(self, ctx: Ctx) -> Next:
+        ctx.execute("INSERT INTO effects VALUES (?)", (f"{ctx.id} start",))
+        return Next("end")
+
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        ctx.execute("INSERT INTO effects VALUES (?)", (f"{ctx.id} end",))
+        return Done()
+
+    def handle(self, error: Exception, ctx: Ctx) -> Retry:
+        return Retry()
+
+
+@contextmanager
+def counted_effects(engine: Engine) -> Iterator[Callable[[], Counter[str]]]:
+    """Make that table, and yield what counts what is in it."""
+    with closing(engine.connect()) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS effects (effect)")
+        yield lambda: Counter(effect for (effect,) in connection.execute("SELECT effect FROM effects"))
+
+
+CALLS: dict[str, Callable[[Engine, int, int], Any]] = {
+    "insert": lambda engine, n, _: engine.insert(Echo, args={"n": n}, queue="nobody"),
+    "insert with a key": lambda engine, n, _: engine.insert(
+        Echo, args={"n": n}, queue="nobody", correlation_key=str(n)
+    ),
+    "insert_all": lambda engine, n, _: engine.insert_all([Insert(Echo, args={"n": n}, queue="nobody")] * 2),
+    "insert_nowait": lambda engine, n, _: engine.insert_nowait(Echo, args={"n": n}, queue="nobody").result(PATIENCE),
+    "signal": lambda engine, n, waiting: engine.signal(waiting, "s", n),
+    "get": lambda engine, n, waiting: engine.get(waiting),
+    "wait": lambda engine, n, waiting: engine.wait(waiting, 0),
+    "cancel": lambda engine, n, waiting: engine.cancel(waiting),
+    "check": lambda engine, n, waiting: engine.check(),
+}
+
+
+@strides(quick=9)
+@pytest.mark.parametrize("is_started", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_is_interrupted_is_done_once_or_not_at_all(
+    make_engine: MakeEngine, name: str, is_started: bool, stride: int
+) -> None:
+    """Wherever the exception comes, and of whatever type: it does not come again by itself, and locks nothing."""
+    engine = make_engine(queues={"default": 1})
+    if is_started:
+        engine.start()
+    waiting = engine.insert(Waits)
+    answered, seen = set(), Counter[Any]()
+    for interrupter in each_point(stride):
+        n = interrupter.n
+        with contextlib.suppress(
+            StateError, OutcomeError
+        ):  # a value whose conversion is interrupted counts as a bad one
+            if interrupter.call(lambda n=n: CALLS[name](engine, n, waiting)) is not None:  # type: ignore[misc]
+                answered.add(n)
+    last = engine.insert(Echo, args={"n": 0})
+    if is_started:
+        assert engine.result(last, timeout=PATIENCE) == {"n": 0}
+    with closing(engine.connect()) as connection:
+        rows = connection.execute("SELECT state ->> 'n' FROM durable_instances WHERE queue = 'nobody'")
+        signals = connection.execute("SELECT payload FROM durable_signals")
+        seen.update(n for (n,) in [*rows, *((int(text),) for (text,) in signals)])
+    assert set(seen.values()) <= {2 if name == "insert_all" else 1}
+    if name.startswith("insert"):
+        assert answered <= set(seen)
+    assert engine.check() == []
+
+
+@strides(quick=307)
+def test_an_interrupt_of_a_drain_repeats_nothing_that_is_committed(make_engine: MakeEngine, stride: int) -> None:
+    """What it has claimed is given back or has crashed, and the next drain goes on with it."""
+    engine = make_engine()
+    with counted_effects(engine) as count:
+        for interrupter in each_point(stride):
+            idents = [engine.insert(Effect), engine.insert(Echo)]
+            interrupter.call(engine.drain)
+            engine.drain()
+            assert [engine.get(ident).status for ident in idents] == ["done", "done"], interrupter.where
+        assert set(count().values()) == {1}
+    assert engine.workers() == []
+    assert engine.check() == []
+
+
+@strides(quick=401)
+def test_an_engine_whose_start_was_interrupted_can_be_started(make_engine: MakeEngine, stride: int) -> None:
+    """Nothing is left of the first: no thread, no registration."""
+    for interrupter in each_point(stride):
+        engine = make_engine()
+        interrupter.call(engine.start)
+        with contextlib.nullcontext() if engine._core.is_started else engine:
+            assert engine.result(engine.insert(Echo), timeout=PATIENCE) == {}, interrupter.where
+            assert len(engine.workers()) == 1
+        engine.stop()
+        eventually(lambda: not [one for one in threading.enumerate() if one.name == "durable-scheduler"])
+
+
+@strides(quick=61)
+def test_a_stop_that_was_interrupted_is_gone_on_with(make_engine: MakeEngine, database: Path, stride: int) -> None:
+    """By the next: it gives back what is claimed, and closes the file."""
+    for interrupter in each_point(stride):
+        engine = make_engine(queues={"default": 1}, prefetch=1)
+        engine.start()
+        assert engine.result(engine.insert(Echo), timeout=PATIENCE) == {}
+        interrupter.call(engine.stop)
+        engine.stop()
+        with pytest.raises(EngineClosedError):
+            engine.counts()
+        with client(database) as looking:
+            assert (looking.workers(), looking.check()) == ([], [])
+
+
+ARMED: list[Interrupter] = []
+"""What the next step lets loose on the thread that runs it."""
+
+
+@durable.job(max_crashes=1)
+def lets_loose() -> None:
+    if ARMED:
+        ARMED.pop().start()
+
+
+@durable.job(max_crashes=1)
+async def lets_loose_async() -> None:
+    if ARMED:
+        ARMED.pop().start()
+
+
+MEETING = threading.Barrier(2)
+
+
+@durable.job
+def meets() -> None:
+    MEETING.wait(PATIENCE)
+
+
+@strides(quick=3)
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # its making was interrupted
+@pytest.mark.parametrize("work", [lets_loose, lets_loose_async])
+def test_a_thread_that_dies_behind_a_step_is_replaced_and_its_claim_has_crashed(
+    make_engine: MakeEngine, work: Any, stride: int
+) -> None:
+    """Wherever in the engine's own code it does: the step is done, or has crashed, and the queue keeps its width."""
+    engine = make_engine(queues={"default": 2})
+    engine.start()
+    ended, fired = Counter[str](), 0
+    for n in range(1, 250, stride):
+        interrupter = Interrupter(n)
+        interrupter.error = Bang
+        ARMED.append(interrupter)
+        shown = engine.wait(engine.insert(work), PATIENCE, until="terminal")
+        assert shown.status == "done" or (shown.last_error or "").startswith("crash: "), (interrupter.where, shown)
+        ended[shown.status] += 1
+        fired += interrupter.where is not None
+        interrupter.n = -1  # it is over for one that was not come to
+    assert min(ended["done"], ended["failed"]) > 0
+    assert fired > 10
+    MEETING.reset()
+    assert [engine.result(one, PATIENCE) for one in engine.insert_all([Insert(meets)] * 2) if one] == [None, None]
+    assert engine.wait_idle(timeout=PATIENCE)
+    assert engine.check() == []
+
+
+INTERRUPTED = """
+import logging, random, signal, sys, time
+import durable
+
+logging.disable()  # a handler that is interrupted in this thread may stay locked
+
+@durable.job
+def nothing(n: int): ...
+
+class Interrupt($base): ...
+
+def interrupt(*_):
+    if is_armed:
+        raise Interrupt
+
+def insert(n):
+    if n % 3 == 0:
+        engine.insert(nothing, args={"n": n}, queue="later", correlation_key=str(n))
+    elif n % 3 == 1:
+        futures[n] = engine.insert_nowait(nothing, args={"n": n}, queue="later")
+    else:
+        engine.insert(nothing, args={"n": n}, queue="later")
+
+is_armed = False
+signal.signal(signal.SIGALRM, interrupt)
+engine = durable.Engine(sys.argv[1], synchronous="off", queues={"default": 2})
+if "$how" == "started":
+    engine.start()
+answered, futures = [], {}
+began = time.perf_counter()
+for n in range(300):
+    insert(n)
+usual_s = (time.perf_counter() - began) / 300
+until = time.monotonic() + $seconds
+while time.monotonic() < until:
+    n += 1
+    try:
+        is_armed = True
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2 * usual_s), usual_s)
+        insert(n)
+        is_armed = False
+        answered.append(n)
+    except (Interrupt, durable.StateError):
+        pass
+    finally:
+        is_armed = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+if "$how" != "started":
+    engine.start()
+assert engine.result(engine.insert(nothing, args={"n": 0}), 30) is None
+failed = {n for n, future in futures.items() if future.exception(30) is not None}  # two interrupts hit one commit
+rows = [row.state["n"] for row in engine.find(queue="later", limit=1_000_000)]
+assert len(rows) == len(set(rows)), len(rows) - len(set(rows))
+assert {*answered, *futures} - failed <= set(rows)
+assert not failed & set(rows)
+assert n - 300 > len(answered) > 0
+print(engine.check())
+engine.stop()
+"""
+
+
+@posix
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("base", ["Exception", "BaseException"])
+@pytest.mark.parametrize("how", ["started", "client"])
+def test_a_storm_of_signals_doubles_no_row(tmp_path: Path, database: Path, how: str, base: str, seconds: int) -> None:
+    """A handler that raises, again and again: each insert is done once or not at all, and the engine runs on."""
+    source = string.Template(INTERRUPTED).substitute(how=how, base=base, seconds=seconds)
+    assert run_script(tmp_path, source, database) == "[]\n"
 
 
 # ---- The disk ------------------------------------------------------------------------------------
@@ -18342,7 +18673,7 @@ class Lap:
     def __init__(self) -> None:
         self.claims: collections.deque[durable._Claim] = collections.deque()
         self.unmade: list[type[durable.FSM]] = []
-        self.tally: collections.Counter[str] = collections.Counter()
+        self.kinds: list[str] = []
         self.fired: set[str] = set()
 
     def submit(self, claims: Iterable[durable._Claim], *, first: bool = False) -> None:
@@ -18351,8 +18682,10 @@ class Lap:
     def demand(self) -> durable._Demand:
         return durable._Demand({}, is_drain=True)
 
-    def note(self, report: durable._Report) -> None:
-        pass
+    def withdraw(self) -> list[durable._Claim]:
+        return []
+
+    def close(self) -> None: ...
 
 
 class Hand:
