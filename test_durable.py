@@ -10119,6 +10119,7 @@ def test_an_interrupt_of_a_drain_repeats_nothing_that_is_committed(make_engine: 
 
 
 @strides(quick=401)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 def test_an_engine_whose_start_was_interrupted_can_be_started(make_engine: MakeEngine, stride: int) -> None:
     """Nothing is left of the first: no thread, no registration."""
     for interrupter in each_point(stride):
@@ -10132,6 +10133,7 @@ def test_an_engine_whose_start_was_interrupted_can_be_started(make_engine: MakeE
 
 
 @strides(quick=61)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 def test_a_stop_that_was_interrupted_is_gone_on_with(make_engine: MakeEngine, database: Path, stride: int) -> None:
     """By the next: it gives back what is claimed, and closes the file."""
     for interrupter in each_point(stride):
@@ -10152,12 +10154,14 @@ ARMED: list[Interrupter] = []
 
 @durable.job(max_crashes=1)
 def lets_loose() -> None:
+    """Ends behind this call, which has the thread interrupted a little later."""
     if ARMED:
         ARMED.pop().start()
 
 
 @durable.job(max_crashes=1)
 async def lets_loose_async() -> None:
+    """Do the same on the event loop."""
     if ARMED:
         ARMED.pop().start()
 
@@ -10167,6 +10171,7 @@ MEETING = threading.Barrier(2)
 
 @durable.job
 def meets() -> None:
+    """Ends when two of them run."""
     MEETING.wait(PATIENCE)
 
 
