@@ -9302,6 +9302,10 @@ class _Drain:
         else:
             _hand_over(claims.popleft, len(claims), self._ready.extend)
 
+    def note_fired(self, schedules: Iterable[str]) -> None:
+        """Remember which schedules have fired: each does once, so that none makes it endless."""
+        self.fired.update(schedules)
+
     def demand(self, at_most: int = 0) -> _Demand:
         """Say what it takes: at most so many rows, of its queue or of all."""
         slots = {} if self._is_over else None if self._queue is None else {self._queue: 1}
@@ -10098,7 +10102,7 @@ class _Scheduler:
         if self._drain is not None:
             batch.kinds = collections.deque(report.kinds) if batch.kinds is None else batch.kinds
             _hand_over(batch.kinds.popleft, len(batch.kinds), self._drain.kinds.extend)
-            self._drain.fired.update(report.fired)
+            self._drain.note_fired(report.fired)
         if self.waiters:
             self.waiters.notify(report.settled)
         while self.behaviours.wanted:

@@ -18687,6 +18687,8 @@ class Lap:
     def demand(self) -> durable._Demand:
         return durable._Demand({}, is_drain=True)
 
+    def note_fired(self, schedules: Iterable[str]) -> None: ...
+
     def withdraw(self) -> list[durable._Claim]:
         return []
 
