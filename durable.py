@@ -78,7 +78,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
-    Concatenate,
     Final,
     Generic,
     NamedTuple,
@@ -2669,14 +2668,25 @@ def _resolve(fsm: object) -> _Spec:
     return known or spec
 
 
-class _FunctionJob(typing.Protocol[_Called, _Arguments, _Returned_co]):
+class _TakesContext(typing.Protocol[_Arguments]):
+    """A function whose first parameter is its Context."""
+
+    def __call__(self, ctx: Context[Any], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Any: ...
+
+
+class _FunctionJob(typing.Protocol[_Called, _Returned_co]):
     """A function that is a job: it is called as ever, `fsm` is the class made for it, `args` makes its arguments."""
 
     fsm: type[FSM]
     __name__: str
 
     def __call__(self, *args: _Called.args, **kwargs: _Called.kwargs) -> _Returned_co: ...
-    def args(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> dict[str, Any]: ...
+    @overload
+    def args(
+        self: _TakesContext[_Arguments], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> dict[str, Any]: ...
+    @overload
+    def args(self, *args: _Called.args, **kwargs: _Called.kwargs) -> dict[str, Any]: ...
 
 
 def _make_args(function: types.FunctionType) -> Callable[..., dict[str, Any]]:
@@ -2724,22 +2734,11 @@ def _function_perform(function: types.FunctionType) -> Callable[[Any, Any, Any],
 class _JobDecorator(typing.Protocol):
     """What `@job(...)` with options returns."""
 
-    @overload
-    def __call__(
-        self, function: Callable[Concatenate[Context[Any], _Arguments], _Returned_co], /
-    ) -> _FunctionJob[Concatenate[Context[Any], _Arguments], _Arguments, _Returned_co]: ...
-    @overload
-    def __call__(
-        self, function: Callable[_Arguments, _Returned_co], /
-    ) -> _FunctionJob[_Arguments, _Arguments, _Returned_co]: ...
+    def __call__(self, function: Callable[_Called, _Returned_co], /) -> _FunctionJob[_Called, _Returned_co]: ...
 
 
 @overload
-def job(
-    function: Callable[Concatenate[Context[Any], _Arguments], _Returned_co], /
-) -> _FunctionJob[Concatenate[Context[Any], _Arguments], _Arguments, _Returned_co]: ...
-@overload
-def job(function: Callable[_Arguments, _Returned_co], /) -> _FunctionJob[_Arguments, _Arguments, _Returned_co]: ...
+def job(function: Callable[_Called, _Returned_co], /) -> _FunctionJob[_Called, _Returned_co]: ...
 @overload
 def job(**options: Unpack[_FSMOptions]) -> _JobDecorator: ...
 def job(function: Any = None, /, **options: Any) -> Any:
@@ -6942,6 +6941,15 @@ class _Hub:
             _log.exception(message, what)
 
 
+if TYPE_CHECKING:
+    _Settled = typing.TypeVar("_Settled")
+
+    class _Future(concurrent.futures.Future[_Settled]):
+        """The engine's futures: those of `concurrent.futures`, which can also be awaited."""
+
+        def __await__(self) -> Generator[Any, None, _Settled]: ...
+
+
 @functools.cache
 def _future_type() -> type[concurrent.futures.Future[Any]]:
     """Make the class of the engine's futures: their done-callbacks are the hub's to run, not the beat's."""
@@ -9602,18 +9610,16 @@ class _Scheduler:
         """Insert an instance in the next beat; `DuplicateError`."""
         return cast(int, self._await_request(_Request(None, row)))
 
-    def insert_later(self, row: _NewRow) -> concurrent.futures.Future[int]:
+    def insert_later(self, row: _NewRow) -> _Future[int]:
         """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
         return self._later(None, row)
 
-    def perform_later(self, action: Callable[[_Beat], Any]) -> concurrent.futures.Future[Any]:
+    def perform_later(self, action: Callable[[_Beat], Any]) -> _Future[Any]:
         """Do something likewise."""
         return self._later(action)
 
-    def _later(
-        self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None
-    ) -> concurrent.futures.Future[Any]:
-        future: concurrent.futures.Future[Any] = cast(Any, _future_type())(self.hub)
+    def _later(self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None) -> _Future[Any]:
+        future: _Future[Any] = cast(Any, _future_type())(self.hub)
         request = _Request(action, row, future)
         try:
             self._enqueue(request)
@@ -9633,9 +9639,9 @@ class _Scheduler:
         except RuntimeError:  # the system has no more
             self._flush()
 
-    def result_later(self, instance: int) -> concurrent.futures.Future[Any]:
+    def result_later(self, instance: int) -> _Future[Any]:
         """Return a future of an instance's result."""
-        future: concurrent.futures.Future[Any] = cast(Any, _future_type())(self.hub)
+        future: _Future[Any] = cast(Any, _future_type())(self.hub)
         waiter = _ResultWaiter(instance, future, self._look_for_result, self.waiters.remove)
         self.waiters.add(waiter)
         self._look_for_result(waiter)  # it may have ended before
@@ -11017,7 +11023,7 @@ class _Sending(_Client):
         rows = _new_rows(inserts, self._core.desk.new_row)
         return cast("list[int | None]", self._core.perform(lambda beat: beat.inserts.write(rows)))
 
-    def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> concurrent.futures.Future[int]:
+    def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> _Future[int]:
         """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
 
         What `insert` would raise at the file, the future has as its exception; what is wrong with the options is
@@ -11029,12 +11035,12 @@ class _Sending(_Client):
 
     def signal_nowait(
         self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
-    ) -> concurrent.futures.Future[None]:
+    ) -> _Future[None]:
         """Send a signal without waiting; the future is done once it is durable, or has what `signal` would raise."""
         message = _message(target, name, payload, dedup_key)
         return self._core.perform_later(lambda beat: beat.inboxes.deliver(message))
 
-    def result_nowait(self, target: int | str) -> concurrent.futures.Future[Any]:
+    def result_nowait(self, target: int | str) -> _Future[Any]:
         """Return a future of an instance's result, which can also be awaited: no thread waits for it.
 
         It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception.

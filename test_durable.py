@@ -21038,9 +21038,275 @@ def shop() -> bool:
         return place(engine, 42) in durable.LIVE
 """
 
+# One that uses every public name, and most methods and options.
+_WHOLE_PROGRAM = """\
+# pyright: strict
+import asyncio
+import concurrent.futures
+import datetime as dt
+import math
+from collections.abc import Callable
+from typing import Any, assert_type
+
+import apsw
+import attrs
+
+import durable
+from durable import (
+    FSM,
+    KEEP,
+    LIVE,
+    Await,
+    Cancel,
+    Context,
+    Cron,
+    Done,
+    DuplicateError,
+    DurableError,
+    Engine,
+    EngineClosedError,
+    Event,
+    Every,
+    Fail,
+    FailedError,
+    Insert,
+    Instance,
+    Next,
+    NoTargetError,
+    NotFoundError,
+    OutcomeError,
+    Progress,
+    RateLimit,
+    Retry,
+    Schedule,
+    ScheduleChildren,
+    SchemaError,
+    SharedFileError,
+    Signal,
+    StateError,
+    Status,
+    Stop,
+    Transition,
+    UnknownFSMError,
+    UnknownLimitError,
+    Worker,
+    insert_into,
+    job,
+    step,
+)
+
+
+@attrs.frozen
+class Basket:
+    order: int
+    paid: float = 0.0
+
+
+class Base(FSM, abstract=True, queue="checkout", retention=math.inf, history=False):
+    def __init__(self, api: str = "") -> None:
+        self.api = api
+
+
+class Checkout(
+    Base, name="shop.Checkout", version=2, state=Basket, timeout=dt.timedelta(minutes=1), aliases=("Old",), inline=True
+):
+    @step
+    def start(self, ctx: Context[Basket]) -> Await:
+        return Await(["paid", "refused"], then="ship", timeout=3600)
+
+    @step(max_attempts=5, timeout=None, backoff=lambda attempt: 2.0**attempt)
+    def ship(self, ctx: Context[Basket]) -> Next | Done | Stop | Retry:
+        assert_type(ctx.state.order, int)
+        assert_type(ctx.awaited, tuple[Signal, ...])
+        assert_type(ctx.children, tuple[Instance, ...])
+        assert_type(ctx.scheduled_at, dt.datetime | None)
+        assert_type(ctx.now, dt.datetime)
+        assert_type((ctx.id, ctx.fsm, ctx.version), tuple[int, str, int])
+        assert_type(ctx.correlation_key, str | None)
+        ctx.execute("update account set balance = balance - ?", (5,))
+        ctx.execute("update account set balance = :b", {"b": 5})
+        ctx.insert(fetch, args=fetch.args("http://a", tries=3), priority=1)
+        ctx.signal("order:42", "paid", {"amount": 1}, dedup_key="k")
+        ctx.progress(1, 2, "half")
+        answer = ctx.call("random", lambda: 4) + ctx.call("length", len, "four")
+        if ctx.cancelled or not ctx.awaited:
+            return Stop(ValueError("never"))
+        if answer:
+            return Retry(dt.timedelta(seconds=5), counted=False)
+        payload: Any = ctx.awaited[0].payload
+        if ctx.attempt:
+            return Next("start", rate_limit=("stripe", 1), weight=2, concurrency_key=None, inline=False)
+        return Done({"paid": payload})
+
+    @step(timeout=30)
+    async def fan(self, ctx: Context) -> ScheduleChildren:
+        value = await ctx.call("ask", ask, "hello")
+        assert_type(value, int)
+        return ScheduleChildren([Insert(fetch, args={"url": value}), Insert(Checkout)], then="ship")
+
+    def migrate(self, step: str, state: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:
+        return step, state
+
+    def handle(self, error: Exception, ctx: Context[Any]) -> Any:
+        if isinstance(error, StateError):
+            return Stop(error.problems[0])
+        return super().handle(error, ctx)
+
+    def backoff(self, attempt: int) -> float | dt.timedelta:
+        return super().backoff(attempt) if attempt else dt.timedelta(seconds=1)
+
+
+class Anything(FSM):
+    def step(self, name: str, ctx: Context[dict[str, Any]]) -> Next | Done:
+        match name:
+            case "start":
+                return Next(Checkout.ship, concurrency_key=KEEP)
+            case _:
+                return Done(ctx.state)
+
+
+class Send(FSM, max_attempts=3, schedule={"when": Every(60, anchor=dt.datetime.now(dt.UTC)), "overlap": True}):
+    def perform(self, args: dict[str, Any], ctx: Context[Any]) -> Any:
+        if args:
+            raise Fail("again")
+        return Cancel(ValueError("no"))
+
+
+async def ask(question: str) -> int:
+    return len(question)
+
+
+@job
+def fetch(ctx: Context, url: str, tries: int = 1) -> str:
+    return url * tries
+
+
+@job(schedule=Cron("0 3 * * *", zone="UTC"), max_attempts=3)
+def backup(ctx: Context[Any]) -> None:
+    current = Context.current()
+    assert current is not None
+
+
+@durable.job(queue="slow", retention=60, timeout=5)
+async def crawl(url: str, *, deep: bool = False) -> int:
+    return len(url)
+
+
+@job(name="plain")
+def plain(number: int) -> int:
+    return number
+
+
+def use(engine: Engine) -> None:
+    assert_type(fetch.args("http://a", tries=3), dict[str, Any])
+    assert_type(plain(3), int)
+    assert_type(crawl.fsm, type[FSM])
+    assert_type(plain.args(number=3), dict[str, Any])
+    one: int = engine.insert(Checkout, state=Basket(3), correlation_key="k", correlation_scope=LIVE | {Status.DONE})
+    many: list[int | None] = engine.insert_all([Insert(fetch, args=fetch.args("a")), Insert("shop.Checkout")])
+    engine.insert(plain, args=plain.args(3), schedule_in=dt.timedelta(1), rate_limit="stripe", weight=2)
+    future = engine.insert_nowait(crawl, args=crawl.args("x", deep=True))
+    assert_type(future.result(), int)
+    also: concurrent.futures.Future[int] = future
+    assert_type(engine.get(one), Instance)
+    assert_type(engine.get(one).progress, Progress | None)
+    assert_type(engine.find(status=Status.FAILED, fsm=Checkout, limit=5), list[Instance])
+    assert_type(engine.wait(one, timeout=1, until="terminal").status, Status)
+    assert_type(engine.cancel(one, "why", children=True), bool)
+    engine.retry(one)
+    assert_type(engine.history(one), list[Transition])
+    assert_type(engine.history(one)[0].duration, float)
+    engine.rewind(one, "ship", state={"order": 1})
+    assert_type(engine.fork(one, 3, correlation_key="other"), int)
+    engine.schedule("nightly", fetch, Cron("@daily"), catch_up="all", overlap=True, jitter=5, args={"url": "a"})
+    assert_type(engine.schedules(), list[Schedule])
+    assert_type(engine.schedules()[0].when, Cron | Every)
+    assert_type(engine.trigger("nightly"), int)
+    assert_type(engine.unschedule("nightly"), bool)
+    engine.pause_schedule("nightly")
+    engine.resume_schedule("nightly")
+    assert_type(engine.workers(), list[Worker])
+    assert_type(engine.check(code=True), list[str])
+    assert_type(engine.counts(), dict[str, dict[str, int]])
+    assert_type(engine.gc(), int)
+    assert_type(engine.fire_timeouts(), int)
+    assert_type(engine.drain(max_steps=5)["steps"], int)
+    engine.pause("default")
+    engine.resume("default")
+    engine.snapshot("copy.db")
+
+    def heard(event: Event) -> None:
+        print(event.name, event.measurements, event.metadata)
+
+    stop: Callable[[], None] = engine.subscribe(heard, "step.stop")
+    stop()
+    with engine.connect() as connection:
+        assert_type(insert_into(connection, Checkout, state={"order": 1}), int)
+    other = apsw.Connection("x.db")
+    print(other, many, also)
+
+    def changed(counts: dict[str, dict[str, int]]) -> None:
+        print(counts)
+
+    assert_type(engine.wait_idle(queue="default", timeout=5, on_change=changed), bool)
+    try:
+        engine.signal("k", "paid", 3, dedup_key="d")
+        engine.result(one)
+    except DuplicateError as error:
+        assert_type(error.id, int)
+    except NoTargetError as error:
+        assert_type(error.status, Status | None)
+    except FailedError as error:
+        assert_type(error.last_error, str | None)
+    except (NotFoundError, OutcomeError, UnknownFSMError, UnknownLimitError, SchemaError):
+        raise
+    except (SharedFileError, EngineClosedError, DurableError):
+        raise
+
+
+async def serve() -> None:
+    async with Engine("shop.db", queues={}, rate_limits={"stripe": RateLimit(100, per=60, burst=5)}) as engine:
+        one = await engine.insert_nowait(fetch, args=fetch.args("a"))
+        assert_type(one, int)
+        await engine.signal_nowait(one, "paid")
+        print(await engine.result_nowait(one))
+        await asyncio.gather(*[engine.result_nowait(one) for one in range(3)])
+
+
+with Engine(
+    "shop.db",
+    name="me",
+    queues={"default": 10},
+    fsms=[Checkout("api"), Anything, Send, backup],
+    concurrency_limits={"account": 3},
+    prefetch=5,
+    lease_ttl=60,
+    heartbeat_interval=dt.timedelta(seconds=20),
+    retention=math.inf,
+    history=False,
+    synchronous="normal",
+) as shop:
+    use(shop)
+"""
+
 # The same, and below it statements that a type checker has to refuse, each for a reason of its own.
 _WRONG_PROGRAM = f"""\
 {_CORRECT_PROGRAM}
+
+@durable.job(max_attempts=3)
+def late(ctx: durable.Context, url: str, tries: int = 1) -> None:
+    return None
+
+
+@durable.job
+def early(url: str) -> None:
+    return None
+
+
+async def wait(engine: Engine) -> None:
+    number: str = await engine.insert_nowait(Checkout)  # wrong: type of what is awaited
+    print(number)
+
 
 def wrong(engine: Engine, ctx: durable.Context["Checkout.State"]) -> None:
     engine.insert(Checkout, priority="high")  # wrong: type of an option
@@ -21052,8 +21318,20 @@ def wrong(engine: Engine, ctx: durable.Context["Checkout.State"]) -> None:
     ctx.attempt.upper()  # wrong: type of a field
     Next("ship", weight="heavy")  # wrong: type of a field of an attrs class
     Await("payment_confirmed")  # wrong: a missing argument
+    ctx.id = 3  # wrong: a Context is read-only
+    number: str = engine.insert_nowait(Checkout).result()  # wrong: type of what a future has
+    print(number, late.args("http://a", tries="3"))  # wrong: type of a job's argument
+    print(late.args(), early.args("b"))  # wrong: a missing argument of a job
+    early.args(url=5)  # wrong: type of an argument of one without a Context
+    step(max_attempts="3")  # wrong: type of a step's option
     durable.Finished()  # wrong: no such name
 """
+
+
+def test_the_program_for_type_checkers_uses_every_public_name() -> None:
+    """What it does not use, no checker has looked at as a user would."""
+    used = {node.id for node in ast.walk(ast.parse(_WHOLE_PROGRAM)) if isinstance(node, ast.Name)}
+    assert set(durable.__all__) <= used
 
 
 @attrs.frozen
@@ -21152,7 +21430,7 @@ def test_a_user_of_the_wheel_has_its_types(
 ) -> None:
     """A strict type checker accepts a correct program, and of a wrong one refuses each wrong line."""
     program = tmp_path / "shop.py"
-    for text in (_CORRECT_PROGRAM, _WRONG_PROGRAM):
+    for text in (_CORRECT_PROGRAM, _WHOLE_PROGRAM, _WRONG_PROGRAM):
         program.write_text(text, encoding="utf-8")
         wrong = {number for number, line in enumerate(text.splitlines(), 1) if "# wrong" in line}
         assert error_lines(installation.python, program) == wrong
