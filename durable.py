@@ -4429,18 +4429,40 @@ class _LineTable(_Table):
 
     @_reads_value("SELECT count(*) FROM durable_instances WHERE concurrency_key = ? AND status = 'executing'")
     def executing(self, key: str) -> int: ...
+    @_reads(
+        """
+SELECT concurrency_key, count(*) FROM (
+    SELECT concurrency_key FROM durable_instances WHERE status = 'executing' AND concurrency_key IS NOT NULL LIMIT ?)
+GROUP BY concurrency_key
+""",
+        into=dict,
+    )
+    def executing_by_key(self, count: int) -> dict[str, int]:
+        """Count the first so many executing rows that have a key, by key."""
+
     @_writes_all(
         "UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL"
     )
     def park_many(self, parked: Iterable[tuple[str, int]]) -> None: ...
     @_reads_each(_LINE, _Waiting._make)
     def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]: ...
-    @_reads_one(f"{_LINE} LIMIT 1", _Waiting._make)
-    def line_head(self, parked_on: str, queue: str) -> _Waiting: ...
+    @_reads_one(
+        f"""
+SELECT {_columns(_Waiting)} FROM durable_instances
+WHERE parked_on = ? AND queue > ? ORDER BY queue, priority, eligible_at, id LIMIT 1
+""",
+        _Waiting._make,
+    )
+    def line_head(self, parked_on: str, after_queue: str) -> _Waiting | None: ...
 
     def line_heads(self, parked_on: str) -> list[_Waiting]:
-        """Return the first row parked on something in each queue that has some."""
-        return [self.line_head(parked_on, queue) for queue in self.line_queues(parked_on)]
+        """Return the first row parked on something in each queue that has some, by a seek each."""
+        heads = []
+        head = self.line_head(parked_on, "")
+        while head is not None:
+            heads.append(head)
+            head = self.line_head(parked_on, head.queue)
+        return heads
 
     @_reads("""
 SELECT priority, eligible_at, id, queue FROM durable_instances
@@ -4463,6 +4485,22 @@ WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT ?
 
     @_reads_value("SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?")
     def next_line(self, parked_on: str) -> str | None: ...
+    @_reads(
+        """
+WITH RECURSIVE line (parked_on) AS (
+    SELECT min(parked_on) FROM durable_instances WHERE parked_on > ''
+    UNION ALL
+    SELECT (SELECT min(parked_on) FROM durable_instances WHERE parked_on > line.parked_on) FROM line
+    WHERE parked_on IS NOT NULL
+)
+SELECT parked_on FROM line WHERE parked_on IS NOT NULL LIMIT ?
+""",
+        _only,
+        set,
+    )
+    def lines(self, count: int) -> set[str]:
+        """Return what rows are parked on, up to so many, by a seek each."""
+
     @_counts("""
 UPDATE durable_instances SET parked_on = NULL WHERE id IN (
     SELECT id FROM durable_instances WHERE parked_on = ? AND queue = ?
@@ -4531,8 +4569,15 @@ ON CONFLICT (key) DO UPDATE SET
 """
 
     def save_bucket(self, policy: _Policy, key: str, level: int, refilled_at: int, ready_at: int | None) -> None:
-        full_at = policy.instant_of(policy.capacity, level, refilled_at)
-        self.db.execute(self._SAVE_BUCKET, (key, level, refilled_at, full_at, ready_at))
+        self.save_buckets([(policy, key, level, refilled_at, ready_at)])
+
+    def save_buckets(self, buckets: Iterable[tuple[_Policy, str, int, int, int | None]]) -> None:
+        """Write (policy, key, level, refilled_at, ready_at) of buckets."""
+        rows = [
+            (key, level, refilled_at, policy.instant_of(policy.capacity, level, refilled_at), ready_at)
+            for policy, key, level, refilled_at, ready_at in buckets
+        ]
+        self.db.executemany(self._SAVE_BUCKET, rows)
 
     @_reads_value("SELECT min(ready_at) FROM durable_buckets WHERE ready_at > ?")
     def next_ready(self, now: int) -> int | None:
@@ -4740,7 +4785,11 @@ ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, lease_expir
     def was_taken(self, worker: str) -> bool:
         """Whether somebody has found a worker's lock free."""
 
-    @_reads("SELECT key FROM durable_workers w, json_each(w.queues) WHERE w.id IS NOT ?", _only, frozenset)
+    @_reads(
+        "SELECT queues FROM durable_workers WHERE id IS NOT ?",
+        lambda row: _decode(row[0]),
+        lambda lists: frozenset(itertools.chain.from_iterable(lists)),
+    )
     def served_elsewhere(self, worker: str) -> frozenset[str]:
         """Return the queues that other workers serve."""
 
@@ -7262,6 +7311,8 @@ class _Transaction:
         """Whose children have ended."""
         self._paused: dict[str, bool] = {}
         self._elsewhere: frozenset[str] | None = None
+        self._runnable: dict[tuple[str, int], bool] = {}
+        """Whether classes can run here."""
 
     def departed(self, row: _Row, change: _Change | None) -> None:
         """Note what a row sets free that has left `executing`, or has ended, and who waits for it.
@@ -7329,7 +7380,10 @@ class _Transaction:
 
     def is_lost(self, row: _Waiting) -> bool:
         """Whether no engine that serves a row's queue can run its class."""
-        return row.queue not in self.elsewhere and not self.setup.behaviours.can_run(row.fsm, row.version)
+        name = row.fsm, row.version
+        if name not in self._runnable:
+            self._runnable[name] = self.setup.behaviours.can_run(*name)
+        return not self._runnable[name] and row.queue not in self.elsewhere
 
 
 class _Bucket:
@@ -7347,8 +7401,8 @@ class _Bucket:
         self.let_out: list[_Waiting] = []
         """Rows let out of its line in this transaction that no claim has met yet."""
 
-    def charge(self, weight: int, now: int) -> None:
-        self.level -= self.policy.price(weight)
+    def charge(self, price: int, now: int) -> None:
+        self.level -= price
         self.spare = self.level
         self.stored = self.level, now
 
@@ -7374,6 +7428,9 @@ class _Line(NamedTuple):
     """Whether rows are parked in queues that are not live."""
 
 
+_NOBODY = _Line([], None, has_more=False, has_dead=False)
+
+
 class _Admission:
     """Which rows the limits let in, within one transaction. The executing rows are the semaphore.
 
@@ -7388,6 +7445,12 @@ class _Admission:
     LOT = 1000
     """So many rows that nobody takes leave a line at once."""
     LOOK_AGAIN_MS = 1000
+    FEW_KEYS = 3
+    """After counting the rows of so many keys one by one, all that execute are counted at once."""
+    MANY_ROWS = 128
+    """Unless they are so many."""
+    MANY_LINES = 16
+    """So many lines are known by one look, where there are no more."""
 
     def __init__(self, transaction: _Transaction, limits: Mapping[str, int]) -> None:
         self._transaction = transaction
@@ -7400,23 +7463,31 @@ class _Admission:
         """Buckets that were charged, or whose line has changed."""
         self._key_heads: dict[str, list[_Waiting]] = {}
         self._lines: dict[str, _Line] = {}
+        self._closed: list[str] | None = None
+        """The live queues in which this engine has no room now."""
         self._refused: dict[str, tuple[int, int, int]] = {}
         """The first row that each bucket has refused in this claim, and that is not parked yet."""
+        self._policies: dict[str, _Policy] = {}
+        self._parked: set[str] | None = None
+        """What rows are parked on, or were in this transaction: all, or the first of many."""
+        self._executing: dict[str, int] | None = None
+        """How many rows of each key execute, where they were counted at once; empty if they are too many for that."""
 
-    def refusal(self, row: _Row) -> str | None:
+    def refusal(self, row: _Row, order: tuple[int, int, int]) -> str | None:
         """Charge a row's key and bucket and return None; or charge neither and return what it has to wait for."""
         key, rate = row.concurrency_key, row.rate_limit
-        bucket = None if rate is None else self.bucket(rate)
+        bucket = None if rate is None else self._buckets.get(rate) or self.bucket(rate)
         if bucket is not None and bucket.let_out:
             bucket.meet(row.id)
-        if key is not None and (self.slots(key) <= 0 or self._is_behind(key, row)):
+        if key is not None and (self.slots(key) <= 0 or self._is_behind(key, row.queue, order)):
             return f"key:{key}"
         if bucket is not None and rate is not None:
             self._touched.add(rate)
-            if not self._is_first(rate, bucket, row):
-                self._refused.setdefault(rate, _order(row))
+            price = bucket.policy.price(row.weight)
+            if not self._is_first(rate, bucket, order, price):
+                self._refused.setdefault(rate, order)
                 return f"rate:{rate}"
-            bucket.charge(row.weight, self._now)
+            bucket.charge(price, self._now)
         if key is not None:
             self._slots[key] -= 1
         return None
@@ -7426,47 +7497,74 @@ class _Admission:
     def slots(self, key: str) -> int:
         """How many more rows of that key may execute."""
         if key not in self._slots:
-            self._slots[key] = self._limits.get(_limit_name(key), 1) - self._store.executing(key)
+            self._slots[key] = self._limits.get(_limit_name(key), 1) - self._count_executing(key)
         return self._slots[key]
+
+    def _count_executing(self, key: str) -> int:
+        if self._executing is None and len(self._slots) >= self.FEW_KEYS:
+            counts = self._store.executing_by_key(self.MANY_ROWS)
+            self._executing = counts if sum(counts.values()) < self.MANY_ROWS else {}
+        return self._executing.get(key, 0) if self._executing else self._store.executing(key)
 
     def forget(self, key: str) -> None:
         """Count a key's rows anew: one has left."""
         self._slots.pop(key, None)
+        self._executing = None
 
-    def _is_behind(self, key: str, row: _Row) -> bool:
-        """Whether somebody who could go is in the key's line before the row: it must not overtake."""
+    def _is_behind(self, key: str, queue: str, order: tuple[int, int, int]) -> bool:
+        """Whether somebody who could go is in the key's line before a row: it must not overtake."""
+        parked_on = f"key:{key}"
+        if not self.has_line(parked_on):
+            return False
         if key not in self._key_heads:
-            self._key_heads[key] = self._store.line_heads(f"key:{key}")
-        before = (head.queue for head in self._key_heads[key] if head.order < _order(row))
-        return any(queue == row.queue or self._transaction.room(queue) > 0 for queue in before)
+            self._key_heads[key] = self._store.line_heads(parked_on)
+        before = (head.queue for head in self._key_heads[key] if head.order < order)
+        return any(other == queue or self._transaction.room(other) > 0 for other in before)
+
+    # Lines
+
+    def has_line(self, parked_on: str) -> bool:
+        """Whether rows may be parked on something: one look tells it of all, where there are few such lines."""
+        if self._parked is None:
+            self._parked = self._store.lines(self.MANY_LINES)
+        is_known = parked_on in self._parked or len(self._parked) < self.MANY_LINES
+        return parked_on in self._parked if is_known else self._store.line_queue(parked_on, "") is not None
+
+    def note_parked(self, parked_on: Iterable[str]) -> None:
+        """Rows are about to be parked on these."""
+        if self._parked is not None:
+            self._parked.update(parked_on)
 
     # Buckets
 
     def bucket(self, rate: str) -> _Bucket:
         """Return a bucket as it is now. One that is not in the file is full."""
         if rate not in self._buckets:
-            policy = self._store.policy(_limit_name(rate)) or _Policy(rate, _MAX_INTEGER, 1, _MAX_INTEGER)
+            name = _limit_name(rate)
+            policy = (
+                self._policies.get(name) or self._store.policy(name) or _Policy(rate, _MAX_INTEGER, 1, _MAX_INTEGER)
+            )
+            self._policies[name] = policy
             level, refilled_at = self._store.bucket(rate) or (policy.capacity, self._now)
             self._buckets[rate] = _Bucket(policy, level, refilled_at, self._now)
         return self._buckets[rate]
 
-    def _is_first(self, rate: str, bucket: _Bucket, row: _Row) -> bool:
+    def _is_first(self, rate: str, bucket: _Bucket, order: tuple[int, int, int], price: int) -> bool:
         """Whether the bucket affords a row, and nobody is in its line before it."""
-        line, order = self._lines.get(rate) or self._line(rate), _order(row)
-        if bucket.level < bucket.policy.price(row.weight) or self._refused.get(rate, order) < order:
+        if bucket.level < price or (rate in self._refused and self._refused[rate] < order):
             return False
+        line = self._lines.get(rate) or self._line(rate)
         if not line.heads and line.absent is None and not bucket.let_out:
             return True
-        is_behind = any(head.order < order for head in line.heads)
-        return not is_behind and self._earliest(rate, order, row.weight) <= self._now
+        is_behind = line.heads and min(line.heads).order < order
+        return not is_behind and self._earliest(rate, order, price) <= self._now
 
-    def _earliest(self, rate: str, order: tuple[int, int, int], weight: int, ahead: int = 0) -> int:
-        """First instant at which the bucket affords a row behind those that take so many units, if none take more."""
+    def _earliest(self, rate: str, order: tuple[int, int, int], units: int) -> int:
+        """First instant at which the bucket affords a row that, with those ahead of it, takes so many units."""
         bucket, absent = self.bucket(rate), self._line(rate).absent
         policy = bucket.policy
         passed = min([*bucket.let_out[:1], *([absent] if absent is not None else [])], default=None)
         reserve = policy.price(passed.weight) if passed is not None and passed.order < order else 0
-        units = ahead + policy.price(weight)
         return max(
             policy.instant_of(units, bucket.level, self._now),
             policy.instant_of(reserve + units, bucket.spare, self._now),
@@ -7474,34 +7572,41 @@ class _Admission:
 
     def _line(self, rate: str) -> _Line:
         if rate not in self._lines:
-            parked = self._store.line_heads(f"rate:{rate}")
-            live = {row.queue: row for row in parked if self._transaction.is_live(row.queue)}
-            heads, absent = live.copy(), []
-            for queue in self._transaction.closed_queues():
-                first = self._store.first_at_bucket(rate, queue, self._now)
-                if first is not None and not self._transaction.is_lost(first) and first < live.get(queue, _BEYOND):
-                    absent.append(first)
-                    heads.pop(queue, None)
-            has_more, has_dead = len(heads) < len(live), len(live) < len(parked)
-            self._lines[rate] = _Line(list(heads.values()), min(absent, default=None), has_more, has_dead)
+            parked_on = f"rate:{rate}"
+            parked = self._store.line_heads(parked_on) if self.has_line(parked_on) else []
+            if self._closed is None:
+                self._closed = self._transaction.closed_queues()
+            self._lines[rate] = self._form_line(rate, parked, self._closed) if parked or self._closed else _NOBODY
         return self._lines[rate]
+
+    def _form_line(self, rate: str, parked: Sequence[_Waiting], closed: Iterable[str]) -> _Line:
+        live = {row.queue: row for row in parked if self._transaction.is_live(row.queue)}
+        heads, absent = live.copy(), []
+        for queue in closed:
+            first = self._store.first_at_bucket(rate, queue, self._now)
+            if first is not None and not self._transaction.is_lost(first) and first < live.get(queue, _BEYOND):
+                absent.append(first)
+                heads.pop(queue, None)
+        has_more, has_dead = len(heads) < len(live), len(live) < len(parked)
+        return _Line(list(heads.values()), min(absent, default=None), has_more, has_dead)
 
     def release_line(self, rate: str) -> None:
         """Let out of a bucket's line what its tokens afford and there is room for, and what nobody takes."""
         parked_on, bucket = f"rate:{rate}", self.bucket(rate)
         self._touched.add(rate)
         self._lines.pop(rate, None)
+        line = self._line(rate)
         counts: collections.Counter[str] = collections.Counter()
         let_out: list[_Waiting] = []
-        ahead = 0
-        for row in heapq.merge(*(self._next_of(parked_on, head.queue) for head in self._line(rate).heads)):
+        units = 0
+        for row in heapq.merge(*(self._next_of(parked_on, head.queue) for head in line.heads)):
             if not self._transaction.is_lost(row):
-                if self._earliest(rate, row.order, row.weight, ahead) > self._now:
+                units += bucket.policy.price(row.weight)
+                if self._earliest(rate, row.order, units) > self._now:
                     break
-                ahead += bucket.policy.price(row.weight)
                 let_out.append(row)
             counts[row.queue] += 1
-        for queue in self._store.line_queues(parked_on):
+        for queue in self._store.line_queues(parked_on) if line.has_dead else counts:
             count = counts[queue] if self._transaction.is_live(queue) else self.LOT
             if count:
                 self._store.unpark(parked_on, queue, count)
@@ -7519,36 +7624,40 @@ class _Admission:
 
     def save(self) -> int | None:
         """Write what has become of the buckets; return when the first of them is ready for its line."""
+        if not self._touched:
+            return None
         self.forget_lines()
-        earliest = None
-        for rate in self._touched:
-            bucket, ready_at = self.bucket(rate), self._ready_at(rate)
-            self._store.save_bucket(bucket.policy, rate, *bucket.stored, ready_at)
-            earliest = min(filter(None, (earliest, ready_at)), default=None)
+        touched = [(rate, self.bucket(rate), self._ready_at(rate)) for rate in self._touched]
+        self._store.save_buckets((bucket.policy, rate, *bucket.stored, ready_at) for rate, bucket, ready_at in touched)
         self._touched.clear()
-        return earliest
+        return min((ready_at for *_, ready_at in touched if ready_at is not None), default=None)
 
     def _ready_at(self, rate: str) -> int | None:
         """When the first in the bucket's line can go; at once if there is something to clear away.
 
         Rows behind an absent one are let out when that is claimed, unless its engine does not know its class.
         """
+        if not self.has_line(f"rate:{rate}"):
+            return None
         line = self._line(rate)
         look_again_at = self._now + self.LOOK_AGAIN_MS if line.has_more else None
         if not line.heads:
             return self._now if line.has_dead else look_again_at
         first = min(line.heads)
-        ready_at = self._now if self._transaction.is_lost(first) else self._earliest(rate, first.order, first.weight)
+        price = self.bucket(rate).policy.price(first.weight)
+        ready_at = self._now if self._transaction.is_lost(first) else self._earliest(rate, first.order, price)
         return ready_at if look_again_at is None else min(ready_at, look_again_at)
 
     # What is known of the file
 
     def forget_closed(self) -> None:
         """A queue has been filled: what it has to give way to has changed."""
+        self._closed = None
         self._lines.clear()
 
     def forget_lines(self) -> None:
         """Rows have been parked or let out."""
+        self._closed = None
         self._key_heads.clear()
         self._lines.clear()
         self._refused.clear()
@@ -7557,6 +7666,7 @@ class _Admission:
         """Read all anew: statements were undone. Whatever was charged and not undone has been saved."""
         self._slots.clear()
         self._buckets.clear()
+        self._parked = self._executing = None
         self.forget_lines()
 
 
@@ -7594,7 +7704,7 @@ class _Lines:
         serves it: a row that nobody claims must not keep the slot.
         """
         parked_on = f"key:{key}"
-        queues = self._store.line_queues(parked_on)
+        queues = self._store.line_queues(parked_on) if self._admission.has_line(parked_on) else []
         if not queues:
             return
         count = max(1, self._admission.slots(key))
@@ -7637,8 +7747,8 @@ class _Lines:
 
     def _offer_again(self, key: str) -> bool:
         """Let the next rows of a key's line go, in queues that this engine serves; False if there are none."""
-        line, free = f"key:{key}", self._admission.slots(key)
-        count = 0
+        line, count = f"key:{key}", 0
+        free = self._admission.slots(key) if self._admission.has_line(line) else 0
         for queue in self._store.line_queues(line) if free > 0 else ():
             is_refused = any((key, queue) == refused[:2] for refused in self._rate_refused)
             if self._transaction.room(queue) > 0 and not is_refused:
@@ -7750,8 +7860,6 @@ class _Inboxes:
 
     def empty(self, claim: _Claim, kept_by: int | None) -> None:
         """Drop what an instance that is done has in its inbox, and tell of what its last step was not shown."""
-        if not self.may_hold_any():
-            return
         row, seen = claim.row, {signal.id for signal in claim.seen}
         for signal, name in self._store.empty_inbox(row.id, kept_by):
             if signal not in seen:
@@ -7782,7 +7890,8 @@ class _History:
 
     def record_all(self, commits: Iterable[_Commit], first_child: int | None = None) -> None:
         """Enter the runs that these outcomes end."""
-        kept = [commit for commit in commits if commit.is_kept] if self._is_kept else None
+        kept = [one for one in commits if one.kind != "done" or not one.claim.spec.is_job] if self._is_kept else None
+        kept = kept and [commit for commit in kept if commit.is_kept]
         if kept:
             self._store.record([_entry(commit, self._worker_id, first_child) for commit in kept])
 
@@ -7893,7 +8002,7 @@ class _Inline:
             weight=change.weight,
             eligible_at=self._transaction.now,
         )
-        if self._admission.refusal(asking) is not None:
+        if self._admission.refusal(asking, _order(asking)) is not None:
             self._admission.forget_lines()
             return False
         self._admission.save()
@@ -8050,7 +8159,10 @@ class _Settlement:
         claim, row = commit.claim, commit.claim.row
         if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
             self._transaction.freed_keys.add(row.concurrency_key)
-        self._end(commit)
+        self._report.left.append(claim)
+        self._report.kinds.append(commit.kind)
+        if self._wants_steps:
+            self._tell_step(commit)
         following = _Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, self._inboxes.of(row.id))
         following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
         self._report.claims.append(following)
@@ -8060,21 +8172,21 @@ class _Settlement:
     def _let_go(self, commit: _Commit, change: _Change) -> None:
         """Note what a row that has left `executing` sets free, and who waits for it."""
         claim, row = commit.claim, commit.claim.row
-        self._end(commit)
+        self._report.left.append(claim)
+        self._report.kinds.append(commit.kind)
+        if self._wants_steps:
+            self._tell_step(commit)
         if isinstance(change, _Again):
             if reported := claim.desk.progress.get((row.id, row.claim)):
                 self._store.show_last_progress(row, _json(reported))
-        elif change.status == Status.DONE:
+        elif change.status == Status.DONE and self._inboxes.may_hold_any():
             self._inboxes.empty(claim, self._history.kept_by(claim))
         self._transaction.departed(row, change)
 
-    def _end(self, commit: _Commit) -> None:
-        self._report.left.append(commit.claim)
-        self._report.kinds.append(commit.kind)
-        if self._wants_steps:
-            row = commit.claim.row
-            metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "kind": commit.kind}
-            self._report.tell("step.stop", {"duration": commit.duration}, metadata)
+    def _tell_step(self, commit: _Commit) -> None:
+        row = commit.claim.row
+        metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "kind": commit.kind}
+        self._report.tell("step.stop", {"duration": commit.duration}, metadata)
 
     def _lose(self, commit: _Commit) -> None:
         """An outcome that nothing was written of: the instance was cancelled, or the claim is no longer ours."""
@@ -8512,8 +8624,8 @@ class _Picker:
             self._advance(pick, met)
         count = parked = 0
         while met and count < at_most and parked < self.PARKED_AT_ONCE:
-            _, pick, row, found = heapq.heappop(met)
-            is_taken = self._take_or_park(pick, row, found)
+            one = heapq.heappop(met)
+            pick, is_taken = one[1], self._take_or_park(*one)
             count, parked = count + is_taken, parked + (not is_taken)
             self._advance(pick, met)
         self._report.is_unfinished |= parked >= self.PARKED_AT_ONCE
@@ -8527,7 +8639,7 @@ class _Picker:
 
     def _go_through(self, pick: _Pick, *, takes_any: bool) -> Iterator[tuple[_Row, _Found]]:
         """Go through what is due in a queue and can run here: take what has no limits, yield what is to be met."""
-        known, taken, slots = self._known, pick.taken, pick.slots
+        known, taken, slots, desk = self._known, pick.taken, pick.slots, self._setup.desk
         priority = -_MAX_INTEGER - 1
         while (head := self._store.next_priority(pick.queue, priority)) is not None:
             priority, eligible_at = head
@@ -8544,7 +8656,8 @@ class _Picker:
                     if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
                         yield row, found
                     else:
-                        taken.append(self._claim_of(row, found))
+                        inbox = self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS
+                        taken.append(_Claim(row, *found, desk, inbox))
                     if len(taken) >= slots:
                         return
             finally:  # or the traceback of an interrupt would keep it, and with it an old view of the file
@@ -8560,18 +8673,16 @@ class _Picker:
             self._write(pick)
             self._admission.forget_closed()
 
-    def _take_or_park(self, pick: _Pick, row: _Row, found: _Found) -> bool:
+    def _take_or_park(self, order: tuple[int, int, int], pick: _Pick, row: _Row, found: _Found) -> bool:
         """Take a row if its limits admit it; else it waits for the one that does not."""
-        refusal = self._admission.refusal(row)
+        refusal = self._admission.refusal(row, order)
         if refusal is None:
-            pick.taken.append(self._claim_of(row, found))
+            inbox = self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS
+            pick.taken.append(_Claim(row, *found, self._setup.desk, inbox))
             return True
         pick.parked.append((refusal, row.id))
         self._lines.note_refused(row, refusal)
         return False
-
-    def _claim_of(self, row: _Row, found: _Found) -> _Claim:
-        return _Claim(row, *found, self._setup.desk, self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS)
 
     def _write(self, pick: _Pick) -> None:
         """Write what was found in a queue, once; from then on it is not gone through."""
@@ -8581,6 +8692,7 @@ class _Picker:
         pick.rows = iter(())  # a statement that reads must not outlast the transaction
         if pick.parked:
             self._store.park_many(pick.parked)
+            self._admission.note_parked(parked_on for parked_on, _ in pick.parked)
         if pick.taken:
             self._store.claim_many(self._setup.worker_id, pick.taken, self._transaction.now)
             self._report.claims.extend(pick.taken)

@@ -20697,7 +20697,7 @@ PLANTED_FAULTS: dict[str, Planting] = {
     "nobody is let out of the line of a key": replaced(durable._Lines, "_unpark_key", nothing),
     "nobody is let out of the line of a bucket": replaced(durable._Admission, "release_line", nothing),
     "whoever finds tokens takes them": replaced(
-        durable._Admission, "_is_first", lambda _, rate, bucket, row: bucket.level >= bucket.policy.price(row.weight)
+        durable._Admission, "_is_first", lambda _, rate, bucket, order, price: bucket.level >= price
     ),
     "the urgent wait for their turn at limits": replaced(durable, "_order", lambda row: (0, row.eligible_at, row.id)),
     "rows of paused queues are waited for": replaced(durable._Transaction, "is_paused", nothing),
