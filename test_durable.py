@@ -21036,6 +21036,16 @@ def place(engine: Engine, order: int) -> durable.Status:
 def shop() -> bool:
     with Engine("shop.db", queues={"default": 10, "checkout": 5}) as engine:
         return place(engine, 42) in durable.LIVE
+
+
+async def serve(order: int) -> int:
+    async with Engine("shop.db") as engine:
+        identifier: int = await engine.insert_nowait(Checkout, state={"order": order})
+        await engine.signal_nowait(identifier, "payment_confirmed", dedup_key="evt-7")
+        future = engine.result_nowait(identifier)
+        future.add_done_callback(lambda done: print(done.result()))
+        print(await future)
+        return identifier
 """
 
 # One that uses every public name, and most methods and options.
@@ -21325,6 +21335,8 @@ def wrong(engine: Engine, ctx: durable.Context["Checkout.State"]) -> None:
     early.args(url=5)  # wrong: type of an argument of one without a Context
     step(max_attempts="3")  # wrong: type of a step's option
     durable.Finished()  # wrong: no such name
+    number: str = engine.insert_nowait(Checkout).result()  # wrong: type of a future's result
+    print(number)
 """
 
 
