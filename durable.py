@@ -7974,7 +7974,7 @@ class _Inline:
 
         Looked for only then, and again only after as long: most runs never pay for it.
         """
-        claim, instant = commit.claim, time.perf_counter()
+        claim, instant = commit.claim, _Ticks.perf_counter()
         since = claim.started_at if claim.inline_since is None else claim.inline_since
         if instant - since < self._transaction.given.inline_s:
             return False
