@@ -12023,6 +12023,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         * `children`: rows to insert for whom it waits
         * `is_inline`: whether the next step goes on under the claim, then the next number of it
         * `is_asking`: whether that one has limits that are not held yet
+        * `interrupt`: the SystemExit or the like out of the step, of which this is the crash
         """
 
         claim: _Claim
@@ -12033,6 +12034,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         children: tuple[_NewRow, ...]
         is_inline: bool
         is_asking: bool
+        interrupt: BaseException | None
         _commit: _Commit = attrs.field(repr=False)
 
         @property
@@ -12199,7 +12201,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                     return None
                 return self._outcome(verdict if isinstance(verdict, _Commit) else _recover(claim, verdict))
             except BaseException as error:  # noqa: BLE001 - SystemExit and the like out of a step: a crash of it
-                return self._outcome(_crash(claim, error))
+                return self._outcome(_crash(claim, error), None if isinstance(error, Exception) else error)
 
         async def _run_async(self, claim: _Claim) -> _Commit | BaseException:
             import asyncio
@@ -12221,7 +12223,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             row = claim.row
             self._host.show_progress(row, _json(self._desk.progress.pop((row.id, row.claim))))
 
-        def _outcome(self, commit: _Commit) -> tools.Outcome:
+        def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
             effects = tuple(one.row if isinstance(one, _Follower) else one for one in commit.effects)
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
@@ -12236,6 +12238,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 commit.children,
                 commit.is_inline,
                 is_asking,
+                interrupt,
                 commit,
             )
 

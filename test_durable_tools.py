@@ -17,6 +17,7 @@ In this order:
 * What the page does
 * Who may ask for the page
 * The page in a browser
+* Several machines
 
 What the tests of durable have for all tests, these use too.
 """
@@ -27,8 +28,10 @@ import ast
 import asyncio
 import functools
 import hashlib
+import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -41,6 +44,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -55,17 +59,20 @@ from wsgiref.util import setup_testing_defaults
 
 import apsw
 import attrs
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import durable
 import durable_tools
+import test_durable
 from durable import (
     FSM,
     Await,
     Cancel,
     Done,
+    DuplicateError,
     DurableError,
     Engine,
     Insert,
@@ -80,6 +87,8 @@ from durable import (
     tools,
 )
 from durable_tools import cli, page, screen
+from durable_tools import dbos as machines
+from durable_tools.dbos import DBOSEngine
 from test_durable import (
     BLOCKS,
     ENDS_OF_THE_CALENDAR,
@@ -3039,3 +3048,446 @@ def test_a_file_that_goes_away_is_told_on_the_page(shop: Path, screened: Show, t
     (tmp_path / "away.db").rename(shop)
     one.page.wait_for_selector("main [role=alert]", state="detached")
     one.trouble.clear()  # the browser's own words for the answers in between
+
+
+# ---- Several machines ----------------------------------------------------------------------------
+
+# Against a real PostgreSQL, which these tests start where one is installed and DURABLE_TEST_POSTGRES is set: in the
+# larger run .ci/test.py sees to both.
+
+_POSTGRES = "DURABLE_TEST_POSTGRES"
+
+
+class Server:
+    """A PostgreSQL server of the tests' own, as an unprivileged user, without the syncs that a power cut would need."""
+
+    def __init__(self, programs: Path) -> None:
+        self._programs = programs
+        self._user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self.folder = Path(tempfile.mkdtemp(prefix="durable-postgres-"))
+        if self._user:
+            shutil.chown(self.folder, "postgres")
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._count = itertools.count(1)
+
+    def start(self) -> None:
+        """Make the server and start it."""
+        self._run("initdb", "-D", self.folder / "data", "-A", "trust", "-U", "postgres", "--no-sync")
+        with (self.folder / "data" / "pg_hba.conf").open("a") as access:
+            access.write("host all all 10.0.0.0/8 trust\n")
+        self._start()
+        self.execute("postgres", "CREATE DATABASE template_durable")
+        DBOSEngine(self.url("template_durable"), queues={}).stop()
+
+    def restart(self) -> None:
+        """Stop it at once, as a crash would, and start it again."""
+        self._run("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "stop")
+        self._start()
+
+    def close(self) -> None:
+        """Stop it and leave nothing behind."""
+        self._run("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "stop")
+        shutil.rmtree(self.folder)
+
+    def database(self) -> str:
+        """The URL of a new database that has the tables."""
+        name = f"test_{next(self._count)}"
+        self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE template_durable")
+        return self.url(name)
+
+    def url(self, name: str, host: str = "127.0.0.1") -> str:
+        """The URL of a database."""
+        return f"postgresql://postgres@{host}:{self.port}/{name}"
+
+    def execute(self, name: str, sql: str) -> list[tuple[Any, ...]]:
+        """Run a statement in a database."""
+        with psycopg.connect(self.url(name), autocommit=True) as connection:
+            cursor = connection.execute(cast(Any, sql))
+            return cursor.fetchall() if cursor.description else []
+
+    def _start(self) -> None:
+        settings = {
+            "port": self.port,
+            "listen_addresses": "*",
+            "unix_socket_directories": self.folder,
+            "fsync": "off",
+            "full_page_writes": "off",
+            "max_connections": 200,
+        }
+        options = " ".join(f"-c {name}={value!s}" for name, value in settings.items())
+        self._run("pg_ctl", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options, "-w", "start")
+
+    def _run(self, program: str, *arguments: object) -> None:
+        subprocess.run(
+            [*self._user, str(self._programs / program), *map(str, arguments)],
+            check=True,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+        )
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A PostgreSQL server, started for these tests."""
+    if not os.environ.get(_POSTGRES):
+        pytest.skip(f"needs a PostgreSQL of its own: set {_POSTGRES}=1 where one is installed, as the larger run does")
+    installed = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *map(Path, filter(None, [shutil.which("initdb")]))]
+    assert installed, f"{_POSTGRES} is set, and no PostgreSQL is installed here"
+    server = Server(installed[0].parent)
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    """A new database."""
+    return server.database()
+
+
+def name_of(url: str) -> str:
+    """The name of a URL's database."""
+    return url.rpartition("/")[2]
+
+
+@pytest.fixture
+def make_engine(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DBOSEngine]]:
+    """A factory of engines on the test's database, for tests of the engine on a file; `clock` is their Core's."""
+    url, engines = server.database(), list[DBOSEngine]()
+
+    def make(**options: Any) -> DBOSEngine:
+        clock = options.pop("clock", None)
+        for name in ("synchronous", "prefetch"):
+            options.pop(name, None)
+        if clock is not None:
+            monkeypatch.setattr(machines._Core, "clock", lambda _: clock())
+        engines.append(DBOSEngine(url, **options))
+        return engines[-1]
+
+    yield make
+    for engine in reversed(engines):
+        engine.stop()
+
+
+def on_postgres(test: Any) -> Any:
+    """The same test, against a PostgreSQL server: `make_engine` here is that of this module."""
+    copied = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
+    copied.__dict__.update(test.__dict__)
+    copied.__doc__, copied.__annotations__, copied.__module__ = test.__doc__, test.__annotations__, __name__
+    cast(Any, copied).pytestmark = [*getattr(test, "pytestmark", ()), pytest.mark.postgres.mark]
+    return copied
+
+
+SAME: list[str] = []
+"""Tests of the engine on a file that hold on PostgreSQL word by word."""
+
+for _name in SAME:
+    globals()[f"{_name}_on_postgres"] = on_postgres(getattr(test_durable, _name))
+
+
+WORKERS = """
+import sys, time
+import durable
+from durable import FSM, Done, Insert, ScheduleChildren, step
+from durable_tools.dbos import DBOSEngine
+
+@durable.job(name="trial.work")
+def work(n: int, ctx, seconds: float = 0.02):
+    time.sleep(seconds)
+    ctx.execute("INSERT INTO effects (job, attempt) VALUES (?, ?)", (n, ctx.attempt))
+
+class Tree(FSM, name="trial.Tree"):
+    @step
+    def start(self, ctx):
+        n = ctx.state["n"]
+        return ScheduleChildren([Insert(work, args={"n": 100 * n + child}) for child in range(20)], then="join")
+
+    @step
+    def join(self, ctx):
+        ctx.execute("INSERT INTO effects (job, attempt) VALUES (?, ?)", (100_000 + ctx.state["n"], ctx.attempt))
+        return Done(sum(child.status == "done" for child in ctx.children))
+"""
+WORKER = f"""
+{WORKERS}
+if __name__ == "__main__":
+    with DBOSEngine(sys.argv[1], queues={{"default": 10}}, lease_ttl=float(sys.argv[2]), heartbeat_interval=0.5):
+        print("ready", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start engines in processes of their own, ready when they are returned; killed at the end."""
+    script = tmp_path / "trial_worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(url: str, lease: float = 60, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*before, sys.executable, str(script), url, str(lease)],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in processes:
+        with process:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+@pytest.fixture
+def trial(url: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DBOSEngine]:
+    """A client of a new database that has a table for what jobs do, and knows their classes."""
+    (tmp_path / "trial_classes.py").write_text(WORKERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("trial_classes")
+    server.execute(
+        name_of(url), "CREATE TABLE effects (job bigint PRIMARY KEY, attempt bigint, at timestamptz DEFAULT now())"
+    )
+    engine = DBOSEngine(url, queues={})
+    yield engine
+    engine.stop()
+    sys.modules.pop("trial_classes")
+
+
+def insert_jobs(engine: DBOSEngine, count: int, **args: Any) -> list[int]:
+    """Insert so many jobs, numbered."""
+    ids = engine.insert_all([Insert("trial.work", args={"n": n, **args}) for n in range(count)])
+    return [one for one in ids if one is not None]
+
+
+def effects(server: Server, url: str) -> list[int]:
+    """The jobs whose effects are in the database, each once: its number is a primary key."""
+    return [job for (job,) in server.execute(name_of(url), "SELECT job FROM effects ORDER BY job")]
+
+
+def crashes(server: Server, url: str) -> list[float]:
+    """When steps were found crashed, in seconds since the epoch."""
+    sql = "SELECT started_at FROM durable.transitions WHERE kind = 'crash'"
+    return [at / 1000 for (at,) in server.execute(name_of(url), sql)]
+
+
+@contextmanager
+def closing_engine(engine: DBOSEngine) -> Iterator[DBOSEngine]:
+    """An engine that is not started, and is stopped at the end."""
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.mark.postgres
+def test_the_first_program_runs_on_postgres(url: str) -> None:
+    """The README's first machine, unchanged: a signal, a result, a key that is free again."""
+
+    class Checkout(FSM, name="machines.Checkout", queue="checkout"):
+        @attrs.frozen
+        class State:
+            order: int
+            paid: float = 0.0
+
+        @step
+        def start(self, ctx: Ctx) -> Await:
+            return Await("payment_confirmed", then="ship", timeout=3600)
+
+        @step
+        def ship(self, ctx: Ctx) -> Any:
+            if not ctx.awaited:
+                return Stop("payment never came")
+            return Done({"order": ctx.state.order, "paid": ctx.awaited[0].payload["amount"]})
+
+    with DBOSEngine(url, queues={"default": 10, "checkout": 5}) as engine:
+        engine.insert(Checkout, state={"order": 42}, correlation_key="order:42")
+        engine.signal("order:42", "payment_confirmed", {"amount": 100}, dedup_key="evt-7")
+        assert engine.result("order:42", timeout=PATIENCE) == {"order": 42, "paid": 100}
+        assert [one.kind for one in engine.history("order:42")] == ["await", "done"]
+        assert [(one.name, one.queues) for one in engine.workers()] == [("durable", {"default": 10, "checkout": 5})]
+        with closing_engine(DBOSEngine(url)) as second, pytest.raises(DurableError, match="one per process"):
+            second.start()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("_round", range(2))
+def test_of_two_processes_one_is_killed_and_nothing_is_lost_or_doubled(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]], _round: int
+) -> None:
+    """500 jobs: what was killed is handed on within 2 s, at most its width runs again, no effect is there twice."""
+    first, _ = fleet(url), fleet(url)
+    insert_jobs(trial, 500)
+    eventually(lambda: len(effects(server, url)) >= 100)
+    first.kill()
+    killed_at = time.time()
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert effects(server, url) == list(range(500))
+    assert trial.counts() == {"default": {"done": 500}}
+    again = server.execute(name_of(url), "SELECT count(*) FROM effects WHERE attempt > 0")[0][0]
+    assert again <= 10
+    assert all(at - killed_at < 2 for at in crashes(server, url))
+    assert trial.check() == []
+
+
+@pytest.mark.postgres
+def test_a_process_that_froze_is_taken_for_dead_and_comes_back(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Its steps run elsewhere when its lease is over; thawed, what it still comes to is dropped, and it goes on."""
+    frozen, _ = fleet(url, 2), fleet(url, 2)
+    insert_jobs(trial, 200, seconds=0.05)
+    eventually(lambda: len(effects(server, url)) >= 50)
+    frozen.send_signal(signal.SIGSTOP)
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert effects(server, url) == list(range(200))
+    assert len(trial.workers()) == 1
+    frozen.send_signal(signal.SIGCONT)
+    eventually(lambda: len(trial.workers()) == 2)
+    more = trial.insert_all([Insert("trial.work", args={"n": 1000 + n}) for n in range(100)])
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert effects(server, url) == [*range(200), *range(1000, 1100)]
+    by = {trial.history(one)[-1].worker for one in more if one is not None and trial.history(one)}
+    assert len(by) <= 2
+    assert trial.check() == []
+
+
+@pytest.mark.postgres
+def test_a_server_that_restarts_loses_nothing(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Stopped at once and started again under load: every job is done, its effect is there once."""
+    fleet(url), fleet(url)
+    insert_jobs(trial, 300)
+    eventually(lambda: len(effects(server, url)) >= 60)
+    server.restart()
+    eventually(lambda: len(effects(server, url)) == 300)
+    eventually(lambda: trial.counts() == {"default": {"done": 300}})
+    assert trial.check() == []
+
+
+@pytest.mark.postgres
+def test_trees_join_though_their_processes_are_killed(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """20 trees of 20 children, three kills: each parent joins once, with all of its children."""
+    running = [fleet(url), fleet(url)]
+    parents = [trial.insert("trial.Tree", state={"n": n}) for n in range(20)]
+    for kill in range(3):
+        eventually(lambda: len(effects(server, url)) >= 80 * (kill + 1))  # noqa: B023 - called at once
+        running.pop(0).kill()
+        running.append(fleet(url))
+    assert [trial.result(parent, PATIENCE) for parent in parents] == [20] * 20
+    assert effects(server, url) == sorted(
+        [*(100 * n + child for n in range(20) for child in range(20)), *(100_000 + n for n in range(20))]
+    )
+    assert trial.check() == []
+
+
+def program_of(tmp_path: Path, file: Path) -> str:
+    """A program that runs the jobs of a file, which note in it what they did."""
+    (tmp_path / "trial_file.py").write_text(WORKERS, encoding="utf-8")
+    return f"""
+        import sys, durable, trial_file
+        with durable.Engine({str(file)!r}, queues={{"default": 4}}):
+            print("ready", flush=True)
+            sys.stdin.read()
+    """
+
+
+@pytest.mark.postgres
+def test_a_file_is_moved_under_load(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Its engine is killed at work, the file moved: what was done is done, the rest is done there, nothing twice."""
+    file = tmp_path / "trial.db"
+    with client(file, rate_limits={"api": durable.RateLimit(1000, per=1)}) as engine:
+        with closing(engine.connect()) as connection:
+            connection.execute("CREATE TABLE effects (job INTEGER PRIMARY KEY, attempt INTEGER)")
+        engine.insert_all([Insert("trial.work", args={"n": n, "seconds": 0.1}, rate_limit="api") for n in range(200)])
+        order = engine.insert("trial.Tree", state={"n": 5}, correlation_key="tree", schedule_in=10)
+        engine.schedule("s", "trial.work", durable.Every(3600), args={"n": 9999})
+    with start_script(tmp_path, textwrap.dedent(program_of(tmp_path, file))) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with client(file) as engine:
+            eventually(lambda: engine.counts()["default"].get("done", 0) >= 50)
+            with pytest.raises(DurableError, match="stop them first"):
+                machines.move(file, url)
+            assert engine.counts()["default"].get("runnable", 0) > 0
+        fleet(url)
+        process.kill()
+    moved = machines.move(file, url)
+    assert (moved.limits, moved.schedules) == (1, 1)
+    assert machines.move(file, url) == (0, 0, 0, 0)
+    with client(file) as engine, closing(engine.connect()) as connection:
+        there = [job for (job,) in connection.execute("SELECT job FROM effects")]
+        engine.drain()
+        assert engine.counts()["default"].get("runnable", 0) > 0
+    assert trial.result("tree", PATIENCE) == 20
+    assert trial.get("tree").id == order
+    assert trial.wait_idle(timeout=PATIENCE)
+    tree = [*range(500, 520), 100_005]
+    assert sorted([*there, *effects(server, url)]) == [*range(200), *tree]
+    assert [schedule.name for schedule in trial.schedules()] == ["s"]
+    assert trial.check() == []
+
+
+class Listener(FSM, name="machines.Listener"):
+    """Waits for a signal."""
+
+    @step
+    def start(self, ctx: Ctx) -> Await:
+        return Await("go", then="end", timeout=3600)
+
+    @step
+    def end(self, ctx: Ctx) -> Done:
+        return Done([ctx.call("once", lambda: "anew"), [one.payload for one in ctx.inbox]])
+
+
+@pytest.mark.postgres
+def test_what_belongs_to_an_instance_is_moved_with_it(
+    server: Server, url: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inbox, keys with their scope, history, paused queues; by `durable move`, run again after it failed."""
+    file = tmp_path / "shop.db"
+    with client(file) as engine:
+        waiting = engine.insert(Listener, correlation_key="waits")
+        done = engine.insert(cli_add, args={"a": 1}, correlation_key="kept", correlation_scope=[*durable.LIVE, "done"])
+        engine.drain()
+        engine.signal("waits", "other", 1, dedup_key="d")
+        engine.insert(Listener, queue="quiet")
+        engine.pause("quiet")
+        engine.schedule("s", cli_add, durable.Every(3600), args={"a": 1})
+    with monkeypatch.context() as broken:
+        broken.setattr(machines._Move, "_copy_limits", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            machines.move(file, url)
+    said = command("move", file, url)
+    assert (said.status, said.out) == (0, "3 instances, 1 signals, 0 limits, 1 schedules\n")
+    with client(file) as engine:
+        engine.signal("waits", "go", 2)
+        assert engine.drain() == {}
+    assert command("move", file, url).out == "0 instances, 1 signals, 0 limits, 0 schedules\n"
+    with DBOSEngine(url, queues={"default": 5, "quiet": 1}) as fleet:
+        assert fleet.result("waits", PATIENCE) == ["anew", [1, 2]]
+        assert fleet.get("kept").id == done
+        with pytest.raises(DuplicateError):
+            fleet.insert(cli_add, args={"a": 1}, correlation_key="kept")
+        assert [one.kind for one in fleet.history(waiting)] == ["await", "done"]
+        assert fleet.find(queue="quiet")[0].status == "runnable"
+        [schedule] = fleet.schedules()
+        assert schedule.next_at is not None
+        fleet.resume("quiet")
+        assert fleet.wait(fleet.find(queue="quiet")[0].id, PATIENCE).status == "awaiting_signal"
+        assert fleet.insert(cli_add, args={"a": 1}) > done
+    with client(tmp_path / "other.db") as engine:
+        engine.insert(Listener)
+    said = command("move", tmp_path / "other.db", url)
+    assert (said.status, "instances of these ids already: 1" in said.err) == (1, True)

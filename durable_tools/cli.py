@@ -876,6 +876,21 @@ def _snapshot(engine: Engine, options: argparse.Namespace) -> None:
     engine.snapshot(options.copy)
 
 
+@_verb(
+    "durable move shop.db postgresql://localhost/shop",
+    _FILE,
+    _argument("url", metavar="URL", help="the database, postgresql://user@host/name"),
+)
+def _move(options: argparse.Namespace) -> None:
+    """Move what lives in the file to PostgreSQL; its queues stay paused. It can be run again after a failure."""
+    try:
+        dbos = importlib.import_module("durable_tools.dbos")
+    except ImportError as error:
+        raise DurableError(str(error)) from error
+    moved = dbos.move(options.file, options.url)
+    print(", ".join(f"{count} {name}" for name, count in moved._asdict().items()))
+
+
 # ---- watch: the live view
 
 

@@ -54,6 +54,7 @@ except ImportError as error:
 
 import attrs
 
+import durable
 from durable import (
     Cron,
     DuplicateError,
@@ -74,7 +75,7 @@ from durable import (
     tools,
 )
 
-__all__ = ["DBOSEngine"]
+__all__ = ["DBOSEngine", "Moved", "move"]
 
 _log = logging.getLogger("durable")
 
@@ -792,7 +793,7 @@ class _Transaction:
         found = self.first(_INSERT, tuple(new))
         if found is None:
             return None
-        self._enqueue(found[0], 1, new.queue, new.priority, new.eligible_at)
+        self.enqueue(found[0], 1, new.queue, new.priority, new.eligible_at)
         return cast(int, found[0])
 
     def insert_all(self, rows: Sequence[tools.NewRow]) -> list[int | None]:
@@ -815,7 +816,7 @@ class _Transaction:
         values = [value for row in rows for value in row]
         found = sorted(self.rows(_insert_many(len(rows)), tuple(values)))
         for (instance,), row in zip(found, rows, strict=True):
-            self._enqueue(instance, 1, row.queue, row.priority, row.eligible_at)
+            self.enqueue(instance, 1, row.queue, row.priority, row.eligible_at)
         return [instance for (instance,) in found]
 
     def signal(self, message: tools.Message) -> None:
@@ -845,14 +846,14 @@ class _Transaction:
     def wake(self, instance: int) -> None:
         """Make a row runnable now, with a new turn."""
         [woken] = self.rows(_WAKE, {"now": self.now, "id": instance})
-        self._enqueue(instance, *woken, self.now)
+        self.enqueue(instance, *woken, self.now)
 
     def give_turn(self, instance: int, at: int) -> None:
         """Give a row that is runnable, or awaits with a deadline, a new turn, at that instant."""
         [given] = self.rows(_GIVE_TURN, (instance,))
-        self._enqueue(instance, *given, at)
+        self.enqueue(instance, *given, at)
 
-    def _enqueue(self, *turn: Any) -> None:
+    def enqueue(self, *turn: Any) -> None:
         self._core.dispatcher.enqueue(self._connection, _Turn(*turn), self.now)
 
     # Claim
@@ -916,7 +917,7 @@ class _Transaction:
     def put_back(self, row: tools.Row, at: int, *, is_paid: bool = False) -> None:
         """Have a row's turn come later: for a process that knows its class, or when its bucket has tokens."""
         [(number,)] = self.rows(_PUT_BACK, (is_paid, at, row.id))
-        self._enqueue(row.id, number, row.queue, row.priority, at)
+        self.enqueue(row.id, number, row.queue, row.priority, at)
         if row.concurrency_key is not None:
             self.release(row.concurrency_key)
 
@@ -935,7 +936,7 @@ class _Transaction:
         self.rows(_LOCK_KEY, (key,))
         [(holders,)] = self.rows(_COUNT_HOLDERS, (key, 0))
         for one in self.rows(_UNPARK, (f"key:{key}", max(1, self._core.slots(key) - holders))):
-            self._enqueue(*one, self.now)
+            self.enqueue(*one, self.now)
 
     # Outcomes
 
@@ -998,7 +999,7 @@ class _Transaction:
         )
         [given] = self.rows(_settle(tuple(columns), takes_turn=at is not None), (*columns.values(), row.id))
         if at is not None:
-            self._enqueue(row.id, *given, at)
+            self.enqueue(row.id, *given, at)
 
     def _add(self, outcome: tools.Outcome) -> None:
         """Insert and send what the step has added to its commit."""
@@ -1158,7 +1159,7 @@ class _Transaction:
         self.refuse_taken_key(instance)
         [(status, deadline, *given)] = self.rows(_REVIVE, {"id": instance, "now": self.now})
         if status == Status.RUNNABLE or deadline is not None:
-            self._enqueue(instance, *given, self.now if deadline is None else deadline)
+            self.enqueue(instance, *given, self.now if deadline is None else deadline)
 
     def refuse_taken_key(self, instance: int) -> None:
         """Refuse to bring back an instance whose correlation key another occupies by now."""
@@ -1176,7 +1177,7 @@ class _Transaction:
     def resume(self, queue: str) -> None:
         self.rows(_RESUME, (queue,))
         for *held, eligible_at in self.rows(_RELEASE_HELD, (queue,)):
-            self._enqueue(*held, eligible_at)
+            self.enqueue(*held, eligible_at)
 
     def paused(self) -> set[str]:
         return {queue for (queue,) in self.rows(_PAUSED_QUEUES)}
@@ -1567,6 +1568,8 @@ class _Core:
                 tally.update(("steps", outcome.kind))
             may_go_on = tally is None and not self.is_stopping and time.perf_counter() - since < self.INLINE_S
             claim = self._commit(outcome, may_go_on=may_go_on)
+            if tally is not None and outcome.interrupt is not None:
+                raise outcome.interrupt
 
     def _claim(self, instance: int, number: int) -> tools.Claim | None:
         while not self.is_stopping:
@@ -1961,7 +1964,10 @@ class DBOSEngine:
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
         if core is not None and not core.is_closed and os.getpid() == core.pid:
-            warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
+            try:
+                warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
+            finally:  # also where warnings are errors
+                self.stop(0)
 
     # Insert and signal
 
@@ -2291,6 +2297,10 @@ class DBOSEngine:
         self._core.check_open()
         return self._core.connect()
 
+    def perform(self, call: Callable[[_Transaction], _T]) -> _T:
+        """Do one transaction of this module's own."""
+        return self._core.perform(call)
+
     def subscribe(self, *_: object) -> NoReturn:
         """Refuse it: what the other machines do, no callback here would hear of."""
         raise DurableError(
@@ -2367,3 +2377,213 @@ class _Results:
         for future in futures:
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
                 future.set_exception(value) if isinstance(value, Exception) else future.set_result(value)
+
+
+# ==================================================================================================
+# Move
+# ==================================================================================================
+
+_MOVED_COLUMNS = (
+    *("id", "fsm", "version", "step", "status", "state", "result", "last_error", "traceback", "attempt"),
+    *("max_attempts", "crashes", "max_crashes", "queue", "priority", "eligible_at", "claim", "concurrency_key"),
+    *("rate_limit", "weight", "awaits", "await_deadline", "joining", "parent_id", "correlation_key"),
+    *("correlation_scope", "inserted_at", "updated_at", "failed_from", "kept_deadline", "schedule", "scheduled_at"),
+    *("retention", "progress", "has_calls"),
+)
+# What lives; the children that have ended of those who live, for their `ctx.children`; and who holds a key for good.
+_FILE_INSTANCES = f"""
+SELECT {_columns(_MOVED_COLUMNS)} FROM durable_instances i
+WHERE status NOT IN ('done', 'failed') OR correlation_guard IS NOT NULL
+    OR parent_id IN (SELECT id FROM durable_instances WHERE status NOT IN ('done', 'failed'))
+ORDER BY id
+"""
+_FILE_CLAIMED = f"SELECT {_columns(tools.Row._fields)} FROM durable_instances WHERE id = ?".replace('"has_inbox"', "0")
+_MOVED_PARTS = {
+    "signals": ("target", ("id", "target", "name", "payload", "dedup_key", "consumed", "sent_at")),
+    "calls": ("instance", ("instance", "name", "value", "is_awaited")),
+    "transitions": ("instance", _ENTRY),
+}
+"""Tables of what belongs to instances: the column that says to whom, and all of them."""
+_REMEMBER = "INSERT INTO durable.meta (key, value) VALUES (%s, %s) ON CONFLICT DO NOTHING"
+_REMEMBERED = "SELECT value FROM durable.meta WHERE key = %s"
+_MOVED_IDS = "SELECT kind, id FROM durable.moved WHERE file = %s"
+_NOTE_MOVED = "INSERT INTO durable.moved (file, kind, id) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING"
+_TAKEN_IDS = "SELECT id FROM durable.instances WHERE id = ANY(%s) ORDER BY id LIMIT 5"
+_TAKEN_KEYS = "SELECT correlation_guard FROM durable.instances WHERE correlation_guard = ANY(%s) LIMIT 5"
+_COPY_LIMIT = "INSERT INTO durable.limits (name, allowed, per_ms, burst) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING"
+_COPY_BUCKET = "INSERT INTO durable.buckets (key, level, refilled_at) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING"
+_COUNT_ON = """
+SELECT setval(pg_get_serial_sequence('durable.{0}', 'id'), greatest(
+    (SELECT coalesce(max(id), 1) FROM durable.{0}), nextval(pg_get_serial_sequence('durable.{0}', 'id'))))
+"""
+_TO_ENQUEUE = """
+SELECT id, turn, queue, priority, coalesce(await_deadline, eligible_at) FROM durable.instances
+WHERE id = ANY(%s) AND (status = 'runnable' OR await_deadline IS NOT NULL) ORDER BY priority, eligible_at, id
+"""
+_REACHED = """
+SELECT DISTINCT i.id, s.name, i.awaits FROM durable.signals s JOIN durable.instances i ON i.id = s.target
+WHERE s.id = ANY(%s) AND i.status = 'awaiting_signal' AND NOT i.id = ANY(%s) AND s.consumed = 0
+"""
+_NOTHING_LEFT = 'UPDATE durable.meta SET value = \'{"paused": [], "schedules": []}\' WHERE key = %s'
+
+
+class Moved(NamedTuple):
+    """How much a move has brought into the database, what had been there before not counted."""
+
+    instances: int
+    signals: int
+    limits: int
+    schedules: int
+
+
+def move(file: str | os.PathLike[str], url: str) -> Moved:
+    """Move a file's live instances, with inbox, keys, limits, calls, history and schedules, to a database.
+
+    Refused, with a `DurableError`, while an engine runs on the file, and where the database has ids or correlation keys
+    of the file's already. The file's queues and schedules are paused first, for good, so that nothing runs twice; the
+    rows stay in it. All is moved in one transaction: after a failure it may be run again, and what comes into the file
+    later is moved by another run. Ids stay what they are. What was claimed by a process that died has crashed once.
+    """
+    tools.Reader(file).close()  # refuses what is no file of durable's
+    source, target = durable.Engine(file, queues={}), DBOSEngine(url, queues={})
+    try:
+        return _Move(source, target, file).run()
+    finally:
+        source.stop()
+        target.stop()
+
+
+class _Move:
+    """One move of a file."""
+
+    def __init__(self, source: durable.Engine, target: DBOSEngine, file: str | os.PathLike[str]) -> None:
+        self._source = source
+        self._target = target
+        self._path = os.fspath(file)
+
+    def run(self) -> Moved:
+        self._refuse_running()
+        with tools.Reader(self._path) as reader:
+            [(file_id,)] = reader.rows("SELECT value FROM durable_meta WHERE key = 'file_id'")
+            key = f"moving:{file_id}"
+            stood = json.dumps({"paused": sorted(reader.paused()), "schedules": self._schedules(reader)})
+            self._target.perform(lambda transaction: transaction.rows(_REMEMBER, (key, stood)))
+            self._pause()
+            self._refuse_running()
+            with reader.reading() as connection:
+                connection.execute("BEGIN")
+                try:
+                    return self._target.perform(lambda transaction: self._copy(transaction, connection, file_id))
+                finally:
+                    connection.execute("ROLLBACK")
+
+    def _refuse_running(self) -> None:
+        if workers := self._source.workers():
+            names = ", ".join(f"{one.name} (process {one.pid})" for one in workers)
+            raise DurableError(f"engines run on {self._path}: {names}: stop them first")
+
+    @staticmethod
+    def _schedules(reader: tools.Reader) -> list[tuple[Any, ...]]:
+        return reader.rows(f"SELECT {_columns(_SCHEDULE_ROW)} FROM durable_schedules ORDER BY name")
+
+    def _pause(self) -> None:
+        """Keep the file's rows from running, whatever becomes of the move."""
+        for queue in self._source.counts():
+            self._source.pause(queue)
+        for schedule in self._source.schedules():
+            self._source.pause_schedule(schedule.name)
+
+    def _copy(self, transaction: _Transaction, file: Any, file_id: str) -> Moved:
+        moved = set(transaction.rows(_MOVED_IDS, (file_id,)))
+        rows = [dict(zip(_MOVED_COLUMNS, one, strict=True)) for one in file.execute(_FILE_INSTANCES)]
+        new = [row for row in rows if ("instances", row["id"]) not in moved]
+        self._refuse_taken(transaction, new)
+        for row in new:
+            self._revive(row, file, transaction.now)
+            transaction.rows(_copy_into("instances", tuple(row)), tuple(row.values()))
+        parts = {table: self._copy_part(transaction, file, table, rows, moved) for table in _MOVED_PARTS}
+        for kind, ids in (("instances", [row["id"] for row in new]), ("signals", parts["signals"])):
+            for one in ids:
+                transaction.rows(_NOTE_MOVED, (file_id, kind, one))
+            transaction.rows(_COUNT_ON.format(kind))
+        limits = self._copy_limits(transaction, file)
+        schedules = self._copy_schedules(transaction, file_id)
+        self._wake(transaction, [row["id"] for row in new], parts["signals"])
+        return Moved(len(new), len(parts["signals"]), limits, schedules)
+
+    def _refuse_taken(self, transaction: _Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
+        ids = [one for (one,) in transaction.rows(_TAKEN_IDS, ([row["id"] for row in rows],))]
+        if ids:
+            listed = ", ".join(map(str, ids))
+            raise DurableError(f"the database has instances of these ids already: {listed}: take one that has none")
+        keys = [row["correlation_key"] for row in rows if row["correlation_key"] is not None]
+        if taken := [one for (one,) in transaction.rows(_TAKEN_KEYS, (keys,))]:
+            raise DurableError(f"these correlation keys are taken in the database: {', '.join(map(repr, taken))}")
+
+    @staticmethod
+    def _revive(row: dict[str, Any], file: Any, now: int) -> None:
+        """Have a row that was claimed by a process that died crash, as another engine on the file would."""
+        if row["status"] == Status.EXECUTING:
+            claimed = tools.Row._make(file.execute(_FILE_CLAIMED, (row["id"],)).fetchone())
+            crashed = tools.crashed(claimed, "crash: the process died that ran it before it was moved", now)
+            row.update({name: value for name, value in crashed.items() if name in row})
+
+    @staticmethod
+    def _copy_part(
+        transaction: _Transaction, file: Any, table: str, rows: Iterable[Mapping[str, Any]], moved: set[tuple[Any, ...]]
+    ) -> list[int]:
+        """Copy what belongs to the instances; of signals those that came after an earlier move, too."""
+        owner, columns = _MOVED_PARTS[table]
+        copied: list[int] = []
+        select = f"SELECT {_columns(columns)} FROM durable_{table} WHERE {owner} = ?"
+        for row in rows:
+            if table != "signals" and ("instances", row["id"]) in moved:
+                continue
+            for values in file.execute(select, (row["id"],)).fetchall():
+                if (table, values[0]) not in moved:
+                    given = [
+                        bool(value) if name == "is_awaited" else value
+                        for name, value in zip(columns, values, strict=True)
+                    ]
+                    transaction.rows(_copy_into(table, columns), tuple(given))
+                    copied.append(values[0])
+        return copied
+
+    @staticmethod
+    def _copy_limits(transaction: _Transaction, file: Any) -> int:
+        """Copy rate limits and their buckets; those that the database has stay as they are."""
+        for bucket in file.execute("SELECT key, level, refilled_at FROM durable_buckets").fetchall():
+            transaction.rows(_COPY_BUCKET, bucket)
+        count = 0
+        for limit in file.execute("SELECT name, allowed, per_ms, burst FROM durable_limits").fetchall():
+            count += transaction.first(_COPY_LIMIT + " RETURNING name", limit) is not None
+        return count
+
+    @staticmethod
+    def _copy_schedules(transaction: _Transaction, file_id: str) -> int:
+        """Copy the schedules, and which queues were paused, as they stood before the first try to move the file."""
+        [(text,)] = transaction.rows(_REMEMBERED, (f"moving:{file_id}",))
+        stood = json.loads(text)
+        new = [tools.ScheduleRow._make(one) for one in stood["schedules"]]
+        new = [row for row in new if transaction.schedule(row.name) is None]
+        for row in new:
+            transaction.save_schedule(row)
+        for queue in stood["paused"]:
+            transaction.rows(_PAUSE, (queue,))
+        transaction.rows(_NOTHING_LEFT, (f"moving:{file_id}",))
+        return len(new)
+
+    @staticmethod
+    def _wake(transaction: _Transaction, new: list[int], signals: list[int]) -> None:
+        """Give a turn to what is to run; and wake those whom a signal has reached that came after an earlier move."""
+        for turn in transaction.rows(_TO_ENQUEUE, (new,)):
+            transaction.enqueue(*turn)
+        for instance, name, awaits in transaction.rows(_REACHED, (signals, new)):
+            if name in json.loads(awaits) and transaction.status(instance) == Status.AWAITING_SIGNAL:
+                transaction.wake(instance)
+
+
+@functools.cache
+def _copy_into(table: str, columns: tuple[str, ...]) -> str:
+    """Write the statement that copies a row of a table."""
+    return f"INSERT INTO durable.{table} ({_columns(columns)}) VALUES ({_marks(columns)}) ON CONFLICT DO NOTHING"
