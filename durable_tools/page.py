@@ -18,7 +18,6 @@ import http.cookies
 import ipaddress
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -160,13 +159,32 @@ _Cells = collections.Counter[tuple[str, str]]
 
 
 class _Counted(NamedTuple):
-    """A count of everything, which for a large file is a matter of a second: true at `at`, for what ended before."""
+    """A count of everything, which for a large file is a matter of a second, and what was added to it since."""
 
-    at: int
-    ended: _Cells
-    live: _Cells
-    by_minute: collections.Counter[tuple[int, str, str]]
+    made_at: int
     cost_s: float
+    live: _Cells
+    ended: _Cells
+    by_minute: collections.Counter[tuple[int, str, str]]
+    until: int
+    """Of what ended, what did so before this instant is counted."""
+
+    @classmethod
+    def make(cls, reader: tools.Reader, now: int, until: int) -> _Counted:
+        """Count all."""
+        begun = time.perf_counter()
+        ended = _Cells({(queue, status): count for queue, status, count in reader.rows(_ENDED_BEFORE, (until,))})
+        live = _live_counts(reader, 1 << 62)
+        of_the_hour = cls(now, 0, live, _Cells(), collections.Counter(), now - _HOUR_MS).advanced(reader, until)
+        return of_the_hour._replace(ended=ended, cost_s=time.perf_counter() - begun)
+
+    def advanced(self, reader: tools.Reader, until: int) -> _Counted:
+        """Add what has ended since, up to another instant."""
+        ended, by_minute = self.ended.copy(), self.by_minute.copy()
+        for minute, queue, status, count in _ended_by_minute(reader, self.until, until):
+            ended[queue, status] += count
+            by_minute[minute, queue, status] += count
+        return self._replace(ended=ended, by_minute=by_minute, until=until)
 
 
 class _Tally:
@@ -177,8 +195,8 @@ class _Tally:
     to a bound; beyond that they are as old as the count.
     """
 
-    QUICK_S, SHARE, MOST_LIVE = 0.03, 20, 50_000
-    SETTLED_MS = 5_000
+    QUICK_S, SHARE, MOST_LIVE = 0.03, 20, 20_000
+    SETTLED_MS = 2_000
     """What ended so long ago is settled: of later instants a commit may still come."""
 
     def __init__(self, source: _Source) -> None:
@@ -193,54 +211,49 @@ class _Tally:
         None while a large file is counted for the first time.
         """
         reader = self._source.reader()
-        counted = self._base(reader, now)
+        counted = self._count_of(reader, now)
         if counted is None:
             return None
-        ended, by_minute = counted.ended.copy(), counted.by_minute.copy()
-        for minute, queue, status, count in _ended_by_minute(reader, counted.at, 1 << 62):
-            ended[queue, status] += count
-            by_minute[minute, queue, status] += count
+        newest = counted.advanced(reader, 1 << 62)
         live = _live_counts(reader, self.MOST_LIVE)
         is_whole = live.total() < self.MOST_LIVE
         counts: dict[str, dict[str, int]] = {}
-        for (queue, status), count in (ended + (live if is_whole else counted.live)).items():
+        for (queue, status), count in (newest.ended + (live if is_whole else counted.live)).items():
             counts.setdefault(queue, {})[status] = count
-        return counts, _charts(by_minute, now), now if is_whole else counted.at + self.SETTLED_MS
+        return counts, _charts(newest.by_minute, now), now if is_whole else counted.made_at
 
-    def _base(self, reader: tools.Reader, now: int) -> _Counted | None:
-        """Return the latest count of all, made anew if it is due."""
+    def _count_of(self, reader: tools.Reader, now: int) -> _Counted | None:
+        """Return a count up to what is settled; the whole is counted anew where that is due."""
+        settled = now - self.SETTLED_MS
         with self._lock:
-            known = self._counted[1] if self._counted and self._counted[0] is reader else None
-            age_s = math.inf if known is None else (now - self.SETTLED_MS - known.at) / 1000
+            known = self._known(reader)
             if known is not None and known.cost_s <= self.QUICK_S:
-                known = self._count(reader, now)
-            elif self._thread is None and (known is None or age_s >= self.SHARE * known.cost_s):
-                self._thread = threading.Thread(target=self._count_apart, args=(reader, now), daemon=True)
+                known = _Counted.make(reader, now, settled)
+                self._counted = reader, known
+            elif self._thread is None and (known is None or now - known.made_at >= self.SHARE * known.cost_s * 1000):
+                self._thread = threading.Thread(target=self._count_apart, args=(reader, now, settled), daemon=True)
                 self._thread.start()
             thread = self._thread
         if known is None and thread is not None:  # the first time: a file that is not large is counted by then
-            thread.join(0.06)
-            return self._counted[1] if self._counted and self._counted[0] is reader else None
-        return known
+            thread.join(0.03)
+        with self._lock:
+            known = self._known(reader)
+            if known is not None and known.until < settled:
+                known = known.advanced(reader, settled)
+                self._counted = reader, known
+            return known
 
-    def _count_apart(self, reader: tools.Reader, now: int) -> None:
+    def _known(self, reader: tools.Reader) -> _Counted | None:
+        return self._counted[1] if self._counted and self._counted[0] is reader else None
+
+    def _count_apart(self, reader: tools.Reader, now: int, settled: int) -> None:
         try:
             with contextlib.suppress(DurableError):  # which whoever asks next is told of by its own look
-                self._count(reader, now)
+                counted = _Counted.make(reader, now, settled)
+                with self._lock:
+                    self._counted = reader, counted
         finally:
             self._thread = None
-
-    def _count(self, reader: tools.Reader, now: int) -> _Counted:
-        begun = time.perf_counter()
-        at = now - self.SETTLED_MS
-        ended = _Cells({(queue, status): count for queue, status, count in reader.rows(_ENDED_BEFORE, (at,))})
-        by_minute: collections.Counter[tuple[int, str, str]] = collections.Counter()
-        for minute, queue, status, count in _ended_by_minute(reader, now - _HOUR_MS, at):
-            by_minute[minute, queue, status] += count
-        live = _live_counts(reader, 1 << 62)
-        counted = _Counted(at, ended, live, by_minute, time.perf_counter() - begun)
-        self._counted = reader, counted
-        return counted
 
 
 def _live_counts(reader: tools.Reader, limit: int) -> _Cells:
@@ -495,7 +508,7 @@ def _earliest(reader: tools.Reader, queue: str) -> int | None:
     return earliest
 
 
-def _failure_groups(reader: tools.Reader, within_s: float = 0.05) -> dict[str, Any]:
+def _failure_groups(reader: tools.Reader, within_s: float = 0.04) -> dict[str, Any]:
     """Group the newest failures by class, step and kind of error; the most recent group first."""
     end, before = time.monotonic() + within_s, _MAX_ID
     groups: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -937,10 +950,10 @@ class _Kept(NamedTuple):
 class _Answers:
     """What was answered lately: one answer for all viewers, made anew when the file has changed.
 
-    A file that changes all the time is looked at for a tenth of the time at most, and four times a second.
+    A file that changes all the time is looked at for a twentieth of the time at most, and four times a second.
     """
 
-    SIZE, SHARE, EVERY_S, LONGEST_S = 64, 10, 0.25, 5.0
+    SIZE, SHARE, EVERY_S, LONGEST_S = 64, 20, 0.25, 5.0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
