@@ -5450,13 +5450,13 @@ class _ForkGuard:
 
     def __enter__(self) -> None:
         if self.is_forked:
-            self._leave(None)
+            self.leave(None)
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.is_forked:
-            self._leave(error)
+            self.leave(error)
 
-    def _leave(self, error: BaseException | None) -> typing.NoReturn:
+    def leave(self, error: BaseException | None) -> typing.NoReturn:
         """Leave with the status that Python would; the standard streams are flushed, and no more is done."""
         status = 1
         try:
@@ -5486,7 +5486,8 @@ class _Desk:
 
     def __init__(self, reader: _Reader, clock: Callable[[], float]) -> None:
         self._reader = reader
-        self._clock = clock
+        self.clock = clock
+        """Seconds since the epoch."""
         self._policies: dict[str, tuple[float, _Policy]] = {}
         self.fork_guard = _ForkGuard()
         self.children = reader.children
@@ -5497,7 +5498,7 @@ class _Desk:
 
     def now(self) -> int:
         """Milliseconds since the epoch, by the engine's clock."""
-        return int(self._clock() * 1000)
+        return int(self.clock() * 1000)
 
     def new_row(self, insert: Insert) -> _NewRow:
         return _new_row(insert, self.now(), self.policy)
@@ -5545,7 +5546,7 @@ class _Claim:
     """A row in this engine's hands, from its claim to the commit of its outcome."""
 
     __slots__ = (
-        "began_at",
+        "began_s",
         "behaviour",
         "desk",
         "error",
@@ -5583,8 +5584,8 @@ class _Claim:
         self.error = error
         """What the step failed with; then it is `handle`'s turn, which is shown no signals and no children."""
         self.started_at = 0.0
-        self.began_at = 0
-        """When it started, in milliseconds since the epoch."""
+        self.began_s = 0.0
+        """When it started, in seconds since the epoch."""
         self.ruled_at = 0
         """When it was said what becomes of the row, in milliseconds since the epoch."""
         self.inline_since: float | None = None
@@ -5615,7 +5616,7 @@ class _Claim:
     def failed_with(self, error: BaseException) -> _Claim:
         failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
         failed.seen = self.seen
-        failed.started_at, failed.began_at = self.started_at, self.began_at
+        failed.started_at, failed.began_s = self.started_at, self.began_s
         failed.inline_since = self.inline_since
         failed.is_timed_out, failed.has_calls = self.is_timed_out, self.has_calls
         failed.is_migrated = self.is_migrated
@@ -5634,7 +5635,7 @@ class _Claim:
 
     def migrate(self) -> None:
         """Bring a row of an earlier version to this; what is wrong with that is the step's error."""
-        self.start()
+        self.started_at, self.began_s = _Ticks.perf_counter(), self.desk.clock()
         try:
             with self.desk.fork_guard:
                 state = _decode(self.row.state)
@@ -5677,9 +5678,6 @@ class _Claim:
         if not is_kept:
             self.is_lost = True
             self.check_held()
-
-    def start(self) -> None:
-        self.started_at, self.began_at = _Ticks.perf_counter(), self.desk.now()
 
     def open(self) -> Context[Any]:
         return Context(self, *_load_state(self.spec.state, self.row.state))
@@ -5773,7 +5771,7 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
         row.step,
         row.attempt,
         kind,
-        claim.began_at,
+        int(claim.began_s * 1000),
         commit.duration * 1000,
         worker,
         text,
@@ -5952,10 +5950,6 @@ def _recover(claim: _Claim, error: BaseException) -> _Commit:
 
 def _read_returned(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseException:
     is_job = claim.spec.is_job
-    if is_job and type(returned) in _PLAIN_TYPES:  # most jobs: as `_rule` would for Done, in two thirds of the time
-        effects = ctx._close()
-        change = _done(claim.row, _dump_value(returned, "result"))
-        return _Commit(claim, "done", change, effects, _shown(ctx), (), False, _elapsed(claim))
     if isinstance(returned, _OUTCOMES):
         is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
         return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
@@ -5972,6 +5966,10 @@ def _read_returned(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit |
 def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseException:
     """Read what a step returned; what can't be written, or is an error, is returned for `handle`."""
     try:
+        if type(returned) in _PLAIN_TYPES and claim.spec.is_job:  # most jobs: as `_rule` would for Done, in less time
+            effects = ctx._close()
+            change = _done(claim.row, _dump_value(returned, "result"))
+            return _Commit(claim, "done", change, effects, _shown(ctx), (), False, _elapsed(claim))
         return _read_returned(claim, ctx, returned)
     except Exception as error:
         if _is_shortage(error):
@@ -5985,7 +5983,7 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
     User code runs here, in `_execute_async` and in `_ask_handle`; what else is raised is the engine's own, and a crash.
     The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
     """
-    claim.start()
+    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.desk.clock()
     if claim.error is not None:
         return _recover(claim, claim.error)
     try:
@@ -5996,13 +5994,17 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
             raise
         return error
     _current.set(ctx)
+    guard = claim.desk.fork_guard  # asked, and not entered: that would be two calls more
     try:
-        with claim.desk.fork_guard:
-            returned = code.call(claim.behaviour, ctx)
+        returned = code.call(claim.behaviour, ctx)
     except BaseException as error:
+        if guard.is_forked:
+            guard.leave(error)
         if not _is_of_step(error):
             raise
         return error
+    if guard.is_forked:
+        guard.leave(None)
     return _verdict(claim, ctx, returned)
 
 
@@ -6025,7 +6027,7 @@ def _await_step(step: Awaitable[Any], guard: _ForkGuard) -> Generator[Any, Any, 
 
 async def _execute_async(claim: _Claim) -> _Commit | BaseException:
     """Run an `async def` step likewise; a CancelledError is raised, for only the caller knows who has cancelled it."""
-    claim.start()
+    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.desk.clock()
     try:
         code = claim.spec.code(claim.row.step)
         ctx = claim.open()
@@ -6481,7 +6483,7 @@ class _Pool:
             if claim is None:
                 worker.bell.wait()
                 self._arrive(worker)
-            elif claim.needs_migration and not self._migrate(worker, claim):
+            elif claim.row.version != claim.spec.version and not self._migrate(worker, claim):
                 continue
             elif claim.is_async:
                 self._port.execute_async(claim, self)
@@ -6493,7 +6495,8 @@ class _Pool:
     def _migrate(self, worker: _Worker, claim: _Claim) -> bool:
         """Bring a row of an earlier version to this, which decides whose turn it is; False if that was a crash."""
         try:
-            contextvars.copy_context().run(claim.migrate)
+            if claim.needs_migration:
+                contextvars.copy_context().run(claim.migrate)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like, as out of a step
             self.finish(worker, claim, _crash(claim, error))
             return False
@@ -6528,7 +6531,7 @@ class _Pool:
     def _run(self, claim: _Claim) -> _Commit | None:
         """Run a step; None if it has come to an error too late, which is nothing to `handle`."""
         try:
-            if claim.timeout_s is not None and claim.error is None:
+            if claim.spec.has_timeouts and claim.timeout_s is not None and claim.error is None:
                 self._port.watch(claim, self)
             verdict = _execute(claim)
             if isinstance(verdict, _Commit):
@@ -9597,15 +9600,17 @@ class _Held:
         self._of: dict[str, dict[tuple[int, int], _Claim]] = collections.defaultdict(dict)
         self._ids: set[int] = set()
 
-    def add(self, claim: _Claim) -> None:
-        row = claim.row
-        self._of[row.queue][row.id, row.claim] = claim
-        self._ids.add(row.id)
+    def add(self, claims: Iterable[_Claim]) -> None:
+        for claim in claims:
+            row = claim.row
+            self._of[row.queue][row.id, row.claim] = claim
+            self._ids.add(row.id)
 
-    def remove(self, claim: _Claim) -> None:
-        row = claim.row
-        if self._of[row.queue].pop((row.id, row.claim), None) is not None:
-            self._ids.discard(row.id)
+    def remove(self, claims: Iterable[_Claim]) -> None:
+        for claim in claims:
+            row = claim.row
+            if self._of[row.queue].pop((row.id, row.claim), None) is not None:
+                self._ids.discard(row.id)
 
     def count(self, queue: str) -> int:
         """How many of a queue there are."""
@@ -10248,10 +10253,11 @@ class _Scheduler:
             report.log(_log.warning, "the schedule %s is left to other engines: %s", schedule, reason)
         self._reported.update(report.unknown, report.left_schedules)
 
-    def _let_go(self, claims: Iterable[_Claim]) -> None:
-        for claim in claims:
-            self.desk.progress.pop((claim.row.id, claim.row.claim), None)
-            self._held.remove(claim)
+    def _let_go(self, claims: Sequence[_Claim]) -> None:
+        if self.desk.progress:
+            for claim in claims:
+                self.desk.progress.pop((claim.row.id, claim.row.claim), None)
+        self._held.remove(claims)
         for pool in self._pools.values():
             pool.release()
         if self.is_stopping and not self._held:
@@ -10283,8 +10289,7 @@ class _Scheduler:
     def _dispatch(self, batch: _Batch, report: _Report) -> None:
         """Hand claimed rows to their runners; what a commit refused goes to `handle`, or ends."""
         by_queue = batch.sort_claims(report)
-        for claim in report.claims:
-            self._held.add(claim)
+        self._held.add(report.claims)
         for queue, claims in by_queue.items():
             self._runner_of(queue).submit(claims)
         for failed in filter(None, batch.failed):
