@@ -5633,6 +5633,18 @@ class _Claim:
         """Whether its row is one of an earlier version."""
         return self.row.version != self.spec.version and self.error is None
 
+    def prepare(self, make: Callable[[type[FSM]], object | None]) -> bool:
+        """Have the object made that the class has none of yet, and a row of an earlier version brought to this.
+
+        False if the object can't be had: then nothing here runs the row.
+        """
+        if self.behaviour is None:
+            with self.desk.fork_guard:
+                self.behaviour = make(self.spec.cls)
+        if self.behaviour is not None and self.needs_migration:
+            self.migrate()
+        return self.behaviour is not None
+
     def migrate(self) -> None:
         """Bring a row of an earlier version to this; what is wrong with that is the step's error."""
         self.started_at, self.began_s = _Ticks.perf_counter(), self.desk.clock()
@@ -6085,56 +6097,24 @@ class _Behaviours:
             if not isinstance(one, type) and isinstance(one, FSM):
                 self._objects[cls] = one
         self._unusable: set[type] = set()
-        self._coming: set[type] = set()
-        self._makers: dict[type, object] = {}
-        self.wanted: set[type[FSM]] = set()
-        """Classes that were met and have no object yet, and that nobody makes one of."""
+        self._makers: dict[type, threading.Lock] = {}
 
-    def find(self, name: str, version: int) -> tuple[_Spec, object] | None:
-        """Return a class's description and object; None if it is not known here, or has no object yet."""
+    def find(self, name: str, version: int) -> tuple[_Spec, object | None] | None:
+        """Return a class's description, and its object if that is made already; None if it can't be run here."""
         spec = self.spec_for(name, version)
-        if spec is None:
-            return None
-        behaviour = self._objects.get(spec.cls)
-        if behaviour is None:
-            is_settled = spec.cls in self._unusable or spec.cls in self._coming
-            behaviour = self._objects.get(spec.cls)  # again: one that is no longer coming is here
-            if behaviour is None:
-                if not is_settled:
-                    self.wanted.add(spec.cls)
-                return None
-        return spec, behaviour
+        return None if spec is None or spec.cls in self._unusable else (spec, self._objects.get(spec.cls))
 
-    def expect(self, cls: type[FSM]) -> None:
-        """Note that somebody is about to make the object of a class."""
-        self._coming.add(cls)
-
-    def make(self, cls: type[FSM]) -> None:
-        """Make the object of a class; the user's code, so not in a transaction. Asked for twice, it is made once."""
-        token = object()
-        if self._makers.setdefault(cls, token) is not token:
-            return
-        try:
+    def make(self, cls: type[FSM]) -> object | None:
+        """Return the object of a class, made by whoever asks first; None if it can't be: then nothing runs it here."""
+        with self._makers.setdefault(cls, threading.Lock()):
             if cls not in self._objects and cls not in self._unusable:
-                self._objects[cls] = cls()
-        except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
-            self._unusable.add(cls)
-            _log.exception("%s can't be made without arguments: pass an object of it in Engine(fsms=...)", cls)
-        finally:
-            self.leave(cls)
-
-    def leave(self, cls: type[FSM]) -> None:
-        """It is no longer coming: it is here, or can't be had."""
-        self.wanted.discard(cls)
-        self._coming.discard(cls)
-        self._makers.pop(cls, None)
-
-    def can_run(self, name: str, version: int) -> bool:
-        """Whether rows of a class can run here, or will when its object is made."""
-        return self.find(name, version) is not None or self.is_coming(_registry.get((name, version)))
-
-    def is_coming(self, spec: _Spec | None) -> bool:
-        return spec is not None and spec.cls in self.wanted | self._coming
+                try:
+                    self._objects[cls] = cls()
+                except (Exception, SystemExit):  # noqa: BLE001 - the user's constructor
+                    self._unusable.add(cls)
+                    message = "%s can't be made without arguments: pass an object of it in Engine(fsms=...)"
+                    _log.exception(message, cls)
+        return self._objects.get(cls)
 
     def highest(self, name: str) -> _Spec | None:
         """Return the highest version of a class that can be run here."""
@@ -6149,11 +6129,9 @@ class _Behaviours:
         return highest
 
     def known(self) -> str:
-        """List what can be run or has not been met, as JSON for a statement."""
-        left_out = self._unusable | self._coming | self.wanted
-        usable = [
-            (name, version, spec) for (name, version), spec in list(_registry.items()) if spec.cls not in left_out
-        ]
+        """List what can be run, as JSON for a statement."""
+        specs = list(_registry.items())
+        usable = [(name, version, spec) for (name, version), spec in specs if spec.cls not in self._unusable]
         return _encode([(name, 0 if spec.migrates else version, version) for name, version, spec in usable])
 
     def spec_for(self, name: str, version: int) -> _Spec | None:
@@ -6483,7 +6461,9 @@ class _Pool:
             if claim is None:
                 worker.bell.wait()
                 self._arrive(worker)
-            elif claim.row.version != claim.spec.version and not self._migrate(worker, claim):
+            elif (claim.behaviour is None or claim.row.version != claim.spec.version) and not self._prepare(
+                worker, claim
+            ):
                 continue
             elif claim.is_async:
                 self._port.execute_async(claim, self)
@@ -6492,15 +6472,18 @@ class _Pool:
                 self._port.drop(claim)
                 return
 
-    def _migrate(self, worker: _Worker, claim: _Claim) -> bool:
-        """Bring a row of an earlier version to this, which decides whose turn it is; False if that was a crash."""
+    def _prepare(self, worker: _Worker, claim: _Claim) -> bool:
+        """Get a claim ready, which decides whose turn it is; False if there is nothing to run."""
         try:
-            if claim.needs_migration:
-                contextvars.copy_context().run(claim.migrate)
+            is_ready = contextvars.copy_context().run(claim.prepare, self._port.behaviours.make)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like, as out of a step
             self.finish(worker, claim, _crash(claim, error))
             return False
-        return True
+        if not is_ready:
+            self._port.give_back(claim)
+            with self._lock:
+                self._end(claim)
+        return is_ready
 
     def _arrive(self, worker: _Worker) -> None:
         """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
@@ -6554,6 +6537,7 @@ class _Port(typing.Protocol):
     """What pools need of the scheduler."""
 
     context: contextvars.Context
+    behaviours: _Behaviours
 
     @property
     def has_finished(self) -> bool: ...
@@ -6562,6 +6546,7 @@ class _Port(typing.Protocol):
     def ring(self) -> None: ...
     def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None: ...
     def drop(self, claim: _Claim) -> None: ...
+    def give_back(self, claim: _Claim) -> None: ...
     def watch(self, claim: _Claim, pool: _Pool) -> None: ...
     def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
 
@@ -7385,7 +7370,7 @@ class _Transaction:
         """Whether no engine that serves a row's queue can run its class."""
         name = row.fsm, row.version
         if name not in self._runnable:
-            self._runnable[name] = self.setup.behaviours.can_run(*name)
+            self._runnable[name] = self.setup.behaviours.find(*name) is not None
         return not self._runnable[name] and row.queue not in self.elsewhere
 
 
@@ -8706,7 +8691,7 @@ class _Picker:
         found = behaviours.find(*name)
         if found is not None:
             self._known[name] = found
-        elif not behaviours.is_coming(behaviours.spec_for(*name)):
+        else:
             self._report.unknown[name] = row.queue
         return found
 
@@ -9402,8 +9387,6 @@ class _Drain:
         self.steps = 0
         self.kinds: list[str] = []
         """What they have come to."""
-        self.unmade: list[type[FSM]] = []
-        """Classes that the last beat has met for the first time."""
         self.fired: set[str] = set()
         """Schedules that have fired."""
         self._core = core
@@ -9442,11 +9425,10 @@ class _Drain:
             is_unfinished = core.beat_once(self.demand(0 if self._ready else 1))
             if core.failure is not None:
                 raise core.failure
-            has_more = self._make_objects()
             if self._ready:
                 self._check(self._ready[0], max_steps)
                 self._run(self._ready.popleft())
-            elif not (has_more or is_unfinished or core.has_finished or core.is_due()):
+            elif not (is_unfinished or core.has_finished or core.is_due()):
                 return
 
     def withdraw(self) -> list[_Claim]:
@@ -9458,13 +9440,6 @@ class _Drain:
         self._is_over = True
         if self._runner is not None:
             _run_outside_loop(self._runner.close)
-
-    def _make_objects(self) -> bool:
-        """Make the objects of the classes that the last beat has met; False if there are none."""
-        has_more = bool(self.unmade)
-        while self.unmade:
-            self._core.behaviours.make(self.unmade.pop())
-        return has_more
 
     def _check(self, claim: _Claim, max_steps: int) -> None:
         """Refuse to go on with too many steps, or for an engine that was stopped."""
@@ -9478,11 +9453,12 @@ class _Drain:
 
     def _run(self, claim: _Claim) -> None:
         """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
-        self.steps += claim.error is None
         context = contextvars.copy_context()
         try:
-            if claim.needs_migration:
-                context.run(claim.migrate)
+            if not context.run(claim.prepare, self._core.behaviours.make):
+                self._core.give_back(claim)
+                return
+            self.steps += claim.error is None
             run = self._run_async if claim.is_async else self._run_plain
             self._core.finish(self._rule(claim, context, run(claim, context)))
         except BaseException as error:
@@ -9965,6 +9941,11 @@ class _Scheduler:
         if self.hub.wants("outcome.stale"):
             self.hub.publish([Event("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})])
 
+    def give_back(self, claim: _Claim) -> None:
+        """Let others have a row whose class turns out not to be runnable here."""
+        self.post(lambda beat: beat.withdrawals.give_back([claim]))
+        self._bell.ring()
+
     def watch(self, claim: _Claim, pool: _Pool) -> None:
         """Mind a step's timeout, from now on."""
         if self._timeouts.add(claim, pool):
@@ -10228,8 +10209,6 @@ class _Scheduler:
             self._drain.note_fired(report.fired)
         if self.waiters:
             self.waiters.notify(report.settled)
-        while self.behaviours.wanted:
-            self._make_behaviour(next(iter(self.behaviours.wanted)))
         if batch.news or report.has_news:
             self._tell(batch, report)
 
@@ -10262,29 +10241,6 @@ class _Scheduler:
             pool.release()
         if self.is_stopping and not self._held:
             self._drained.ring()
-
-    def _make_behaviour(self, cls: type[FSM]) -> None:
-        """Make the object of a class that was met for the first time: in a thread, since it may take long or wait."""
-        self.behaviours.expect(cls)
-        if self._drain is not None:  # whoever drains makes it himself: else he may be through before it is there
-            self._drain.unmade.append(cls)
-            self.behaviours.wanted.discard(cls)
-            return
-
-        def make() -> None:
-            with self.desk.fork_guard:
-                self.behaviours.make(cls)
-            with self._beat_lock:  # a beat that has not seen it must not say after this when the next is due
-                self._agenda.due_at = self.desk.now()
-            self._bell.ring()
-
-        try:
-            threading.Thread(target=self.context.copy().run, args=(make,), name="durable-maker", daemon=True).start()
-            self.behaviours.wanted.discard(cls)  # last: after an interrupt it is asked for again
-        except RuntimeError as error:  # the system has no more; asked for again when its rows are met again
-            self.log_soon(f"no thread could be started to make {cls}", error)
-            self.behaviours.leave(cls)
-            self._agenda.due_at = min(self._agenda.due_at or _END_OF_TIME, self.desk.now() + 500)
 
     def _dispatch(self, batch: _Batch, report: _Report) -> None:
         """Hand claimed rows to their runners; what a commit refused goes to `handle`, or ends."""
@@ -12066,7 +12022,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             beat = types.SimpleNamespace(store=host)
             self._host = host
             self._behaviours = _Behaviours(fsms)
-            self._lock, self._making = threading.Lock(), threading.Lock()
+            self._lock = threading.Lock()
             self._reported: set[tuple[str, str]] = set()
             self._desk = _Desk(cast(Any, host), host.clock).open(
                 lambda action: action(beat), lambda action: host.later(lambda: action(beat)), self._note_progress
@@ -12091,13 +12047,10 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def claim(self, row: _Row, inbox: Iterable[Signal] = ()) -> _Claim | None:
             """Take a row in hand that was claimed; None if its class can't be run here."""
             found = self._behaviours.find(row.fsm, row.version)
-            if found is None:
-                with self._making:
-                    found = self._behaviours.find(row.fsm, row.version)
-                    for cls in list(self._behaviours.wanted):
-                        self._behaviours.make(cls)
-                    found = found or self._behaviours.find(row.fsm, row.version)
-            return None if found is None else _Claim(row, *found, self._desk, tuple(inbox))
+            behaviour = None if found is None else found[1] or self._behaviours.make(found[0].cls)
+            if found is None or behaviour is None:
+                return None
+            return _Claim(row, found[0], behaviour, self._desk, tuple(inbox))
 
         def run(self, claim: _Claim, await_on_loop: Callable[[Coroutine[Any, Any, Any]], Any]) -> tools.Outcome | None:
             """Run a step, and ask `handle` where it fails; None if it was over its timeout by then.

@@ -4568,35 +4568,29 @@ def test_a_constructor_that_takes_long_holds_up_only_its_own_class(make_engine: 
         renewed = engine.workers()[0].heartbeat_at
         assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
         eventually(lambda: engine.workers()[0].heartbeat_at > renewed)
-        assert engine.get(slow).status == Status.RUNNABLE
+        assert engine.get(slow).status == Status.EXECUTING
     finally:
         let_go.set()
     assert engine.result(slow, timeout=BEFORE_A_HEARTBEAT) == "made"
 
 
-def test_a_class_that_is_just_being_made_is_not_made_again() -> None:
-    """`self` is one shared object per engine, also where a beat asks for it in the moment in which it is ready."""
+def test_an_object_is_made_once_for_rows_that_start_together(make_engine: MakeEngine) -> None:
+    """`self` is one shared object per engine, also where several threads are the first to need it."""
+    made: list[int] = []
 
     class Shared(FSM):
-        def perform(self, args: Any) -> None: ...
+        def __init__(self) -> None:
+            made.append(threading.get_ident())
+            time.sleep(0.05)  # so that the others come meanwhile
 
-    behaviours = durable._Behaviours(())
-    name, version = durable._resolve(Shared).name, 1
-    assert behaviours.find(name, version) is None
-    coming = behaviours.wanted.pop()
-    behaviours.expect(coming)
+        def perform(self, args: Any) -> int:
+            return id(self)
 
-    class ReadyInBetween(dict[type, object]):
-        def get(self, cls: type, default: object = None) -> object:
-            found = super().get(cls, default)
-            if found is None and coming in behaviours._coming:
-                behaviours.make(coming)
-            return found
-
-    behaviours._objects = ReadyInBetween()
-    behaviours.find(name, version)
-    assert behaviours.wanted == set()
-    assert behaviours.find(name, version) is not None
+    engine = make_engine(queues={"default": 4})
+    ids = engine.insert_all([Insert(Shared)] * 8)
+    engine.start()
+    assert len({engine.result(cast(int, ident), timeout=PATIENCE) for ident in ids}) == 1
+    assert len(made) == 1
 
 
 def test_a_call_posted_while_the_thread_of_callbacks_is_about_to_end_is_made() -> None:
@@ -18677,7 +18671,6 @@ class Lap:
 
     def __init__(self) -> None:
         self.claims: collections.deque[durable._Claim] = collections.deque()
-        self.unmade: list[type[durable.FSM]] = []
         self.kinds: list[str] = []
         self.fired: set[str] = set()
 
