@@ -4035,12 +4035,12 @@ def _asks(sql: str) -> Callable[[_Method], _Method]:
     return _stands_for(sql, lambda self, *bindings: next(iter(self._select(sql, bindings)), None) is not None)
 
 
-def _writes(sql: str) -> Callable[[_Method], _Method]:
-    """Have a method say whether it changed a row."""
+def _writes(sql: str, answer: Callable[[int], Any] = bool) -> Callable[[_Method], _Method]:
+    """Have a method say whether it changed a row, or (`int`) how many."""
 
-    def run(self: _Table, *bindings: Any) -> bool:
+    def run(self: _Table, *bindings: Any) -> Any:
         self.db.execute(sql, bindings)
-        return self.db.changes() > 0
+        return answer(self.db.changes())
 
     return _stands_for(sql, run)
 
@@ -4048,16 +4048,6 @@ def _writes(sql: str) -> Callable[[_Method], _Method]:
 def _writes_all(sql: str) -> Callable[[_Method], _Method]:
     """Have a method run a statement for each of the rows that it is given."""
     return _stands_for(sql, lambda self, rows: self.db.executemany(sql, rows))
-
-
-def _counts(sql: str) -> Callable[[_Method], _Method]:
-    """Have a method return how many rows it changed."""
-
-    def run(self: _Table, *bindings: Any) -> int:
-        self.db.execute(sql, bindings)
-        return self.db.changes()
-
-    return _stands_for(sql, run)
 
 
 class _Statements:
@@ -4076,24 +4066,25 @@ _INSTANCE = _columns(Instance)
 _SCHEDULE_ROW = f"SELECT {_columns(_ScheduleRow)} FROM durable_schedules"
 _LIVE_STATUSES = "status IN ('runnable', 'executing', 'awaiting_signal', 'awaiting_children')"
 
-# What a clock has written that was ahead of now (?1) by more than is waited for (up to ?2), at most so many rows (?3).
+# What a clock has written that was ahead of now (?1) by more than is waited for, at most so many rows (?2).
 # As `_brought_back` rules for each; those that were due when they were written become due in the order that they had.
-_AHEAD = "eligible_at > ?1 AND updated_at > ?2 AND eligible_at < 2 * updated_at - ?1"
+_WAITED_FOR = f"?1 + {_SET_BACK_MS}"
+_AHEAD = f"eligible_at > ?1 AND updated_at > {_WAITED_FOR} AND eligible_at < 2 * updated_at - ?1"
 _AHEAD_RUNNABLE = f"""
     SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_pick
     WHERE status = 'runnable' AND parked_on IS NULL AND {_AHEAD}
     UNION ALL
     SELECT id, eligible_at, max(0, eligible_at - updated_at) AS delay FROM durable_instances INDEXED BY durable_parked
     WHERE parked_on IS NOT NULL AND {_AHEAD}"""
-_AHEAD_AWAITING = """
+_AHEAD_AWAITING = f"""
     SELECT id FROM durable_instances INDEXED BY durable_deadlines
-    WHERE await_deadline > ?1 AND updated_at > ?2 AND await_deadline < 2 * updated_at - ?1"""
+    WHERE await_deadline > ?1 AND updated_at > {_WAITED_FOR} AND await_deadline < 2 * updated_at - ?1"""
 _AHEAD_EXECUTING = """
     SELECT id FROM durable_instances INDEXED BY durable_executing
     WHERE status = 'executing' AND eligible_at > ?1 AND eligible_at <= updated_at"""
-_AHEAD_ENDED = """
+_AHEAD_ENDED = f"""
     SELECT id FROM durable_instances
-    WHERE (status = 'done' OR status = 'failed') AND retention IS ?4 AND updated_at > ?2"""
+    WHERE (status = 'done' OR status = 'failed') AND retention IS ?3 AND updated_at > {_WAITED_FOR}"""
 
 
 class _SharedReads(_Statements):
@@ -4501,11 +4492,14 @@ SELECT parked_on FROM line WHERE parked_on IS NOT NULL LIMIT ?
     def lines(self, count: int) -> set[str]:
         """Return what rows are parked on, up to so many, by a seek each."""
 
-    @_counts("""
+    @_writes(
+        """
 UPDATE durable_instances SET parked_on = NULL WHERE id IN (
     SELECT id FROM durable_instances WHERE parked_on = ? AND queue = ?
     ORDER BY priority, eligible_at, id LIMIT ?)
-""")
+""",
+        int,
+    )
     def unpark(self, parked_on: str, queue: str, count: int) -> int: ...
     @_writes("""
 UPDATE durable_instances SET parked_on = NULL WHERE id IN (
@@ -4585,10 +4579,13 @@ ON CONFLICT (key) DO UPDATE SET
 
     @_reads("SELECT key FROM durable_buckets WHERE ready_at <= ?", _only)
     def ready_buckets(self, now: int) -> list[str]: ...
-    @_counts("""
+    @_writes(
+        """
 DELETE FROM durable_buckets WHERE key IN (
     SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
-""")
+""",
+        int,
+    )
     def collect_buckets(self, now: int, count: int) -> int:
         """Drop full buckets: a cold one is full."""
 
@@ -4678,26 +4675,26 @@ WITH ahead AS ({_AHEAD_RUNNABLE}), placed AS (
     SELECT id, delay, row_number() OVER same AS place, count(*) OVER (PARTITION BY delay > 0) AS count FROM ahead
     WINDOW same AS (PARTITION BY delay > 0 ORDER BY eligible_at, id))
 UPDATE durable_instances SET updated_at = ?1, eligible_at = ?1 + iif(delay > 0, delay, place - count)
-FROM placed WHERE durable_instances.id = placed.id AND place <= ?3
+FROM placed WHERE durable_instances.id = placed.id AND place <= ?2
 """
     _SET_RIGHT_AWAITING = f"""
 UPDATE durable_instances SET await_deadline = ?1 + max(0, await_deadline - updated_at), updated_at = ?1
-WHERE id IN ({_AHEAD_AWAITING} LIMIT ?3)
+WHERE id IN ({_AHEAD_AWAITING} LIMIT ?2)
 """
-    _SET_RIGHT_EXECUTING = f"UPDATE durable_instances SET eligible_at = ?1 WHERE id IN ({_AHEAD_EXECUTING} LIMIT ?3)"
-    _SET_RIGHT_BUCKETS = """
+    _SET_RIGHT_EXECUTING = f"UPDATE durable_instances SET eligible_at = ?1 WHERE id IN ({_AHEAD_EXECUTING} LIMIT ?2)"
+    _SET_RIGHT_BUCKETS = f"""
 UPDATE durable_buckets SET
     full_at = full_at - refilled_at + ?1, ready_at = ready_at - refilled_at + ?1, refilled_at = ?1
-WHERE key IN (SELECT key FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2 LIMIT ?3)
+WHERE key IN (SELECT key FROM durable_buckets WHERE full_at > {_WAITED_FOR} AND refilled_at > {_WAITED_FOR} LIMIT ?2)
 """
     _SET_RIGHT_ENDED = f"""
 UPDATE durable_instances SET updated_at = ?1, kept_deadline = iif(
     kept_deadline > ?1 AND kept_deadline < 2 * updated_at - ?1, ?1 + max(0, kept_deadline - updated_at), kept_deadline)
-WHERE id IN ({_AHEAD_ENDED} LIMIT ?3)
+WHERE id IN ({_AHEAD_ENDED} LIMIT ?2)
 """
-    _SET_RIGHT_LEASES = """
+    _SET_RIGHT_LEASES = f"""
 UPDATE durable_workers SET lease_expires_at = lease_expires_at - heartbeat_at + ?1, heartbeat_at = ?1
-WHERE heartbeat_at > ?2
+WHERE heartbeat_at > {_WAITED_FOR}
 """
 
     def set_right(self, now: int, count: int) -> tuple[int, bool]:
@@ -4705,15 +4702,14 @@ WHERE heartbeat_at > ?2
 
         Return how many instances were to run and are brought back, and whether there may be more.
         """
-        horizon = now + _SET_BACK_MS
-        self.db.execute(self._SET_RIGHT_LEASES, (now, horizon))
+        self.db.execute(self._SET_RIGHT_LEASES, (now,))
         changes, first = [], (self._SET_RIGHT_RUNNABLE, self._SET_RIGHT_AWAITING)
         for sql in (*first, self._SET_RIGHT_EXECUTING, self._SET_RIGHT_BUCKETS):
-            self.db.execute(sql, (now, horizon, count))
+            self.db.execute(sql, (now, count))
             changes.append(self.db.changes())
         retention: int | None = None
         while True:
-            self.db.execute(self._SET_RIGHT_ENDED, (now, horizon, count, retention))
+            self.db.execute(self._SET_RIGHT_ENDED, (now, count, retention))
             changes.append(self.db.changes())
             retention = self.next_retention(retention)
             if retention is None:
@@ -4946,13 +4942,13 @@ SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kin
     def schedule_rows(self) -> list[_ScheduleRow]: ...
     @_asks("SELECT 1 FROM durable_instances WHERE id = ? AND status = 'executing' AND cancel_reason IS NOT NULL")
     def is_cancelled(self, instance: int) -> bool: ...
-    @_reads_value(f"""
-SELECT EXISTS ({_AHEAD_RUNNABLE}) OR EXISTS ({_AHEAD_AWAITING}) OR EXISTS ({_AHEAD_EXECUTING})
-    OR EXISTS (SELECT 1 FROM durable_buckets WHERE full_at > ?2 AND refilled_at > ?2)
-    OR EXISTS (SELECT 1 FROM durable_workers WHERE heartbeat_at > ?2)
+    @_asks(f"""
+SELECT 1 WHERE EXISTS ({_AHEAD_RUNNABLE}) OR EXISTS ({_AHEAD_AWAITING}) OR EXISTS ({_AHEAD_EXECUTING})
+    OR EXISTS (SELECT 1 FROM durable_buckets WHERE full_at > {_WAITED_FOR} AND refilled_at > {_WAITED_FOR})
+    OR EXISTS (SELECT 1 FROM durable_workers WHERE heartbeat_at > {_WAITED_FOR})
 """)
-    def has_ahead(self, now: int, horizon: int) -> int:
-        """Whether something was written by a clock that was ahead of now, by more than up to that horizon."""
+    def is_ahead(self, now: int) -> bool:
+        """Whether something was written by a clock that was ahead of now, and waits for it."""
 
 
 _FIND_BY = {
@@ -5121,10 +5117,6 @@ class _Reader(_Looks):
 
     def statuses(self, ids: Iterable[int]) -> dict[int, str]:
         return self.statuses_of(_encode(list(ids)))
-
-    def is_ahead(self, now: int) -> bool:
-        """Whether something in the file was written by a clock that was ahead of now, and waits for it."""
-        return bool(self.has_ahead(now, now + _SET_BACK_MS))
 
     def data_version(self) -> int:
         """Return a number that changes when another connection than the one which is asked has committed."""
