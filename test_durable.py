@@ -11187,6 +11187,10 @@ ADDITIONS: dict[str, Callable[[Path], None]] = {
         "create table seen (id); create trigger durable_mine after insert on durable_instances"
         " begin insert into seen values (new.id); end"
     ),
+    "a check that names what it is": rewrite(
+        "durable_signals",
+        lambda sql: sql.replace(") STRICT", ", CONSTRAINT sent CHECK (sent_at IS NOT NULL)) STRICT"),
+    ),
     "a check": rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ", CHECK (sent_at > 0)) STRICT")),
     "other quotes": rewrite("durable_instances", quoted),
     "an index in other words": reword_index,
@@ -11219,6 +11223,12 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a refusal": (
         rewrite("durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL")),
+        r"column mine was added as NOT NULL without a default",
+    ),
+    "a refusal with a check": (
+        rewrite(
+            "durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL CHECK (1)")
+        ),
         r"column mine was added as NOT NULL without a default",
     ),
     "no check": (
