@@ -7762,7 +7762,7 @@ class _Inserts:
         if max(map(_inserted_at, rows), default=0) > transaction.ahead_from:
             rows = [row.brought_back(transaction.now) for row in rows]
         ids: list[int | None] = []
-        for has_key, run in itertools.groupby(rows, _has_key):
+        for has_key, run in itertools.groupby(rows, _has_key) if len(rows) > 1 else ((True, rows),):
             lot = list(run)
             ids.extend(map(self._store.insert, lot) if has_key else self._store.insert_many(lot))
         transaction.report.inserted += len(ids) - ids.count(None)
@@ -8577,7 +8577,7 @@ class _Picker:
         demand = self._transaction.given.demand
         at_most = demand.at_most - (len(self._report.claims) if demand.is_drain else 0)
         queues = self._runnable_queues() if demand.slots is None else demand.slots
-        if at_most <= 0 or not queues:
+        if at_most <= 0:
             return
         slots = {queue: self._transaction.free_slots(queue) for queue in queues}
         horizon = self._transaction.now if demand.horizon is None else demand.horizon
@@ -8724,7 +8724,8 @@ class _Beat:
         if given.has_timers:
             self._fire()
         self._release()
-        _Picker(transaction, self._admission, self.lines).claim_wanted()
+        if given.demand.slots != {}:
+            _Picker(transaction, self._admission, self.lines).claim_wanted()
         self.lines.pass_on()
         if transaction.freed_keys or transaction.poked_buckets:
             self._release()

@@ -8,7 +8,7 @@ In this order, each part with its sections:
   What handle answers; The object and async steps; Context; States; Outcomes; The table of outcomes; The last error
 * Engine, scheduling, signals, identity, children: Options; Opening; Life cycle; Insert; insert_all and insert_nowait;
   What takes long, or cannot be had; Looking; Waiting; Cancel; Retry; Drain; Operations; Order and timers; Several
-  engines on one file; An idle engine; Correlation keys; Signals; Consumption; Deadlines; Children
+  engines on one file; An idle engine; A beat by itself; Correlation keys; Signals; Consumption; Deadlines; Children
 * Limits and faults: Concurrency keys; Token buckets; Both at once; Inline; No starvation; Leases; A clock that was
   wrong; Crashes of a step; Time-outs; Forks and forgotten engines; Interrupts; The disk; Files taken away; Damage;
   Cleaning; Kills; Power cuts; Soak; Other systems
@@ -79,7 +79,7 @@ import warnings
 import zipfile
 import zoneinfo
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime, timedelta, timezone
 from datetime import time as dtime
@@ -6452,6 +6452,135 @@ def test_there_is_no_watch_where_coroutines_stand_in_for_threads(
     with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
+
+
+# ---- A beat by itself ----------------------------------------------------------------------------
+
+
+class BeatByHand:
+    """Runs transactions on a file: gives each what it is to do and returns what it reports, without any thread."""
+
+    def __init__(self, engine: Engine, **setup: Any) -> None:
+        self.engine = engine
+        self.setup = engine._core._setup._replace(**setup)
+        self.now = 1_000_000_000_000
+
+    def row(self, fsm: Any, **options: Any) -> durable._NewRow:
+        row = self.engine._core.desk.new_row(Insert(fsm, **options))
+        delay = row.eligible_at - row.inserted_at
+        return row._replace(inserted_at=self.now, updated_at=self.now, eligible_at=self.now + delay)
+
+    def run(
+        self,
+        slots: Mapping[str, int] | None = None,
+        *,
+        commits: Sequence[durable._Commit] = (),
+        requests: Sequence[durable._Request] = (),
+        wanted: Collection[str] = (),
+        **given: Any,
+    ) -> durable._Report:
+        """Run one; without slots nothing is to be claimed."""
+        demand = durable._Demand({} if slots is None else slots)
+        what = durable._Given(self.now, commits, requests, demand, wanted=frozenset(wanted), **given)
+        self.setup.store.begin()
+        report = durable._Beat(self.setup, what).run()
+        self.setup.store.commit()
+        return report
+
+    def ask(self, action: Callable[[durable._Beat], object]) -> durable._Report:
+        return self.run(requests=[durable._Request(action)])
+
+    def insert(self, *rows: durable._NewRow) -> list[int]:
+        requests = [durable._Request(None, row) for row in rows]
+        self.run(requests=requests)
+        return [request.value for request in requests]
+
+
+@pytest.fixture
+def by_hand(make_engine: MakeEngine) -> BeatByHand:
+    """A file whose transactions are run one by one."""
+    return BeatByHand(make_engine(queues={}, fsms=[Echo()]))
+
+
+def test_a_beat_claims_as_many_rows_as_there_are_free_slots(by_hand: BeatByHand) -> None:
+    """Of the queues that it is given, each in its order; of others none."""
+    late, soon, urgent = (by_hand.row(Echo, priority=priority) for priority in (2, 1, 0))
+    ids = by_hand.insert(late, soon, urgent, by_hand.row(Echo, queue="mail"))
+    report = by_hand.run({"default": 2}, wanted=["scheduler.saturation"])
+    assert [claim.row.id for claim in report.claims] == [ids[2], ids[1]]
+    assert not report.saturated
+    assert not by_hand.run({"default": 0}, wanted=["scheduler.saturation"]).claims
+    assert by_hand.run({"default": 0}, wanted=["scheduler.saturation"]).saturated == ["default"]
+    assert [claim.row.queue for claim in by_hand.run({"default": 1, "mail": 1}).claims] == ["default", "mail"]
+
+
+def test_a_slot_that_an_outcome_sets_free_is_filled_by_the_same_beat(by_hand: BeatByHand) -> None:
+    """What its engine's outcomes set free is added to the slots that it had before, and told to who waits."""
+    first, second = by_hand.insert(by_hand.row(Echo), by_hand.row(Echo))
+    (claim,) = by_hand.run({"default": 1}).claims
+    report = by_hand.run({"default": 0}, commits=[execute(claim)])
+    assert [one.row.id for one in report.left] == [first]
+    assert [(instance, status) for instance, status, _ in report.settled] == [(first, "done")]
+    assert report.kinds == ["done"]
+    assert [one.row.id for one in report.claims] == [second]
+
+
+def test_a_beat_answers_each_request_by_itself(by_hand: BeatByHand) -> None:
+    """A duplicate is refused with the occupant's id; who comes after it is not concerned."""
+    rows = [by_hand.row(Echo, correlation_key="a"), by_hand.row(Echo, correlation_key="a"), by_hand.row(Echo)]
+    requests = [durable._Request(None, row) for row in rows]
+    report = by_hand.run(requests=requests)
+    first, second, third = requests
+    assert isinstance(second.error, DuplicateError)
+    assert second.error.id == first.value
+    assert (first.error, third.error) == (None, None)
+    assert third.value > first.value
+    assert report.inserted == 2
+
+
+def test_a_beat_reports_when_the_next_is_due(by_hand: BeatByHand) -> None:
+    """The first instant that matters to who runs something; a client has no timers."""
+    by_hand.insert(by_hand.row(Echo, schedule_in=7), by_hand.row(Echo, schedule_in=5))
+    assert by_hand.run({"default": 1}).next_at == by_hand.now + 5000
+    assert by_hand.run(has_timers=False).next_at is None
+    by_hand.now += 5000
+    report = by_hand.run({"default": 2})
+    assert len(report.claims) == 1
+    assert (report.next_at, report.is_unfinished) == (by_hand.now + 2000, False)
+
+
+def test_a_beat_reports_which_classes_nothing_here_can_run(by_hand: BeatByHand) -> None:
+    """With a queue in which one was met; whether that was told before is not its matter."""
+    by_hand.insert(by_hand.row(Echo)._replace(fsm="gone.Away", version=3), by_hand.row(Echo))
+    for _ in range(2):
+        report = by_hand.run({"default": 5})
+        assert report.unknown == {("gone.Away", 3): "default"}
+        assert report.has_news
+
+
+def test_a_cancel_takes_back_what_was_claimed_and_has_not_started(by_hand: BeatByHand) -> None:
+    """From whoever is to run it: it is failed at once; a step that runs is to be told."""
+    ids = by_hand.insert(by_hand.row(Echo), by_hand.row(Echo))
+    unstarted, _ = by_hand.run({"default": 2}).claims
+    ready = {unstarted.row.id: unstarted}
+    by_hand.setup = by_hand.setup._replace(
+        take_back=lambda _, instance: [ready.pop(instance)] if instance in ready else []
+    )
+    report = by_hand.ask(lambda beat: beat.instances.cancel(ids[0], "no"))
+    assert report.withdrawn == report.left == [unstarted]
+    assert [(row.id, change.last_error) for row, change in report.failures] == [(ids[0], "no")]
+    report = by_hand.ask(lambda beat: beat.instances.cancel(ids[1], "no"))
+    assert (report.cancelled, report.withdrawn) == ([ids[1]], [])
+    assert [by_hand.engine.get(one).status for one in ids] == ["failed", "executing"]
+
+
+def test_a_beat_tells_only_the_events_that_are_wanted(by_hand: BeatByHand) -> None:
+    """The others are not even made."""
+    by_hand.insert(by_hand.row(Echo), by_hand.row(Echo))
+    for claim in by_hand.run({"default": 2}).claims:
+        report = by_hand.run(commits=[execute(claim)], wanted=["step.stop"])
+        assert [event.name for event in report.events] == ["step.stop"]
+        assert not by_hand.run().events
 
 
 # ---- Correlation keys ----------------------------------------------------------------------------
