@@ -34,6 +34,7 @@ Read from top to bottom; nothing refers to what stands below it:
 from __future__ import annotations
 
 import _thread
+import ast
 import atexit
 import collections
 import contextlib
@@ -55,8 +56,10 @@ import os
 import pathlib
 import stat
 import sys
+import textwrap
 import threading
 import time
+import traceback
 import types
 import typing
 import warnings
@@ -475,8 +478,6 @@ def _traceback_text(error: BaseException) -> str | None:
     own = _own_traceback(error)
     if own is None:
         return None
-    import traceback  # only failures pay for it
-
     return _printable("".join(traceback.format_exception(type(error), error, own)))
 
 
@@ -5460,8 +5461,6 @@ class _ForkGuard:
             elif isinstance(error, SystemExit):
                 print(error.code, file=sys.stderr)
             else:
-                import traceback
-
                 traceback.print_exception(error)
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.flush()
@@ -6146,8 +6145,6 @@ def _died(claim: _Claim) -> _Commit:
 
 def _load_what_steps_need() -> None:
     """Load now what a step would be the first to need: by then there may be no file, or no right, to load it with."""
-    import traceback  # noqa: F401 - for errors
-
     _lenient()
     if any(spec.has_async for spec in list(_registry.values())):
         import asyncio  # noqa: F401 - it takes 30 ms, so only where there is a use for it
@@ -10853,8 +10850,6 @@ class _Edge(NamedTuple):
 
 def _quoted(node: Any) -> list[Any]:
     """List the texts that stand in quotes in a piece of text."""
-    import ast
-
     return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
 
 
@@ -10871,9 +10866,6 @@ class _TextReader:
 
     def edges(self, step: str | None, method: str) -> Iterator[_Edge]:
         """Yield the outcomes of a method that a step runs, and those of the methods that it calls on itself."""
-        import ast
-        import textwrap
-
         function = getattr(self._cls, method)
         function = inspect.unwrap(getattr(function, "_function", function))
         if (step, method) in self._seen or getattr(function, "__module__", None) == __name__:
@@ -10890,8 +10882,6 @@ class _TextReader:
 
     def _within(self, node: Any, step: str | None, parameter: str | None) -> Iterator[_Edge]:
         """Yield the outcomes in a piece of text; where it asks the parameter, by the names that this is."""
-        import ast
-
         for names, inner in self._branches(node, step, parameter):
             for name, one in itertools.product(names, inner):
                 if isinstance(one, ast.Call):
@@ -10900,8 +10890,6 @@ class _TextReader:
 
     def _branches(self, node: Any, step: str | None, parameter: str | None) -> Iterator[tuple[list[Any], list[Any]]]:
         """Take a piece of text apart: under which steps' names each part of it runs."""
-        import ast
-
         if isinstance(node, ast.Match) and getattr(node.subject, "id", "") == parameter:
             for case in node.cases:
                 yield _quoted(case.pattern) or [step], case.body
@@ -10933,8 +10921,6 @@ class _TextReader:
 
     def _targets(self, given: Any) -> list[str]:
         """Return the steps that an argument means: a text in quotes, a `@step` method, or one of two of these."""
-        import ast
-
         if isinstance(given, ast.IfExp):
             return self._targets(given.body) + self._targets(given.orelse)
         if isinstance(given, ast.Attribute) and given.attr in _marked_steps(self._cls):

@@ -341,6 +341,28 @@ def test_every_error_is_a_durable_error(name: str) -> None:
     assert issubclass(getattr(durable, name), DurableError)
 
 
+LOADED = """
+import sys
+import apsw, attrs, cattrs, cattrs.cols, cattrs.gen
+before = set(sys.modules)
+import durable
+print(*(set(sys.modules) - before))
+"""
+LATE = """
+asyncio base64 concurrent.futures cronsim ctypes decimal durable_tools email hashlib http multiprocessing selectors
+socket sqlite3 ssl subprocess tempfile typing_extensions tzlocal unittest urllib.request uuid zoneinfo
+"""
+
+
+def test_an_import_loads_nothing_that_only_some_need() -> None:
+    """It is to add under 50 ms to its dependencies': the event loop, time zones, `sqlite3` and such come when asked."""
+    command = [sys.executable, "-c", LOADED]
+    loaded = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.split()
+    assert "durable" in loaded
+    assert not set(LATE.split()).intersection(loaded)
+    assert len(loaded) < 40
+
+
 def global_names(scope: symtable.SymbolTable) -> Iterator[str]:
     """Yield the module's names that a scope and those within it use."""
     for symbol in scope.get_symbols():
