@@ -1392,7 +1392,8 @@ def _codecs() -> dict[type, _Codec]:
 
 
 def _invalid(cls: Any, value: object) -> ValueError:
-    return ValueError(f"not a valid {getattr(cls, '__name__', None) or cls}, {_brief(value)}")
+    name = cls.__name__ if isinstance(cls, type) else str(cls).removeprefix("typing.")
+    return ValueError(f"not a valid {name}, {_brief(value)}")
 
 
 def _own(cls: Any) -> Any:
@@ -2413,16 +2414,34 @@ def _resolve_annotations(state: type, owner: type, names: dict[str, Any], seen: 
             _resolve_annotations(inner, owner, {}, seen)
 
 
+def _job_function(cls: type) -> Any:
+    """Return the function that a job's class was made for; None for a class that was written as one."""
+    return getattr(getattr(cls, _PERFORM, None), "_function", None)
+
+
 def _read_state_class(cls: type[FSM]) -> type | None:
     state = cls._options.get("state", getattr(cls, "State", None))
     if state is None:
         return None
     if not isinstance(state, type) or not attrs.has(state):
         raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
-    function: Any = getattr(getattr(cls, _PERFORM, None), "_function", None)
+    function = _job_function(cls)
     is_arguments = function is not None and state is vars(cls).get("State")
     _resolve_annotations(state, cls, inspect.unwrap(function).__globals__ if is_arguments else {}, set())
     return state
+
+
+def _is_generator(function: object) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _is_plain(function: object) -> bool:
+    return not (inspect.iscoroutinefunction(function) or _is_generator(function))
+
+
+def _hides_step(member: object) -> bool:
+    """Whether a decorator has taken the mark of a step away."""
+    return hasattr(getattr(member, "__wrapped__", None), "_durable_step") and not hasattr(member, "_durable_step")
 
 
 def _takes(method: Any, count: int) -> bool:
@@ -2438,6 +2457,8 @@ def _checked_method(cls: type, name: str, form: str, *counts: int) -> Any:
     method = getattr(cls, name)
     if not any(_takes(method, count) for count in counts):
         raise TypeError(f"{cls.__qualname__}.{name} must be callable as {name}{form}")
+    if _is_generator(getattr(method, "_function", method)):
+        raise TypeError(f"{cls.__qualname__}.{name} is a generator: it must return what it comes to, not yield it")
     return method
 
 
@@ -2467,10 +2488,12 @@ def _refuse_misfits(cls: type[FSM], marked: Collection[str], initial: str, *, is
         " defines neither steps nor perform: mark methods with @step (a machine), define perform (a job), or pass"
         " abstract=True (a shared base)"
     )
-    methods = [one for one in ("handle", "backoff") if one in marked or inspect.iscoroutinefunction(getattr(cls, one))]
+    hooks = [one for one in ("handle", "backoff") if one in marked or not _is_plain(getattr(cls, one))]
+    under = [name for base in cls.__mro__ for name, one in vars(base).items() if _hides_step(one)]
     both, known = "defines both steps and perform", ", ".join(map(repr, marked))
     for is_wrong, what in (
-        (methods, f": {methods} must be plain methods of the class, neither steps nor async"),
+        (hooks, f": {', '.join(hooks)} must be a plain method of the class, neither a step nor async"),
+        (under, f": @step of {', '.join(under)} must stand above staticmethod and the like, on a method (self, ctx)"),
         (is_job and (marked or has_any_step), f" {both}: keep the steps (a machine) or perform (a job)"),
         (marked and has_any_step, " defines both @step methods and step(self, name, ctx): use one of the two forms"),
         (not (is_job or marked or has_any_step), neither),
@@ -2640,7 +2663,7 @@ def _spec_of(fsm: object) -> _Spec:
     cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
     if not isinstance(cls, type) or not issubclass(cls, FSM):
         raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
-    if cls is not fsm and getattr(cls, _PERFORM)._function is not fsm:
+    if cls is not fsm and _job_function(cls) is not fsm:
         raise TypeError(
             f"{_brief(fsm)} is what a decorator has made of the job {cls.__qualname__}, and would be skipped:"
             " put @durable.job above all others"

@@ -1003,6 +1003,11 @@ class Bodies:
         return "performed"
 
 
+def yielding(self: Any, args: Any) -> Iterator[Any]:
+    """A method that nothing comes of when it is called."""
+    yield args
+
+
 STEPS, BEGIN, DISPATCH, PERFORM = ({name: vars(Bodies)[name]} for name in ("start", "begin", "step", "perform"))
 
 
@@ -1022,6 +1027,11 @@ STEPS, BEGIN, DISPATCH, PERFORM = ({name: vars(Bodies)[name]} for name in ("star
         pytest.param(PERFORM, {"state": int}, "state", id="state is no attrs class"),
         pytest.param({"perform": lambda self: None}, {}, "perform", id="perform without args"),
         pytest.param({"perform": lambda self, a, b, c: None}, {}, "perform", id="perform with too much"),
+        pytest.param({"perform": yielding}, {}, "perform is a generator", id="a job that yields"),
+        pytest.param({"start": step(cast(Any, lambda self, ctx: (yield)))}, {}, "start is a generator", id="a step that yields"),
+        pytest.param(STEPS | {"handle": yielding}, {}, "handle must be a plain method", id="a handle that yields"),
+        pytest.param(STEPS | {"end": staticmethod(STEPS["start"])}, {}, "@step of end", id="a step made static"),
+        pytest.param(STEPS | {"end": classmethod(STEPS["start"])}, {}, "@step of end", id="a step of the class"),
     ],
 )
 def test_a_class_that_cannot_work_is_refused_when_defined(
@@ -2425,6 +2435,8 @@ CHANGED: list[tuple[Any, Any, str]] = [
     (dict, collections.OrderedDict(), "value: "),
     (dict[str, dict[str, int]], {"a": collections.defaultdict(int)}, "value.a: "),
     (str, None, "value: not a valid str, None"),
+    (int | str, 1.5, "value: not a valid int | str, 1.5"),
+    (Literal["a", "b"], "c", "value: not a valid Literal['a', 'b'], 'c'"),
     (float, 2**60 + 1, "value: "),
     (Decimal, Decimal("NaN"), "value: "),
     (timedelta, timedelta(days=400_000_000, microseconds=1), "value: "),
