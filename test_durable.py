@@ -1028,7 +1028,9 @@ STEPS, BEGIN, DISPATCH, PERFORM = ({name: vars(Bodies)[name]} for name in ("star
         pytest.param({"perform": lambda self: None}, {}, "perform", id="perform without args"),
         pytest.param({"perform": lambda self, a, b, c: None}, {}, "perform", id="perform with too much"),
         pytest.param({"perform": yielding}, {}, "perform is a generator", id="a job that yields"),
-        pytest.param({"start": step(cast(Any, lambda self, ctx: (yield)))}, {}, "start is a generator", id="a step that yields"),
+        pytest.param(
+            {"start": step(cast(Any, lambda self, ctx: (yield)))}, {}, "start is a generator", id="a step that yields"
+        ),
         pytest.param(STEPS | {"handle": yielding}, {}, "handle must be a plain method", id="a handle that yields"),
         pytest.param(STEPS | {"end": staticmethod(STEPS["start"])}, {}, "@step of end", id="a step made static"),
         pytest.param(STEPS | {"end": classmethod(STEPS["start"])}, {}, "@step of end", id="a step of the class"),
