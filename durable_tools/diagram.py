@@ -92,7 +92,8 @@ class Machine(NamedTuple):
     def _lines(self, ids: Mapping[str, str]) -> Iterator[str]:
         for step, name in ids.items():
             here = (self.standing or {}).get(step)
-            label = f"{_shown(step)}: {here:,} here" if here else _shown(step)
+            text = "handle, after an error in any step" if step == IN_ANY_STEP else step
+            label = f"{_shown(text)}: {here:,} here" if here else _shown(text)
             if label != name:
                 yield f'state "{label}" as {name}'
         if self.initial is not None:
