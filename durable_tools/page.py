@@ -88,14 +88,19 @@ class _Source:
         with self._lock:
             return self._open()[0]
 
-    def version(self) -> str:
-        """Return a text that changes when the file has; it is looked at ten times a second, for all who ask."""
+    def version(self) -> tuple[int, str]:
+        """Return the number of the file, by which one that was replaced is another, and a text that changes with it.
+
+        It is looked at ten times a second, for all who ask.
+        """
         with self._lock:
             _, watcher = self._open()
             if time.monotonic() - self._looked_at >= self.LOOKS_EVERY_S:
-                self._version = f"{self._generation}.{watcher.data_version()}"
+                # The file's own time is for one that is read as if it lay still, by a new connection each time.
+                written_at = os.stat(self.path).st_mtime_ns
+                self._version = f"{written_at}.{watcher.data_version()}"
                 self._looked_at = time.monotonic()
-            return self._version
+            return self._generation, self._version
 
     def close(self, *, unless_used_for_s: float = 0) -> None:
         """Let go of the file, as far as nobody has asked for so long."""
@@ -107,11 +112,11 @@ class _Source:
         self._used_at = time.monotonic()
         try:
             status = os.stat(self.path)
-        except FileNotFoundError:
-            self._close()
-            raise DurableError(f"{self.path}: no such file") from None
         except OSError as error:
-            raise DurableError(f"{self.path} can't be looked at: {error.strerror}") from error
+            self._close()
+            is_missing = isinstance(error, FileNotFoundError)
+            text = f"{self.path}: no such file" if is_missing else f"{self.path} can't be looked at: {error.strerror}"
+            raise DurableError(text) from error
         identity = status.st_dev, status.st_ino
         if self._readers is None or identity != self._identity:
             self._close()
@@ -1205,8 +1210,9 @@ class PageApplication:
         if asked.path not in self._routes:
             raise RefusedError(404, f"there is no {asked.path[:200]}")
         # What is told of times (due, heard of) changes without the file, too.
-        version = f"{self._source.version()}.{int(time.monotonic() / 4)}"
-        key = f"{asked.path}?{sorted(asked.query.items())}"
+        which_file, content = self._source.version()
+        version = f"{content}.{int(time.monotonic() / 4)}"
+        key = f"{which_file} {asked.path}?{sorted(asked.query.items())}"
         body = self._answers.get(key, version, lambda: self._routes[asked.path](asked))
         etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
         if asked.header("If-None-Match") == etag:
