@@ -7180,31 +7180,6 @@ class _Given(NamedTuple):
 class _Report:
     """What a beat has come to: what follows from it, and who has to hear of it, once it is committed."""
 
-    __slots__ = (
-        "_wanted",
-        "after",
-        "cancelled",
-        "claims",
-        "events",
-        "failures",
-        "fired",
-        "fired_until",
-        "inserted",
-        "interrupt",
-        "is_unfinished",
-        "kinds",
-        "left",
-        "left_schedules",
-        "logs",
-        "next_at",
-        "passed_on",
-        "refused",
-        "saturated",
-        "settled",
-        "unknown",
-        "withdrawn",
-    )
-
     def __init__(self, wanted: Container[str], fired_until: int) -> None:
         self._wanted = wanted
         self.claims: list[_Claim] = []

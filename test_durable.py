@@ -619,7 +619,7 @@ class NoPool(durable._Pool):
 @pytest.mark.parametrize("fsm", [Idle, Hop])
 def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(fsm: type[FSM], width: int, make_engine: Any) -> None:
     """Of k rows, k executions settle and fewer claim; the transaction itself, timers and picks are a dozen more."""
-    engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9)
+    engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9, fsms=[fsm()])
     engine.insert_all([Insert(fsm) for _ in range(4 * width)])
     core = engine._core
     core.peers.join(10**12)
@@ -6857,6 +6857,17 @@ def test_a_set_is_collected_by_awaiting_again_with_one_wake_for_each_signal(make
         engine.signal(ident, "vote", n)
     engine.drain()
     assert machine.awaited() == [[], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert engine.get(ident).status is Status.DONE
+
+
+def test_who_collects_into_its_state_is_shown_only_what_is_new(make_engine: MakeEngine) -> None:
+    """`Next` consumes, so that many signals are collected at a cost that does not grow with those that came before."""
+    engine, machine, ident = scripted(make_engine, *[Await("vote", "count"), Next("more")] * 4)
+    for n in range(4):
+        engine.drain()
+        engine.signal(ident, "vote", n)
+    engine.drain()
+    assert machine.awaited() == [[], [0], [], [1], [], [2], [], [3], []]
     assert engine.get(ident).status is Status.DONE
 
 
