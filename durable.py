@@ -3192,13 +3192,15 @@ def _is_mount_point(path: str) -> bool:
 
 
 def _refuse_second_name(path: str) -> None:
-    """Refuse a file that can be reached by a name which leads to another log."""
+    """Refuse what is no file, or one that can be reached by a name which leads to another log."""
     try:
         status = os.stat(path)
     except OSError:  # there is none yet, or SQLite will say what is wrong with it
         return
-    if not stat.S_ISREG(status.st_mode):
+    if stat.S_ISDIR(status.st_mode):  # as SQLite says
         return
+    if not stat.S_ISREG(status.st_mode):
+        raise DurableError(f"{path} is no file, but a device, a pipe or a socket")
     if status.st_nlink > 1:
         how = f"has {status.st_nlink} names"
         advice = "Remove the other hard link, or make a copy of the file in its place"

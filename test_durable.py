@@ -3719,6 +3719,15 @@ def test_a_file_that_cannot_be_opened_says_why(make_engine: MakeEngine, tmp_path
     assert make_engine(database=tmp_path / deep / ("x" * rest)).check() == []
 
 
+@posix
+def test_a_device_or_a_pipe_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    """Nothing is written into it."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(DurableError, match=f"{path} is no file, but a device, a pipe or a socket"):
+            Engine(path)
+
+
 def test_engines_that_create_the_same_file_at_the_same_time_agree(make_engine: MakeEngine) -> None:
     """Several engines may share a file, also while it is being created."""
     ids: list[int] = []
