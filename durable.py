@@ -34,7 +34,6 @@ Read from top to bottom; nothing refers to what stands below it:
 from __future__ import annotations
 
 import _thread
-import ast
 import atexit
 import collections
 import contextlib
@@ -56,7 +55,6 @@ import os
 import pathlib
 import stat
 import sys
-import textwrap
 import threading
 import time
 import traceback
@@ -10835,125 +10833,9 @@ def _check_schedules(reader: _Reader, behaviours: _Behaviours) -> Iterator[str]:
                 yield f"schedule {row.name}: {problem[0]}"
 
 
-class _Edge(NamedTuple):
-    """An outcome that the text of a class shows: in which step it stands, and to which it leads."""
-
-    step: str | None
-    """"?" for code that stands in no step that can be told, None for `handle`, which any step may come to."""
-    outcome: str
-    """"Next", "Retry", "Await", "ScheduleChildren", "Done" or "Stop"."""
-    to: str | None
-    """"?" for a name that is computed, None at an end."""
-    line: int
-    """Where it stands in the file of the class."""
-
-
-def _quoted(node: Any) -> list[Any]:
-    """List the texts that stand in quotes in a piece of text."""
-    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-
-
-class _TextReader:
-    """Reads the text of a class for the outcomes that stand in it; nothing of it is run."""
-
-    _ENDS = ("Done", "Stop")
-    _TARGETS: ClassVar = {"Next": 0, "Await": 1, "ScheduleChildren": 1}
-    """Position of the step among the arguments."""
-
-    def __init__(self, cls: type[FSM]) -> None:
-        self._cls = cls
-        self._seen: set[tuple[str | None, str]] = set()
-
-    def edges(self, step: str | None, method: str) -> Iterator[_Edge]:
-        """Yield the outcomes of a method that a step runs, and those of the methods that it calls on itself."""
-        function = getattr(self._cls, method)
-        function = inspect.unwrap(getattr(function, "_function", function))
-        if (step, method) in self._seen or getattr(function, "__module__", None) == __name__:
-            return
-        self._seen.add((step, method))
-        try:
-            lines, first = inspect.getsourcelines(function)
-            tree = ast.parse(textwrap.dedent("".join(lines)))
-        except (OSError, TypeError, SyntaxError):  # a class without a source, as one typed at a prompt
-            return
-        parameters = list(inspect.signature(function).parameters)
-        for edge in self._within(tree, step, parameters[1] if method == "step" else None):
-            yield edge._replace(line=first + edge.line - 1)
-
-    def _within(self, node: Any, step: str | None, parameter: str | None) -> Iterator[_Edge]:
-        """Yield the outcomes in a piece of text; where it asks the parameter, by the names that this is."""
-        for names, inner in self._branches(node, step, parameter):
-            for name, one in itertools.product(names, inner):
-                if isinstance(one, ast.Call):
-                    yield from self._of_call(one, name)
-                yield from self._within(one, name, parameter)
-
-    def _branches(self, node: Any, step: str | None, parameter: str | None) -> Iterator[tuple[list[Any], list[Any]]]:
-        """Take a piece of text apart: under which steps' names each part of it runs."""
-        if isinstance(node, ast.Match) and getattr(node.subject, "id", "") == parameter:
-            for case in node.cases:
-                yield _quoted(case.pattern) or [step], case.body
-        elif (
-            isinstance(node, ast.If)
-            and isinstance(node.test, ast.Compare)
-            and getattr(node.test.left, "id", "") == parameter
-            and isinstance(node.test.ops[0], ast.Eq | ast.In)
-        ):
-            yield _quoted(node.test) or [step], node.body
-            yield [step], node.orelse
-        else:
-            yield [step], list(ast.iter_child_nodes(node))
-
-    def _of_call(self, call: Any, step: str | None) -> Iterator[_Edge]:
-        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-        is_own = getattr(getattr(call.func, "value", None), "id", "") == "self"
-        if is_own and inspect.isfunction(getattr(self._cls, name, None)):
-            yield from (edge._replace(line=call.lineno) for edge in self.edges(step, name))
-        elif name in self._ENDS:
-            yield _Edge(step, name, None, call.lineno)
-        elif name == "Retry":
-            yield _Edge(step, name, step, call.lineno)
-        elif name in self._TARGETS:
-            named = [one.value for one in call.keywords if one.arg in ("step", "then")]
-            given = [*call.args[self._TARGETS[name] :], *named][:1]
-            for to in itertools.chain.from_iterable(map(self._targets, given)):
-                yield _Edge(step, name, to, call.lineno)
-
-    def _targets(self, given: Any) -> list[str]:
-        """Return the steps that an argument means: a text in quotes, a `@step` method, or one of two of these."""
-        if isinstance(given, ast.IfExp):
-            return self._targets(given.body) + self._targets(given.orelse)
-        if isinstance(given, ast.Attribute) and given.attr in _marked_steps(self._cls):
-            return [given.attr]
-        return _quoted(given) if isinstance(given, ast.Constant) else ["?"]
-
-
-def _edges(spec: _Spec) -> list[_Edge]:
-    """Read which outcomes lead from which step of a class to which, as its text shows them."""
-    reader = _TextReader(spec.cls)
-    methods = [(name, name) for name in spec.steps] if spec.any_step is None else [("?", "step")]
-    found = [reader.edges(step, method) for step, method in (*methods, (None, "handle"))]
-    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
-
-
-def _check_texts() -> Iterator[str]:
-    """Look for steps that the text of a class names and the class does not have."""
-    for spec in {id(spec): spec for spec in list(_registry.values())}.values():
-        if spec.any_step is None and not spec.is_job:
-            for edge in _edges(spec):
-                if edge.to not in (*spec.steps, "?", None):
-                    where = "handle" if edge.step is None else f"step {edge.step!r}"
-                    known = ", ".join(map(repr, spec.steps))
-                    file = os.path.basename(inspect.getsourcefile(spec.cls) or "")
-                    yield (
-                        f"{spec.name}: {where} goes on with {edge.to!r} ({file}, line {edge.line}),"
-                        f" which is none of its steps {known}"
-                    )
-
-
 def _check_code(reader: _Reader) -> list[str]:
     """Hold a file against the classes that are known here; nothing is run and nothing changed."""
-    return [*_check_instances(reader), *_check_schedules(reader, _Behaviours(())), *_check_texts()]
+    return [*_check_instances(reader), *_check_schedules(reader, _Behaviours(()))]
 
 
 class _Filters(TypedDict, total=False):
@@ -11568,8 +11450,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         """Audit the file, SQLite's integrity check included; return the problems in words, none when it is sound.
 
         With `code` every live instance and every schedule is also held against the classes that are known here: a
-        class, a version or a step that is missing, a state that no longer loads; and these classes' own text, for
-        steps that it names and they do not have. Nothing is run and nothing changed.
+        class, a version or a step that is missing, a state that no longer loads. Nothing is run and nothing changed.
         """
         _boolean(code, "code")
         problems = self._reader.check()
@@ -11732,8 +11613,6 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `registry`: what the classes known in this process define, by name and version
     * `is_stopped`: whether an engine was stopped
     * `next_instants`: the instants of a schedule that come next
-    * `edges`: which outcomes lead from which step of a class to which, as its text shows them
-    * `Edge`: one of them
 
     And for engines that keep the rows elsewhere than in a file, on which the run of a step is one thing with this one:
 
@@ -11859,20 +11738,6 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                     break
                 instants.append(_instant(following))
         return instants
-
-    Edge = _Edge
-
-    @staticmethod
-    def edges(spec: _Spec) -> list[_Edge]:
-        """Read which outcomes lead from which step of a class, one of `registry`, to which; nothing of it is run.
-
-        `Edge(step, outcome, to, line)`: the step in which the text makes an outcome of that name (`Next`, `Retry`,
-        `Await`, `ScheduleChildren`, `Done`, `Stop`), the step to which it leads, None at an end, and the line in the
-        class's file. A name that is computed is "?". A step's outcomes are also those of the methods that it calls on
-        `self`; `step` is None for those of `handle`, and "?" where `step(self, name, ctx)` makes one under no name.
-        In the order of the text; a class without a source, as one typed at a prompt, has none.
-        """
-        return _edges(spec)
 
     @staticmethod
     def is_stopped(engine: Engine) -> bool:

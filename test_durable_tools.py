@@ -86,7 +86,7 @@ from durable import (
     step,
     tools,
 )
-from durable_tools import cli, page, screen
+from durable_tools import cli, page, screen, texts
 from durable_tools import dbos as machines
 from durable_tools.dbos import DBOSEngine
 from test_durable import (
@@ -1984,6 +1984,142 @@ def test_what_is_no_machine_is_not_drawn(command: Command, target: str, status: 
     said = command("diagram", target)
     assert (said.status, said.out) == (status, "")
     assert words in said.err
+
+
+def test_a_misspelt_step_is_found_in_the_text_of_a_class() -> None:
+    """Where it stands in quotes, in `Next`, `Await` or `ScheduleChildren`, by position or by name; with its line."""
+
+    class Typo(FSM, name="test.typo"):
+        @step
+        def start(self, ctx: Ctx) -> Next | Await:
+            return Next("shpi") if ctx.state else Await("go", then="edn")
+
+        @step
+        def ship(self, ctx: Ctx) -> Next:
+            return Next("start")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Any:
+            return Next("mend")
+
+    found = [line for line in texts.misspelt() if "test.typo" in line]
+    line = inspect.getsourcelines(Typo.start)[1] + 2
+    assert [one.partition(", which")[0] for one in found] == [
+        f"test.typo: step 'start' goes on with 'shpi' (test_durable_tools.py, line {line})",
+        f"test.typo: step 'start' goes on with 'edn' (test_durable_tools.py, line {line})",
+        f"test.typo: handle goes on with 'mend' (test_durable_tools.py, line {line + 7})",
+    ]
+    assert all(one.endswith("none of its steps 'start', 'ship'") for one in found)
+    del durable._registry["test.typo", 1]
+
+
+class Traveller(FSM, name="test.traveller"):
+    """Its steps say in all the ways that there are where they lead."""
+
+    @step
+    def start(self, ctx: Ctx) -> Any:
+        if ctx.attempt:
+            return durable.Retry(3)
+        return Next("pack" if ctx.state else "leave")
+
+    @step(max_attempts=3)
+    async def pack(self, ctx: Ctx) -> Any:
+        children = [Insert(CliOrder)]
+        return ScheduleChildren(children, Traveller.leave) if children else self._rest(ctx)
+
+    @step
+    def leave(self, ctx: Ctx) -> Any:
+        match ctx.state:
+            case {}:
+                return Next(ctx.state["where"])
+            case _:
+                return Done({"next": str(Next)})
+
+    def _rest(self, ctx: Ctx) -> Any:
+        return Await(["call", "letter"], then="start") if ctx.state else self._rest(ctx)
+
+    def handle(self, error: Exception, ctx: Ctx) -> Any:
+        return Stop(error)
+
+
+class Matcher(FSM, name="test.matcher"):
+    """One `step` for all names."""
+
+    def step(self, name: str, ctx: Ctx) -> Any:
+        if name == "start":
+            return Next("a")
+        if name in ("a", "b"):
+            return Next(step="c")
+        match name:
+            case "c" | "d":
+                return self._end(name)
+            case "e" if ctx.attempt:
+                return Done()
+        return Stop("unknown")
+
+    def _end(self, name: str) -> Any:
+        return Done() if name else Next(name)
+
+
+def edges_of(cls: type[FSM]) -> list[tuple[str | None, str, str | None]]:
+    """What the text of a class shows, without the lines."""
+    spec = cls._spec
+    assert spec is not None
+    return [edge[:3] for edge in texts.edges(spec)]
+
+
+def test_the_text_of_a_class_shows_which_outcomes_lead_where() -> None:
+    """Of all outcomes, through methods of its own; a computed name is `?`, an end None, `handle` no step's."""
+    assert edges_of(Traveller) == [
+        ("start", "Retry", "start"),
+        ("start", "Next", "pack"),
+        ("start", "Next", "leave"),
+        ("pack", "ScheduleChildren", "leave"),
+        ("pack", "Await", "start"),
+        ("leave", "Next", "?"),
+        ("leave", "Done", None),
+        (None, "Stop", None),
+    ]
+
+
+def test_the_text_of_one_step_for_all_names_is_told_apart_by_them() -> None:
+    """By `match name` and by `if name ==`; what stands outside is no step's that could be told."""
+    assert edges_of(Matcher) == [
+        ("start", "Next", "a"),
+        ("a", "Next", "c"),
+        ("b", "Next", "c"),
+        ("c", "Done", None),
+        ("c", "Next", "?"),
+        ("d", "Done", None),
+        ("d", "Next", "?"),
+        ("e", "Done", None),
+        ("?", "Stop", None),
+    ]
+
+
+def test_a_class_without_a_text_has_no_edges() -> None:
+    """One made of what was typed at a prompt is told of as one that shows nothing."""
+    space: dict[str, Any] = {"durable": durable, "__name__": "typed"}
+    exec("class Typed(durable.FSM):\n    def perform(self, args): return durable.Done()", space)
+    assert edges_of(space["Typed"]) == []
+    del durable._registry["typed.Typed", 1]
+
+
+def test_check_tells_of_a_misspelt_step_where_it_is_given_the_code(command: Command, tmp_path: Path) -> None:
+    """With TARGET, whatever stands in the file."""
+    script = tmp_path / "shop.py"
+    script.write_text("""
+from durable import FSM, Next, step
+class Shop(FSM, name="test.misspelt"):
+    @step
+    def start(self, ctx):
+        return Next("shpi")
+""")
+    with client(tmp_path / "x.db"):
+        pass
+    assert command("check", tmp_path / "x.db").out == "sound\n"
+    said = command("check", tmp_path / "x.db", script)
+    assert said.status == 1
+    assert "test.misspelt: step 'start' goes on with 'shpi' (shop.py, line 6)" in said.out
 
 
 # ---- What the page shows -------------------------------------------------------------------------

@@ -646,11 +646,16 @@ def _wait(reader: tools.Reader, options: argparse.Namespace) -> None:
 def _check(reader: tools.Reader, options: argparse.Namespace) -> int:
     """Audit the file; exit status 1 if it has problems.
 
-    With TARGET every live instance and schedule is also held against its classes: what would no longer run.
+    With TARGET every live instance and schedule is also held against its classes, for what would no longer run, and
+    their texts are looked through for steps that they name and do not have.
     """
     if options.target is not None:
         _load(options.target)
     problems = reader.check(code=options.target is not None)
+    if options.target is not None:
+        from durable_tools import texts  # reads sources, for which Python loads a good deal
+
+        problems += texts.misspelt()
     options.screen.answer(problems, map(plain, problems or ["sound"]), as_json=options.json)
     return 1 if problems else 0
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from durable import DurableError, tools
+from durable_tools.texts import edges
 
 COMPUTED = "?"
 """The step of a name that is computed."""
@@ -129,9 +130,7 @@ def machine_of(name: str, version: int) -> Machine | None:
     spec = tools.registry.get((name, version))
     if spec is None:
         return None
-    arrows = [
-        Arrow(IN_ANY_STEP if edge.step is None else edge.step, edge.outcome, edge.to) for edge in tools.edges(spec)
-    ]
+    arrows = [Arrow(IN_ANY_STEP if edge.step is None else edge.step, edge.outcome, edge.to) for edge in edges(spec)]
     if spec.is_job:
         arrows = [*_ways_of_a_job(spec.initial), *arrows]
     steps = tuple(spec.steps)
