@@ -5777,7 +5777,7 @@ class _Commit(NamedTuple):
 _CRASH = "crash"
 
 
-def _reason_of(error: BaseException) -> str | BaseException:
+def _reason_of(error: str | BaseException) -> str | BaseException:
     return error.reason if isinstance(error, Fail | Cancel) else error
 
 
@@ -5838,7 +5838,7 @@ def _log_late(row: _Row, error: BaseException) -> None:
 def _describe_stop(outcome: Stop, error: BaseException | None) -> tuple[str, str | None]:
     reason = outcome.reason
     source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
-    return _error_text(reason), None if source is None else _traceback_text(source)
+    return _error_text(_reason_of(reason)), None if source is None else _traceback_text(source)
 
 
 def _elapsed(claim: _Claim) -> float:
@@ -5925,7 +5925,7 @@ def _is_shortage(error: BaseException) -> bool:
 
 def _stop(claim: _Claim, error: BaseException) -> _Commit:
     """End an instance as failed for an error that nobody is left to ask about."""
-    change = _failed(claim.row, _error_text(error), _traceback_text(error))
+    change = _failed(claim.row, _error_text(_reason_of(error)), _traceback_text(error))
     return _Commit(claim, "stop", change, duration=_elapsed(claim))
 
 
