@@ -18006,6 +18006,8 @@ class EngineModel:
         self.asked: list[tuple[int, str, int]] = []
         self.questions = 0
         self.plans: dict[str, Plan] = {}
+        self.knows: Callable[[str], bool] = lambda fsm: True
+        """Whether the engine whose beat it is can run a class."""
         self.went_on: Callable[[int], bool] = lambda identity: False
         """Whether the engine has run a step inline, where the contract leaves it open."""
 
@@ -18043,7 +18045,7 @@ class EngineModel:
         return answer, refused
 
     def insert_scheduled(self) -> None:
-        due = [plan for plan in self.plans.values() if plan.due(self.now)]
+        due = [plan for plan in self.plans.values() if plan.due(self.now) and self.knows(plan.fsm)]
         for plan in sorted(due, key=lambda plan: (plan.next_at(), plan.name)):
             instants = plan.due(self.now)
             fires = plan.fires(instants, self.now)
@@ -18795,6 +18797,8 @@ class Hand:
         self.lap = Lap()
         self.take_in_hand()
         self.knows_strangers = bool(fsms)
+        if not fsms:  # as if it had tried and failed to make one
+            self.core.behaviours.make(Stranger)
         self.is_worker = is_worker
         self.failures: collections.deque[type[apsw.Error] | None] = collections.deque()
         """What the next transactions fail with; None for one that does not."""
@@ -18825,7 +18829,10 @@ class Hand:
         return self.core.worker_id
 
     def knows(self, twin: Twin) -> bool:
-        return self.knows_strangers or twin.fsm != "model.stranger"
+        return self.knows_class(twin.fsm)
+
+    def knows_class(self, fsm: str) -> bool:
+        return self.knows_strangers or fsm != "model.stranger"
 
     def fail_or(self, do: Callable[[], None], error: type[apsw.Error]) -> None:
         """Begin or commit a transaction, unless it is that which is to fail now."""
@@ -19041,7 +19048,7 @@ class Theatre(RuleBasedStateMachine):
 
     def beat_model(self, hand: Hand, request: Callable[[], Any] = lambda: None) -> tuple[Any, list[Verdict]]:
         """A beat of an engine, in the model."""
-        self.model.went_on = hand.went_on.__contains__
+        self.model.went_on, self.model.knows = hand.went_on.__contains__, hand.knows_class
         return self.model.beat(hand.pending, functools.partial(self.serve, hand, request))
 
     def serve(self, hand: Hand, request: Callable[[], Any]) -> Any:
@@ -20599,6 +20606,10 @@ def schedules_that_are_changed(at: Any) -> None:
     at.drain([], True)
     at.pass_time(15_000)
     at.drain([], False)
+    at.schedule(1, "s1", Stranger, 10)
+    at.pass_time(15_000)
+    for number in (0, 2, 1):
+        at.beat(number)
 
 
 @rehearsed
@@ -20920,7 +20931,6 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         "parents are woken by their first child": replaced(durable._Store, "has_live_child", nothing),
         "children of a failed parent are collected": reworded("_SWEEP", "OR p.status = 'failed'", ""),
         "ended rows are collected at once": reworded("_SWEEP", "updated_at < ?", "updated_at < ? + 1000000"),
-        "whatever a job does is entered in the history": replaced(durable._Commit, "is_kept", property(lambda _: True)),
         "a history outlives its instance": without_statement("_COLLECT", "durable_transitions"),
     },
     "retries wherever the children are": {
@@ -20976,6 +20986,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         ),
     },
     "what happened": {
+        "a snooze of a job is entered in the history": replaced(durable._Commit, "is_kept", property(lambda _: True)),
         "every class has the retention of the engine": reworded("_SWEEP", "retention IS ?", "(retention IS ? OR 1)"),
         "who has a retention of its own is kept for ever": replaced(durable._Store, "next_retention", lambda *_: None),
     },
