@@ -18824,6 +18824,14 @@ class Hand:
         self.core._drain = cast(Any, self.lap)
         self.core._agenda.fired_until = durable._LONG_AGO
 
+    def drain(self, *, with_scheduled: bool = True) -> Any:
+        """Let it run what is runnable by itself."""
+        self.core._drain = None
+        try:
+            return self.engine.drain(with_scheduled=with_scheduled)
+        finally:
+            self.take_in_hand()
+
     @property
     def id(self) -> str:
         return self.core.worker_id
@@ -19614,10 +19622,9 @@ class Theatre(RuleBasedStateMachine):
         went_on: set[int] = set()
         engine = self.client.engine
         unsubscribe = engine.subscribe(lambda _: went_on.add(len(STAGE.seen)), "inline.continue")
-        tally = self.answer_of(lambda: engine.drain(with_scheduled=with_scheduled))
+        tally = self.answer_of(lambda: self.client.drain(with_scheduled=with_scheduled))
         unsubscribe()
         STAGE.cues.clear()
-        self.client.take_in_hand()
         assert is_storage_failure(tally) or not isinstance(tally, Exception), tally
         return tally, list(STAGE.seen), went_on
 
@@ -19670,8 +19677,7 @@ class Theatre(RuleBasedStateMachine):
         """An engine that can't sign on tries to sign off."""
         left = len(hand.failures)
         with pytest.raises(DurableError) as caught:
-            hand.engine.drain()
-        hand.take_in_hand()
+            hand.drain()
         assert is_storage_failure(caught.value)
         if len(hand.failures) == left - 1:
             self.model.beat([], functools.partial(self.sign_off, hand))
