@@ -11857,6 +11857,11 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             """Say how the run stands in the history, unless its class keeps none."""
             return _entry(self._commit, worker, first_child) if self._commit.is_kept else None
 
+    class _Exit(NamedTuple):
+        """What ends a coroutine, and is no error for `handle`."""
+
+        error: BaseException
+
     class Steps:
         """Runs steps of rows that are kept elsewhere than in a file; thread-safe, with no threads of its own.
 
@@ -11996,6 +12001,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 if claim.needs_migration:
                     claim.migrate()
                 verdict = await_on_loop(self._run_async(claim)) if claim.is_async else _execute(claim)
+                if isinstance(verdict, tools._Exit):
+                    raise verdict.error
                 with self._lock:
                     claim.is_finished = not claim.is_disowned
                 if claim.is_disowned:
@@ -12006,7 +12013,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             except BaseException as error:  # noqa: BLE001 - SystemExit and the like out of a step: a crash of it
                 return self._outcome(_crash(claim, error), None if isinstance(error, Exception) else error)
 
-        async def _run_async(self, claim: _Claim) -> _Commit | BaseException:
+        async def _run_async(self, claim: _Claim) -> _Commit | BaseException | tools._Exit:
             import asyncio
 
             try:
@@ -12015,6 +12022,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 return _timeout_error(claim)
             except asyncio.CancelledError as error:
                 return error
+            except BaseException as error:  # noqa: BLE001 - raised here it would end the loop, and not the step alone
+                return tools._Exit(error)
 
         def _recover(self, claim: _Claim, error: BaseException) -> _Commit:
             try:

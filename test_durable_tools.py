@@ -3333,9 +3333,11 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def url(server: Server) -> str:
+def url(server: Server) -> Iterator[str]:
     """A new database."""
-    return server.database()
+    url = server.database()
+    yield url
+    server.execute("postgres", f"DROP DATABASE {name_of(url)} WITH (FORCE)")
 
 
 def name_of(url: str) -> str:
@@ -3344,9 +3346,9 @@ def name_of(url: str) -> str:
 
 
 @pytest.fixture
-def make_engine(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DBOSEngine]]:
+def make_engine(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DBOSEngine]]:
     """A factory of engines on the test's database, for tests of the engine on a file; `clock` is their Core's."""
-    url, engines = server.database(), list[DBOSEngine]()
+    engines: list[DBOSEngine] = []
 
     def make(**options: Any) -> DBOSEngine:
         clock = options.pop("clock", None)
@@ -3371,11 +3373,89 @@ def on_postgres(test: Any) -> Any:
     return copied
 
 
-SAME: list[str] = []
+SAME = [
+    "test_insert_writes_every_option_into_its_column",
+    "test_cancel_of_a_running_step_drops_its_outcome",
+    "test_cancel_of_a_running_step_holds_however_it_ends",
+    "test_a_cancelled_step_that_would_go_on_does_not",
+    "test_retry_runs_a_failed_instance_again_from_its_current_step",
+    "test_retry_shows_the_step_what_it_had_been_shown",
+    "test_retry_of_what_was_cancelled_while_it_waited_waits_again",
+    "test_retry_wakes_at_once_what_has_missed_its_deadline_meanwhile",
+    "test_retry_does_not_wait_again_for_what_has_come_or_run_out",
+    "test_retry_of_a_parent_waits_for_the_children_that_live",
+    "test_retry_of_a_join_waits_for_a_child_that_is_retried_too",
+    "test_retry_of_a_later_step_does_not_wait_for_children_of_an_earlier_one",
+    "test_what_was_cancelled_while_it_waited_can_be_rewound_as_well",
+    "test_drain_counts_what_it_ran",
+    "test_drain_counts_future_work_as_due_unless_told_otherwise",
+    "test_drain_does_not_fire_deadlines_before_the_clock_does",
+    "test_drain_runs_all_queues_but_paused_ones_or_the_one_named",
+    "test_a_started_engine_is_not_drained",
+    "test_async_steps_of_a_drain_share_no_context_variables",
+    "test_a_wider_scope_reserves_the_key_until_the_row_is_collected",
+    "test_a_signal_of_another_name_is_stored_and_wakes_nobody",
+    "test_a_signal_has_an_id_a_name_and_the_instant_it_was_sent",
+    "test_a_dedup_key_makes_redelivery_a_no_op_also_after_consumption",
+    "test_a_dedup_key_is_the_names_own",
+    "test_a_dedup_key_holds_among_racing_threads",
+    "test_next_deletes_exactly_the_awaited_signals_it_was_shown",
+    "test_a_set_is_collected_by_awaiting_again_with_one_wake_for_each_signal",
+    "test_signals_that_came_together_are_one_wake",
+    "test_a_new_await_is_woken_by_what_came_while_its_step_ran",
+    "test_a_new_await_for_another_name_is_woken_by_an_older_signal",
+    "test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_ago",
+    "test_an_await_of_handle_is_not_woken_by_what_its_step_was_shown",
+    "test_an_await_of_handle_is_woken_by_what_came_while_its_step_ran",
+    "test_a_deadline_wakes_with_nothing_and_leaves_the_attempt",
+    "test_a_timeout_of_zero_wakes_at_once",
+    "test_a_signal_and_a_deadline_are_one_wake",
+    "test_a_deadline_wakes_a_collecting_set_with_what_has_arrived",
+    "test_a_parent_is_parked_until_all_children_have_ended_and_sees_them_all",
+    "test_children_are_inserted_all_or_none",
+    "test_refused_duplicates_are_not_counted_and_none_at_all_is_no_wait",
+    "test_children_may_have_children",
+    "test_a_later_round_shows_the_children_of_earlier_ones_too",
+    "test_a_child_that_was_collected_is_shown_no_more",
+    "test_cancelling_a_parent_leaves_its_children_and_a_cancelled_child_wakes_it",
+    "test_a_retried_child_is_waited_for_again",
+    "test_a_child_whose_key_is_taken_by_now_is_not_waited_for_again",
+    "test_the_history_of_a_machine_has_every_outcome",
+    "test_an_error_that_handle_has_answered_stands_in_the_history",
+    "test_a_job_keeps_only_its_failed_attempts",
+    "test_what_handle_answers_with_an_end_stands_in_the_history",
+    "test_a_crash_stands_in_the_history_with_its_cause",
+    "test_a_running_step_that_is_cancelled_is_entered_once",
+    "test_rewind_past_a_consumption_brings_the_signal_back",
+    "test_children_of_what_is_rewound_go_on_without_a_parent",
+    "test_a_running_instance_cannot_be_rewound_but_forked",
+    "test_each_class_says_how_long_its_instances_are_kept",
+    "test_a_call_is_not_repeated_by_a_repeat_of_its_step",
+    "test_what_a_call_raises_is_raised_and_its_name_is_free_again",
+    "test_calls_that_cannot_be_meant_are_refused",
+    "test_progress_of_a_running_step_is_read_by_others",
+    "test_a_step_may_have_a_rule_of_its_own",
+    "test_exit_out_of_a_step_is_a_crash_that_the_worker_survives",
+    "test_exits_in_a_row_end_as_failed",
+    "test_job_fails_when_crashes_use_up_its_attempts",
+    "test_exit_out_of_drain_is_raised_on_after_its_commit",
+    "test_overdue_coroutine_is_cancelled",
+    "test_a_cancel_reaches_a_running_coroutine",
+    "test_new_code_takes_over_what_old_code_has_left",
+    "test_a_migrate_that_fails_is_for_handle",
+    "test_check_of_code_that_is_older_than_the_file_says_so",
+]
 """Tests of the engine on a file that hold on PostgreSQL word by word."""
 
-for _name in SAME:
-    globals()[f"{_name}_on_postgres"] = on_postgres(getattr(test_durable, _name))
+for _name in filter(vars(test_durable).get, SAME):
+    globals()[f"{_name}_on_postgres"] = on_postgres(vars(test_durable)[_name])
+
+clock, gate = test_durable.clock, test_durable.gate
+
+
+def test_what_holds_on_postgres_word_by_word_is_tested_on_files() -> None:
+    """The tests that are run on both engines are those of the engine on a file."""
+    assert [name for name in SAME if name not in vars(test_durable)] == []
 
 
 WORKERS = """

@@ -345,7 +345,7 @@ WHERE target = %s AND consumed = 0 AND name = ANY(%s) AND NOT id = ANY(%s) LIMIT
 _CONSUME = "UPDATE durable.signals SET consumed = %s WHERE id = ANY(%s) AND consumed = 0"
 _FORGET = (
     "DELETE FROM durable.signals WHERE id = ANY(%s) AND dedup_key IS NULL",
-    "UPDATE durable.signals SET consumed = 1, payload = NULL WHERE id = ANY(%s) AND consumed = 0",
+    "UPDATE durable.signals SET consumed = -1, payload = NULL WHERE id = ANY(%s) AND consumed = 0",
 )
 _KEEP_INBOX = "UPDATE durable.signals SET consumed = %s WHERE target = %s AND consumed = 0 RETURNING id, name, 0"
 _EMPTY_INBOX = "DELETE FROM durable.signals WHERE target = %s RETURNING id, name, consumed"
@@ -1322,9 +1322,17 @@ class _Loop:
         self._is_own = loop is None
         self._loop = loop or asyncio.new_event_loop()
         self._tasks: dict[int, asyncio.Task[Any]] = {}
+        self._is_closing = False
         if self._is_own:
-            self._thread = threading.Thread(target=self._loop.run_forever, name="durable-asyncio", daemon=True)
+            self._thread = threading.Thread(target=self._serve, name="durable-asyncio", daemon=True)
             self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._is_closing:
+            try:
+                self._loop.run_forever()
+            except BaseException:  # noqa: BLE001 - SystemExit out of a task of the user's own: other steps go on
+                _log.exception("the event loop was interrupted; it goes on")
 
     def run(self, instance: int, step: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine there, and wait for it in this thread."""
@@ -1355,6 +1363,7 @@ class _Loop:
             deadline = time.monotonic() + 2
             while self._tasks and time.monotonic() < deadline:
                 time.sleep(0.01)
+            self._is_closing = True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(2)
             if not self._thread.is_alive():
@@ -2136,7 +2145,7 @@ class DBOSEngine:
     def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
         """Fail an instance for a reason; True if it is failed now, or will be when its running step ends."""
         _checked_name(reason, "reason")
-        if children not in (True, False):
+        if type(children) is not bool:
             raise ValueError(f"children must be True or False, not {children!r}")
         instance = self.get(target).id
         cancel = _Transaction.cancel_tree if children else _Transaction.cancel
