@@ -166,6 +166,8 @@ _Cells = collections.Counter[tuple[str, str]]
 class _Counted(NamedTuple):
     """A count of everything, which for a large file is a matter of a second, and what was added to it since."""
 
+    version: tuple[int, str]
+    """The file's, as of which all was counted."""
     made_at: int
     cost_s: float
     live: _Cells
@@ -175,12 +177,14 @@ class _Counted(NamedTuple):
     """Of what ended, what did so before this instant is counted."""
 
     @classmethod
-    def make(cls, reader: tools.Reader, now: int, until: int) -> _Counted:
+    def make(cls, reader: tools.Reader, version: tuple[int, str], now: int, until: int) -> _Counted:
         """Count all."""
         begun = time.perf_counter()
         ended = _Cells({(queue, status): count for queue, status, count in reader.rows(_ENDED_BEFORE, (until,))})
         live = _live_counts(reader, 1 << 62)
-        of_the_hour = cls(now, 0, live, _Cells(), collections.Counter(), now - _HOUR_MS).advanced(reader, until)
+        of_the_hour = cls(version, now, 0, live, _Cells(), collections.Counter(), now - _HOUR_MS).advanced(
+            reader, until
+        )
         return of_the_hour._replace(ended=ended, cost_s=time.perf_counter() - begun)
 
     def advanced(self, reader: tools.Reader, until: int) -> _Counted:
@@ -201,6 +205,8 @@ class _Tally:
     """
 
     QUICK_S, SHARE, MOST_LIVE = 0.03, 20, 20_000
+    SMALL = 8_000_000
+    """A file of so few bytes is counted at once, the first time, too."""
     SETTLED_MS = 2_000
     """What ended so long ago is settled: of later instants a commit may still come."""
 
@@ -229,17 +235,18 @@ class _Tally:
 
     def _count_of(self, reader: tools.Reader, now: int) -> _Counted | None:
         """Return a count up to what is settled; the whole is counted anew where that is due."""
-        settled = now - self.SETTLED_MS
+        settled, version = now - self.SETTLED_MS, self._source.version()
         with self._lock:
             known = self._known(reader)
-            if known is not None and known.cost_s <= self.QUICK_S:
-                known = _Counted.make(reader, now, settled)
+            if self._is_quick(known):
+                known = _Counted.make(reader, version, now, settled)
                 self._counted = reader, known
-            elif self._thread is None and (known is None or now - known.made_at >= self.SHARE * known.cost_s * 1000):
-                self._thread = threading.Thread(target=self._count_apart, args=(reader, now, settled), daemon=True)
+            elif self._thread is None and (known is None or self._is_due(known, version, now)):
+                count = functools.partial(self._count_apart, reader, version, now, settled)
+                self._thread = threading.Thread(target=count, daemon=True)
                 self._thread.start()
             thread = self._thread
-        if known is None and thread is not None:  # the first time: a file that is not large is counted by then
+        if known is None and thread is not None:  # the first time: one that is not so large is counted by then
             thread.join(0.03)
         with self._lock:
             known = self._known(reader)
@@ -248,13 +255,21 @@ class _Tally:
                 self._counted = reader, known
             return known
 
+    def _is_quick(self, known: _Counted | None) -> bool:
+        if known is None:
+            return os.path.getsize(self._source.path) <= self.SMALL
+        return known.cost_s <= self.QUICK_S
+
+    def _is_due(self, known: _Counted, version: tuple[int, str], now: int) -> bool:
+        return known.version != version and now - known.made_at >= self.SHARE * known.cost_s * 1000
+
     def _known(self, reader: tools.Reader) -> _Counted | None:
         return self._counted[1] if self._counted and self._counted[0] is reader else None
 
-    def _count_apart(self, reader: tools.Reader, now: int, settled: int) -> None:
+    def _count_apart(self, reader: tools.Reader, version: tuple[int, str], now: int, settled: int) -> None:
         try:
             with contextlib.suppress(DurableError):  # which whoever asks next is told of by its own look
-                counted = _Counted.make(reader, now, settled)
+                counted = _Counted.make(reader, version, now, settled)
                 with self._lock:
                     self._counted = reader, counted
         finally:
@@ -955,10 +970,10 @@ class _Kept(NamedTuple):
 class _Answers:
     """What was answered lately: one answer for all viewers, made anew when the file has changed.
 
-    A file that changes all the time is looked at for a twentieth of the time at most, and four times a second.
+    A file that changes all the time is looked at for a fifteenth of the time at most, and four times a second.
     """
 
-    SIZE, SHARE, EVERY_S, LONGEST_S = 64, 20, 0.25, 5.0
+    SIZE, SHARE, EVERY_S, LONGEST_S = 64, 15, 0.25, 5.0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -1156,7 +1171,7 @@ class PageApplication:
             response = _refusal(asked, 404, str(error))
         except SchemaError as error:
             response = _refusal(asked, 503, str(error), "The page looks again by itself.")
-        except DurableError as error:
+        except (DurableError, OSError) as error:  # the second: of a file that went away between two looks
             status = 409 if asked.method == "POST" else 503
             response = _refusal(asked, status, str(error), "" if status == 409 else "The page looks again by itself.")
         except (ValueError, TypeError) as error:
