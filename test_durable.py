@@ -21739,7 +21739,7 @@ def test_the_workflow_runs_the_readmes_test_command_wherever_the_wheel_is_for() 
     assert re.findall(r"(\w+)-latest", workflow) == ["ubuntu", "macos", "windows"]
     assert re.findall(r"Operating System :: (\w+)", project) == ["MacOS", "Microsoft", "POSIX"]
     [command] = re.findall(r"- run: python (.+)", workflow)
-    assert f"python3 {command} " in README
+    assert f"`python3 {command}`" in README
 
 
 @pytest.mark.slow
