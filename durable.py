@@ -3842,11 +3842,11 @@ def _database_path(database: str | os.PathLike[str]) -> str:
 
 
 def _schema_of(connection: apsw.Connection) -> dict[str, str]:
-    """Read the definitions of durable's tables and indexes, whatever the white space in them."""
+    """Read the definitions of durable's tables and indexes."""
     rows = connection.execute(
         "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'index') AND name GLOB 'durable_*'"
     )
-    return {name: " ".join(sql.split()) for name, sql in cast(Iterable[tuple[str, str]], rows) if sql}
+    return dict(cast(Iterable[tuple[str, str]], rows))
 
 
 @functools.cache
@@ -3858,50 +3858,66 @@ def _expected_schema(version: int) -> dict[str, str]:
 
 
 def _clauses(sql: str) -> list[str]:
-    """Split a definition into clauses, for comparison: without comments, quotes of names and case.
+    """Split a definition into clauses, for comparison: without comments, quotes of names, white space and case.
 
     The first is what stands before a table's columns, the last what stands after them.
     """
     import re  # only a schema that somebody has edited pays for it
 
-    words = re.findall(r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql)
+    words = re.findall(r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql, re.DOTALL)
     clauses, depth = [""], 0
-    for word in (
-        word if word[0] == "'" else word.strip('"[]`').lower() for word in words if word[:2] not in ("--", "/*")
-    ):
+    for word in (one if one[0] == "'" else one.strip('"[]`').lower() for one in words if one[:2] not in ("--", "/*")):
         depth += {"(": 1, ")": -1}.get(word, 0)
-        if (word == "," and depth == 1) or (word == "(" and depth == 1) or (word == ")" and depth == 0):
+        if (word in ("(", ",") and depth == 1) or (word == ")" and depth == 0):
             clauses.append("")
         elif word != "asc":
             clauses[-1] += f" {word}"
     return [clause.strip() for clause in clauses]
 
 
-def _table_problems(table: str, found: Sequence[str], expected: Sequence[str]) -> Iterator[str]:
+def _table_parts(sql: str) -> dict[str, str]:
+    """Describe what statements and the soundness of rows rely on: a table's columns, its constraints, its kind."""
+    _, *clauses, kind = _clauses(sql)
+    parts = {"the table's kind": " ".join(["plain", *sorted(kind.replace(",", "").split())])}
+    for clause in clauses:
+        name, _, rest = clause.partition(" ")
+        if name == "primary" and rest.startswith("key ( ") and "," not in rest:  # one column's, said apart from it
+            column, *more = rest.split()[2:-1]
+            parts[f"column {column}"] = " ".join([parts[f"column {column}"], "primary key", *more])
+        else:
+            is_column = name not in ("check", "constraint", "foreign", "primary", "unique")
+            parts[f"column {name}" if is_column else clause] = rest if is_column else ""
+    return parts
+
+
+def _table_problems(table: str, found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
     """Say what of a table is missing, or not as durable made it. A column that others have added must take no value."""
-    for clause in expected[1:-1]:
-        if clause not in found[1:-1]:
-            yield f"table {table}: {clause} is missing"
-    if set(found[-1].split()) != set(expected[-1].split()):
-        yield f"table {table}: it is {found[-1] or 'plain'}, not {expected[-1] or 'plain'}"
-    for clause in found[1:-1]:
-        name, *kind = clause.partition(" check ")[0].split()
-        is_refusing = "not null" in " ".join(kind) and not {"default", "as"} & set(kind)
-        if clause not in expected and is_refusing and name not in ("check", "constraint"):
-            yield f"table {table}: column {name} was added as NOT NULL without a default: no row can be written"
+    for name, kind in expected.items():
+        if name not in found:
+            yield f"table {table}: {name}{kind and f' ({kind.upper()})'} is missing"
+        elif found[name] != kind:
+            yield f"table {table}: {name} is {found[name].upper()}, not {kind.upper()}"
+    for name in found.keys() - expected.keys():
+        kind = found[name].partition(" check ")[0]
+        if "not null" in kind and not {"default", "as"} & set(kind.split()):
+            yield f"table {table}: {name} was added as NOT NULL without a default, so that no row can be written"
 
 
 def _schema_problems(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
     """Say what of durable's tables and indexes is missing, or not as it was made; what others have added is theirs."""
-    for name, sql in expected.items():
-        kind = "table" if sql.startswith("CREATE TABLE") else "index"
+    for name, made in expected.items():
+        sql, is_table = " ".join(made.split()), made.startswith("CREATE TABLE")
         if name not in found:
-            loss = ", without what was in it," if kind == "table" else ""
-            yield f"{kind} {name} is missing. Make it{loss} by: {sql}"
-        elif kind == "table":
-            yield from _table_problems(name, _clauses(found[name]), _clauses(sql))
-        elif _clauses(found[name]) != _clauses(sql):
-            yield f"index {name} is not as it was made. Drop it, and make it by: {sql}"
+            yield (
+                f"table {name} is missing. Make it, without what was in it, by: {sql}"
+                if is_table
+                else (f"index {name} is missing. Make it by: {sql}")
+            )
+        elif " ".join(found[name].split()) != sql:
+            if is_table:
+                yield from _table_problems(name, _table_parts(found[name]), _table_parts(made))
+            elif _clauses(found[name]) != _clauses(made):
+                yield f"index {name} is not as it was made. Drop it, and make it by: {sql}"
 
 
 def _roll_back(connection: apsw.Connection) -> None:
@@ -3935,8 +3951,7 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
     if version > _SCHEMA_VERSION:
         raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
-    expected = _expected_schema(version)
-    if expected.items() - schema.items() and (problems := list(_schema_problems(schema, expected))):
+    if problems := list(_schema_problems(schema, _expected_schema(version))):
         advice = "Bring it back as it was, or restore a copy of the file"
         raise SchemaError(f"{path} is damaged: {'; '.join(problems[:20])}. {advice}")
     return version

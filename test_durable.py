@@ -11352,7 +11352,10 @@ def rewrite(table: str, change: Callable[[str], str]) -> Callable[[Path], None]:
 
 def quoted(sql: str) -> str:
     """The same definition as a tool with a grid writes it."""
-    sql = re.sub(r"(\w+) (TEXT|INTEGER)\b", r'\t"\1"\t\2', sql)
+    sql = re.sub(r"(\w+) (TEXT|INTEGER)\b", r'\n-- a column\n"\1"\t\2', sql)
+    sql = sql.replace("INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER").replace(
+        ") STRICT", ', PRIMARY KEY("id" AUTOINCREMENT) ) STRICT'
+    )
     return sql.replace("CREATE TABLE durable_instances", "CREATE TABLE IF NOT EXISTS [durable_instances] /* edited */")
 
 
@@ -11406,11 +11409,11 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "table gone": (run_sql("drop table durable_signals"), r"table durable_signals is missing.* by: CREATE TABLE"),
     "column gone": (
         run_sql("alter table durable_workers rename column host to elsewhere"),
-        r"table durable_workers: host text not null is missing; .*column elsewhere was added as NOT NULL",
+        r"table durable_workers: column host \(TEXT NOT NULL\) is missing; .*column elsewhere was added as NOT NULL",
     ),
     "another type": (
         rewrite("durable_signals", lambda sql: sql.replace("name TEXT NOT NULL", "name INTEGER NOT NULL")),
-        r"table durable_signals: name text not null is missing; .*column name was added as NOT NULL",
+        r"column name is INTEGER NOT NULL, not TEXT NOT NULL",
     ),
     "a refusal": (
         rewrite("durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL")),
@@ -11428,9 +11431,12 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "ids come again": (
         rewrite("durable_signals", lambda sql: sql.replace(" AUTOINCREMENT", "")),
-        r"table durable_signals: id integer primary key autoincrement is missing",
+        r"table durable_signals: column id is INTEGER PRIMARY KEY, not INTEGER PRIMARY KEY AUTOINCREMENT",
     ),
-    "not strict": (rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ")")), r"it is plain, not strict"),
+    "not strict": (
+        rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ")")),
+        r"kind is PLAIN, not PLAIN STRICT",
+    ),
     "index gone": (run_sql("drop index durable_pick"), r"index durable_pick is missing. Make it by: CREATE INDEX"),
     "another index": (
         run_sql("drop index durable_keys; create index durable_keys on durable_instances (correlation_key)"),
