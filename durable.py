@@ -2391,23 +2391,24 @@ def _classes_in(kind: Any) -> Iterator[type]:
 def _resolve_annotations(state: type, owner: type, names: dict[str, Any], seen: set[type]) -> None:
     """Resolve the annotations of a state's fields, and of the classes in these; one that can't be is a TypeError.
 
-    A class sees `names`, itself and the classes nested in it, and in its owner where it stands there, beside its
-    module's names.
+    A class sees itself and the classes nested in it, and in its owner where it stands there, beside its module's names;
+    that of a function's parameters sees the `names` that the function does.
     """
     seen.add(state)
     is_nested = state.__module__ == owner.__module__ and state.__qualname__.startswith(f"{owner.__qualname__}.")
-    around = {**(vars(owner) if is_nested else {}), **vars(state), owner.__name__: owner, state.__name__: state}
-    kinds = {name: one for name, one in around.items() if isinstance(one, type) or typing.get_origin(one) is not None}
+    outer = {**vars(owner), owner.__name__: owner} if is_nested else {}
+    around = {} if names else {**outer, **vars(state), state.__name__: state}
+    local = {name: one for name, one in around.items() if isinstance(one, type) or typing.get_origin(one) is not None}
     try:
-        hints = typing.get_type_hints(state, names or None, kinds, include_extras=True)
+        kinds = list(typing.get_type_hints(state, names or None, local, include_extras=True).values())
         if attrs.has(state):
-            attrs.resolve_types(state, names or None, kinds)
+            kinds = [field.type for field in attrs.fields(attrs.resolve_types(state, names or None, local))]
     except Exception as error:
         raise TypeError(
             f"{owner.__qualname__}: an annotation of its {state.__qualname__} can't be resolved ({_error_text(error)}):"
             " what it names must be known to its module, or be nested in the class"
         ) from error
-    for inner in itertools.chain.from_iterable(map(_classes_in, hints.values())):
+    for inner in itertools.chain.from_iterable(map(_classes_in, kinds)):
         if inner not in seen:
             _resolve_annotations(inner, owner, {}, seen)
 

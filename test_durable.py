@@ -1482,6 +1482,28 @@ def test_an_annotation_that_cannot_be_resolved_is_refused_where_it_stands() -> N
             define("Lost", Job, state=state)
 
 
+@attrs.frozen
+class Parameters:
+    """A class whose name a job's own schema might have."""
+
+    text: str
+
+
+def test_the_annotations_of_a_job_mean_what_they_mean_to_its_function(make_engine: MakeEngine) -> None:
+    """Also where a type is called as the job is, or as its schema might be."""
+
+    def uuid_of(key: uuid.UUID, more: Parameters) -> list[str]:
+        return [str(key), more.text]
+
+    uuid_of.__name__ = uuid_of.__qualname__ = "Parameters"
+    fetch = durable.job(uuid_of)
+    engine = make_engine()
+    target = engine.insert(fetch, args={"key": str(uuid.UUID(int=5)), "more": {"text": "a"}})
+    engine.drain()
+    assert engine.result(target, timeout=0) == [str(uuid.UUID(int=5)), "a"]
+    forget(fetch.fsm._spec.name)  # type: ignore[union-attr]
+
+
 class Forest(FSM):
     """A machine whose state names itself, and classes nested in it and beside it."""
 
