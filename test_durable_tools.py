@@ -35,6 +35,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2225,6 +2226,22 @@ def test_the_overview_begins_with_what_is_wrong(tmp_path: Path, viewer: View) ->
     assert "cli.Broken failed in perform: the disk" in failed["what"]
     assert "held is paused: 1 wait there" in paused["what"]
     assert paused["resume"] == "held"
+
+
+def test_a_command_to_be_copied_is_quoted_for_the_shell(tmp_path: Path, viewer: View) -> None:
+    """Whatever a queue or the file is called: what somebody pastes into a shell is one command with these words."""
+    path = tmp_path / "my shop; touch x.db"
+    with client(path) as engine:
+        engine.insert(CliOrder, queue="$(reboot) 'now'")
+        engine.pause("$(reboot) 'now'")
+        engine.insert(CliOrder, queue="old", schedule_at=datetime.now(UTC) - timedelta(hours=1))
+    eye = viewer(path)
+    commands = [shlex.split(trouble["command"]) for trouble in eye.get("overview")["attention"]]
+    assert commands == [
+        ["durable", "run", "MODULE", "--database", str(path)],
+        ["durable", "resume", str(path), "$(reboot) 'now'"],
+    ]
+    assert shlex.split(eye.get("about")["in_shell"]) == [str(path)]
 
 
 def test_nothing_is_wrong_with_an_empty_file(tmp_path: Path, viewer: View) -> None:

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import socket
 import socketserver
 import threading
@@ -629,7 +630,7 @@ def _attention(
             "what": f"Worker {name} (process {pid} on {host}) is gone",
             "since": heard_at,
             "helps": "The next engine that runs on the file takes over what it had claimed.",
-            "command": f"durable run MODULE --database {path}",
+            "command": shlex.join(["durable", "run", "MODULE", "--database", str(path)]),
         }
     for worker in answer["workers"]:
         if worker["lease_expires_at"] < now:
@@ -669,7 +670,7 @@ def _trouble_of_queue(queue: Mapping[str, Any], path: Path, now: int) -> Iterato
             "what": f"Queue {queue['name']} is paused: {waiting:,} wait there",
             "since": due if is_due else None,
             "helps": "No engine claims from it until it is resumed.",
-            "command": f"durable resume {path} {queue['name']}",
+            "command": shlex.join(["durable", "resume", str(path), queue["name"]]),
             "resume": queue["name"],
         }
     elif is_due and not queue["width"]:
@@ -678,7 +679,7 @@ def _trouble_of_queue(queue: Mapping[str, Any], path: Path, now: int) -> Iterato
             "what": f"No engine serves the queue {queue['name']}, where {waiting:,} wait",
             "since": due,
             "helps": "Start an engine that runs this queue.",
-            "command": f"durable run MODULE --database {path}",
+            "command": shlex.join(["durable", "run", "MODULE", "--database", str(path)]),
         }
     elif is_due and due < now - 60_000:
         yield {
@@ -1237,7 +1238,8 @@ class PageApplication:
     # What is looked at
 
     def _about(self) -> dict[str, Any]:
-        return {"file": str(self._source.path), "name": self._source.path.name, "write": self._write}
+        path = self._source.path
+        return {"file": str(path), "name": path.name, "in_shell": shlex.quote(str(path)), "write": self._write}
 
     def _failures(self) -> dict[str, Any]:
         """Group the failures, for a twentieth of the time at most: what failed does so seldom."""
