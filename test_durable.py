@@ -16796,14 +16796,56 @@ def test_a_killed_loop_of_calls_repeats_at_most_the_one_in_flight(tmp_path: Path
     kill_an_agent(tmp_path, 4)
 
 
+KILLED_AGENTS = """
+import os, random, signal, sys, time, durable
+
+@durable.job(name="agent", max_attempts=10**6, max_crashes=10**6)
+def agent(ctx):
+    def ask(n):
+        os.write(effects, f"{os.getpid()} {ctx.id} {n}\\n".encode())
+        return n
+    return sum(ctx.call(f"model:{n}", ask, n) for n in range(50))
+
+def work():
+    engine = durable.Engine("agents.db")
+    while True:
+        engine.drain()
+        engine.insert(agent)
+
+effects = os.open("effects.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+chance = random.Random(1)
+for _ in range(int(sys.argv[1])):
+    wanted = os.fstat(effects).st_size + chance.randrange(1, 80)
+    worker = os.fork()
+    if not worker:
+        work()
+    while os.fstat(effects).st_size < wanted:
+        time.sleep(0.0002)
+    time.sleep(chance.random() * 0.001)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+with durable.Engine("agents.db") as engine:
+    assert engine.wait_idle(timeout=60)
+    assert {one.result for one in engine.find(limit=10**6)} == {sum(range(50))}
+    print(len(engine.find(limit=10**6)))
+"""
+
+
 @posix
 @pytest.mark.slow
-def test_a_loop_of_calls_that_is_killed_again_and_again_repeats_one_each_time(tmp_path: Path) -> None:
-    """Over many kills at random points."""
-    for round_number in range(5):
-        folder = tmp_path / str(round_number)
-        folder.mkdir()
-        kill_an_agent(folder, 40)
+def test_a_loop_of_calls_that_is_killed_hundreds_of_times_repeats_one_each_time(tmp_path: Path) -> None:
+    """Each worker that takes over makes at most one call that was made before: that which was in flight."""
+    kills = 200
+    agents = int(run_script(tmp_path, KILLED_AGENTS, kills))
+    made: set[str] = set()
+    repeated: Counter[str] = Counter()
+    for line in (tmp_path / "effects.txt").read_text().splitlines():
+        worker, call = line.split(maxsplit=1)
+        repeated[worker] += call in made
+        made.add(call)
+    assert len(made) == 50 * agents
+    assert max(repeated.values()) <= 1
+    assert kills / 2 < len(repeated) <= kills + 1
 
 
 def test_progress_is_seen_and_goes_with_the_step(make_engine: MakeEngine) -> None:
