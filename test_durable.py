@@ -618,7 +618,10 @@ class NoPool(durable._Pool):
 @pytest.mark.parametrize("width", [1, 10, 100])
 @pytest.mark.parametrize("fsm", [Idle, Hop])
 def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(fsm: type[FSM], width: int, make_engine: Any) -> None:
-    """Of k rows, k executions settle and fewer claim; the transaction itself, timers and picks are a dozen more."""
+    """Of k rows, k executions settle and fewer claim; the transaction itself, timers and picks are a few more.
+
+    A machine's runs are entered in its history, as few at a time as claims are.
+    """
     engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9, fsms=[fsm()])
     engine.insert_all([Insert(fsm) for _ in range(4 * width)])
     core = engine._core
@@ -627,7 +630,8 @@ def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(fsm: type[FSM],
     _, steady, _ = statements_of_beats(engine, 3)
     core._pools = {}
     claims = width // durable._BULK + width % durable._BULK
-    assert sum(steady.values()) - width - claims <= 12, steady
+    entries = claims if fsm is Hop else 0
+    assert sum(steady.values()) - width - claims - entries <= 8, steady
 
 
 def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
