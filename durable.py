@@ -39,6 +39,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import copyreg
 import dataclasses
 import datetime as dt
 import enum
@@ -175,6 +176,10 @@ class DurableError(Exception):
     Storage that fails (disk full, input/output error, a lock held too long) is a plain `DurableError` with the
     driver's error as its cause.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through a process pool it comes with its text and its fields, whatever its constructor takes.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class DuplicateError(DurableError):

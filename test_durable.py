@@ -54,6 +54,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import queue as queues
 import random
 import re
@@ -339,6 +340,26 @@ def test_all_is_sorted_and_complete() -> None:
 def test_every_error_is_a_durable_error(name: str) -> None:
     """`DurableError` is the base of the others."""
     assert issubclass(getattr(durable, name), DurableError)
+
+
+RAISED: list[Exception] = [
+    DuplicateError("order:42", 7),
+    NoTargetError("nobody", Status.DONE),
+    StateError(["order: missing", "paid: not a valid float, 'x'"]),
+    FailedError(7, "ValueError: boom"),
+    OutcomeError("no outcome"),
+    Fail("again"),
+    Cancel("no more"),
+]
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_an_error_goes_through_a_process_pool(error: Exception, again: Callable[[Exception], Exception]) -> None:
+    """With its text and its fields: one that could not be read there would break the pool."""
+    made = again(error)
+    assert type(made) is type(error)
+    assert (str(made), vars(made)) == (str(error), vars(error))
 
 
 LOADED = """
