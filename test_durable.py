@@ -463,7 +463,11 @@ def test_examples_in_docstrings_do_what_they_show() -> None:
     assert result.failed == 0
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+BLOCKS = [
+    (code, shown or "".join(re.findall(r"# -> (.*\n)", code)))
+    for code, shown in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+]
+"""The README's programs, and what they print: it stands below them, or behind the statement that prints it."""
 OURS = {"apsw", "attrs", "durable", "pytest"}
 """What the programs in the README may import anywhere; all else is a recipe's, of the extra `recipes`."""
 
@@ -488,7 +492,7 @@ def skip_without(modules: set[str]) -> None:
 def test_readme_examples_do_what_they_show(
     code: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every program in the README runs, with warnings as errors, and prints what stands below it.
+    """Every program in the README runs, with warnings as errors, and prints what it shows.
 
     Recipes with other libraries, whose own warnings are not ours, run where these are there; tests under pytest.
     """
