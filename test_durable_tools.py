@@ -2228,6 +2228,22 @@ def test_the_overview_begins_with_what_is_wrong(tmp_path: Path, viewer: View) ->
     assert paused["resume"] == "held"
 
 
+def test_what_is_tried_again_and_again_is_told_before_it_fails(tmp_path: Path, viewer: View) -> None:
+    """An error that a retry may mend: of what, in which step, how often at most, and the latest one to read."""
+
+    class Flaky(FSM, name="page.Flaky"):
+        def perform(self, args: Any) -> None:
+            raise ConnectionError("the mail server is away")
+
+    with client(tmp_path / "flaky.db") as engine:
+        ids = engine.insert_all(Insert(Flaky) for _ in range(3))
+        engine.drain(with_scheduled=False)
+    (trouble,) = viewer(tmp_path / "flaky.db").get("overview")["attention"]
+    assert "3 instances of page.Flaky are tried again in perform, with attempt 1 at most" in trouble["what"]
+    assert "the mail server is away" in trouble["what"]
+    assert (trouble["level"], trouble["id"]) == ("warn", ids[-1])
+
+
 def test_a_command_to_be_copied_is_quoted_for_the_shell(tmp_path: Path, viewer: View) -> None:
     """Whatever a queue or the file is called: what somebody pastes into a shell is one command with these words."""
     path = tmp_path / "my shop; touch x.db"
@@ -3192,6 +3208,36 @@ def test_a_filter_is_acted_on_after_a_preview_of_how_many(family: Path, screened
     one.page.wait_for_selector("#said >> text=Retried 60.")
     with client(family) as engine:
         assert engine.counts()["default"] == {"failed": 2, "runnable": 60}
+
+
+@in_browser
+def test_each_verb_asks_once_and_says_what_it_did(family: Path, screened: Show) -> None:
+    """A button opens a question; its answer does it, in one click, and a line says so."""
+    one = screened(family, write=True)
+
+    def press(button: str, confirm: str, said: str, **fields: str) -> None:
+        one.page.get_by_role("button", name=button).first.click()
+        for name, value in fields.items():
+            one.page.locator(f"dialog [name={name}]").fill(value)
+        one.page.locator("dialog").get_by_role("button", name=confirm, exact=True).click()
+        one.page.wait_for_selector(f"#said >> text={said}")
+        one.page.wait_for_selector("dialog", state="detached")
+
+    one.go("#/", "text=nightly")
+    press("Trigger…", "Trigger", "Inserted an instance of the schedule nightly")
+    press("Resume…", "Resume", "Resumed the queue later")
+    one.go("#/instance/3", "text=Inbox")
+    press("Signal…", "Signal", "Sent the signal to #3", name="paid", payload='{"n": 1}')
+    press("Cancel…", "Cancel", "Cancelled #3", reason="enough")
+    one.page.wait_for_selector("main >> text=enough")
+    one.page.get_by_role("button", name="Rewind…").first.click()
+    one.page.locator("dialog select").select_option("1")
+    one.page.locator("dialog textarea").fill('{"again": true}')
+    one.page.get_by_role("button", name="Rewind", exact=True).click()
+    one.page.wait_for_selector("#said >> text=Rewound #3")
+    with client(family) as engine:
+        it = engine.get(3)
+        assert (it.status, it.step, it.state) == ("runnable", "start", {"again": True})
 
 
 @pytest.mark.slow

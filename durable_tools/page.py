@@ -514,6 +514,14 @@ _FAILURES = """
 SELECT id, fsm, step, substr(last_error, 1, 300), updated_at FROM durable_instances
 WHERE status = 'failed' AND id < ? ORDER BY id DESC LIMIT 500
 """
+# Of the rows that come next; a retry has its backoff before it, so that it stands behind what is due.
+_RETRIED = """
+SELECT fsm, step, count(*), max(attempt), min(updated_at), min(eligible_at), max(id) FROM (
+    SELECT fsm, step, attempt, updated_at, eligible_at, last_error, id FROM durable_instances
+    WHERE status = 'runnable' AND parked_on IS NULL LIMIT 1000)
+WHERE last_error IS NOT NULL GROUP BY fsm, step ORDER BY count(*) DESC LIMIT 3
+"""
+_ERROR = "SELECT substr(last_error, 1, 300) FROM durable_instances WHERE id = ?"
 _ALL_WORKERS = "SELECT id, name, host, pid, heartbeat_at FROM durable_workers"
 
 
@@ -605,7 +613,7 @@ def _overview(source: _Source, failures: Mapping[str, Any], tally: _Tally) -> di
         "schedules": [_shown_schedule(reader, one) for one in reader.schedules()],
         "failures": {**failures, "groups": failures["groups"][:5], "kinds": len(failures["groups"])},
     }
-    troubles = _attention(answer, _gone(reader, workers), source.path, now)
+    troubles = [*_attention(answer, _gone(reader, workers), source.path, now), *_retried(reader, now)]
     return answer | {"attention": sorted(troubles, key=lambda trouble: _LEVELS.index(trouble["level"]))}
 
 
@@ -613,6 +621,22 @@ def _gone(reader: tools.Reader, living: Iterable[durable.Worker]) -> list[tuple[
     """The workers that died, or were cut off, and whose claims nobody has taken over yet."""
     names = {one.id for one in living}
     return [row for row in reader.rows(_ALL_WORKERS) if row[0] not in names]
+
+
+def _retried(reader: tools.Reader, now: int) -> Iterator[dict[str, Any]]:
+    """What has not failed yet, but is tried again after an error."""
+    for fsm, step, count, attempt, since, next_at, id_ in reader.rows(_RETRIED):
+        error = _first_line(reader.rows(_ERROR, (id_,))[0][0])
+        many = f"{count:,} instances of {fsm} are" if count > 1 else f"{fsm} is"
+        yield {
+            "level": "warn",
+            "what": f"{many} tried again in {step}, with attempt {attempt}{' at most' if count > 1 else ''}: {error}",
+            "since": since,
+            "helps": f"The next try is due in {span((next_at - now) / 1000)}."
+            if next_at > now
+            else "A try is due now.",
+            "id": id_,
+        }
 
 
 _LEVELS = ("bad", "warn", "note")
