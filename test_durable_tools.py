@@ -3435,7 +3435,9 @@ def on_postgres(test: Any) -> Any:
     copied = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
     copied.__dict__.update(test.__dict__)
     copied.__doc__, copied.__annotations__, copied.__module__ = test.__doc__, test.__annotations__, __name__
-    cast(Any, copied).pytestmark = [*getattr(test, "pytestmark", ()), pytest.mark.postgres.mark]
+    # A thread of DBOS's may outlive its engine, with a connection that nobody closes.
+    left = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning").mark
+    cast(Any, copied).pytestmark = [*getattr(test, "pytestmark", ()), pytest.mark.postgres.mark, left]
     return copied
 
 

@@ -1448,9 +1448,14 @@ class _Core:
     # Transactions
 
     def _perform(self, call: Callable[[_Transaction], _T]) -> _T:
-        with self._engine.begin() as connection:
-            transaction = _Transaction(self, connection)
-            value = call(transaction)
+        with self._engine.connect() as connection:
+            try:
+                with connection.begin():
+                    transaction = _Transaction(self, connection)
+                    value = call(transaction)
+            finally:
+                if self.is_closed:  # by now: its pool is gone, and would not close it
+                    connection.detach()
         for action in transaction.after:
             action()
         return value
