@@ -8,7 +8,8 @@ the checkout and is used again until pyproject.toml changes.
 With DURABLE_TEST_PROFILE=long in the environment the tests include the slow ones and the README's recipes, and
 unless `--python` says otherwise, they run on the oldest and the newest Python found here. Of several Pythons,
 all but the last get the quick tests with the oldest dependencies that pyproject.toml allows; the last gets lint,
-types and the chosen profile with the newest.
+types and the chosen profile with the newest. These include tests against a PostgreSQL that they start themselves, as
+an unprivileged user: where none is installed it is Debian's package, if this is run by root, or they are left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 _ROOT = Path(__file__).resolve().parent.parent
 _PROFILE = "DURABLE_TEST_PROFILE"
 _LONG = os.environ.get(_PROFILE) == "long"
+_POSTGRES = "DURABLE_TEST_POSTGRES"
 _OLDEST = (3, 11)
 _PIP_INSTALL = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
 
@@ -59,8 +61,33 @@ def main() -> None:
     _run(python, "-m", "mypy")
     for other in others:
         _run(_environment(other, lowest=True), "-m", "pytest", *pytest_arguments, profile="quick")
+    if not _LONG:
+        print(
+            "left out: slow tests, and those against a PostgreSQL server; DURABLE_TEST_PROFILE=long has them",
+            flush=True,
+        )
+    elif _has_postgres():
+        os.environ[_POSTGRES] = "1"
     slow = ["-m", "not long"] if _LONG else []
     _run(python, "-m", "pytest", *slow, *pytest_arguments)
+
+
+def _has_postgres() -> bool:
+    """See to an installed PostgreSQL: Debian's package, where there is none and this may install it."""
+    if not _postgres_programs() and shutil.which("apt-get") and os.geteuid() == 0:
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "postgresql"]):
+            print("$ apt-get", *command, flush=True)
+            subprocess.run(["apt-get", *command], env=quiet, check=False, stdout=subprocess.DEVNULL)
+    found = _postgres_programs()
+    if not found:
+        print("left out: the tests against a PostgreSQL server, for none is installed", flush=True)
+    return bool(found)
+
+
+def _postgres_programs() -> list[Path]:
+    """Find the programs of a PostgreSQL server that is installed here."""
+    return [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *map(Path, filter(None, [shutil.which("initdb")]))]
 
 
 def _default_pythons() -> list[str]:
