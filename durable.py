@@ -780,10 +780,6 @@ class _Timetable(NamedTuple):
     salt: str
     """What jitter is a hash of, beside the instant: so that all processes agree, and other files do not."""
 
-    def after(self, instant: int) -> int:
-        """Return the nominal instant of the first occurrence after that one; `_END_OF_TIME` if none comes."""
-        return self.grid.after(instant)
-
     def fires_at(self, nominal: int) -> int:
         """Return when an occurrence fires: up to the jitter later than its nominal instant, but before the next."""
         if not self.jitter_ms:
@@ -791,7 +787,7 @@ class _Timetable(NamedTuple):
         import hashlib  # only users of jitter pay for it
 
         digest = hashlib.blake2b(f"{self.salt}:{nominal}".encode(), digest_size=8).digest()
-        spread = max(1, min(self.jitter_ms + 1, self.after(nominal) - nominal))
+        spread = max(1, min(self.jitter_ms + 1, self.grid.after(nominal) - nominal))
         return nominal + int.from_bytes(digest, "big") % spread
 
     def due(self, next_at: int, now: int) -> _Due:
@@ -802,11 +798,11 @@ class _Timetable(NamedTuple):
         if is_on_time and latest not in fires:
             fires.append(latest)
         counted = self.grid.counted(next_at, latest, _COUNTED + len(fires))
-        return _Due(fires, counted - len(fires), self.after(latest))
+        return _Due(fires, counted - len(fires), self.grid.after(latest))
 
     def _latest_due(self, next_at: int, now: int) -> int:
         """Return the nominal instant of the last occurrence that fires by now."""
-        if self.after(next_at) > now:
+        if self.grid.after(next_at) > now:
             return next_at
         *before, latest = self.grid.last(next_at, now, 2)
         return latest if self.fires_at(latest) <= now else before[0]
@@ -1342,14 +1338,6 @@ _JOB_OUTCOMES = (Retry, Done, Stop)
 # ==================================================================================================
 
 
-class _Codec(NamedTuple):
-    """How a scalar type is written to JSON and read from it: in these forms and no others, nothing is coerced."""
-
-    write: Callable[[Any], Any]
-    read: Callable[[Any], Any]
-    forms: tuple[type, ...] = (str,)
-
-
 def _write_moment(value: Any) -> str:
     """Write a datetime or a time; with its zone only where an offset can't say it, as when clocks are set back."""
     text, zone = value.isoformat(), getattr(value.tzinfo, "key", None)
@@ -1370,27 +1358,28 @@ def _read_moment(text: str, cls: Any, zone_of: Callable[[str], dt.tzinfo]) -> An
 
 
 @functools.cache
-def _codecs() -> dict[type, _Codec]:
+def _codecs() -> dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any], tuple[type, ...]]]:
+    """Return how each scalar type is written to JSON, how it is read, and from which forms: nothing is coerced."""
     import base64
     import decimal
     import uuid
     from zoneinfo import ZoneInfo
 
-    as_it_is = cattrs.fns.identity
+    as_it_is, text = cattrs.fns.identity, (str,)
     return {
-        bool: _Codec(as_it_is, bool, (bool,)),
-        int: _Codec(as_it_is, int, (int,)),
-        float: _Codec(as_it_is, float, (int, float)),
-        str: _Codec(as_it_is, str),
-        types.NoneType: _Codec(as_it_is, as_it_is, (types.NoneType,)),
-        pathlib.Path: _Codec(str, pathlib.Path),
-        dt.datetime: _Codec(_write_moment, lambda text: _read_moment(text, dt.datetime, ZoneInfo)),
-        dt.date: _Codec(dt.date.isoformat, dt.date.fromisoformat),
-        dt.time: _Codec(_write_moment, lambda text: _read_moment(text, dt.time, ZoneInfo)),
-        dt.timedelta: _Codec(dt.timedelta.total_seconds, lambda s: dt.timedelta(seconds=s), (int, float)),
-        uuid.UUID: _Codec(str, uuid.UUID),
-        decimal.Decimal: _Codec(str, decimal.Decimal),
-        bytes: _Codec(lambda b: base64.b64encode(b).decode(), lambda s: base64.b64decode(s, validate=True)),
+        bool: (as_it_is, bool, (bool,)),
+        int: (as_it_is, int, (int,)),
+        float: (as_it_is, float, (int, float)),
+        str: (as_it_is, str, text),
+        types.NoneType: (as_it_is, as_it_is, (types.NoneType,)),
+        pathlib.Path: (str, pathlib.Path, text),
+        dt.datetime: (_write_moment, lambda moment: _read_moment(moment, dt.datetime, ZoneInfo), text),
+        dt.date: (dt.date.isoformat, dt.date.fromisoformat, text),
+        dt.time: (_write_moment, lambda moment: _read_moment(moment, dt.time, ZoneInfo), text),
+        dt.timedelta: (dt.timedelta.total_seconds, lambda s: dt.timedelta(seconds=s), (int, float)),
+        uuid.UUID: (str, uuid.UUID, text),
+        decimal.Decimal: (str, decimal.Decimal, text),
+        bytes: (lambda b: base64.b64encode(b).decode(), lambda s: base64.b64decode(s, validate=True), text),
     }
 
 
@@ -1478,13 +1467,15 @@ def _read_choice(value: Any, cls: Any) -> Any:
     raise _invalid(cls, value)
 
 
-def _scalar_hook(known: type, codec: _Codec) -> Callable[[Any, Any], Any]:
+def _scalar_hook(known: type) -> Callable[[Any, Any], Any]:
+    _, read, forms = _codecs()[known]
+
     def hook(value: Any, cls: Any) -> Any:
         if cls is not known and _is_choice(cls):
             return _read_choice(value, cls)
         try:
-            if value.__class__ in codec.forms:
-                value = codec.read(value)
+            if value.__class__ in forms:
+                value = read(value)
             elif next((base for base in type(value).__mro__ if base in _codecs()), None) is not known:
                 raise _invalid(cls, value)
             return value if isinstance(value, cls) else cls(value)
@@ -1575,9 +1566,9 @@ def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
         structure_fallback_factory=lambda _: _refuse_type,
         unstruct_collection_overrides={set: _sorted, frozenset: _sorted, tuple: list},
     )
-    for known, codec in _codecs().items():
-        converter.register_structure_hook(known, _scalar_hook(known, codec))
-        converter.register_unstructure_hook(known, codec.write)
+    for known, (write, *_) in _codecs().items():
+        converter.register_structure_hook(known, _scalar_hook(known))
+        converter.register_unstructure_hook(known, write)
     converter.register_unstructure_hook_factory(
         _has_fields, lambda cls: cattrs.gen.make_dict_unstructure_fn(cls, converter, _cattrs_include_init_false=True)
     )
@@ -1859,7 +1850,7 @@ _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
 
 
-class _Follower(NamedTuple):
+class _Insertion(NamedTuple):
     """An instance to insert in the commit."""
 
     row: _NewRow
@@ -1881,7 +1872,7 @@ class _Message(NamedTuple):
     dedup_key: str | None
 
 
-_Effect = _Statement | _Follower | _Message
+_Effect = _Statement | _Insertion | _Message
 
 
 def _target(value: object) -> int | str:
@@ -1997,7 +1988,7 @@ class Context(Generic[_State]):
 
     def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> None:
         """Add an instance to the step's commit, with the options of `Insert`; a duplicate is dropped and logged."""
-        self._add(_Follower(self._claim.desk.new_row(_make_insert(fsm, options))))
+        self._add(_Insertion(self._claim.desk.new_row(_make_insert(fsm, options))))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Add a signal to the step's commit; one without a live target is dropped and logged."""
@@ -8141,7 +8132,7 @@ class _Settlement:
         match effect:
             case _Statement():
                 self._store.run(effect)
-            case _Follower():
+            case _Insertion():
                 if self._inserts.write((effect.row,)) == [None]:
                     message = "instance %d: its insert of %s is dropped, the correlation key %r is taken"
                     dropped = effect.row.fsm, effect.row.correlation_key
@@ -8524,7 +8515,7 @@ class _Schedules:
         self._store.save_schedule(self._from_now(row, row.timetable(self._salt, self._zone_of)))
 
     def _from_now(self, row: _ScheduleRow, timetable: _Timetable) -> _ScheduleRow:
-        return row.going_on_at(timetable.after(self._now), timetable)
+        return row.going_on_at(timetable.grid.after(self._now), timetable)
 
     def _ask(self, row: _ScheduleRow, question: Callable[[_Timetable], _Answer]) -> _Answer | None:
         """Ask about a schedule; one that can't be read here, without the extra or its zone, is left to others."""
@@ -12068,7 +12059,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             self._host.show_progress(row, _json(self._desk.progress.pop((row.id, row.claim))))
 
         def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
-            effects = tuple(one.row if isinstance(one, _Follower) else one for one in commit.effects)
+            effects = tuple(one.row if isinstance(one, _Insertion) else one for one in commit.effects)
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
                 columns |= {"version": commit.claim.row.version, "step": columns.get("step", commit.claim.row.step)}
