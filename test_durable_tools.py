@@ -1,4 +1,4 @@
-"""Tests of durable_tools: the command line and its demo.
+"""Tests of durable_tools: the command line, its demo, the page, the engine on PostgreSQL.
 
 In this order:
 

@@ -105,9 +105,13 @@ class _Source:
 
     def close(self, *, unless_used_for_s: float = 0) -> None:
         """Let go of the file, as far as nobody has asked for so long."""
-        with self._lock:
+        if not self._lock.acquire(blocking=not unless_used_for_s):
+            return  # somebody uses it, or waits for it: who only tidies up does not
+        try:
             if time.monotonic() - self._used_at >= unless_used_for_s:
                 self._close()
+        finally:
+            self._lock.release()
 
     def _open(self) -> tuple[tools.Reader, tools.Reader]:
         self._used_at = time.monotonic()
