@@ -6282,9 +6282,10 @@ class _Pool:
     BLOCKED_S = 0.001
     """After so long a step that was taken for a quick one is known for none."""
 
-    def __init__(self, width: int, port: _Port) -> None:
+    def __init__(self, width: int, shared: _Shared) -> None:
         self.width = width
-        self._port = port
+        self._shared = shared
+        self._outcomes = shared.outcomes
         self._lock = threading.Lock()
         self._ready: collections.deque[_Claim] = collections.deque()
         self._withheld: list[_Claim] = []
@@ -6357,7 +6358,7 @@ class _Pool:
         with self._lock:
             if commit is None or claim not in self._running:
                 return False
-            self._port.finish(commit)  # first: from here on, a thread that dies leaves an outcome and no crash
+            self._outcomes.append(commit)  # first: from here on, a thread that dies leaves an outcome and no crash
             self._end(claim)
             was_quick = self._is_quick
             self._count_step(commit.duration)
@@ -6367,10 +6368,10 @@ class _Pool:
             if is_last:
                 self._arriving.add(worker)
         if is_last:
-            self._port.beat()
+            self._shared.commit()
             self._arrive(worker)
         elif not is_minded:
-            self._port.ring()
+            self._shared.bell.ring()
         return True
 
     def finish_async(self, claim: _Claim, result: _Commit | BaseException) -> bool:
@@ -6381,9 +6382,9 @@ class _Pool:
             if isinstance(result, BaseException):
                 self._ready.appendleft(claim.failed_with(result))
             else:
-                self._port.finish(result)
+                self._outcomes.append(result)
             self._end(claim)
-        self._port.ring()
+        self._shared.bell.ring()
         self.rouse()
         return True
 
@@ -6409,7 +6410,7 @@ class _Pool:
     def is_to_be_watched(self) -> bool:
         """Whether rows, or outcomes, may come to wait behind a step that blocks after quick ones."""
         running = len(self._running)
-        is_behind = running > 1 or bool(self._ready) or (running > 0 and self._port.has_finished)
+        is_behind = running > 1 or bool(self._ready) or (running > 0 and bool(self._outcomes))
         return self._is_quick and (is_behind or bool(self._arriving))
 
     def watch(self) -> None:
@@ -6431,13 +6432,13 @@ class _Pool:
         with self._lock:
             if claim in self._running:
                 if claim not in self._ready:
-                    self._port.finish(_died(claim))
+                    self._outcomes.append(_died(claim))
                 self._end(claim)
             self._workers.discard(worker)
             self._idle.pop(worker, None)
             self._arriving.discard(worker)
         if not self._is_closed:
-            self._port.ring()
+            self._shared.bell.ring()
             self.rouse()
 
     def _count_step(self, duration_s: float) -> None:
@@ -6458,7 +6459,7 @@ class _Pool:
                 worker = next(reversed(self._idle))
                 is_new = False
             elif len(self._workers) < self.width:
-                worker = _Worker(self._serve, self._port.context.copy())
+                worker = _Worker(self._serve, self._shared.context.copy())
                 self._workers.add(worker)
                 is_new = True
             else:
@@ -6474,7 +6475,7 @@ class _Pool:
         try:
             worker.thread.start()
         except RuntimeError as error:  # the system has no more; the scheduler rouses the pool again now and then
-            self._port.log_soon("no worker thread could be started", error)
+            self._shared.log_soon("no worker thread could be started", error)
             with self._lock:
                 self._workers.discard(worker)
                 self._arriving.discard(worker)
@@ -6485,7 +6486,7 @@ class _Pool:
         try:
             self._work(worker)
         except BaseException as error:  # noqa: BLE001 - from outside, in the engine's own code: it is told and replaced
-            self._port.log_soon("a worker thread has died, and is replaced", error, exc_info=error)
+            self._shared.log_soon("a worker thread has died, and is replaced", error, exc_info=error)
         finally:
             self._retire(worker)
 
@@ -6502,21 +6503,21 @@ class _Pool:
             ):
                 continue
             elif claim.is_async:
-                self._port.execute_async(claim, self)
+                self._shared.run_async(claim, self)
                 worker.claim = None  # it is the event loop's
             elif not self.finish(worker, claim, contextvars.copy_context().run(self._run, claim)):
-                self._port.drop(claim)
+                self._shared.drop(claim)
                 return
 
     def _prepare(self, worker: _Worker, claim: _Claim) -> bool:
         """Get a claim ready, which decides whose turn it is; False if there is nothing to run."""
         try:
-            is_ready = contextvars.copy_context().run(claim.prepare, self._port.behaviours.make)
+            is_ready = contextvars.copy_context().run(claim.prepare, self._shared.behaviours.make)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like, as out of a step
             self.finish(worker, claim, _crash(claim, error))
             return False
         if not is_ready:
-            self._port.give_back(claim)
+            self._shared.give_back(claim)
             with self._lock:
                 self._end(claim)
         return is_ready
@@ -6525,8 +6526,8 @@ class _Pool:
         """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
         with self._lock:
             self._arriving.discard(worker)
-        if self._port.has_finished and not self._port.beat():
-            self._port.ring()  # whoever is in a beat may have counted on this thread
+        if self._outcomes and not self._shared.commit():
+            self._shared.bell.ring()  # whoever is in a beat may have counted on this thread
 
     def _take(self, worker: _Worker) -> _Claim | None:
         """Take the next row, or line up for being roused."""
@@ -6551,7 +6552,7 @@ class _Pool:
         """Run a step; None if it has come to an error too late, which is nothing to `handle`."""
         try:
             if claim.spec.has_timeouts and claim.timeout_s is not None and claim.error is None:
-                self._port.watch(claim, self)
+                self._shared.timeouts.add(claim, self)
             verdict = _execute(claim)
             if isinstance(verdict, _Commit):
                 return verdict
@@ -6569,24 +6570,6 @@ class _Pool:
             return claim.is_finished
 
 
-class _Port(typing.Protocol):
-    """What pools need of the scheduler."""
-
-    context: contextvars.Context
-    behaviours: _Behaviours
-
-    @property
-    def has_finished(self) -> bool: ...
-    def finish(self, commit: _Commit) -> None: ...
-    def beat(self) -> bool: ...
-    def ring(self) -> None: ...
-    def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None: ...
-    def drop(self, claim: _Claim) -> None: ...
-    def give_back(self, claim: _Claim) -> None: ...
-    def watch(self, claim: _Claim, pool: _Pool) -> None: ...
-    def execute_async(self, claim: _Claim, pool: _Pool) -> None: ...
-
-
 class _LogCopier:
     """Copies a log that has become long, in a thread of its own: it takes a second for 300 MB.
 
@@ -6596,15 +6579,27 @@ class _LogCopier:
     PAUSE_S = 1.0
     """How often it is tried, at most."""
 
-    def __init__(self, store: _Store, reader: _Reader, synchronous: str) -> None:
+    def __init__(
+        self, store: _Store, reader: _Reader, synchronous: str, log: Callable[[str, BaseException], None]
+    ) -> None:
         self._store = store
         self._reader = reader
         self._synchronous = synchronous
+        self._log = log
         self._thread: threading.Thread | None = None
         self._next_at = -math.inf
 
-    def start(self) -> None:
-        """Have the log copied, unless that is under way or has just been tried."""
+    def look(self, *, is_aside: bool) -> None:
+        """Have the log copied once it is large: here, or in a thread if that takes long and there may be one."""
+        if self._store.is_log_long and is_aside:
+            self._start()
+            return
+        refusal = self._store.checkpoint()
+        if refusal is not None:
+            self._log("its write-ahead log could not be copied yet", refusal)
+
+    def _start(self) -> None:
+        """Have a thread copy it, unless one does or has just tried."""
         if _Ticks.monotonic() < self._next_at or (self._thread is not None and self._thread.is_alive()):
             return
         self._next_at = _Ticks.monotonic() + self.PAUSE_S
@@ -6634,16 +6629,16 @@ class _LogCopier:
 class _EventLoop:
     """A thread with an asyncio loop for `async def` steps, started when the first one is claimed."""
 
-    def __init__(self, port: _Port) -> None:
+    def __init__(self, shared: _Shared) -> None:
         import asyncio  # 30 ms that only users of async steps pay
 
-        self._port = port
+        self._shared = shared
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[_Claim, asyncio.Task[None]] = {}
         self._incoming: collections.deque[tuple[_Claim, _Pool]] = collections.deque()
         self._is_roused = False
         self._is_closing = False
-        context = port.context.copy()
+        context = shared.context.copy()
         self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-asyncio", daemon=True)
         try:
             self._thread.start()
@@ -6708,8 +6703,8 @@ class _EventLoop:
 
     def _start_task(self, claim: _Claim, pool: _Pool) -> None:
         if claim.timeout_s is not None:
-            self._port.watch(claim, pool)
-        task = self._loop.create_task(self._run(claim, pool), context=self._port.context.copy())
+            self._shared.timeouts.add(claim, pool)
+        task = self._loop.create_task(self._run(claim, pool), context=self._shared.context.copy())
         self._tasks[claim] = task
         task.add_done_callback(lambda _: self._end(claim, pool))
 
@@ -6735,14 +6730,14 @@ class _EventLoop:
         finally:
             self._tasks.pop(claim, None)
         if not pool.finish_async(claim, result):
-            self._port.drop(claim)
+            self._shared.drop(claim)
 
 
 class _CallersLoop(_EventLoop):
     """The running loop of whoever started the engine, so that its clients and locks work in steps."""
 
-    def __init__(self, port: _Port, loop: asyncio.AbstractEventLoop) -> None:
-        self._port = port
+    def __init__(self, shared: _Shared, loop: asyncio.AbstractEventLoop) -> None:
+        self._shared = shared
         self._loop = loop
         self._tasks = {}
         self._incoming = collections.deque()
@@ -7078,6 +7073,77 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
             return self.result()
 
     return Future
+
+
+class _Timeouts:
+    """The running steps that have a timeout, by the instant at which it is over."""
+
+    def __init__(self, bell: _Bell) -> None:
+        self._bell = bell
+        self._lock = threading.Lock()
+        self._heap: list[tuple[float, int, _Claim, _Pool]] = []
+        self._room = 64
+        self.next_at = math.inf
+        """Monotonic seconds."""
+
+    def add(self, claim: _Claim, pool: _Pool) -> None:
+        """Mind a step from now on."""
+        deadline = _Ticks.monotonic() + cast(float, claim.timeout_s)
+        with self._lock:
+            if len(self._heap) >= self._room:  # steps that ended long before their deadline must not pile up
+                self._heap = [entry for entry in self._heap if not entry[2].is_finished]
+                heapq.heapify(self._heap)
+                self._room = 64 + 2 * len(self._heap)
+            heapq.heappush(self._heap, (deadline, id(claim), claim, pool))
+            self.next_at = self._heap[0][0]
+        if deadline == self.next_at:
+            self._bell.ring()
+
+    def take_expired(self, monotonic: float) -> list[tuple[_Claim, _Pool]]:
+        expired = []
+        with self._lock:
+            while self._heap and self._heap[0][0] <= monotonic:
+                expired.append(heapq.heappop(self._heap)[2:])
+            self.next_at = self._heap[0][0] if self._heap else math.inf
+        return expired
+
+
+class _Shared:
+    """What the runners of an engine have in common: what they run steps with, and where they put the outcomes."""
+
+    commit: Callable[[], bool]
+    """Commits the outcomes, and claims, in the calling thread; False if somebody else is at it, or it failed."""
+    give_back: Callable[[_Claim], None]
+    """Lets others have a row whose class turns out not to be runnable here."""
+    run_async: Callable[[_Claim, _Pool], None]
+    """Runs a step on the event loop."""
+
+    def __init__(self, path: str, desk: _Desk, behaviours: _Behaviours, hub: _Hub) -> None:
+        self.path = path
+        self.desk = desk
+        self.behaviours = behaviours
+        self.hub = hub
+        self.context = contextvars.copy_context()
+        """That of whoever started the engine: threads and tasks have copies of it."""
+        self.outcomes: collections.deque[_Commit] = collections.deque()
+        """What steps have come to, to be committed."""
+        self.bell = _Bell()
+        """Wakes the thread that looks after everything."""
+        self.wakes_at = 0.0
+        """Until when that thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
+        self.timeouts = _Timeouts(self.bell)
+        self.is_stopping = self.is_closed = False
+
+    def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
+        """Log an error, but not under a lock: what handlers of the log do is not for a beat's time."""
+        text = _error_text(error)
+        self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
+
+    def drop(self, claim: _Claim) -> None:
+        """Tell that a step which was disowned has ended after all: its outcome is stale."""
+        row = claim.row
+        if self.hub.wants("outcome.stale"):
+            self.hub.publish([Event("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})])
 
 
 # ==================================================================================================
@@ -9048,477 +9114,190 @@ def _refuse_inherited(path: str) -> None:
         raise EngineClosedError(f"an engine on {path} was open when this process was forked off. {_FORK_ADVICE}")
 
 
-class _Agenda:
-    """When the scheduler has to do what. Instants of the file are milliseconds, of this process monotonic seconds."""
+class _Held:
+    """What this engine has claimed and not let go of.
 
-    due_at: int | None = None
-    """The next instant at which something in the file is due."""
-    wakes_at: float = 0.0
-    """Until when the thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
-    regroup: Callable[[_Beat], object] | None = None
-    """How the lines of limits are to be formed anew; None once that is committed."""
-    gc_at: int = 0
-    sweep_from: _SweepPosition | None = None
-    """Where a sweep that is under way goes on."""
-    spare_pages: int | None = 0
-    """Free pages to give back when it is over: those that nobody has needed since the last; None: to be counted."""
-    failure: Exception | None = None
-    """What storage said last, until it works again."""
-    failures_in_a_row: int = 0
-    retry_at: float = 0.0
-    """When storage that failed is tried again."""
-    registrations: int = 0
-    """How many classes had been registered at the last look."""
-    progress_at: float = 0.0
-    """When the progress of steps may be written again."""
-    passed_on: Set[str] = frozenset()
-    """Keys of whose line the last beat has let somebody out, for the next to look at."""
-    fired_until: int = _END_OF_TIME
-    """Up to when the schedules were looked at: all time, until what the classes declare is written."""
-
-    @property
-    def is_cleaning(self) -> bool:
-        """Whether a sweep is under way, or space to be given back after it."""
-        return self.sweep_from is not None or bool(self.spare_pages)
-
-    def __init__(self, seen_at: int) -> None:
-        self.seen_at = seen_at
-        """When the clock was last read: a gap since then is a suspended machine or a clock that was set."""
-
-
-class _Timeouts:
-    """The running steps that have a timeout, by the instant at which it is over."""
+    By id and claim number: what it has lost may be claimed again while it still runs.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._heap: list[tuple[float, int, _Claim, _Pool]] = []
-        self._room = 64
-        self.next_at = math.inf
-        """Monotonic seconds."""
+        self._of: dict[str, dict[tuple[int, int], _Claim]] = collections.defaultdict(dict)
+        self._ids: set[int] = set()
 
-    def add(self, claim: _Claim, pool: _Pool) -> bool:
-        """Mind a step from now on; True if it is the next to expire."""
-        deadline = _Ticks.monotonic() + cast(float, claim.timeout_s)
-        with self._lock:
-            if len(self._heap) >= self._room:  # steps that ended long before their deadline must not pile up
-                self._heap = [entry for entry in self._heap if not entry[2].is_finished]
-                heapq.heapify(self._heap)
-                self._room = 64 + 2 * len(self._heap)
-            heapq.heappush(self._heap, (deadline, id(claim), claim, pool))
-            self.next_at = self._heap[0][0]
-        return deadline == self.next_at
+    def add(self, claims: Iterable[_Claim]) -> None:
+        for claim in claims:
+            row = claim.row
+            self._of[row.queue][row.id, row.claim] = claim
+            self._ids.add(row.id)
 
-    def take_expired(self, monotonic: float) -> list[tuple[_Claim, _Pool]]:
-        expired = []
-        with self._lock:
-            while self._heap and self._heap[0][0] <= monotonic:
-                expired.append(heapq.heappop(self._heap)[2:])
-            self.next_at = self._heap[0][0] if self._heap else math.inf
-        return expired
+    def remove(self, claims: Iterable[_Claim]) -> None:
+        for claim in claims:
+            row = claim.row
+            if self._of[row.queue].pop((row.id, row.claim), None) is not None:
+                self._ids.discard(row.id)
 
+    def count(self, queue: str) -> int:
+        """How many of a queue there are."""
+        return len(self._of[queue])
 
-class _Peers:
-    """This engine among the others on its file: its registration and lease, their commits, leases and deaths."""
+    def __contains__(self, instance: int) -> bool:
+        """Whether an outcome is still to come for an instance. Of what was claimed twice that may not be known."""
+        return instance in self._ids
 
-    LOOK_S = 0.005
-    """How often to look for other processes' commits while they are active."""
-    ACTIVE_S = 1.0
-    """How long after its last commit another process counts as active."""
-    DEAD_LOOK_S = 0.5
-    """How often to look for workers that died."""
-    GONE_S = 1.2
-    """After how long without a lock file a worker is taken for dead: longer than between two looks of its own."""
+    def __iter__(self) -> Iterator[_Claim]:
+        return iter([claim for claims in list(self._of.values()) for claim in list(claims.values())])
 
-    def __init__(self, core: _Scheduler) -> None:
-        self.heartbeat_at: float = math.inf
-        """When the lease is to be renewed; never, unless the engine is started."""
-        self._core = core
-        self._options = core.options
-        self._lock_file: _LockFile | None = None
-        self._watch: _LogWatch | None = None
-        self._armed_at: float | None = None
-        """Since when the log is watched."""
-        self._others: list[Worker] = []
-        self._data_version: int | None = None
-        self._looked_at = self._looked_for_dead_at = -math.inf
-        self._changed_at = -math.inf
-        """When another process was last seen to have committed."""
-        self._renewed_at = 0
-        self._judge_from = 0
-        """From when on other workers' leases are judged."""
-        self._missing_since: dict[str, float] = {}
-        """Since when other workers' lock files are not there."""
-        self._reapings: dict[str, tuple[_Request, _LockFile | None]] = {}
-        """What was asked for at the last looks, by worker, and the locks taken from them."""
-        self._faults: dict[str, str] = {}
-        """What is wrong with which part of a look, and has been said."""
-
-    # Coming and going
-
-    def join_and_watch(self) -> None:
-        """Join with a lease that is renewed, and have the log watched if that is heard of."""
-        now = self._core.desk.now()
-        self._watch = _LogWatch.open(f"{self._core.path}-wal", self._hear_of_write)
-        try:
-            self.join(self._options.lease_ms)
-        except BaseException:
-            self.unwatch()
-            raise
-        if self._watch is not None and not self._watch.start():
-            self.unwatch()
-        self._note_renewed(now)
-
-    def join(self, lease_ms: int, *, is_patient: bool = True) -> None:
-        """Make this engine known in the file, reclaim what dead ones held, and have the lines looked at anew.
-
-        One that is not patient waits until it is known of each other worker whether it is dead.
-        """
-        core = self._core
-        self._drop_lock()
-        self._lock_file = _LockFile.create(_LockFile.path_of(core.path, core.worker_id), core.path)
-        self._judge_from = 0
-        try:
-            core.perform(lambda beat: beat.store.register(self._row(beat.now, lease_ms)))
-            self.look_for_dead()
-            while not is_patient and self.look_for_dead():  # again: who looks at a dead one's lock holds it meanwhile
-                time.sleep(0.05)
-            core.declare_schedules()
-            core.regroup_lines()  # last: by a beat that claims
-            _LockFile.remove_stale(core.path, [worker.id for worker in core.reader.workers()])
-        except BaseException:
-            core.post(lambda beat: beat.store.unregister(core.worker_id))  # if it came so far
-            self._drop_lock()
-            raise
-
-    def _drop_lock(self) -> None:
-        """Remove the lock file, if there is one: also that of a start or drain that was interrupted."""
-        lock, self._lock_file = self._lock_file, None
-        if lock is not None:
-            lock.remove()
-
-    def leave(self, *, is_signed_off: bool) -> None:
-        """Let the lock go; its file only if nothing is left in the database: unlocked, it tells of a dead worker."""
-        for _, taken in self._reapings.values():
-            if taken is not None:
-                taken.close()
-        self._reapings.clear()
-        lock, self._lock_file = self._lock_file, None
-        if lock is not None and is_signed_off:
-            lock.remove()
-        elif lock is not None:
-            lock.close()
-
-    def unwatch(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
-
-    def _row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
-        import socket  # 3 ms that a mere import does not need
-
-        name, queues = self._options.name, _encode(self._options.queues)
-        return self._core.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
-
-    # The lease
-
-    def renew(self, beat: _Beat) -> None:
-        """Renew the lease, and judge those of the others."""
-        now, lease_ms, worker_id = beat.now, self._options.lease_ms, self._core.worker_id
-        beat.report.after.append(functools.partial(self._note_renewed, now))
-        if self._core.is_stopping:  # it may have signed off
-            return
-        if now - self._renewed_at >= lease_ms - self._options.heartbeat_ms:
-            self._judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
-        if not beat.store.renew(worker_id, now, now + lease_ms):
-            if beat.store.was_taken(worker_id):
-                self._core.files.lose(_LOCKS_NOT_SHARED)
-                return
-            message = "engine %s was taken for dead; what it had claimed runs elsewhere"
-            beat.report.log(_log.warning, message, self._options.name)
-            beat.store.register(self._row(now, lease_ms))
-        if now >= self._judge_from:
-            for worker in beat.store.workers():
-                if worker.id != worker_id and _instant(now) >= worker.lease_expires_at:
-                    self._reap(beat, worker, "its lease ran out")
-
-    def renew_before_judging(self, now: int) -> None:
-        """Give everybody time to renew, after a gap in which nobody could."""
-        self._judge_from = now + self._options.lease_ms
-        self.heartbeat_at = now
-
-    def _note_renewed(self, now: int) -> None:
-        self._renewed_at = now
-        self.heartbeat_at = now + self._options.heartbeat_ms
-
-    # Looking at the others
-
-    def next_look_at(self, monotonic: float) -> float:
-        """When to look again, by the monotonic clock."""
-        return self._looked_at + self._look_interval_s(monotonic)
-
-    def _look_interval_s(self, monotonic: float) -> float:
-        """How often to look: often while another process is active, seldom while the log is watched.
-
-        A write is heard of before its commit can be seen. So the first second of a watch is one of looking, too.
-        """
-        if monotonic - self._changed_at < self.ACTIVE_S:
-            return min(self.LOOK_S, self._options.poll_s)
-        armed_at = self._armed_at
-        if armed_at is not None and monotonic - armed_at > self.ACTIVE_S:
-            return self.DEAD_LOOK_S
-        return min(self._options.poll_s, self.DEAD_LOOK_S)
-
-    def look(self, monotonic: float) -> None:
-        """See whether another process has committed, or died."""
-        self._looked_at = monotonic
-        if not self._core.look_after_files():
-            return
-        self._try(self._see_commits, monotonic)
-        self._try(self._watch_log, monotonic)
-        if monotonic - self._looked_for_dead_at >= self.DEAD_LOOK_S:
-            self._looked_for_dead_at = monotonic
-            self._try(self._restore_lock, monotonic)
-            self._try(self._see_deaths, monotonic)
-
-    def _try(self, look: Callable[[float], None], monotonic: float) -> None:
-        """Do one part of a look; its failure is no matter of the others, and is told once, until it works again."""
-        name = look.__name__
-        try:
-            look(monotonic)
-        except (apsw.Error, DurableError, OSError) as error:
-            text = _error_text(error)
-            if self._faults.get(name) != text:
-                self._faults[name] = text
-                self._core.log_soon("looking for other processes' work failed", error)
-        else:
-            self._faults.pop(name, None)
-
-    def _see_commits(self, monotonic: float) -> None:
-        store = self._core.store
-        version = store.data_version()
-        if version == self._data_version:
-            return
-        if self._data_version is not None:
-            self._changed_at = monotonic
-        found = int(store.schema_version() or 0)
-        if found > _SCHEMA_VERSION:
-            self._core.files.lose(_MIGRATED.format(found=found, known=_SCHEMA_VERSION))
-            return
-        workers = store.workers()
-        self._others = [worker for worker in workers if worker.id != self._core.worker_id]
-        if len(self._others) == len(workers) and self._lock_file is not None:
-            self.heartbeat_at = min(
-                self.heartbeat_at, self._core.desk.now()
-            )  # it was taken for dead: it renews, and finds out why
-        self._core.notice_others()
-        self._data_version = version  # last: if one of these fails, the next look finds the change again
-
-    def _watch_log(self, monotonic: float) -> None:
-        """Have the log watched once neither this engine nor another has written to it for a while."""
-        is_quiet = monotonic - max(self._core.beat_at, self._changed_at) > self.ACTIVE_S
-        if self._watch is not None and is_quiet and self._armed_at is None and self._watch.arm():
-            self._armed_at = monotonic
-
-    def _hear_of_write(self) -> None:
-        """Look again: often, unless it was this engine itself that wrote."""
-        monotonic = _Ticks.monotonic()
-        self._armed_at = None
-        if not self._core.is_in_beat and monotonic - self._core.beat_at > self.LOOK_S:
-            self._changed_at = monotonic
-        self._core.ring()
-
-    def _restore_lock(self, _: float) -> None:
-        if self._lock_file is not None:
-            self._lock_file.restore(self._core.path)
-
-    def _see_deaths(self, _: float) -> None:
-        if self._others:
-            self.look_for_dead()
-
-    def look_for_dead(self) -> bool:
-        """Have workers reaped whose lock the kernel has dropped; return whether some are still to be judged.
-
-        A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
-        """
-        for worker_id, (reaping, lock) in list(self._reapings.items()):
-            if reaping.is_settled:  # done, or refused by storage: then its worker is looked at again
-                del self._reapings[worker_id]
-                if lock is not None:
-                    lock.close()
-        is_unsure = False
-        for worker in self._core.reader.workers():
-            if worker.id != self._core.worker_id and worker.id not in self._reapings:
-                is_unsure |= self._judge(worker)
-        return is_unsure
-
-    def _judge(self, worker: Worker) -> bool:
-        """Have a worker reaped that is dead; return whether that can't be said yet."""
-        path = _LockFile.path_of(self._core.path, worker.id)
-        lock = _LockFile.take_from_dead(path)
-        if lock is None:
-            if not self._is_gone(path):
-                self._missing_since.pop(worker.id, None)
-                return False
-            if _Ticks.monotonic() - self._missing_since.setdefault(worker.id, _Ticks.monotonic()) < self.GONE_S:
-                return True
-        reaping = self._core.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
-        self._reapings[worker.id] = reaping, lock
-        return False
-
-    def _is_gone(self, path: str) -> bool:
-        """Whether a lock file is not there: of a folder in which one's own is not to be seen, nobody can say."""
-        try:
-            os.stat(path)
-        except FileNotFoundError:
-            return self._lock_file is not None and self._lock_file.is_in_place()
-        except OSError:
-            pass
-        return False
-
-    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
-        self._reap(beat, worker, "its process died")
-        if lock is not None:
-            beat.store.note_taken(worker.id, beat.now)
-            beat.report.after.append(lock.remove)
-
-    def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
-        cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
-        count = beat.withdrawals.reap(worker.id, cause)
-        message = "reclaimed %d instances of worker %s, pid %d: %s"
-        beat.report.log(_log.info, message, count, worker.name, worker.pid, how)
-        beat.report.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
+    def __bool__(self) -> bool:
+        return any(self._of.values())
 
 
-class _Drain:
-    """Runs what is runnable in the calling thread, in place of pools: claims a row, runs it, commits with the next."""
+class _Runners:
+    """Those who run what is claimed: pools of threads and an event loop, or a thread that drains."""
 
-    LEASE_MS = 10 * 365 * 86_400_000
-    """It can't renew while a step runs; its lock file tells whether it lives."""
+    WATCH_S = 0.005
+    """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
 
-    def __init__(self, core: _Scheduler, queue: str | None, *, with_scheduled: bool) -> None:
-        self.steps = 0
-        self.kinds: list[str] = []
-        """What they have come to."""
-        self.fired: set[str] = set()
-        """Schedules that have fired."""
-        self._core = core
-        self._queue = queue
-        self._with_scheduled = with_scheduled
-        self._ready: collections.deque[_Claim] = collections.deque()
-        self._runner: asyncio.Runner | None = None
-        self._is_over = False
+    def __init__(self, shared: _Shared, prefetch: int) -> None:
+        self.pools: dict[str, _Pool] = {}
+        self.drain: _Drain | None = None
+        self.held = _Held()
+        self.is_empty = _Bell()
+        """Rung when nothing is held any more by an engine that stops."""
+        self._shared = shared
+        self._prefetch = prefetch
+        self._loop: _EventLoop | None = None
+        self._callers_loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()
+        shared.run_async = self._run_async
 
-    @property
-    def tally(self) -> collections.Counter[str]:
-        """How many steps were run, and how many have come to what."""
-        return collections.Counter([*itertools.repeat("steps", self.steps), *self.kinds])
-
-    def submit(self, claims: collections.deque[_Claim], *, first: bool = False) -> None:
-        """Take over claimed rows, each of them once, wherever that is interrupted."""
-        if first:
-            _hand_over(claims.pop, len(claims), self._ready.extendleft)
-        else:
-            _hand_over(claims.popleft, len(claims), self._ready.extend)
-
-    def note_fired(self, schedules: Iterable[str]) -> None:
-        """Remember which schedules have fired: each does once, so that none makes it endless."""
-        self.fired.update(schedules)
-
-    def demand(self, at_most: int = 0) -> _Demand:
-        """Say what it takes: at most so many rows, of its queue or of all."""
-        slots = {} if self._is_over else None if self._queue is None else {self._queue: 1}
-        return _Demand(slots, at_most, _END_OF_TIME if self._with_scheduled else None, is_drain=True)
-
-    def run(self, max_steps: int) -> None:
-        """Run one row after the other until none is left that is due."""
-        core = self._core
-        while True:
-            core.notice_set_back(core.desk.now())
-            is_unfinished = core.beat_once(self.demand(0 if self._ready else 1))
-            if core.failure is not None:
-                raise core.failure
-            if self._ready:
-                self._check(self._ready[0], max_steps)
-                self._run(self._ready.popleft())
-            elif not (is_unfinished or core.has_finished or core.is_due()):
-                return
-
-    def withdraw(self) -> list[_Claim]:
-        """Take back what has not been run."""
-        left, self._ready = list(self._ready), collections.deque()
-        return left
+    def start(self, widths: Mapping[str, int], loop: asyncio.AbstractEventLoop | None) -> None:
+        """Take rows from now on; `async def` steps run on that loop, if one is given."""
+        self._callers_loop = loop
+        self.pools = {queue: _Pool(width, self._shared) for queue, width in widths.items()}
 
     def close(self) -> None:
-        self._is_over = True
-        if self._runner is not None:
-            _run_outside_loop(self._runner.close)
+        """End the threads that have nothing to run, and cancel what runs on the event loop."""
+        for pool in self.pools.values():
+            pool.close()
+        if self._loop is not None:
+            self._loop.close()
 
-    def _check(self, claim: _Claim, max_steps: int) -> None:
-        """Refuse to go on with too many steps, or for an engine that was stopped."""
-        if self.steps >= max_steps and claim.error is None:
-            raise DurableError(
-                f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
-                f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
-            )
-        if self._core.is_stopping:
-            raise EngineClosedError(f"the engine on {self._core.path} was stopped while it was drained")
+    # What is claimed
 
-    def _run(self, claim: _Claim) -> None:
-        """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
-        context = contextvars.copy_context()
+    @property
+    def are_running(self) -> bool:
+        """Whether rows are taken at all."""
+        return bool(self.pools) or self.drain is not None
+
+    def demand(self) -> _Demand:
+        """Say what is to be claimed: what the pools have room for; a drain claims in beats of its own."""
+        if self.drain is not None:
+            return self.drain.demand()
+        if self._shared.is_stopping:
+            return _Demand({})
+        prefetch, held = self._prefetch, self.held
+        return _Demand({queue: pool.width + prefetch - held.count(queue) for queue, pool in self.pools.items()})
+
+    def submit(self, queue: str, claims: collections.deque[_Claim], *, first: bool = False) -> None:
+        """Hand over claimed rows, each of them once, wherever that is interrupted."""
+        (self.drain or self.pools[queue]).submit(claims, first=first)
+
+    def let_go(self, claims: Sequence[_Claim]) -> None:
+        """Forget claims that are over."""
+        progress = self._shared.desk.progress
+        if progress:
+            for claim in claims:
+                progress.pop((claim.row.id, claim.row.claim), None)
+        self.held.remove(claims)
+        for pool in self.pools.values():
+            pool.release()
+        if self._shared.is_stopping and not self.held:
+            self.is_empty.ring()
+
+    def take_back(self, queue: str, instance: int | None) -> list[_Claim]:
+        """Take claimed rows of a queue that have not started from its pool: all, or only that one."""
+        pool = self.pools.get(queue)
+        return pool.withhold(instance) if pool is not None else []
+
+    def put_back(self) -> None:
+        """Let what was taken back start after all: the beat has come to nothing."""
+        for pool in self.pools.values():
+            pool.put_back()
+
+    def withdraw(self) -> list[_Claim]:
+        """Take back for good all that has not started."""
+        return [claim for pool in self.pools.values() for claim in pool.withdraw()]
+
+    # What is to be looked after
+
+    @property
+    def will_commit(self) -> bool:
+        """Whether a thread is about to run a beat, unless its step blocks."""
+        return any(pool.will_beat for pool in self.pools.values())
+
+    def watch(self, monotonic: float) -> float:
+        """See whether threads have come to steps that block; return when to look again."""
+        for pool in self.pools.values():
+            pool.watch()
+        return self.watch_at(monotonic)
+
+    def watch_at(self, monotonic: float) -> float:
+        """When to look at the pools again."""
+        for pool in self.pools.values():
+            if pool.is_to_be_watched:
+                return monotonic + self.WATCH_S
+        return math.inf
+
+    def expire(self, monotonic: float) -> float:
+        """Disown the steps that are over their timeouts; return when the next is."""
+        timeouts = self._shared.timeouts
+        if timeouts.next_at <= monotonic:
+            for claim, pool in timeouts.take_expired(monotonic):
+                if pool.disown(claim, _timeout_error(claim)) and claim.is_async and self._loop is not None:
+                    self._loop.cancel(claim)
+        return timeouts.next_at
+
+    def replace_dead(self) -> None:
+        """Have threads replaced that have died."""
+        for pool in self.pools.values():
+            pool.replace_dead()
+
+    def unstarted(self) -> Iterator[_Row]:
+        """Yield the claimed rows that have not started."""
+        for pool in self.pools.values():
+            yield from pool.unstarted()
+
+    def cancel_async(self, is_cancelled: Callable[[_Claim], bool]) -> None:
+        """Have `async def` steps end whose instance was cancelled; what they come to is dropped."""
+        loop = self._loop
+        if loop is not None:
+            for claim in filter(is_cancelled, loop.running()):
+                loop.cancel(claim)
+
+    # The event loop
+
+    def _run_async(self, claim: _Claim, pool: _Pool) -> None:
+        loop = self._have_loop()
+        if loop is None:
+            return
         try:
-            if not context.run(claim.prepare, self._core.behaviours.make):
-                self._core.give_back(claim)
-                return
-            self.steps += claim.error is None
-            run = self._run_async if claim.is_async else self._run_plain
-            self._core.finish(self._rule(claim, context, run(claim, context)))
-        except BaseException as error:
-            self._core.finish(_crash(claim, error))
-            self._core.beat_once()
-            raise
+            loop.submit(claim, pool)
+        except RuntimeError as error:  # the caller's loop, closed before the engine: the row waits for better times
+            pool.finish_async(claim, _crash(claim, error))
 
-    def _run_plain(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
-        return context.run(_execute, claim)
-
-    def _run_async(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
-        import asyncio
-
-        running: list[asyncio.Task[Any] | None] = []
-
-        async def run() -> _Commit | BaseException:
-            running.append(asyncio.current_task())
+    def _have_loop(self) -> _EventLoop | None:
+        """Return the event loop; a system that has no more threads or files is asked again, until this is closed."""
+        while not self._shared.is_closed:
             try:
-                return await asyncio.wait_for(_execute_async(claim), claim.timeout_s)
-            except TimeoutError:
-                return _timeout_error(claim)
-
-        def cancel() -> None:
-            for task in filter(None, running):
-                task.get_loop().call_soon_threadsafe(task.cancel)
-
-        runner = self._runner = self._runner or asyncio.Runner()
-        try:
-            result = _run_outside_loop(lambda: runner.run(run(), context=context), cancel)
-        except asyncio.CancelledError as error:  # by nobody here: an interrupt comes as KeyboardInterrupt
-            return error
-        return cast("_Commit | BaseException", result)
-
-    def _rule(self, claim: _Claim, context: contextvars.Context, verdict: _Commit | BaseException) -> _Commit:
-        """Hold a step against its timeout, which is noticed only now that it has returned, and ask `handle`."""
-        timeout_s = claim.timeout_s
-        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
-            verdict = _timeout_error(claim)
-        return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
-
-
-def _cancelling_unstarted(row: _Row, reason: str) -> Callable[[_Beat], bool]:
-    row = row._replace(cancel_reason=reason)
-    return lambda beat: beat.withdrawals.cancel_unstarted(row, reason)
-
-
-def _giving_back_unstarted(queue: str) -> Callable[[_Beat], None]:
-    return lambda beat: beat.withdrawals.give_back_unstarted(queue)
+                with self._loop_lock:
+                    if self._loop is None:
+                        own = self._callers_loop
+                        self._loop = _EventLoop(self._shared) if own is None else _CallersLoop(self._shared, own)
+                    return self._loop
+            except (RuntimeError, OSError, ImportError) as error:
+                self._shared.log_soon("the event loop could not be started", error)
+            time.sleep(0.5)
+        return None
 
 
 class _Batch:
@@ -9578,475 +9357,238 @@ class _Batch:
         return self.claims
 
 
-class _Held:
-    """What this engine has claimed and not let go of.
+class _Reporter:
+    """Tells waiters, the log and subscribers what beats have brought, and why one has failed."""
 
-    By id and claim number: what it has lost may be claimed again while it still runs.
+    def __init__(self, shared: _Shared, held: _Held, files: _OpenFiles) -> None:
+        self.waiters = _Waiters()
+        self._shared = shared
+        self._hub = shared.hub
+        self._held = held
+        self._files = files
+        self._told: set[tuple[str, int | str]] = set()  # unknown classes with versions, schedules left with reasons
+        self._is_loss_told = False
+
+    def tell(self, batch: _Batch, report: _Report) -> None:
+        """Have the log and the subscribers told of what a beat has brought; once, wherever that is interrupted."""
+        if batch.news is None:
+            self._add_unknown(report)
+            for queue in report.saturated:
+                report.tell("scheduler.saturation", {"in_flight": self._held.count(queue)}, {"queue": queue})
+            failures = (functools.partial(_log_failure, row, change) for row, change in report.failures)
+            batch.news = collections.deque([*failures, *report.logs, *map(self._hub.call_for, report.events)])
+        self._hub.take_over(batch.news)
+
+    def _add_unknown(self, report: _Report) -> None:
+        """Say, once, which classes nothing here can run, and why a schedule is left to other engines."""
+        for name, version in report.unknown.keys() - self._told:
+            report.log(_log.warning, "nothing here can run %s version %d: its instances wait", name, version)
+            metadata = {"fsm": name, "version": version, "queue": report.unknown[name, version]}
+            report.tell("fsm.unknown", {}, metadata)
+        for schedule, reason in report.left_schedules - self._told:
+            report.log(_log.warning, "the schedule %s is left to other engines: %s", schedule, reason)
+        self._told.update(report.unknown, report.left_schedules)
+
+    def tell_failure(self, error: Exception) -> None:
+        if self._files.loss is None:
+            self._shared.log_soon("a commit failed and nothing of it was kept", error)
+        elif not self._is_loss_told:  # it is for good: told once
+            self._is_loss_told = True
+            self._hub.post(functools.partial(_log.error, "%s", self._files.loss))
+            self.waiters.wake_all()
+        else:
+            return
+        if self._hub.wants("store.error"):
+            self._hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
+
+
+class _StandingDuty(NamedTuple):
+    """Something that each beat has to do, whoever runs it, when it is due, until a commit has done it."""
+
+    next_at: Callable[[float], float]
+    """Says when it is due, at that instant; monotonic seconds both."""
+    action: Callable[[_Beat], Any]
+
+
+class _Committer:
+    """Runs beats, one at a time, in whichever thread needs one, and tells everybody what they have committed.
+
+    Only a beat uses the write connection, under `lock`. Everything else reaches it through `requests`, what callers
+    want, and the outcomes, what steps have come to.
     """
 
-    def __init__(self) -> None:
-        self._of: dict[str, dict[tuple[int, int], _Claim]] = collections.defaultdict(dict)
-        self._ids: set[int] = set()
-
-    def add(self, claims: Iterable[_Claim]) -> None:
-        for claim in claims:
-            row = claim.row
-            self._of[row.queue][row.id, row.claim] = claim
-            self._ids.add(row.id)
-
-    def remove(self, claims: Iterable[_Claim]) -> None:
-        for claim in claims:
-            row = claim.row
-            if self._of[row.queue].pop((row.id, row.claim), None) is not None:
-                self._ids.discard(row.id)
-
-    def count(self, queue: str) -> int:
-        """How many of a queue there are."""
-        return len(self._of[queue])
-
-    def __contains__(self, instance: int) -> bool:
-        """Whether an outcome is still to come for an instance. Of what was claimed twice that may not be known."""
-        return instance in self._ids
-
-    def __iter__(self) -> Iterator[_Claim]:
-        return iter([claim for claims in list(self._of.values()) for claim in list(claims.values())])
-
-    def __bool__(self) -> bool:
-        return any(self._of.values())
-
-
-class _Scheduler:
-    """Runs beats: in a thread of its own when started, else in the calling thread. There is one code path.
-
-    Only a beat uses the write connection, under `_beat_lock`. Everything else reaches it through `_requests`
-    (what callers want) and `_finished` (what steps have come to).
-    """
-
-    WATCH_S = 0.005
-    """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
     SLACK_S = 0.0005
     """By how much less sleep the scheduler's thread is not woken for."""
-    _futures_thread: threading.Thread | None = None
-    _flusher: threading.Thread | None = None
-    """The thread that commits what was asked for without waiting, on an engine that no thread beats for."""
-    _life_owner: int | None = None
-    """The thread that starts or drains."""
-    _is_at_end = False
-    """Whether it is closed to the end."""
-    _is_loss_told = False
-    _callers_loop: asyncio.AbstractEventLoop | None = None
-    PROGRESS_S = 0.2
-    """How long to wait before the progress of steps is written again."""
     REQUESTS_AT_ONCE = 5000
     INLINE_S = 0.1
     """For how long an instance may go on inline before it is looked whether it keeps others waiting."""
-    SWEPT_AT_ONCE = 500
-    CLEAN_S = 0.01
-    """How long to leave others the file between two steps of cleaning, each of which takes some milliseconds."""
 
-    def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
-        self.options = options
-        self.path = path
-        self.files = _OpenFiles(path)
-        self.store = self._open()
-        self.reader = _Reader(path, files=self.files)
-        self._copier = _LogCopier(self.store, self.reader, options.synchronous)
-        self.desk = _Desk(self.reader, options.clock).open(self.perform, self.perform_later, self._note_progress)
-        self.hub = _Hub(self.desk.fork_guard)
-        self.waiters = _Waiters()
-        self.worker_id = os.urandom(8).hex()
-        self.context = contextvars.copy_context()
-        self.is_stopping = self.is_closed = False
-        self.behaviours = behaviours
+    def __init__(
+        self,
+        setup: _Setup,
+        shared: _Shared,
+        runners: _Runners,
+        reporter: _Reporter,
+        files: _OpenFiles,
+        copier: _LogCopier,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.requests: collections.deque[_Request] = collections.deque()
+        self.requests_lock = threading.Lock()
+        self.standing: tuple[_StandingDuty, ...] = ()
         self.beat_at = -math.inf
         """When the last beat ended, by the monotonic clock."""
-        self._pid = os.getpid()
-        self._beat_lock = threading.Lock()
-        self._request_lock = threading.Lock()
-        self._requests: collections.deque[_Request] = collections.deque()
-        self._finished: collections.deque[_Commit] = collections.deque()
+        self.due_at: int | None = None
+        """The next instant at which something in the file is due."""
+        self.failure: Exception | None = None
+        """What storage said last, until it works again."""
+        self.retry_at = 0.0
+        """When storage that failed is tried again, by the monotonic clock."""
+        self.fired_until = _END_OF_TIME
+        """Up to when the schedules were looked at: all time, until what the classes declare is written."""
+        self.thread: threading.Thread | None = None
+        """The scheduler's, of a started engine."""
+        self._passed_on: Set[str] = frozenset()
+        self._failures_in_a_row = 0
         self._batch = _Batch()
-        self._held = _Held()
-        self._pools: dict[str, _Pool] = {}
-        self._event_loop: _EventLoop | None = None
-        self._drain: _Drain | None = None
-        self._bell = _Bell()
-        self._thread: threading.Thread | None = None
-        self._reported: set[tuple[str, int | str]] = set()  # unknown classes with versions, schedules left with reasons
-        self._timeouts = _Timeouts()
-        self._life_lock = threading.Lock()
-        self._stop_lock = threading.RLock()
-        self._drained = _Bell()
-        self._agenda = _Agenda(seen_at=self.desk.now())
-        self._setup = self._set_up()
-        self.peers = _Peers(self)
-        _process.schedulers.add(self)
+        self._setup = setup
+        self._store = setup.store
+        self._desk = setup.desk
+        self._shared = shared
+        self._outcomes = shared.outcomes
+        self._hub = shared.hub
+        self._runners = runners
+        self._reporter = reporter
+        self._waiters = reporter.waiters
+        self._files = files
+        self._copier = copier
+        shared.commit = self.commit_outcomes
 
-    def _open(self) -> _Store:
-        """Open the file, and keep others in this process from it, already while it is being opened."""
-        try:
-            store = _Store(self.path, self.options.synchronous, self.files)
-        except BaseException:
-            self.files.close()
-            raise
-        self.files.watch()
-        store.patience.tell = self._tell_wait
-        return store
+    # When one is needed
 
-    def _set_up(self) -> _Setup:
-        return _Setup(
-            store=self.store,
-            desk=self.desk,
-            behaviours=self.behaviours,
-            worker_id=self.worker_id,
-            concurrency_limits=self.options.concurrency_limits,
-            keeps_history=self.options.history,
-            retention_ms=self.options.retention_ms,
-            take_back=self._take_back,
-        )
-
-    # Requests
-
-    def perform(self, action: Callable[[_Beat], Any]) -> Any:
-        """Do something in the next beat and return its value; errors are raised here."""
-        return self._await_request(_Request(action))
-
-    def insert(self, row: _NewRow) -> int:
-        """Insert an instance in the next beat; `DuplicateError`."""
-        return cast(int, self._await_request(_Request(None, row)))
-
-    def insert_later(self, row: _NewRow) -> _Future[int]:
-        """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
-        return self._later(None, row)
-
-    def perform_later(self, action: Callable[[_Beat], Any]) -> _Future[Any]:
-        """Do something likewise."""
-        return self._later(action)
-
-    def _later(self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None) -> _Future[Any]:
-        future: _Future[Any] = cast(Any, _future_type())(self.hub)
-        request = _Request(action, row, future)
-        try:
-            self._enqueue(request)
-            if self._is_beating():
-                self._bell.ring()
-            elif self._flusher is None or not self._flusher.is_alive():
-                self._start_flush()
-        except BaseException:
-            self._withdraw(request)
-            raise
-        return future
-
-    def _start_flush(self) -> None:
-        thread = self._flusher = threading.Thread(target=self._flush, name="durable-flush", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the system has no more
-            self._flush()
-
-    def result_later(self, instance: int) -> _Future[Any]:
-        """Return a future of an instance's result."""
-        future: _Future[Any] = cast(Any, _future_type())(self.hub)
-        waiter = _ResultWaiter(instance, future, self._look_for_result, self.waiters.remove)
-        self.waiters.add(waiter)
-        self._look_for_result(waiter)  # it may have ended before
-        if self.is_closed:
-            self._settle_future(waiter, error=EngineClosedError(f"the engine on {self.path} is stopped"))
-        elif not self.is_started:
-            self._look_for_others()
-        return future
-
-    def _look_for_result(self, waiter: _ResultWaiter) -> None:
-        """Settle a future if its instance has ended."""
-        try:
-            done = waiter.done
-            ending = self.reader.ending(waiter.instance) if done is None else None
-        except DurableError as error:
-            self._settle_future(waiter, error=error)
-            return
-        if done is not None:
-            self._settle_future(waiter, _load_value(done.result))
-        elif ending is not None and ending.status == Status.DONE:
-            self._settle_future(waiter, _load_value(ending.result))
-        elif ending is not None and ending.status == Status.FAILED:
-            self._settle_future(waiter, error=FailedError(ending.id, ending.last_error))
-
-    def _settle_future(self, waiter: _ResultWaiter, result: Any = None, error: BaseException | None = None) -> None:
-        self.waiters.remove(waiter)
-        future = waiter.future()
-        if future is None or future.done() or not future.set_running_or_notify_cancel():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def _look_for_others(self) -> None:
-        """Have a thread look for futures' instances, on an engine whose scheduler's thread does not run."""
-        with self._request_lock:
-            if self._futures_thread is not None:
-                return
-            self._futures_thread = threading.Thread(target=self._serve_futures, name="durable-futures", daemon=True)
-            self._futures_thread.start()
-
-    def _serve_futures(self) -> None:
-        seen = None
-        while not self.is_closed and not self.is_started and self.waiters.futures():
-            version = self.reader.data_version()
-            if version != seen:
-                seen = version
-                self._notify_waiters()
-            time.sleep(self.options.poll_s)
-        with self._request_lock:
-            self._futures_thread = None
-        if not self.is_closed and not self.is_started and self.waiters.futures():  # added meanwhile
-            self._look_for_others()
-
-    def _flush(self) -> None:
-        """Commit what was inserted without waiting, on an engine that no thread beats for."""
-        while self._is_asked():
-            self._beat_for_callers()
-        self._flusher = None
-        if self._is_asked():  # added between the last look and the line above
-            self._beat_for_callers()
-
-    def _is_asked(self) -> bool:
+    def is_asked(self) -> bool:
         """Whether callers wait for what no beat is at: it is to come, or was left by one that was interrupted."""
-        return bool(self._requests) or (self._batch.is_open and not self._beat_lock.locked())
+        return bool(self.requests) or (self._batch.is_open and not self.lock.locked())
 
-    def post(self, action: Callable[[_Beat], Any]) -> _Request:
-        """Have something done in the next beat, which nobody waits for."""
-        request = _Request(action)
-        self._requests.append(request)
-        return request
+    def next_at(self, monotonic: float) -> float:
+        """When a beat is next needed; what storage refused waits for its next try, callers do not."""
+        if self.is_asked():
+            return monotonic
+        return max(self.retry_at, min([self._due_at(monotonic), *(one.next_at(monotonic) for one in self.standing)]))
 
-    def check_open(self) -> None:
-        if self.desk.fork_guard.is_forked:
-            raise EngineClosedError(
-                f"this engine on {self.path} was opened in process {self._pid}, before the fork. {_FORK_ADVICE}"
-            )
-        if self.is_closed:
-            raise EngineClosedError(f"the engine on {self.path} is stopped")
-        if self.files.loss is not None:
-            raise _LostFileError(self.files.loss)
+    def _due_at(self, monotonic: float) -> float:
+        """When there are outcomes to commit that no worker is about to, or something in the file is due."""
+        due_at = math.inf if self.due_at is None else monotonic + (self.due_at - self._desk.now()) / 1000
+        if not self._outcomes:
+            return due_at
+        if self.failure is not None or not self._runners.will_commit:
+            return monotonic
+        return min(due_at, self.beat_at + self._runners.WATCH_S)  # who was counted on may be held up
 
-    def _await_request(self, request: _Request) -> Any:
+    def _wake_if_needed(self) -> None:
+        """Wake the scheduler's thread if a beat in another has brought on what it must wake up for earlier."""
+        monotonic = _Ticks.monotonic()
+        needed_at = monotonic if self.requests else self._runners.watch_at(monotonic)
+        if self._outcomes or self.due_at is not None:
+            needed_at = min(needed_at, max(self.retry_at, self._due_at(monotonic)))
+        if needed_at < self._shared.wakes_at - self.SLACK_S:
+            self._shared.bell.ring()
+
+    def is_due(self) -> bool:
+        """Whether something in the file is due."""
+        return self.due_at is not None and self.due_at <= self._desk.now()
+
+    # Who runs one
+
+    def commit_due(self, monotonic: float) -> float:
+        """Run a beat if one is needed, in the scheduler's thread; return when the next is."""
+        if self.next_at(monotonic) <= monotonic:
+            with self.lock:
+                if self._shared.is_closed:
+                    return math.inf
+                self.beat()
+            self._hub.flush()
+        return self.next_at(_Ticks.monotonic())
+
+    def commit_outcomes(self) -> bool:
+        """Commit what is finished, and claim, in a worker's thread; False if a beat is under way, or failed."""
         try:
-            self._enqueue(request)
-            if self._is_beating():
-                self._beat_in_place()
-                request.wait()
-            else:
-                while not request.is_settled:
-                    self._beat_for_callers()
-        except BaseException:
-            self._withdraw(request)
-            raise
-        if request.error is not None:
-            raise request.error
-        return request.value
+            return self.commit_in_place()
+        except Exception:  # noqa: BLE001 - the engine's own fault; the scheduler's thread tries again
+            _log.exception("%s: a beat failed; it is tried again", self._shared.path)
+            return False
 
-    def _enqueue(self, request: _Request) -> None:
-        self.check_open()  # first without the lock: a fork may have copied it while it was held
-        with self._request_lock:
-            self.check_open()
-            self._requests.append(request)
-
-    def _withdraw(self, request: _Request) -> None:
-        """Forget a request that no beat has begun with: its caller was interrupted."""
-        with contextlib.suppress(ValueError):
-            self._requests.remove(request)
-
-    def _is_beating(self) -> bool:
-        """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
-        return self._thread is not None and self._thread is not threading.current_thread()
-
-    def _beat_in_place(self) -> bool:
+    def commit_in_place(self) -> bool:
         """Run the beat of a started engine in this thread, unless one is under way: it saves two switches.
 
         Whoever runs one looks for what came meanwhile when it has let go of the lock, so nothing is left lying.
         """
-        if self._beat_lock.locked():  # and not acquire(blocking=False): an interrupt behind it would leave it locked
+        if self.lock.locked():  # and not acquire(blocking=False): an interrupt behind it would leave it locked
             return False
         try:
-            with self._beat_lock:
-                if self._agenda.failure is None and not self.is_closed:
-                    self._beat()
-            if self._sleeps_too_long():
-                self._bell.ring()
+            with self.lock:
+                if self.failure is None and not self._shared.is_closed:
+                    self.beat()
+            self._wake_if_needed()
         except BaseException:
-            self._bell.ring()  # for what came meanwhile, and what was put back
+            self._shared.bell.ring()  # for what came meanwhile, and what was put back
             raise
-        self.hub.flush()
+        self._hub.flush()
         return True
 
-    def _sleeps_too_long(self) -> bool:
-        """Whether a beat in another thread has brought on what the scheduler's thread must wake up for earlier."""
-        agenda = self._agenda
-        if self._requests or self._finished or agenda.due_at is not None or agenda.regroup is not None:
-            sleep_s = self._sleep_s()
-        elif any(pool.is_to_be_watched for pool in self._pools.values()):
-            sleep_s = self.WATCH_S
-        else:
-            return False
-        return _Ticks.monotonic() + sleep_s < agenda.wakes_at - self.SLACK_S
+    def commit_for_callers(self) -> None:
+        """Run a beat for those who wait, on an engine that no thread beats for."""
+        with self.lock:
+            if (self.requests or self._batch.is_open) and not self._shared.is_closed:
+                self.beat()
+        self._hub.flush()
 
-    def _beat_for_callers(self) -> None:
-        with self._beat_lock:
-            if (self._requests or self._batch.is_open) and not self.is_closed:
-                self._beat()
-        self.hub.flush()
-
-    def beat_once(self, demand: _Demand | None = None) -> bool:
+    def commit_once(self, demand: _Demand | None = None) -> bool:
         """Run one beat, which claims what is demanded; True if it has left something for the next.
 
         `failure` says whether storage refused it.
         """
-        with self._beat_lock:
-            self.check_open()
-            is_unfinished = self._beat(demand)
-        self.hub.flush()
+        with self.lock:
+            is_unfinished = not self._shared.is_closed and self.beat(demand)
+        self._hub.flush()
         return is_unfinished
-
-    # What pools and beats ask for
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether there are outcomes to commit."""
-        return bool(self._finished)
-
-    def finish(self, commit: _Commit) -> None:
-        self._finished.append(commit)
-
-    @property
-    def failure(self) -> Exception | None:
-        """What storage said last, until it works again."""
-        return self._agenda.failure
-
-    def holds(self, instance: int) -> bool:
-        """Whether an outcome of this engine's is still to come for it. Of what it has claimed twice it may not know."""
-        return instance in self._held
-
-    @property
-    def is_in_beat(self) -> bool:
-        return self._beat_lock.locked()
-
-    def is_due(self) -> bool:
-        """Whether something in the file is due."""
-        return self._agenda.due_at is not None and self._agenda.due_at <= self.desk.now()
-
-    def ring(self) -> None:
-        """Have the scheduler's thread look for work."""
-        self._bell.ring()
-
-    def beat(self) -> bool:
-        """Commit what is finished, and claim, in a worker's thread; False if a beat is under way, or failed."""
-        try:
-            return self._beat_in_place()
-        except Exception:  # noqa: BLE001 - the scheduler's own fault; its thread tries again
-            _log.exception("%s: a beat failed; it is tried again", self.path)
-            return False
-
-    def drop(self, claim: _Claim) -> None:
-        """A step that was disowned has ended after all: its outcome is stale."""
-        row = claim.row
-        if self.hub.wants("outcome.stale"):
-            self.hub.publish([Event("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})])
-
-    def give_back(self, claim: _Claim) -> None:
-        """Let others have a row whose class turns out not to be runnable here."""
-        self.post(lambda beat: beat.withdrawals.give_back([claim]))
-        self._bell.ring()
-
-    def watch(self, claim: _Claim, pool: _Pool) -> None:
-        """Mind a step's timeout, from now on."""
-        if self._timeouts.add(claim, pool):
-            self._bell.ring()
-
-    def execute_async(self, claim: _Claim, pool: _Pool) -> None:
-        loop = self._loop()
-        if loop is None:
-            return
-        try:
-            loop.submit(claim, pool)
-        except RuntimeError as error:  # the caller's loop, closed before the engine: the row waits for better times
-            pool.finish_async(claim, _crash(claim, error))
-
-    def _loop(self) -> _EventLoop | None:
-        """Return the event loop; a system that has no more threads or files is asked again, until this is closed."""
-        while not self.is_closed:
-            try:
-                with self._request_lock:
-                    if self._event_loop is None:
-                        own = self._callers_loop
-                        self._event_loop = _EventLoop(self) if own is None else _CallersLoop(self, own)
-                    return self._event_loop
-            except (RuntimeError, OSError, ImportError) as error:
-                self.log_soon("the event loop could not be started", error)
-            time.sleep(0.5)
-        return None
-
-    def _take_back(self, queue: str, instance: int | None) -> list[_Claim]:
-        """Take claimed rows of a queue that have not started from its pool: all, or only that one."""
-        pool = self._pools.get(queue)
-        return pool.withhold(instance) if pool is not None else []
 
     # The beat
 
-    def _beat(self, demand: _Demand | None = None) -> bool:
+    def beat(self, demand: _Demand | None = None) -> bool:
         """Run one transaction and tell everybody who waits for it; True if it has left something for the next.
 
         The caller holds the lock. What is raised from outside, at whatever point, is raised on when what is committed
         has been told, and what is not has been put back.
         """
-        if self._batch.is_open:  # its thread was interrupted again and again
-            self._conclude()
+        self.conclude()  # of a thread that was interrupted again and again
         batch = self._batch
         try:
             self._take_up(batch)
-            self._transact(batch, demand or self._demand())
+            self._transact(batch, demand or self._runners.demand())
         finally:
-            self._conclude()
+            self.conclude()
         if batch.failure is not None:
             return False
-        self._checkpoint()
+        self._copier.look(is_aside=self.thread is not None)
         if batch.doubt is not None:
             raise batch.doubt
         return cast(_Beat, batch.beat).report.is_unfinished
 
-    def _checkpoint(self) -> None:
-        """Have the log copied once it is large: here, or aside if that takes long and there are threads."""
-        if self.store.is_log_long and self._thread is not None:
-            self._copier.start()
-            return
-        refusal = self.store.checkpoint()
-        if refusal is not None:
-            self.log_soon("its write-ahead log could not be copied yet", refusal)
-
     def _take_up(self, batch: _Batch) -> None:
         batch.is_open = True
-        _hand_over(self._finished.popleft, len(self._finished), batch.commits.extend)
-        if self._requests:
-            with self._request_lock:
-                count = min(len(self._requests), self.REQUESTS_AT_ONCE)
-                _hand_over(self._requests.popleft, count, batch.requests.extend)
+        _hand_over(self._outcomes.popleft, len(self._outcomes), batch.commits.extend)
+        if self.requests:
+            with self.requests_lock:
+                count = min(len(self.requests), self.REQUESTS_AT_ONCE)
+                _hand_over(self.requests.popleft, count, batch.requests.extend)
             batch.requests = [request for request in batch.requests if request.is_wanted()]
-
-    def _duties(self) -> list[Callable[[_Beat], Any]]:
-        """What a beat has to do before it claims, whoever runs it; it is due until a commit has done it."""
-        duties: list[Callable[[_Beat], Any]] = []
-        if self.desk.now() >= self.peers.heartbeat_at:
-            duties.append(self.peers.renew)
-        if self._agenda.regroup is not None:
-            duties.append(self._regroup)
-        if self.desk.progress and _Ticks.monotonic() >= self._agenda.progress_at:
-            duties.append(self._show_progress)
-        return duties
 
     def _transact(self, batch: _Batch, demand: _Demand) -> None:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
-        commits = list(batch.commits)
-        requests = [*batch.requests, *map(_Request, self._duties())]
+        commits, monotonic = list(batch.commits), _Ticks.monotonic()
+        due = [_Request(one.action) for one in self.standing if one.next_at(monotonic) <= monotonic]
+        requests = batch.requests + due
         refused: list[tuple[_Commit, Exception]] = []
         is_careful, doubt = False, None
         while True:
@@ -10064,20 +9606,36 @@ class _Scheduler:
                 batch.failure = error
                 return
             else:
-                self.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
+                self._shared.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
                 is_careful, doubt = True, error
         beat.report.refused.extend(refused)
         if not (beat.report.refused or any(request.error for request in requests)):
             batch.doubt = doubt
 
+    def _given(self, commits: list[_Commit], requests: list[_Request], demand: _Demand, *, is_careful: bool) -> _Given:
+        return _Given(
+            now=self._desk.now(),
+            commits=commits,
+            requests=requests,
+            demand=demand,
+            wanted=self._hub.wanted,
+            has_timers=self._runners.are_running,
+            is_stopping=self._shared.is_stopping,
+            fired_until=self.fired_until,
+            has_fired=frozenset() if self._runners.drain is None else self._runners.drain.fired,
+            offered=self._passed_on,
+            inline_s=self.INLINE_S,
+            is_careful=is_careful,
+        )
+
     def _attempt(self, batch: _Batch, beat: _Beat) -> Exception | None:
         """Try a transaction; return what it failed with, when it is undone."""
         started = _Ticks.perf_counter()
         try:
-            self.store.begin()
+            self._store.begin()
             report = beat.run()
             batch.is_committing = True
-            self.store.commit()
+            self._store.commit()
         except BaseException as error:
             batch.error = error  # first: it tells whether that is committed
             if self._is_committed(batch):
@@ -10095,30 +9653,18 @@ class _Scheduler:
     def _is_committed(self, batch: _Batch) -> bool:
         """Whether the latest try has come through its COMMIT, whatever was raised behind it."""
         is_through = batch.is_committing and not isinstance(batch.error, apsw.Error)
-        return is_through and not self.store.db.in_transaction
+        return is_through and not self._store.db.in_transaction
 
-    def _given(self, commits: list[_Commit], requests: list[_Request], demand: _Demand, *, is_careful: bool) -> _Given:
-        return _Given(
-            now=self.desk.now(),
-            commits=commits,
-            requests=requests,
-            demand=demand,
-            wanted=self.hub.wanted,
-            has_timers=bool(self._pools) or self._drain is not None,
-            is_stopping=self.is_stopping,
-            fired_until=self._agenda.fired_until,
-            has_fired=frozenset() if self._drain is None else self._drain.fired,
-            offered=self._agenda.passed_on,
-            inline_s=self.INLINE_S,
-            is_careful=is_careful,
-        )
+    # What follows
 
-    def _conclude(self) -> None:
-        """Tell what the beat has committed, or undo it and put back what it has taken up.
+    def conclude(self) -> None:
+        """Tell what the last beat has committed, or undo it and put back what it has taken up; if that is not done.
 
         The one place for that: each part may be done twice, so after an interrupt all is simply done again, at once,
         or by whoever holds the lock next.
         """
+        if not self._batch.is_open:
+            return
         try:
             self._end_batch()
         except BaseException:
@@ -10135,64 +9681,20 @@ class _Scheduler:
 
     def _put_back(self, batch: _Batch) -> None:
         self._undo(batch)
-        _hand_over(batch.commits.pop, len(batch.commits), self._finished.extendleft)
+        _hand_over(batch.commits.pop, len(batch.commits), self._outcomes.extendleft)
         if batch.failure is not None:
             self._report_failure(batch.failure, batch.requests)
         else:
             for request in batch.requests:
                 request.error = None  # of this try
-            _hand_over(batch.requests.pop, len(batch.requests), self._requests.extendleft)
+            _hand_over(batch.requests.pop, len(batch.requests), self.requests.extendleft)
 
     def _undo(self, batch: _Batch) -> None:
         batch.is_committing = False  # first: without a transaction it would look committed
         if batch.beat is not None:
             batch.beat.stop_reading()
-        self.store.rollback()
-        for pool in self._pools.values():
-            pool.put_back()
-
-    def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
-        """Log an error, but not under the lock: what handlers of the log do is not for a beat's time."""
-        text = _error_text(error)
-        self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
-
-    def _tell_wait(self, text: str) -> None:
-        """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
-        self.hub.post_apart(functools.partial(_log.warning, "%s", text))
-
-    def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
-        """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
-        if isinstance(error, apsw.Error):
-            self.files.look()  # what looks like damage may be another file
-        if self.files.loss is not None:
-            error = _LostFileError(self.files.loss)
-        translated = _translated(error, self.path) if isinstance(error, apsw.Error) else error
-        self._agenda.failures_in_a_row += 1
-        self._agenda.failure = translated
-        self._agenda.retry_at = _Ticks.monotonic() + min(1.0, 0.005 * 2 ** min(self._agenda.failures_in_a_row, 8))
-        self._tell_failure(translated if isinstance(error, _DAMAGE_ERRORS) else error)
-        for request in requests:
-            request.error = translated
-            request.settle()
-
-    def _tell_failure(self, error: Exception) -> None:
-        if self.files.loss is None:
-            self.log_soon("a commit failed and nothing of it was kept", error)
-        elif not self._is_loss_told:  # it is for good: told once
-            self._is_loss_told = True
-            self.hub.post(functools.partial(_log.error, "%s", self.files.loss))
-            self.waiters.wake_all()
-        else:
-            return
-        if self.hub.wants("store.error"):
-            self.hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
-
-    def look_after_files(self) -> bool:
-        """See whether the files are still those that were opened; False, and nothing more is done, if they are not."""
-        self.files.look()
-        if self.files.loss is not None:
-            self._report_failure(_LostFileError(self.files.loss), [])
-        return self.files.loss is None
+        self._store.rollback()
+        self._runners.put_back()
 
     def _publish(self, batch: _Batch, report: _Report) -> None:
         """After the commit, and only then: answer callers, wake waiters, hand out claims.
@@ -10200,13 +9702,13 @@ class _Scheduler:
         All of it may be done twice, and nothing happens twice for it.
         """
         self.beat_at = _Ticks.monotonic()
-        self._agenda.failures_in_a_row = 0
-        self._agenda.failure = None
-        self._agenda.due_at = self.desk.now() if report.is_unfinished else report.next_at
-        self._agenda.passed_on = report.passed_on
-        self._agenda.fired_until = report.fired_until
+        self._failures_in_a_row = 0
+        self.failure = None
+        self.due_at = self._desk.now() if report.is_unfinished else report.next_at
+        self._passed_on = report.passed_on
+        self.fired_until = report.fired_until
         if report.left:
-            self._let_go(report.left)
+            self._runners.let_go(report.left)
         if report.claims or report.refused:
             self._dispatch(batch, report)
         for request in batch.requests:
@@ -10214,294 +9716,893 @@ class _Scheduler:
         for act in report.after:
             act()
         if report.cancelled:
-            self._cancel_async(lambda claim: claim.row.id in report.cancelled)
-        if self._drain is not None:
+            self._runners.cancel_async(lambda claim: claim.row.id in report.cancelled)
+        if self._runners.drain is not None:
             batch.kinds = collections.deque(report.kinds) if batch.kinds is None else batch.kinds
-            _hand_over(batch.kinds.popleft, len(batch.kinds), self._drain.kinds.extend)
-            self._drain.note_fired(report.fired)
-        if self.waiters:
-            self.waiters.notify(report.settled)
+            self._runners.drain.note(batch.kinds, report.fired)
+        if self._waiters:
+            self._waiters.notify(report.settled)
         if batch.news or report.has_news:
-            self._tell(batch, report)
-
-    def _tell(self, batch: _Batch, report: _Report) -> None:
-        """Have the log and the subscribers told of what a beat has brought."""
-        if batch.news is None:
-            self._tell_unknown(report)
-            for queue in report.saturated:
-                report.tell("scheduler.saturation", {"in_flight": self._held.count(queue)}, {"queue": queue})
-            failures = (functools.partial(_log_failure, row, change) for row, change in report.failures)
-            batch.news = collections.deque([*failures, *report.logs, *map(self.hub.call_for, report.events)])
-        self.hub.take_over(batch.news)
-
-    def _tell_unknown(self, report: _Report) -> None:
-        """Say, once, which classes nothing here can run, and why a schedule is left to other engines."""
-        for name, version in report.unknown.keys() - self._reported:
-            report.log(_log.warning, "nothing here can run %s version %d: its instances wait", name, version)
-            metadata = {"fsm": name, "version": version, "queue": report.unknown[name, version]}
-            report.tell("fsm.unknown", {}, metadata)
-        for schedule, reason in report.left_schedules - self._reported:
-            report.log(_log.warning, "the schedule %s is left to other engines: %s", schedule, reason)
-        self._reported.update(report.unknown, report.left_schedules)
-
-    def _let_go(self, claims: Sequence[_Claim]) -> None:
-        if self.desk.progress:
-            for claim in claims:
-                self.desk.progress.pop((claim.row.id, claim.row.claim), None)
-        self._held.remove(claims)
-        for pool in self._pools.values():
-            pool.release()
-        if self.is_stopping and not self._held:
-            self._drained.ring()
+            self._reporter.tell(batch, report)
 
     def _dispatch(self, batch: _Batch, report: _Report) -> None:
         """Hand claimed rows to their runners; what a commit refused goes to `handle`, or ends."""
         by_queue = batch.sort_claims(report)
-        self._held.add(report.claims)
+        self._runners.held.add(report.claims)
         for queue, claims in by_queue.items():
-            self._runner_of(queue).submit(claims)
+            self._runners.submit(queue, claims)
         for failed in filter(None, batch.failed):
-            self._runner_of(failed[0].row.queue).submit(failed, first=True)
+            self._runners.submit(failed[0].row.queue, failed, first=True)
         if batch.stopped:
-            _hand_over(batch.stopped.popleft, len(batch.stopped), self._finished.extend)
-            self._bell.ring()
+            _hand_over(batch.stopped.popleft, len(batch.stopped), self._outcomes.extend)
+            self._shared.bell.ring()
 
-    def _runner_of(self, queue: str) -> _Pool | _Drain:
-        return self._drain or self._pools[queue]
+    # Where storage fails
 
-    def _demand(self) -> _Demand:
-        """Say what is to be claimed: what the pools have room for; a drain claims in beats of its own."""
-        if self._drain is not None:
-            return self._drain.demand()
-        if self.is_stopping:
-            return _Demand({})
-        prefetch, held = self.options.prefetch, self._held
-        return _Demand({queue: pool.width + prefetch - held.count(queue) for queue, pool in self._pools.items()})
+    def _report_failure(self, error: Exception, requests: list[_Request]) -> None:
+        """Nothing of the beat was kept: outcomes are tried again with backoff, callers get the error."""
+        if isinstance(error, apsw.Error):
+            self._files.look()  # what looks like damage may be another file
+        if self._files.loss is not None:
+            error = _LostFileError(self._files.loss)
+        translated = _translated(error, self._shared.path) if isinstance(error, apsw.Error) else error
+        self._failures_in_a_row += 1
+        self.failure = translated
+        self.retry_at = _Ticks.monotonic() + min(1.0, 0.005 * 2 ** min(self._failures_in_a_row, 8))
+        self._reporter.tell_failure(translated if isinstance(error, _DAMAGE_ERRORS) else error)
+        for request in requests:
+            request.error = translated
+            request.settle()
 
-    # The thread
+    def look_after_files(self) -> bool:
+        """See whether the files are still those that were opened; False, and nothing more is done, if they are not."""
+        self._files.look()
+        if self._files.loss is not None:
+            self._report_failure(_LostFileError(self._files.loss), [])
+        return self._files.loss is None
 
-    def start(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Run the queues; `async def` steps on that loop, if one is given, which some other thread runs."""
-        self.check_open()
 
-        def start() -> None:
-            self._callers_loop = loop
-            self._start()
+class _Callers:
+    """What callers want done: they wait for the beat that does it, run one themselves, or have a future of it."""
 
-        self._alone(start)
+    _flusher: threading.Thread | None = None
+    """The thread that commits what was asked for without waiting, on an engine that no thread beats for."""
 
-    def _alone(self, act: Callable[[], None]) -> None:
-        """Keep starting and draining apart: each needs that nobody else runs this engine's claims."""
-        if self._life_lock.locked():
-            raise DurableError("the engine is being started or drained, by another thread or by this step's caller")
-        with self._life_lock:
-            try:
-                self._life_owner = threading.get_ident()
-                self._end_drain()  # one that was interrupted before its end
-                if self._thread is not None:
-                    raise DurableError("the engine is started already: it runs its queues itself")
-                if self.is_stopping:
-                    self.check_open()
-                    raise EngineClosedError(f"the engine on {self.path} is being stopped")
-                act()
-            finally:
-                self._life_owner = None
-                self._drained.ring()
+    def __init__(self, committer: _Committer, shared: _Shared, files: _OpenFiles) -> None:
+        self._committer = committer
+        self._shared = shared
+        self._files = files
+        self._pid = os.getpid()
 
-    def _start(self) -> None:
-        _load_what_steps_need()
-        self.context = contextvars.copy_context()
-        self.peers.join_and_watch()
+    def check_open(self) -> None:
+        """Refuse what an engine can't do any more."""
+        if self._shared.desk.fork_guard.is_forked:
+            raise EngineClosedError(
+                f"this engine on {self._shared.path} was opened in process {self._pid}, before the fork. {_FORK_ADVICE}"
+            )
+        if self._shared.is_closed:
+            raise EngineClosedError(f"the engine on {self._shared.path} is stopped")
+        if self._files.loss is not None:
+            raise _LostFileError(self._files.loss)
+
+    def perform(self, action: Callable[[_Beat], Any]) -> Any:
+        """Do something in the next beat and return its value; errors are raised here."""
+        return self._await(_Request(action))
+
+    def insert(self, row: _NewRow) -> int:
+        """Insert an instance in the next beat; `DuplicateError`."""
+        return cast(int, self._await(_Request(None, row)))
+
+    def insert_later(self, row: _NewRow) -> _Future[int]:
+        """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
+        return self._later(None, row)
+
+    def perform_later(self, action: Callable[[_Beat], Any]) -> _Future[Any]:
+        """Do something likewise."""
+        return self._later(action)
+
+    def post(self, action: Callable[[_Beat], Any]) -> _Request:
+        """Have something done in the next beat, which nobody waits for."""
+        request = _Request(action)
+        self._committer.requests.append(request)
+        return request
+
+    def refuse_all(self, error: Exception) -> None:
+        """Tell whoever still waits that it is not done; the committer's lock is held."""
+        requests = self._committer.requests
+        while requests:
+            requests[0].error = error
+            requests[0].settle()
+            requests.popleft()
+
+    def _await(self, request: _Request) -> Any:
         try:
-            self._pools = {queue: _Pool(width, self) for queue, width in self.options.queues.items()}
-            self.hub.start()
-            self._start_thread()
-        except BaseException as error:
-            self._thread = None  # if it has started nevertheless, it finds out
-            self._pools = {}
-            self.hub.stop()
-            self.peers.unwatch()
-            self._sign_off()
-            if not isinstance(error, RuntimeError):
-                raise
-            raise DurableError(f"the engine on {self.path} can't start: {error}") from error
-        self._agenda.due_at = self.desk.now()
-        _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
+            self._enqueue(request)
+            if self._has_committer():
+                self._committer.commit_in_place()
+                request.wait()
+            else:
+                while not request.is_settled:
+                    self._committer.commit_for_callers()
+        except BaseException:
+            self._withdraw(request)
+            raise
+        if request.error is not None:
+            raise request.error
+        return request.value
 
-    def _start_thread(self) -> None:
-        context = self.context.copy()
-        self._thread = threading.Thread(target=context.run, args=(self._serve,), name="durable-scheduler", daemon=True)
-        self._thread.start()
+    def _later(self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None) -> _Future[Any]:
+        future: _Future[Any] = cast(Any, _future_type())(self._shared.hub)
+        request = _Request(action, row, future)
+        try:
+            self._enqueue(request)
+            if self._has_committer():
+                self._shared.bell.ring()
+            elif self._flusher is None or not self._flusher.is_alive():
+                self._start_flush()
+        except BaseException:
+            self._withdraw(request)
+            raise
+        return future
 
-    @property
-    def is_started(self) -> bool:
-        return self._thread is not None
+    def _has_committer(self) -> bool:
+        """Whether a thread of the scheduler's own runs the beats, and it is another than this."""
+        thread = self._committer.thread
+        return thread is not None and thread is not threading.current_thread()
+
+    def _enqueue(self, request: _Request) -> None:
+        self.check_open()  # first without the lock: a fork may have copied it while it was held
+        with self._committer.requests_lock:
+            self.check_open()
+            self._committer.requests.append(request)
+
+    def _withdraw(self, request: _Request) -> None:
+        """Forget a request that no beat has begun with: its caller was interrupted."""
+        with contextlib.suppress(ValueError):
+            self._committer.requests.remove(request)
+
+    def _start_flush(self) -> None:
+        thread = self._flusher = threading.Thread(target=self._flush, name="durable-flush", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more
+            self._flush()
+
+    def _flush(self) -> None:
+        """Commit what was asked for without waiting, on an engine that no thread beats for."""
+        while self._committer.is_asked():
+            self._committer.commit_for_callers()
+        self._flusher = None
+        if self._committer.is_asked():  # added between the last look and the line above
+            self._committer.commit_for_callers()
+
+
+class _Results:
+    """Futures of instances' results: settled by the commits that end these, here or in another process."""
+
+    def __init__(
+        self, committer: _Committer, shared: _Shared, reader: _Reader, waiters: _Waiters, poll_s: float
+    ) -> None:
+        self._committer = committer
+        self._shared = shared
+        self._reader = reader
+        self._waiters = waiters
+        self._poll_s = poll_s
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def future_of(self, instance: int) -> _Future[Any]:
+        """Return a future of an instance's result."""
+        future: _Future[Any] = cast(Any, _future_type())(self._shared.hub)
+        waiter = _ResultWaiter(instance, future, self._look, self._waiters.remove)
+        self._waiters.add(waiter)
+        self._look(waiter)  # it may have ended before
+        if self._shared.is_closed:
+            self._settle(waiter, error=EngineClosedError(f"the engine on {self._shared.path} is stopped"))
+        elif self._committer.thread is None:
+            self._look_for_others()
+        return future
+
+    def notify(self) -> None:
+        """Wake those who wait for what another process has committed."""
+        if self._waiters:
+            ids = self._waiters.ids()
+            gone = dict.fromkeys(ids, Status.DONE.value)  # who waits for a collected row is to find out
+            found = {**gone, **self._reader.statuses(ids)}
+            self._waiters.notify((instance, status, None) for instance, status in found.items())
+
+    def close(self) -> None:
+        """Settle what is still to come."""
+        for waiter in self._waiters.futures():
+            self._settle(waiter, error=EngineClosedError(f"the engine on {self._shared.path} was stopped"))
+
+    def _look(self, waiter: _ResultWaiter) -> None:
+        """Settle a future if its instance has ended."""
+        try:
+            done = waiter.done
+            ending = self._reader.ending(waiter.instance) if done is None else None
+        except DurableError as error:
+            self._settle(waiter, error=error)
+            return
+        if done is not None:
+            self._settle(waiter, _load_value(done.result))
+        elif ending is not None and ending.status == Status.DONE:
+            self._settle(waiter, _load_value(ending.result))
+        elif ending is not None and ending.status == Status.FAILED:
+            self._settle(waiter, error=FailedError(ending.id, ending.last_error))
+
+    def _settle(self, waiter: _ResultWaiter, result: Any = None, error: BaseException | None = None) -> None:
+        self._waiters.remove(waiter)
+        future = waiter.future()
+        if future is None or future.done() or not future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _look_for_others(self) -> None:
+        """Have a thread look for the instances, on an engine whose scheduler's thread does not run."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="durable-futures", daemon=True)
+                self._thread.start()
+
+    def _is_needed(self) -> bool:
+        return not self._shared.is_closed and self._committer.thread is None and bool(self._waiters.futures())
 
     def _serve(self) -> None:
-        current = threading.current_thread()
-        while self._thread is current and not self.is_closed:
+        seen = None
+        while self._is_needed():
+            version = self._reader.data_version()
+            if version != seen:
+                seen = version
+                self.notify()
+            time.sleep(self._poll_s)
+        with self._lock:
+            self._thread = None
+        if self._is_needed():  # added meanwhile
+            self._look_for_others()
+
+
+class _File(NamedTuple):
+    """An open database, and this engine's ways to it."""
+
+    path: str
+    worker_id: str
+    files: _OpenFiles
+    store: _Store
+    reader: _Reader
+
+
+class _Peers:
+    """This engine among the others on its file: its registration and lease, their commits, leases and deaths."""
+
+    LOOK_S = 0.005
+    """How often to look for other processes' commits while they are active."""
+    ACTIVE_S = 1.0
+    """How long after its last commit another process counts as active."""
+    DEAD_LOOK_S = 0.5
+    """How often to look for workers that died."""
+    GONE_S = 1.2
+    """After how long without a lock file a worker is taken for dead: longer than between two looks of its own."""
+
+    def __init__(
+        self,
+        file: _File,
+        committer: _Committer,
+        callers: _Callers,
+        shared: _Shared,
+        options: _Options,
+        notice_others: Callable[[], None],
+    ) -> None:
+        self.heartbeat_at: float = math.inf
+        """When the lease is to be renewed; never, unless the engine is started."""
+        self.worker_id = file.worker_id
+        self._file = file
+        self._committer = committer
+        self._callers = callers
+        self._shared = shared
+        self._now = shared.desk.now
+        self._options = options
+        self._notice_others = notice_others
+        """Called when another process has committed."""
+        self._lock_file: _LockFile | None = None
+        self._watch: _LogWatch | None = None
+        self._armed_at: float | None = None
+        """Since when the log is watched."""
+        self._others: list[Worker] = []
+        self._data_version: int | None = None
+        self._looked_at = self._looked_for_dead_at = -math.inf
+        self._changed_at = -math.inf
+        """When another process was last seen to have committed."""
+        self._renewed_at = 0
+        self._judge_from = 0
+        """From when on other workers' leases are judged."""
+        self._missing_since: dict[str, float] = {}
+        """Since when other workers' lock files are not there."""
+        self._reapings: dict[str, tuple[_Request, _LockFile | None]] = {}
+        """What was asked for at the last looks, by worker, and the locks taken from them."""
+        self._faults: dict[str, str] = {}
+        """What is wrong with which part of a look, and has been said."""
+
+    # Coming and going
+
+    def join_and_watch(self, join: Callable[[int], None]) -> None:
+        """Join with a lease that is renewed, and have the log watched if that is heard of."""
+        now = self._now()
+        self._watch = _LogWatch.open(f"{self._file.path}-wal", self._hear_of_write)
+        try:
+            join(self._options.lease_ms)
+        except BaseException:
+            self.unwatch()
+            raise
+        if self._watch is not None and not self._watch.start():
+            self.unwatch()
+        self._note_renewed(now)
+
+    @contextlib.contextmanager
+    def joining(self, lease_ms: int, *, is_patient: bool = True) -> Iterator[None]:
+        """Make this engine known in the file, and reclaim what dead ones held; undone if what follows fails.
+
+        One that is not patient waits until it is known of each other worker whether it is dead.
+        """
+        path = self._file.path
+        self._drop_lock()
+        self._lock_file = _LockFile.create(_LockFile.path_of(path, self.worker_id), path)
+        self._judge_from = 0
+        try:
+            self._callers.perform(lambda beat: beat.store.register(self._row(beat.now, lease_ms)))
+            self.look_for_dead()
+            while not is_patient and self.look_for_dead():  # again: who looks at a dead one's lock holds it meanwhile
+                time.sleep(0.05)
+            yield
+            _LockFile.remove_stale(path, [worker.id for worker in self._file.reader.workers()])
+        except BaseException:
+            self._callers.post(lambda beat: beat.store.unregister(self.worker_id))  # if it came so far
+            self._drop_lock()
+            raise
+
+    def _drop_lock(self) -> None:
+        """Remove the lock file, if there is one: also that of a start or drain that was interrupted."""
+        lock, self._lock_file = self._lock_file, None
+        if lock is not None:
+            lock.remove()
+
+    def leave(self, *, is_signed_off: bool) -> None:
+        """Let the lock go; its file only if nothing is left in the database: unlocked, it tells of a dead worker."""
+        for _, taken in self._reapings.values():
+            if taken is not None:
+                taken.close()
+        self._reapings.clear()
+        lock, self._lock_file = self._lock_file, None
+        if lock is not None and is_signed_off:
+            lock.remove()
+        elif lock is not None:
+            lock.close()
+
+    def unwatch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+    def _row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
+        import socket  # 3 ms that a mere import does not need
+
+        name, queues = self._options.name, _encode(self._options.queues)
+        return self.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
+
+    # The lease
+
+    def renewal_at(self, monotonic: float) -> float:
+        """When the lease is to be renewed, by the monotonic clock."""
+        return monotonic + (self.heartbeat_at - self._now()) / 1000 if self.heartbeat_at < math.inf else math.inf
+
+    def renew(self, beat: _Beat) -> None:
+        """Renew the lease, and judge those of the others."""
+        now, lease_ms, worker_id = beat.now, self._options.lease_ms, self.worker_id
+        beat.report.after.append(functools.partial(self._note_renewed, now))
+        if self._shared.is_stopping:  # it may have signed off
+            return
+        if now - self._renewed_at >= lease_ms - self._options.heartbeat_ms:
+            self._judge_from = now + lease_ms  # storage kept this engine from renewing, and so the others
+        if not beat.store.renew(worker_id, now, now + lease_ms):
+            if beat.store.was_taken(worker_id):
+                self._file.files.lose(_LOCKS_NOT_SHARED)
+                return
+            message = "engine %s was taken for dead; what it had claimed runs elsewhere"
+            beat.report.log(_log.warning, message, self._options.name)
+            beat.store.register(self._row(now, lease_ms))
+        if now >= self._judge_from:
+            for worker in beat.store.workers():
+                if worker.id != worker_id and _instant(now) >= worker.lease_expires_at:
+                    self._reap(beat, worker, "its lease ran out")
+
+    def renew_before_judging(self, now: int) -> None:
+        """Give everybody time to renew, after a gap in which nobody could."""
+        self._judge_from = now + self._options.lease_ms
+        self.heartbeat_at = now
+
+    def _note_renewed(self, now: int) -> None:
+        self._renewed_at = now
+        self.heartbeat_at = now + self._options.heartbeat_ms
+
+    # Looking at the others
+
+    def next_look_at(self, monotonic: float) -> float:
+        """When to look again, by the monotonic clock."""
+        return self._looked_at + self._look_interval_s(monotonic)
+
+    def _look_interval_s(self, monotonic: float) -> float:
+        """How often to look: often while another process is active, seldom while the log is watched.
+
+        A write is heard of before its commit can be seen. So the first second of a watch is one of looking, too.
+        """
+        if monotonic - self._changed_at < self.ACTIVE_S:
+            return min(self.LOOK_S, self._options.poll_s)
+        armed_at = self._armed_at
+        if armed_at is not None and monotonic - armed_at > self.ACTIVE_S:
+            return self.DEAD_LOOK_S
+        return min(self._options.poll_s, self.DEAD_LOOK_S)
+
+    def look(self, monotonic: float) -> None:
+        """See whether another process has committed, or died."""
+        self._looked_at = monotonic
+        if not self._committer.look_after_files():
+            return
+        self._try(self._see_commits, monotonic)
+        self._try(self._watch_log, monotonic)
+        if monotonic - self._looked_for_dead_at >= self.DEAD_LOOK_S:
+            self._looked_for_dead_at = monotonic
+            self._try(self._restore_lock, monotonic)
+            self._try(self._see_deaths, monotonic)
+
+    def _try(self, look: Callable[[float], None], monotonic: float) -> None:
+        """Do one part of a look; its failure is no matter of the others, and is told once, until it works again."""
+        name = look.__name__
+        try:
+            look(monotonic)
+        except (apsw.Error, DurableError, OSError) as error:
+            text = _error_text(error)
+            if self._faults.get(name) != text:
+                self._faults[name] = text
+                self._shared.log_soon("looking for other processes' work failed", error)
+        else:
+            self._faults.pop(name, None)
+
+    def _see_commits(self, monotonic: float) -> None:
+        store = self._file.store
+        version = store.data_version()
+        if version == self._data_version:
+            return
+        if self._data_version is not None:
+            self._changed_at = monotonic
+        found = int(store.schema_version() or 0)
+        if found > _SCHEMA_VERSION:
+            self._file.files.lose(_MIGRATED.format(found=found, known=_SCHEMA_VERSION))
+            return
+        workers = store.workers()
+        self._others = [worker for worker in workers if worker.id != self.worker_id]
+        if len(self._others) == len(workers) and self._lock_file is not None:
+            self.heartbeat_at = min(
+                self.heartbeat_at, self._now()
+            )  # it was taken for dead: it renews, and finds out why
+        self._notice_others()
+        self._data_version = version  # last: if one of these fails, the next look finds the change again
+
+    def _watch_log(self, monotonic: float) -> None:
+        """Have the log watched once neither this engine nor another has written to it for a while."""
+        is_quiet = monotonic - max(self._committer.beat_at, self._changed_at) > self.ACTIVE_S
+        if self._watch is not None and is_quiet and self._armed_at is None and self._watch.arm():
+            self._armed_at = monotonic
+
+    def _hear_of_write(self) -> None:
+        """Look again: often, unless it was this engine itself that wrote."""
+        monotonic = _Ticks.monotonic()
+        self._armed_at = None
+        if not self._committer.lock.locked() and monotonic - self._committer.beat_at > self.LOOK_S:
+            self._changed_at = monotonic
+        self._shared.bell.ring()
+
+    def _restore_lock(self, _: float) -> None:
+        if self._lock_file is not None:
+            self._lock_file.restore(self._file.path)
+
+    def _see_deaths(self, _: float) -> None:
+        if self._others:
+            self.look_for_dead()
+
+    def look_for_dead(self) -> bool:
+        """Have workers reaped whose lock the kernel has dropped; return whether some are still to be judged.
+
+        A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
+        """
+        for worker_id, (reaping, lock) in list(self._reapings.items()):
+            if reaping.is_settled:  # done, or refused by storage: then its worker is looked at again
+                del self._reapings[worker_id]
+                if lock is not None:
+                    lock.close()
+        is_unsure = False
+        for worker in self._file.reader.workers():
+            if worker.id != self.worker_id and worker.id not in self._reapings:
+                is_unsure |= self._judge(worker)
+        return is_unsure
+
+    def _judge(self, worker: Worker) -> bool:
+        """Have a worker reaped that is dead; return whether that can't be said yet."""
+        path = _LockFile.path_of(self._file.path, worker.id)
+        lock = _LockFile.take_from_dead(path)
+        if lock is None:
+            if not self._is_gone(path):
+                self._missing_since.pop(worker.id, None)
+                return False
+            if _Ticks.monotonic() - self._missing_since.setdefault(worker.id, _Ticks.monotonic()) < self.GONE_S:
+                return True
+        reaping = self._callers.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
+        self._reapings[worker.id] = reaping, lock
+        return False
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether a lock file is not there: of a folder in which one's own is not to be seen, nobody can say."""
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            return self._lock_file is not None and self._lock_file.is_in_place()
+        except OSError:
+            pass
+        return False
+
+    def _reap_dead(self, beat: _Beat, worker: Worker, lock: _LockFile | None) -> None:
+        self._reap(beat, worker, "its process died")
+        if lock is not None:
+            beat.store.note_taken(worker.id, beat.now)
+            beat.report.after.append(lock.remove)
+
+    def _reap(self, beat: _Beat, worker: Worker, how: str) -> None:
+        cause = f"crash: {how} (worker {worker.name}, pid {worker.pid} on {worker.host})"
+        count = beat.withdrawals.reap(worker.id, cause)
+        message = "reclaimed %d instances of worker %s, pid %d: %s"
+        beat.report.log(_log.info, message, count, worker.name, worker.pid, how)
+        beat.report.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
+
+
+class _Drain:
+    """Runs what is runnable in the calling thread, in place of pools: claims a row, runs it, commits with the next."""
+
+    LEASE_MS = 10 * 365 * 86_400_000
+    """It can't renew while a step runs; its lock file tells whether it lives."""
+
+    def __init__(
+        self, committer: _Committer, callers: _Callers, shared: _Shared, queue: str | None, *, with_scheduled: bool
+    ) -> None:
+        self.steps = 0
+        self.kinds: list[str] = []
+        """What they have come to."""
+        self.fired: set[str] = set()
+        """Schedules that have fired."""
+        self._committer = committer
+        self._callers = callers
+        self._shared = shared
+        self._queue = queue
+        self._with_scheduled = with_scheduled
+        self._ready: collections.deque[_Claim] = collections.deque()
+        self._runner: asyncio.Runner | None = None
+        self._is_over = False
+
+    @property
+    def tally(self) -> collections.Counter[str]:
+        """How many steps were run, and how many have come to what."""
+        return collections.Counter([*itertools.repeat("steps", self.steps), *self.kinds])
+
+    def submit(self, claims: collections.deque[_Claim], *, first: bool = False) -> None:
+        """Take over claimed rows, each of them once, wherever that is interrupted."""
+        if first:
+            _hand_over(claims.pop, len(claims), self._ready.extendleft)
+        else:
+            _hand_over(claims.popleft, len(claims), self._ready.extend)
+
+    def note(self, kinds: collections.deque[str], fired: Iterable[str]) -> None:
+        """Take over what steps have come to, and remember which schedules have fired: each does once."""
+        _hand_over(kinds.popleft, len(kinds), self.kinds.extend)
+        self.fired.update(fired)
+
+    def demand(self, at_most: int = 0) -> _Demand:
+        """Say what it takes: at most so many rows, of its queue or of all."""
+        slots = {} if self._is_over else None if self._queue is None else {self._queue: 1}
+        return _Demand(slots, at_most, _END_OF_TIME if self._with_scheduled else None, is_drain=True)
+
+    def run(self, max_steps: int, look_at_clock: Callable[[], object]) -> None:
+        """Run one row after the other until none is left that is due."""
+        committer = self._committer
+        while True:
+            look_at_clock()
+            is_unfinished = self._commit(self.demand(0 if self._ready else 1))
+            if committer.failure is not None:
+                raise committer.failure
+            if self._ready:
+                self._check(self._ready[0], max_steps)
+                self._run(self._ready.popleft())
+            elif not (is_unfinished or self._shared.outcomes or committer.is_due()):
+                return
+
+    def _commit(self, demand: _Demand | None = None) -> bool:
+        self._callers.check_open()
+        return self._committer.commit_once(demand)
+
+    def withdraw(self) -> list[_Claim]:
+        """Take back what has not been run."""
+        left, self._ready = list(self._ready), collections.deque()
+        return left
+
+    def close(self) -> None:
+        self._is_over = True
+        if self._runner is not None:
+            _run_outside_loop(self._runner.close)
+
+    def _check(self, claim: _Claim, max_steps: int) -> None:
+        """Refuse to go on with too many steps, or for an engine that was stopped."""
+        if self.steps >= max_steps and claim.error is None:
+            raise DurableError(
+                f"drain ran {max_steps} steps, and instance {claim.row.id} ({claim.row.fsm}, step"
+                f" {claim.row.step!r}) is still running: raise max_steps if that is meant"
+            )
+        if self._shared.is_stopping:
+            raise EngineClosedError(f"the engine on {self._shared.path} was stopped while it was drained")
+
+    def _run(self, claim: _Claim) -> None:
+        """Run a step in this thread; SystemExit and the like are raised on after the crash is committed."""
+        context = contextvars.copy_context()
+        try:
+            if not context.run(claim.prepare, self._shared.behaviours.make):
+                self._shared.give_back(claim)
+                return
+            self.steps += claim.error is None
+            run = self._run_async if claim.is_async else self._run_plain
+            self._shared.outcomes.append(self._rule(claim, context, run(claim, context)))
+        except BaseException as error:
+            self._shared.outcomes.append(_crash(claim, error))
+            self._commit()
+            raise
+
+    def _run_plain(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
+        return context.run(_execute, claim)
+
+    def _run_async(self, claim: _Claim, context: contextvars.Context) -> _Commit | BaseException:
+        import asyncio
+
+        running: list[asyncio.Task[Any] | None] = []
+
+        async def run() -> _Commit | BaseException:
+            running.append(asyncio.current_task())
             try:
-                self._agenda.wakes_at = math.inf
-                sleep_s = self._step()
-                self._agenda.wakes_at = _Ticks.monotonic() + sleep_s
-                self._bell.wait(sleep_s)
-            except BaseException as error:  # noqa: BLE001 - without it callers would wait for ever
-                self.log_soon("the scheduler failed; it goes on", error, exc_info=error)
-                self._bell.wait(0.1)
+                return await asyncio.wait_for(_execute_async(claim), claim.timeout_s)
+            except TimeoutError:
+                return _timeout_error(claim)
 
-    def _step(self) -> float:
-        """Do what is due; return for how long there is nothing to do, in seconds."""
-        self._mind_steps()
-        if self._has_chores() or self._has_work():
-            with self._beat_lock:
-                if self.is_closed:
-                    return 0
-                self._do_chores()
-                if self._has_work():
-                    self._beat()
-            self.hub.flush()
-        return self._sleep_s()
+        def cancel() -> None:
+            for task in filter(None, running):
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
-    def _has_work(self) -> bool:
-        """Whether there is something for a beat; what storage refused waits for its next try, callers do not."""
-        if self._is_asked():
-            return True
-        is_due = self._has_outcomes() or self.is_due() or bool(self._duties())
-        return is_due and _Ticks.monotonic() >= self._agenda.retry_at
+        runner = self._runner = self._runner or asyncio.Runner()
+        try:
+            result = _run_outside_loop(lambda: runner.run(run(), context=context), cancel)
+        except asyncio.CancelledError as error:  # by nobody here: an interrupt comes as KeyboardInterrupt
+            return error
+        return cast("_Commit | BaseException", result)
 
-    def _has_outcomes(self) -> bool:
-        """Whether there are outcomes to commit that no worker is about to: its beat has more of them at once."""
-        if not self._finished:
-            return False
-        is_late = _Ticks.monotonic() - self.beat_at >= self.WATCH_S  # who was counted on may be held up
-        return is_late or self._agenda.failure is not None or not any(pool.will_beat for pool in self._pools.values())
+    def _rule(self, claim: _Claim, context: contextvars.Context, verdict: _Commit | BaseException) -> _Commit:
+        """Hold a step against its timeout, which is noticed only now that it has returned, and ask `handle`."""
+        timeout_s = claim.timeout_s
+        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
+            verdict = _timeout_error(claim)
+        return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
 
-    def _sleep_s(self) -> float:
-        """Time to the next instant that matters: a timer, a step's timeout, a look at other processes or at pools."""
-        if self._has_work():
-            return 0
-        monotonic, now = _Ticks.monotonic(), self.desk.now()
-        instants = [self.peers.next_look_at(monotonic)]
-        due_at = min(filter(None, (self._agenda.due_at, self.peers.heartbeat_at, self._agenda.gc_at)))
-        instants.append(max(monotonic + (due_at - now) / 1000, self._agenda.retry_at))
-        if self._has_outcomes() or self._agenda.regroup is not None:
-            instants.append(self._agenda.retry_at)
-        instants.append(self._timeouts.next_at)
-        if self.desk.progress:
-            instants.append(max(self._agenda.progress_at, self._agenda.retry_at))
-        if self._finished:
-            instants.append(max(self.beat_at + self.WATCH_S, self._agenda.retry_at))
-        if any(pool.is_to_be_watched for pool in self._pools.values()):
-            instants.append(monotonic + self.WATCH_S)
-        if self._agenda.is_cleaning:
-            instants.append(max(monotonic + self.CLEAN_S, self._agenda.retry_at))
-        return max(0.0, min(instants) - monotonic)
 
-    # Chores
+def _cancelling_unstarted(row: _Row, reason: str) -> Callable[[_Beat], bool]:
+    row = row._replace(cancel_reason=reason)
+    return lambda beat: beat.withdrawals.cancel_unstarted(row, reason)
 
-    def _mind_steps(self) -> None:
-        """Look after what runs, which is no matter of the beat's."""
-        monotonic = _Ticks.monotonic()
-        if self._timeouts.next_at <= monotonic:
-            self._expire_steps(monotonic)
-        for pool in self._pools.values():
-            pool.watch()
-        self._notice_gap(self.desk.now())
 
-    def _has_chores(self) -> bool:
-        monotonic, agenda = _Ticks.monotonic(), self._agenda
-        return agenda.is_cleaning or self.desk.now() >= agenda.gc_at or monotonic >= self.peers.next_look_at(monotonic)
+def _giving_back_unstarted(queue: str) -> Callable[[_Beat], None]:
+    return lambda beat: beat.withdrawals.give_back_unstarted(queue)
 
-    def _do_chores(self) -> None:
-        """What is to be done by the clock, none of it for a caller."""
-        monotonic = _Ticks.monotonic()
-        if self._agenda.registrations != _registry.changes:
-            self._agenda.registrations = _registry.changes
-            self._agenda.due_at = self.desk.now()
-            self._declare_later()
-        if monotonic >= self.peers.next_look_at(monotonic):
-            self.peers.look(monotonic)
-            for pool in self._pools.values():
-                pool.replace_dead()
-        now = self.desk.now()
-        if now >= self._agenda.gc_at:
-            self._agenda.gc_at = now + self.options.gc_ms
-            self._agenda.sweep_from, self._agenda.spare_pages = _SweepPosition(), None
-        if self._agenda.is_cleaning and _Ticks.monotonic() >= self._agenda.retry_at:
-            self.post(self._clean)
 
-    def notice_others(self) -> None:
-        """Look for what other processes have committed."""
-        self._agenda.due_at = self.desk.now()
-        self._agenda.fired_until = _LONG_AGO
-        self._notify_waiters()
-        self._withdraw_cancelled()
-        self._withdraw_paused()
+class _Duties:
+    """What is to be done by the clock: each duty does what is due and returns when it is next needed.
 
-    def _notify_waiters(self) -> None:
-        if self.waiters:
-            ids = self.waiters.ids()
-            gone = dict.fromkeys(ids, Status.DONE.value)  # who waits for a collected row is to find out
-            found = {**gone, **self.reader.statuses(ids)}
-            self.waiters.notify((instance, status, None) for instance, status in found.items())
+    One that raises is logged and left alone for a while, longer each time in a row.
+    """
 
-    def _withdraw_cancelled(self) -> None:
-        """Fail claimed rows that another process cancelled before they started."""
-        for pool in self._pools.values():
-            for row in pool.unstarted():
-                reason = self.store.cancel_reason(row)
-                if reason is not None:
-                    self.post(_cancelling_unstarted(row, reason))
+    PAUSE_S = 0.1
+    LONGEST_PAUSE_S = 30.0
 
-        self._cancel_async(lambda claim: self.store.cancel_reason(claim.row) is not None)
+    def __init__(self, duties: Iterable[Callable[[float], float]], log: Callable[..., None]) -> None:
+        self._duties = tuple(duties)
+        self._log = log
+        self._failed: dict[Callable[[float], float], tuple[int, float]] = {}
+        """How often in a row each has raised, and until when it is left alone."""
 
-    def _cancel_async(self, is_cancelled: Callable[[_Claim], bool]) -> None:
-        """Have `async def` steps end whose instance was cancelled; what they come to is dropped."""
-        loop = self._event_loop
-        for claim in filter(is_cancelled, loop.running()) if loop is not None else ():
-            cast(_EventLoop, loop).cancel(claim)
+    def do_due(self, monotonic: float) -> float:
+        """Do what is due, in order; return when there is more to do."""
+        return min([self._do(duty, monotonic) for duty in self._duties])
 
-    def _withdraw_paused(self) -> None:
-        """Give back the unstarted rows of queues that another engine has paused."""
-        for queue, pool in self._pools.items():
-            if pool.unstarted() and self.store.is_paused(queue):
-                self.post(_giving_back_unstarted(queue))
+    def _do(self, duty: Callable[[float], float], monotonic: float) -> float:
+        count, until = self._failed.get(duty, (0, -math.inf))
+        if monotonic < until:
+            return until
+        try:
+            next_at = duty(monotonic)
+        except Exception as error:  # noqa: BLE001 - the engine's own fault; the other duties are done nevertheless
+            until = monotonic + min(self.LONGEST_PAUSE_S, self.PAUSE_S * 2**count)
+            self._failed[duty] = count + 1, until
+            self._log(f"{duty.__qualname__} failed, it is tried again", error, exc_info=error)
+            return until
+        if count:
+            del self._failed[duty]
+        return next_at
 
-    def _notice_gap(self, now: int) -> None:
-        """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
-        gap = now - self._agenda.seen_at
-        if gap > (self.options.lease_ms - self.options.heartbeat_ms) / 2:  # shorter, it has cost nobody the lease
-            self.peers.renew_before_judging(now)
-        if self.notice_set_back(now):
-            self.peers.renew_before_judging(now)
-            self._agenda.gc_at = now
 
-    def notice_set_back(self, now: int) -> bool:
-        """Notice a clock that was set back, and have set right what is dated by what it said before."""
-        is_set_back = now < self._agenda.seen_at - _SET_BACK_MS
+class _ClockWatch:
+    """Notices a suspended machine, and a clock that was set, and has the file's lines and dates set right."""
+
+    def __init__(self, committer: _Committer, callers: _Callers, desk: _Desk, reader: _Reader) -> None:
+        self._committer = committer
+        self._callers = callers
+        self._desk = desk
+        self._reader = reader
+        self.seen_at = desk.now()
+        """When the clock was last read."""
+        self.mending: Callable[[_Beat], object] | None = None
+        """How the lines of limits, and dates, are to be set right; None once that is committed."""
+
+    def look(self, now: int) -> bool:
+        """Read the clock; True if it was set back, so that what is dated by what it said before is to be set right."""
+        is_set_back = now < self.seen_at - _SET_BACK_MS
         if is_set_back:
-            self._agenda.due_at = now
-            self._agenda.regroup = _Beat.set_right
-        elif now < self._agenda.seen_at:
-            self.post(lambda beat: beat.schedules.look_again())
-        self._agenda.seen_at = now
+            self._committer.due_at = now
+            self.mending = _Beat.set_right
+        elif now < self.seen_at:
+            self._callers.post(lambda beat: beat.schedules.look_again())
+        self.seen_at = now
         return is_set_back
 
-    def declare_schedules(self) -> None:
-        """Write the schedules that the known classes declare, and set right what a clock that was ahead has left."""
-        self.perform(self._declaring())
+    def mend_lines(self) -> None:
+        """Have all lines of limits looked at, which may have changed, and what a clock that was ahead has written."""
+        is_ahead = self._reader.is_ahead(self._desk.now())
+        self.mending = _Beat.set_right if is_ahead else (lambda beat: beat.lines.sweep())
 
-    def _declare_later(self) -> None:
-        """Do so in the next beat, for classes that were defined since."""
+    def next_at(self, _: float) -> float:
+        return math.inf if self.mending is None else -math.inf
+
+    def mend(self, beat: _Beat) -> None:
+        mending = self.mending
+        if mending is not None and mending(beat) is not False:  # else there is more of it for the next beat
+            beat.report.after.append(functools.partial(self._note_mended, mending))
+
+    def _note_mended(self, mending: Callable[[_Beat], object]) -> None:
+        if self.mending is mending:  # else it was asked for again, by the thread that reads the clock
+            self.mending = None
+
+
+class _ProgressWriter:
+    """Tells of the progress of steps, and has it written: at most five times a second, for all steps at once."""
+
+    PAUSE_S = 0.2
+
+    def __init__(self, shared: _Shared, runners: _Runners) -> None:
+        self._shared = shared
+        self._desk = shared.desk
+        self._runners = runners
+        self._from = 0.0
+
+    def note(self, claim: _Claim) -> None:
+        row = claim.row
+        if self._shared.hub.wants("step.progress"):
+            done, total, note, _ = self._desk.progress[row.id, row.claim]
+            metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "note": note}
+            self._shared.hub.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
+        if self._runners.drain is not None:
+            if _Ticks.monotonic() >= self._from:
+                self._desk.perform(lambda beat: None)
+        elif len(self._desk.progress) == 1:  # else the thread knows
+            self._shared.bell.ring()
+
+    def next_at(self, _: float) -> float:
+        return self._from if self._desk.progress else math.inf
+
+    def write(self, beat: _Beat) -> None:
+        taken = dict(self._desk.progress)
+        beat.store.show_progress((_json(reported), *key) for key, reported in taken.items())
+        beat.report.after.append(functools.partial(self._note_written, taken))
+
+    def _note_written(self, taken: dict[tuple[int, int], _Reported]) -> None:
+        self._from = _Ticks.monotonic() + self.PAUSE_S
+        for key, reported in taken.items():
+            if self._desk.progress.get(key) is reported:
+                self._desk.progress.pop(key, None)
+
+
+class _Collection:
+    """Sweeps of ended rows, in steps; after each, what was free before it and is not needed is given back."""
+
+    SWEPT_AT_ONCE = 500
+    PAUSE_S = 0.01
+    """How long to leave others the file between two steps, each of which takes some milliseconds."""
+
+    def __init__(self, committer: _Committer, callers: _Callers, desk: _Desk, interval_ms: int) -> None:
+        self.starts_at = 0
+        """When the next sweep begins, by the engine's clock."""
+        self._committer = committer
+        self._callers = callers
+        self._desk = desk
+        self._interval_ms = interval_ms
+        self._step: _Request | None = None
+        self._sweep_from: _SweepPosition | None = None
+        self._spare_pages: int | None = 0
+        """Free pages to give back: those that nobody has needed since the last sweep; None: to be counted."""
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._sweep_from is not None or bool(self._spare_pages)
+
+    def go_on(self, monotonic: float) -> float:
+        """Begin a sweep, or take the next step of one, if that is due; return when the next is."""
+        now = self._desk.now()
+        if now >= self.starts_at:
+            self.starts_at = now + self._interval_ms
+            self._sweep_from, self._spare_pages = _SweepPosition(), None
+        if not self.is_under_way:
+            return monotonic + (self.starts_at - now) / 1000
+        if monotonic >= self._committer.retry_at and (self._step is None or self._step.is_settled):
+            self._step = self._callers.post(self._take_step)
+        return max(monotonic + self.PAUSE_S, self._committer.retry_at)
+
+    def _take_step(self, beat: _Beat) -> None:
+        if self._spare_pages is None:
+            self._spare_pages = beat.store.spare_pages()
+        if self._sweep_from is not None:
+            _, self._sweep_from = beat.cleaning.collect(self._sweep_from, self.SWEPT_AT_ONCE)
+        else:
+            self._spare_pages = beat.cleaning.shrink(self._spare_pages)
+
+
+class _Declarations:
+    """The schedules that the known classes declare."""
+
+    def __init__(self, committer: _Committer, callers: _Callers, shared: _Shared) -> None:
+        self._committer = committer
+        self._callers = callers
+        self._shared = shared
+        self._registrations = 0
+        """How many classes had been registered at the last look."""
+
+    def write(self) -> None:
+        """Write them, and set right what a clock that was ahead has left."""
+        self._callers.perform(self._writing())
+
+    def look(self, _: float) -> float:
+        """Have them written in the next beat if classes were defined since the last look."""
+        if self._registrations != _registry.changes:
+            self._registrations = _registry.changes
+            self._committer.due_at = self._shared.desk.now()
+            try:
+                self._callers.post(self._writing())
+            except (DurableError, ValueError, TypeError) as error:
+                self._shared.log_soon("a declared schedule could not be written", error)
+        return math.inf
+
+    def describe(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool = False) -> _ScheduleRow:
         try:
-            self.post(self._declaring())
-        except (DurableError, ValueError, TypeError) as error:
-            self.log_soon("a declared schedule could not be written", error)
+            row = self._shared.desk.new_row(_make_insert(spec.cls, plan.insert))
+        except Exception as error:
+            error.add_note(f"in the schedule {name!r}")
+            raise
+        return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
 
-    def _declaring(self) -> Callable[[_Beat], None]:
-        known = self.behaviours.highest_by_name()
+    def _writing(self) -> Callable[[_Beat], None]:
+        known = self._shared.behaviours.highest_by_name()
         declared = [
-            (self.describe_schedule(spec.name, spec, spec.plan, is_from_code=True), spec.aliases)
+            (self.describe(spec.name, spec, spec.plan, is_from_code=True), spec.aliases)
             for name, spec in known.items()
             if spec.plan is not None and name == spec.name
         ]
@@ -10513,175 +10614,311 @@ class _Scheduler:
 
         return declare
 
-    def describe_schedule(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool = False) -> _ScheduleRow:
+
+class _Scheduler:
+    """An engine's parts, put together: starts and stops them, and runs their duties in a thread of its own."""
+
+    _life_owner: int | None = None
+    """The thread that starts or drains."""
+    _is_at_end = False
+    """Whether it is closed to the end."""
+
+    def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
+        self.options = options
+        self.path = path
+        self.files = _OpenFiles(path)
+        self.store = self._open()
+        self.reader = _Reader(path, files=self.files)
+        self.desk = _Desk(self.reader, options.clock)
+        self.hub = _Hub(self.desk.fork_guard)
+        self.store.patience.tell = self._tell_wait
+        self.behaviours = behaviours
+        self.worker_id = os.urandom(8).hex()
+        self.shared = _Shared(path, self.desk, behaviours, self.hub)
+        self.runners = _Runners(self.shared, options.prefetch)
+        self._reporter = _Reporter(self.shared, self.runners.held, self.files)
+        self.waiters = self._reporter.waiters
+        self._copier = _LogCopier(self.store, self.reader, options.synchronous, self.shared.log_soon)
+        self.committer = _Committer(self._set_up(), self.shared, self.runners, self._reporter, self.files, self._copier)
+        self.callers = _Callers(self.committer, self.shared, self.files)
+        self._results = _Results(self.committer, self.shared, self.reader, self.waiters, options.poll_s)
+        self.clock = _ClockWatch(self.committer, self.callers, self.desk, self.reader)
+        self.collection = _Collection(self.committer, self.callers, self.desk, options.gc_ms)
+        self._declarations = _Declarations(self.committer, self.callers, self.shared)
+        file = _File(path, self.worker_id, self.files, self.store, self.reader)
+        self.peers = _Peers(file, self.committer, self.callers, self.shared, options, self._notice_others)
+        progress = _ProgressWriter(self.shared, self.runners)
+        self.desk.open(self.callers.perform, self.callers.perform_later, progress.note)
+        self.shared.give_back = self._give_back
+        self.committer.standing = (
+            _StandingDuty(self.peers.renewal_at, self.peers.renew),
+            _StandingDuty(self.clock.next_at, self.clock.mend),
+            _StandingDuty(progress.next_at, progress.write),
+        )
+        self._duties = _Duties(
+            [
+                self.runners.expire,
+                self._look_at_clock,
+                self._declarations.look,
+                self._look_at_others,
+                self.collection.go_on,
+                self.committer.commit_due,
+                self.runners.watch,  # last: what a beat has claimed is to be watched
+            ],
+            self.shared.log_soon,
+        )
+        self._life_lock = threading.Lock()
+        self._stop_lock = threading.RLock()
+        _process.schedulers.add(self)
+
+    def _open(self) -> _Store:
+        """Open the file, and keep others in this process from it, already while it is being opened."""
         try:
-            row = self.desk.new_row(_make_insert(spec.cls, plan.insert))
-        except Exception as error:
-            error.add_note(f"in the schedule {name!r}")
+            store = _Store(self.path, self.options.synchronous, self.files)
+        except BaseException:
+            self.files.close()
             raise
-        return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
+        self.files.watch()
+        return store
 
-    def _note_progress(self, claim: _Claim) -> None:
-        """Tell of a step's progress, and have it written soon: at most five times a second, for all steps at once."""
-        row = claim.row
-        if self.hub.wants("step.progress"):
-            done, total, note, _ = self.desk.progress[row.id, row.claim]
-            metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "note": note}
-            self.hub.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
-        if self._drain is not None:
-            if _Ticks.monotonic() >= self._agenda.progress_at:
-                self.perform(lambda beat: None)
-        elif len(self.desk.progress) == 1:  # else the thread knows
-            self._bell.ring()
+    def _set_up(self) -> _Setup:
+        return _Setup(
+            store=self.store,
+            desk=self.desk,
+            behaviours=self.behaviours,
+            worker_id=self.worker_id,
+            concurrency_limits=self.options.concurrency_limits,
+            keeps_history=self.options.history,
+            retention_ms=self.options.retention_ms,
+            take_back=self.runners.take_back,
+        )
 
-    def _show_progress(self, beat: _Beat) -> None:
-        taken = dict(self.desk.progress)
-        beat.store.show_progress((_json(reported), *key) for key, reported in taken.items())
-        beat.report.after.append(functools.partial(self._note_shown, taken))
+    def _tell_wait(self, text: str) -> None:
+        """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
+        self.hub.post_apart(functools.partial(_log.warning, "%s", text))
 
-    def _note_shown(self, taken: dict[tuple[int, int], _Reported]) -> None:
-        self._agenda.progress_at = _Ticks.monotonic() + self.PROGRESS_S
-        for key, reported in taken.items():
-            if self.desk.progress.get(key) is reported:
-                self.desk.progress.pop(key, None)
+    def _give_back(self, claim: _Claim) -> None:
+        self.callers.post(lambda beat: beat.withdrawals.give_back([claim]))
+        self.shared.bell.ring()
 
-    def regroup_lines(self) -> None:
-        """Have all lines of limits looked at, which may have changed, and what a clock that was ahead has written."""
-        is_ahead = self.reader.is_ahead(self.desk.now())
-        self._agenda.regroup = _Beat.set_right if is_ahead else (lambda beat: beat.lines.sweep())
+    @property
+    def is_started(self) -> bool:
+        return self.committer.thread is not None
 
-    def _regroup(self, beat: _Beat) -> None:
-        regroup = self._agenda.regroup
-        if regroup is not None and regroup(beat) is not False:  # else there is more of it for the next beat
-            beat.report.after.append(functools.partial(self._note_regrouped, regroup))
-
-    def _note_regrouped(self, regroup: Callable[[_Beat], object]) -> None:
-        if self._agenda.regroup is regroup:  # else it was asked for again, by the thread that reads the clock
-            self._agenda.regroup = None
-
-    def _clean(self, beat: _Beat) -> None:
-        """Go on with a sweep of ended rows; after it, with giving back what was free before it and is not needed."""
-        agenda = self._agenda
-        if agenda.spare_pages is None:
-            agenda.spare_pages = beat.store.spare_pages()
-        if agenda.sweep_from is not None:
-            _, agenda.sweep_from = beat.cleaning.collect(agenda.sweep_from, self.SWEPT_AT_ONCE)
-        else:
-            agenda.spare_pages = beat.cleaning.shrink(agenda.spare_pages)
-
-    def _expire_steps(self, monotonic: float) -> None:
-        for claim, pool in self._timeouts.take_expired(monotonic):
-            if pool.disown(claim, _timeout_error(claim)) and claim.is_async and self._event_loop is not None:
-                self._event_loop.cancel(claim)
-
-    # Shutdown
-
-    def stop(self, timeout_s: float | None) -> None:
-        """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
-        if self.desk.fork_guard.is_forked:
-            return
-        drain_s = min(self.options.drain_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
-        if self._is_at_end or (self.is_stopping and self.is_within()):
-            return
-        with self._stop_lock:  # a stop that was interrupted is gone on with by the next
-            if self._thread is None:
-                self._stop_unstarted(drain_s)
-            elif not self.is_closed:
-                self._stop_started(drain_s)
-            if self.is_closed and not self._is_at_end:
-                self._close()
+    @property
+    def is_closed(self) -> bool:
+        return self.shared.is_closed
 
     def is_within(self) -> bool:
         """Whether this is a step of the engine's or a callback, which whoever stops it waits for."""
         ctx = _current.get()
         return self.hub.is_current or (ctx is not None and ctx._claim.desk is self.desk)
 
+    def result_later(self, instance: int) -> _Future[Any]:
+        """Return a future of an instance's result."""
+        return self._results.future_of(instance)
+
+    def describe_schedule(self, name: str, spec: _Spec, plan: _Plan) -> _ScheduleRow:
+        """Make the row of a schedule that is written at run time."""
+        return self._declarations.describe(name, spec, plan)
+
+    # Starting
+
+    def start(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Run the queues; `async def` steps on that loop, if one is given, which some other thread runs."""
+        self.callers.check_open()
+        self._alone(functools.partial(self._start, loop))
+
+    def _alone(self, act: Callable[[], None]) -> None:
+        """Keep starting and draining apart: each needs that nobody else runs this engine's claims."""
+        if self._life_lock.locked():
+            raise DurableError("the engine is being started or drained, by another thread or by this step's caller")
+        with self._life_lock:
+            try:
+                self._life_owner = threading.get_ident()
+                self._end_drain()  # one that was interrupted before its end
+                if self.is_started:
+                    raise DurableError("the engine is started already: it runs its queues itself")
+                if self.shared.is_stopping:
+                    self.callers.check_open()
+                    raise EngineClosedError(f"the engine on {self.path} is being stopped")
+                act()
+            finally:
+                self._life_owner = None
+                self.runners.is_empty.ring()
+
+    def _start(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        _load_what_steps_need()
+        self.shared.context = contextvars.copy_context()
+        self.peers.join_and_watch(self._join)
+        try:
+            self.runners.start(self.options.queues, loop)
+            self.hub.start()
+            self._start_thread()
+        except BaseException as error:
+            self.committer.thread = None  # if it has started nevertheless, it finds out
+            self.runners.pools = {}
+            self.hub.stop()
+            self.peers.unwatch()
+            self._sign_off()
+            if not isinstance(error, RuntimeError):
+                raise
+            raise DurableError(f"the engine on {self.path} can't start: {error}") from error
+        self.committer.due_at = self.desk.now()
+        _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
+
+    def _join(self, lease_ms: int, *, is_patient: bool = True) -> None:
+        """Make this engine known in the file, and have declared schedules written and the lines looked at anew."""
+        with self.peers.joining(lease_ms, is_patient=is_patient):
+            self._declarations.write()
+            self.clock.mend_lines()  # last: by a beat that claims
+
+    def _start_thread(self) -> None:
+        run = self.shared.context.copy().run
+        thread = threading.Thread(target=run, args=(self._serve,), name="durable-scheduler", daemon=True)
+        self.committer.thread = thread
+        thread.start()
+
+    # The thread
+
+    def _serve(self) -> None:
+        shared, current = self.shared, threading.current_thread()
+        while self.committer.thread is current and not shared.is_closed:
+            try:
+                shared.wakes_at = math.inf
+                next_at = self._duties.do_due(_Ticks.monotonic())
+                shared.wakes_at = next_at
+                shared.bell.wait(max(0.0, next_at - _Ticks.monotonic()))
+            except BaseException as error:  # noqa: BLE001 - without it callers would wait for ever
+                shared.log_soon("the scheduler failed; it goes on", error, exc_info=error)
+                shared.bell.wait(0.1)
+
+    def _look_at_clock(self, _: float) -> float:
+        """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
+        now = self.desk.now()
+        gap = now - self.clock.seen_at
+        if gap > (self.options.lease_ms - self.options.heartbeat_ms) / 2:  # shorter, it has cost nobody the lease
+            self.peers.renew_before_judging(now)
+        if self.clock.look(now):
+            self.peers.renew_before_judging(now)
+            self.collection.starts_at = now
+        return math.inf
+
+    def _look_at_others(self, monotonic: float) -> float:
+        """See whether another process has committed, or died; and, as often, whether a thread here has."""
+        if monotonic >= self.peers.next_look_at(monotonic):
+            with self.committer.lock:
+                if not self.is_closed:
+                    self.peers.look(monotonic)
+            self.runners.replace_dead()
+        return self.peers.next_look_at(monotonic)
+
+    def _notice_others(self) -> None:
+        """Look for what other processes have committed."""
+        self.committer.due_at = self.desk.now()
+        self.committer.fired_until = _LONG_AGO
+        self._results.notify()
+        paused = {queue: self.store.is_paused(queue) for queue in self.runners.pools}
+        for row in list(self.runners.unstarted()):
+            reason = self.store.cancel_reason(row)
+            if reason is not None:
+                self.callers.post(_cancelling_unstarted(row, reason))
+            if paused.pop(row.queue, False):
+                self.callers.post(_giving_back_unstarted(row.queue))
+        self.runners.cancel_async(lambda claim: self.store.cancel_reason(claim.row) is not None)
+
+    # Stopping
+
+    def stop(self, timeout_s: float | None) -> None:
+        """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
+        if self.desk.fork_guard.is_forked:
+            return
+        drain_s = min(self.options.drain_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
+        if self._is_at_end or (self.shared.is_stopping and self.is_within()):
+            return
+        with self._stop_lock:  # a stop that was interrupted is gone on with by the next
+            if not self.is_started:
+                self._stop_unstarted(drain_s)
+            elif not self.is_closed:
+                self._stop_started(drain_s)
+            if self.is_closed:
+                self.close()
+
     def _stop_started(self, drain_s: float) -> None:
-        with self._beat_lock:  # what a beat under way claims is in the pools before they are emptied
-            self.is_stopping = True
-        self._bell.ring()
-        unstarted = [claim for pool in self._pools.values() for claim in pool.withdraw()]
-        self._try_to_give_back(unstarted)
+        with self.committer.lock:  # what a beat under way claims is in the pools before they are emptied
+            self.shared.is_stopping = True
+        self.shared.bell.ring()
+        unstarted = self.runners.withdraw()
+        if unstarted:
+            self._try(lambda beat: beat.withdrawals.give_back(unstarted))
         deadline = _Ticks.monotonic() + drain_s
-        while self._held and (left_s := deadline - _Ticks.monotonic()) > 0:
-            self._drained.wait(left_s)
-        for pool in self._pools.values():
-            pool.close()
-        if self._event_loop is not None:
-            self._event_loop.close()
+        while self.runners.held and (left_s := deadline - _Ticks.monotonic()) > 0:
+            self.runners.is_empty.wait(left_s)
+        self.runners.close()
         self._tell_drain(collections.Counter(claim.row.queue for claim in unstarted))
         self._sign_off()
         _log.info("engine %s stopped on %s", self.options.name, self.path)
-        self._close()
+        self.close()
 
     def _stop_unstarted(self, drain_s: float) -> None:
         """Stop an engine that beats for its callers, or drains: then the step that runs may end first."""
-        self.is_stopping = True
+        self.shared.is_stopping = True
         if self._life_lock.locked() and self._life_owner == threading.get_ident():
             return  # called by the very step that is drained: `drain` closes behind it
         deadline = _Ticks.monotonic() + drain_s
         while self._life_lock.locked() and (left_s := deadline - _Ticks.monotonic()) > 0:
-            self._drained.wait(left_s)
-        if self._thread is not None:  # it was being started
+            self.runners.is_empty.wait(left_s)
+        if self.is_started:  # it was being started
             self._stop_started(drain_s)
             return
-        while self._is_asked() and self._agenda.failure is None and not self.is_closed:
-            self._beat_for_callers()
+        while self.committer.is_asked() and self.committer.failure is None and not self.is_closed:
+            self.committer.commit_for_callers()
         if self._life_lock.locked() and not self.is_closed:
             self._sign_off()
-        elif self._drain is not None:  # it was interrupted before its end
-            self._end_drain()
-        self._close()
+        else:
+            self._end_drain()  # if one was interrupted before its end
+        self.close()
 
     def _tell_drain(self, released: collections.Counter[str]) -> None:
-        for queue in self._pools:
-            left = self._held.count(queue)
-            if self.hub.wants("scheduler.drain"):
-                event = Event("scheduler.drain", {"released": released[queue], "in_flight": left}, {"queue": queue})
-                self.hub.publish([event])
-
-    def _try_to_give_back(self, claims: list[_Claim]) -> None:
-        if claims:
-            self._try(lambda beat: beat.withdrawals.give_back(claims))
+        if self.hub.wants("scheduler.drain"):
+            for queue in self.runners.pools:
+                measurements = {"released": released[queue], "in_flight": self.runners.held.count(queue)}
+                self.hub.publish([Event("scheduler.drain", measurements, {"queue": queue})])
 
     def _sign_off(self) -> None:
         """Give everything back, and leave."""
-        claims = list(self._held)
+        claims = list(self.runners.held)
         self.peers.leave(is_signed_off=self._try(lambda beat: beat.withdrawals.sign_off(claims)))
 
     def _try(self, action: Callable[[_Beat], Any]) -> bool:
         """Do one of the last things; if storage fails, the next start finds what is left to do."""
         try:
-            self.perform(action)
+            self.callers.perform(action)
         except DurableError as error:
             _log.error("%s: stopping the engine: %s", self.path, error)
             return False
         return True
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Close, also where that was interrupted: each part may be done twice."""
         if self._is_at_end:
             return
-        with self._request_lock:
-            self.is_closed = True
-        self._bell.ring()
-        if self._is_beating():
-            cast(threading.Thread, self._thread).join()
+        with self.committer.requests_lock:
+            self.shared.is_closed = True
+        self.shared.bell.ring()
+        thread = self.committer.thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
         self.peers.unwatch()
         self.waiters.wake_all()
-        for waiter in self.waiters.futures():
-            self._settle_future(waiter, error=EngineClosedError(f"the engine on {self.path} was stopped"))
-        with self._beat_lock:
-            if self._batch.is_open:
-                self._conclude()
-            while self._requests:
-                self._requests[0].error = EngineClosedError(f"the engine on {self.path} was stopped")
-                self._requests[0].settle()
-                self._requests.popleft()
+        self._results.close()
+        with self.committer.lock:
+            self.committer.conclude()
+            self.callers.refuse_all(EngineClosedError(f"the engine on {self.path} was stopped"))
         self.hub.flush()
         self.hub.stop()  # after the requests: one of them may be a subscriber's
         self._copier.wait()
-        with self._beat_lock:
+        with self.committer.lock:
             self.files.is_closing = True
             self.reader.close()
             self.store.close()
@@ -10689,14 +10926,12 @@ class _Scheduler:
         self.peers.leave(is_signed_off=False)
         self._is_at_end = True
 
-    close = _close
-
     def abandon(self) -> None:
         """Let go of everything, unclosed: this is the child of a fork."""
         self.desk.fork_guard.is_forked = True
         if self.is_closed:  # it may have left a step behind
             return
-        self.is_closed = True
+        self.shared.is_closed = True
         _process.inherited_files.add(_file_id(self.path))
         self.reader.abandon()
         _keep_for_ever([self.store.db])
@@ -10707,14 +10942,14 @@ class _Scheduler:
 
     def drain(self, queue: str | None, with_scheduled: bool, max_steps: int) -> collections.Counter[str]:
         """Run what is runnable in this thread."""
-        drain = _Drain(self, queue, with_scheduled=with_scheduled)
+        drain = _Drain(self.committer, self.callers, self.shared, queue, with_scheduled=with_scheduled)
 
         def run() -> None:
-            self._drain = drain
+            self.runners.drain = drain
             try:
                 _load_what_steps_need()
-                self.peers.join(drain.LEASE_MS, is_patient=False)
-                drain.run(max_steps)
+                self._join(drain.LEASE_MS, is_patient=False)
+                drain.run(max_steps, lambda: self.clock.look(self.desk.now()))
             finally:
                 self._end_drain()
 
@@ -10723,7 +10958,7 @@ class _Scheduler:
 
     def _end_drain(self) -> None:
         """End the drain that there is, if any."""
-        drain = self._drain
+        drain = self.runners.drain
         if drain is None:
             return
         try:
@@ -10731,12 +10966,12 @@ class _Scheduler:
         finally:
             if not self.is_closed:
                 self._sign_off()
-            with self._beat_lock:  # what that beat was refused, or has gone on with inline, it has given back as well
-                self._let_go(drain.withdraw())
-            self._drain = None
-            self._agenda.fired_until = _END_OF_TIME
-            if self.is_stopping:
-                self._close()
+            with self.committer.lock:  # what that beat was refused, or has gone on with inline, it has given back too
+                self.runners.let_go(drain.withdraw())
+            self.runners.drain = None
+            self.committer.fired_until = _END_OF_TIME
+            if self.shared.is_stopping:
+                self.close()
 
 
 def _abandon_all() -> None:
@@ -10955,7 +11190,7 @@ class _Client:
     @property
     def _reader(self) -> _Reader:
         """What reads the file, of an engine that is open."""
-        self._core.check_open()
+        self._core.callers.check_open()
         return self._core.reader
 
     def workers(self) -> list[Worker]:
@@ -10972,14 +11207,14 @@ class _Sending(_Client):
         Raises `DuplicateError`, `StateError`, `UnknownFSMError`, `UnknownLimitError`, `ValueError` or `TypeError`;
         then nothing was written.
         """
-        self._core.check_open()
-        return self._core.insert(self._core.desk.new_row(_make_insert(fsm, options)))
+        self._core.callers.check_open()
+        return self._core.callers.insert(self._core.desk.new_row(_make_insert(fsm, options)))
 
     def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
         """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
-        self._core.check_open()
+        self._core.callers.check_open()
         rows = _new_rows(inserts, self._core.desk.new_row)
-        return cast("list[int | None]", self._core.perform(lambda beat: beat.inserts.write(rows)))
+        return cast("list[int | None]", self._core.callers.perform(lambda beat: beat.inserts.write(rows)))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> _Future[int]:
         """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
@@ -10988,15 +11223,15 @@ class _Sending(_Client):
         raised here. It can also be awaited, in any running loop. Its callbacks are called one after the other in a
         thread of the engine's.
         """
-        self._core.check_open()
-        return self._core.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
+        self._core.callers.check_open()
+        return self._core.callers.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
 
     def signal_nowait(
         self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
     ) -> _Future[None]:
         """Send a signal without waiting; the future is done once it is durable, or has what `signal` would raise."""
         message = _message(target, name, payload, dedup_key)
-        return self._core.perform_later(lambda beat: beat.inboxes.deliver(message))
+        return self._core.callers.perform_later(lambda beat: beat.inboxes.deliver(message))
 
     def result_nowait(self, target: int | str) -> _Future[Any]:
         """Return a future of an instance's result, which can also be awaited: no thread waits for it.
@@ -11013,7 +11248,7 @@ class _Sending(_Client):
         `NoTargetError`.
         """
         message = _message(target, name, payload, dedup_key)
-        self._core.perform(lambda beat: beat.inboxes.deliver(message))
+        self._core.callers.perform(lambda beat: beat.inboxes.deliver(message))
 
 
 class _Looking(_Client):
@@ -11114,7 +11349,7 @@ class _Looking(_Client):
         Events come from a thread of their own while the engine runs, else from the thread that made them. What a
         callback raises is logged.
         """
-        self._core.check_open()
+        self._core.callers.check_open()
         return self._core.hub.subscribe(callback, names)
 
     def _wait(
@@ -11122,14 +11357,14 @@ class _Looking(_Client):
     ) -> _Look:
         """Look at an instance until it is in one of the statuses, or the timeout is over."""
         core = self._core
-        core.check_open()
+        core.callers.check_open()
         deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         instance = core.reader.locate(target)
         warn_at = _Ticks.monotonic() + self._WARN_S
         with core.waiters.waiting(instance, until) as waiter:
-            if core.holds(instance):  # most likely there is nothing to see yet
+            if instance in core.runners.held:  # most likely there is nothing to see yet
                 waiter.bell.wait(max(0.0, min(deadline - _Ticks.monotonic(), self._UNSEEN_S)))
-                core.check_open()
+                core.callers.check_open()
             while True:
                 found, monotonic = look(waiter), _Ticks.monotonic()
                 if found.status in until or deadline <= monotonic:
@@ -11140,7 +11375,7 @@ class _Looking(_Client):
                 # The engine's own thread rings for commits, also for those of other processes; without it, look.
                 look_at = math.inf if core.is_started else monotonic + core.options.poll_s
                 waiter.bell.wait(min(deadline, warn_at, look_at) - monotonic)
-                core.check_open()
+                core.callers.check_open()
 
     def _warn_if_unserved(self, instance: int) -> None:
         """Say in the log that somebody waits for what nobody is there to run."""
@@ -11178,7 +11413,7 @@ class _Steering(_Client):
         _boolean(children, "children")
         instance = self._reader.identify(target)
         cancel = _Instances.cancel_tree if children else _Instances.cancel
-        return cast(bool, self._core.perform(lambda beat: cancel(beat.instances, instance, reason)))
+        return cast(bool, self._core.callers.perform(lambda beat: cancel(beat.instances, instance, reason)))
 
     def retry(self, target: int | str) -> None:
         """Let a failed instance go on from where it stood, with attempt 0.
@@ -11189,7 +11424,7 @@ class _Steering(_Client):
         has not failed, `DuplicateError` if its key is taken by now.
         """
         instance = self._reader.identify(target)
-        self._core.perform(lambda beat: beat.instances.retry(instance))
+        self._core.callers.perform(lambda beat: beat.instances.retry(instance))
 
     def pause(self, queue: str) -> None:
         """Keep every engine from claiming from a queue, until `resume`.
@@ -11198,12 +11433,12 @@ class _Steering(_Client):
         by others within their `poll_interval`.
         """
         _text(queue, "queue")
-        self._core.perform(lambda beat: beat.pause(queue))
+        self._core.callers.perform(lambda beat: beat.pause(queue))
 
     def resume(self, queue: str) -> None:
         """Let a paused queue run again."""
         _text(queue, "queue")
-        self._core.perform(lambda beat: beat.resume(queue))
+        self._core.callers.perform(lambda beat: beat.resume(queue))
 
     def history(self, target: int | str) -> list[Transition]:
         """Return what was run of an instance, oldest first, as far as it is kept: see the class option `history`.
@@ -11226,7 +11461,7 @@ class _Steering(_Client):
         """
         old = self._reader.get(target)
         past = _find_past(self._core.reader, old, to, state)
-        self._core.perform(lambda beat: beat.history.rewind(old.id, past))
+        self._core.callers.perform(lambda beat: beat.history.rewind(old.id, past))
 
     def fork(self, target: int | str, to: Any, **options: Unpack[_InsertOptions]) -> int:
         """Insert a new instance that goes on from before the run `to` of another, and return its id.
@@ -11238,7 +11473,7 @@ class _Steering(_Client):
         old = self._reader.get(target)
         past = _find_past(self._core.reader, old, to, options.pop("state", None))
         template = _fork_template(old, options, self._core.desk)
-        return cast(int, self._core.perform(lambda beat: beat.history.fork(old.id, past, template)))
+        return cast(int, self._core.callers.perform(lambda beat: beat.history.fork(old.id, past, template)))
 
 
 class _Scheduling(_Client):
@@ -11274,16 +11509,16 @@ class _Scheduling(_Client):
         Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
         `UnknownLimitError`; then nothing was written.
         """
-        self._core.check_open()
+        self._core.callers.check_open()
         _text(name, "name")
         plan = _plan(when, catch_up=catch_up, window=window, overlap=overlap, jitter=jitter, **options)
         row = self._core.describe_schedule(name, _resolve(fsm), plan)
-        self._core.perform(lambda beat: beat.schedules.write(row))
+        self._core.callers.perform(lambda beat: beat.schedules.write(row))
 
     def unschedule(self, name: str) -> bool:
         """Remove a schedule; True if there was one. One that a class declares is written again at the next start."""
         _text(name, "name")
-        return cast(bool, self._core.perform(lambda beat: beat.schedules.remove(name)))
+        return cast(bool, self._core.callers.perform(lambda beat: beat.schedules.remove(name)))
 
     def schedules(self) -> list[Schedule]:
         """Return the schedules of the file, by name."""
@@ -11295,12 +11530,12 @@ class _Scheduling(_Client):
         Its `scheduled_at` is now. Raises `NotFoundError`, and `DuplicateError` if its correlation key is taken.
         """
         _text(name, "name")
-        return cast(int, self._core.perform(lambda beat: beat.schedules.trigger(name)))
+        return cast(int, self._core.callers.perform(lambda beat: beat.schedules.trigger(name)))
 
     def pause_schedule(self, name: str) -> None:
         """Keep a schedule from firing until `resume_schedule`. Raises `NotFoundError`."""
         _text(name, "name")
-        self._core.perform(lambda beat: beat.schedules.pause(name))
+        self._core.callers.perform(lambda beat: beat.schedules.pause(name))
 
     def resume_schedule(self, name: str) -> None:
         """Let a paused schedule fire again, from now on: what it would have fired meanwhile is not caught up.
@@ -11308,7 +11543,7 @@ class _Scheduling(_Client):
         Raises `NotFoundError`.
         """
         _text(name, "name")
-        self._core.perform(lambda beat: beat.schedules.resume(name))
+        self._core.callers.perform(lambda beat: beat.schedules.resume(name))
 
 
 class Engine(_Sending, _Looking, _Steering, _Scheduling):
@@ -11437,12 +11672,12 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
             _text(queue, "queue")
         _boolean(with_scheduled, "with_scheduled")
         _at_least_1(max_steps, "max_steps")
-        self._core.check_open()
+        self._core.callers.check_open()
         return self._core.drain(queue, with_scheduled, max_steps)
 
     def fire_timeouts(self) -> int:
         """Let every armed await deadline fire now, and return how many there were."""
-        return cast(int, self._core.perform(_Beat.fire_timeouts))
+        return cast(int, self._core.callers.perform(_Beat.fire_timeouts))
 
     # Maintain
 
@@ -11454,11 +11689,11 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         """
 
         def collect(after: _SweepPosition) -> tuple[int, _SweepPosition | None]:
-            swept = self._core.perform(lambda beat: beat.cleaning.collect(after, 500))
+            swept = self._core.callers.perform(lambda beat: beat.cleaning.collect(after, 500))
             return cast("tuple[int, _SweepPosition | None]", swept)
 
         def shrink(spare: int) -> int:
-            return cast(int, self._core.perform(lambda beat: beat.cleaning.shrink(spare)))
+            return cast(int, self._core.callers.perform(lambda beat: beat.cleaning.shrink(spare)))
 
         total, spare = 0, _MAX_INTEGER
         after: _SweepPosition | None = _SweepPosition()
@@ -11481,7 +11716,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
 
     def connect(self) -> apsw.Connection:
         """Return a connection to the file for the application's own use, with the engine's settings."""
-        self._core.check_open()
+        self._core.callers.check_open()
         with _driver_errors(self._path):
             return _configure(_connect(self._path), self._core.options.synchronous)
 
@@ -11492,7 +11727,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         registered, and what was executing is runnable. Raises `ValueError` if there is a file at `path`,
         `DurableError` if none can be made there.
         """
-        self._core.check_open()
+        self._core.callers.check_open()
         target = _database_path(path)
         if os.path.exists(target):
             raise ValueError(f"path must be that of a new file, and {target} exists")
@@ -11512,7 +11747,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
     def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
         policies = [_policy(name, limit) for name, limit in limits.items()]
         if any(self._core.reader.policy(policy.name) != policy for policy in policies):
-            self._core.perform(functools.partial(_Beat.save_policies, policies=policies))
+            self._core.callers.perform(functools.partial(_Beat.save_policies, policies=policies))
 
     def _copy(self, path: str) -> None:
         closing = contextlib.closing
@@ -11526,7 +11761,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         with contextlib.closing(_Scheduler(path, _Options(), _Behaviours(()))) as copied:
             workers = copied.reader.workers()
             queues = {*copied.reader.queues(), *self._core.options.queues, *(q for one in workers for q in one.queues)}
-            copied.perform(lambda beat: beat.withdrawals.disband(queues))
+            copied.callers.perform(lambda beat: beat.withdrawals.disband(queues))
 
     def __repr__(self) -> str:
         return f"<Engine {self._core.options.name!r} on {self._path}>"
