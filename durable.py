@@ -10433,7 +10433,7 @@ class _Duties:
         try:
             next_at = duty(monotonic)
         except Exception as error:  # noqa: BLE001 - the engine's own fault; the other duties are done nevertheless
-            until = monotonic + min(self.LONGEST_PAUSE_S, self.PAUSE_S * 2**count)
+            until = monotonic + min(self.LONGEST_PAUSE_S, self.PAUSE_S * 2.0**count)
             self._failed[duty] = count + 1, until
             self._log(f"{duty.__qualname__} failed, it is tried again", error, exc_info=error)
             return until
@@ -10493,7 +10493,8 @@ class _ProgressWriter:
         self._shared = shared
         self._desk = shared.desk
         self._runners = runners
-        self._from = 0.0
+        self.written_from = 0.0
+        """When it may be written again, by the monotonic clock."""
 
     def note(self, claim: _Claim) -> None:
         row = claim.row
@@ -10502,13 +10503,13 @@ class _ProgressWriter:
             metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "note": note}
             self._shared.hub.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
         if self._runners.drain is not None:
-            if _Ticks.monotonic() >= self._from:
+            if _Ticks.monotonic() >= self.written_from:
                 self._desk.perform(lambda beat: None)
         elif len(self._desk.progress) == 1:  # else the thread knows
             self._shared.bell.ring()
 
     def next_at(self, _: float) -> float:
-        return self._from if self._desk.progress else math.inf
+        return self.written_from if self._desk.progress else math.inf
 
     def write(self, beat: _Beat) -> None:
         taken = dict(self._desk.progress)
@@ -10516,7 +10517,7 @@ class _ProgressWriter:
         beat.report.after.append(functools.partial(self._note_written, taken))
 
     def _note_written(self, taken: dict[tuple[int, int], _Reported]) -> None:
-        self._from = _Ticks.monotonic() + self.PAUSE_S
+        self.written_from = _Ticks.monotonic() + self.PAUSE_S
         for key, reported in taken.items():
             if self._desk.progress.get(key) is reported:
                 self._desk.progress.pop(key, None)
@@ -10647,13 +10648,13 @@ class _Scheduler:
         self._declarations = _Declarations(self.committer, self.callers, self.shared)
         file = _File(path, self.worker_id, self.files, self.store, self.reader)
         self.peers = _Peers(file, self.committer, self.callers, self.shared, options, self._notice_others)
-        progress = _ProgressWriter(self.shared, self.runners)
-        self.desk.open(self.callers.perform, self.callers.perform_later, progress.note)
+        self.progress = _ProgressWriter(self.shared, self.runners)
+        self.desk.open(self.callers.perform, self.callers.perform_later, self.progress.note)
         self.shared.give_back = self._give_back
         self.committer.standing = (
             _StandingDuty(self.peers.renewal_at, self.peers.renew),
             _StandingDuty(self.clock.next_at, self.clock.mend),
-            _StandingDuty(progress.next_at, progress.write),
+            _StandingDuty(self.progress.next_at, self.progress.write),
         )
         self._duties = _Duties(
             [

@@ -224,6 +224,7 @@ class Clock:
 
 def execute(claim: durable._Claim) -> durable._Commit:
     """Run a claimed row's step, and ask `handle` where it comes to an error."""
+    claim.behaviour = claim.behaviour or claim.spec.cls()
     verdict = durable._execute(claim)
     return verdict if isinstance(verdict, durable._Commit) else durable._recover(claim, verdict)
 
@@ -633,10 +634,10 @@ def statements_of_beats(engine: Engine, beats: int) -> list[collections.Counter[
     core.store.db.exec_trace = trace
     for _ in range(beats):
         counts.append(collections.Counter())
-        with core._beat_lock:
-            core._beat()
-        for claim in core._held:
-            core._finished.append(contextvars.copy_context().run(execute, claim))
+        with core.committer.lock:
+            core.committer.beat()
+        for claim in core.runners.held:
+            core.shared.outcomes.append(contextvars.copy_context().run(execute, claim))
     core.store.db.exec_trace = None
     return counts
 
@@ -658,10 +659,10 @@ def test_a_beat_costs_a_fixed_number_of_statements_and_two_a_row(fsm: type[FSM],
     engine = make_engine(queues={"default": width}, gc_interval=86400, clock=lambda: 1e9, fsms=[fsm()])
     engine.insert_all([Insert(fsm) for _ in range(4 * width)])
     core = engine._core
-    core.peers.join(10**12)
-    core._pools = {"default": NoPool(width, core)}
+    core._join(10**12)
+    core.runners.pools = {"default": NoPool(width, core.shared)}
     _, steady, _ = statements_of_beats(engine, 3)
-    core._pools = {}
+    core.runners.pools = {}
     claims = width // durable._BULK + width % durable._BULK
     entries = claims if fsm is Hop else 0
     assert sum(steady.values()) - width - claims - entries <= 8, steady
@@ -672,8 +673,8 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
     engine = make_engine(queues={})
     core = engine._core
     row = core.desk.new_row(Insert(Idle))
-    with core._request_lock:
-        core._requests.extend(durable._Request(None, row) for _ in range(50))
+    with core.committer.requests_lock:
+        core.committer.requests.extend(durable._Request(None, row) for _ in range(50))
     calls: list[int] = []
     insert_many = core.store.insert_many
 
@@ -682,8 +683,8 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
         return insert_many(rows)
 
     monkeypatch.setattr(core.store, "insert_many", count)
-    with core._beat_lock:
-        core._beat()
+    with core.committer.lock:
+        core.committer.beat()
     assert calls == [50]
     assert engine.counts() == {"default": {"runnable": 50}}
 
@@ -696,10 +697,10 @@ def test_rows_are_bound_to_their_own_values_however_many_there_are(rows: int, ma
     ids = engine.insert_all(kept)
     assert [engine.get(ident).state for ident in ids] == [{"n": n} for n in range(rows)]
     assert ids == sorted(ids)
-    engine._core.peers.join(10**12)
-    engine._core._pools = {"default": NoPool(70, engine._core)}
+    engine._core._join(10**12)
+    engine._core.runners.pools = {"default": NoPool(70, engine._core.shared)}
     statements_of_beats(engine, 1)
-    engine._core._pools = {}
+    engine._core.runners.pools = {}
     assert {(one.id, one.status, one.worker) for one in engine.find()} == {
         (ident, Status.EXECUTING, engine._core.worker_id) for ident in ids
     }
@@ -4181,10 +4182,10 @@ def test_of_two_stops_at_once_one_stops_the_engine(engine: Engine, monkeypatch: 
 
     monkeypatch.setattr(core, "_sign_off", sign_off_once_more)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        with core._beat_lock:
+        with core.committer.lock:
             stops = [threads.submit(engine.stop) for _ in range(2)]
             concurrent.futures.wait(stops, timeout=0.1)
-            assert not core.is_stopping
+            assert not core.shared.is_stopping
         for one in stops:
             one.result(PATIENCE)
     assert len(signed_off) == 1
@@ -4198,7 +4199,7 @@ def test_a_second_stop_waits_for_the_first(make_engine: MakeEngine, gate: Gate) 
     assert gate.entered.wait(PATIENCE)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         first = threads.submit(engine.stop, PATIENCE)
-        eventually(lambda: engine._core.is_stopping)
+        eventually(lambda: engine._core.shared.is_stopping)
         second = threads.submit(engine.stop)
         concurrent.futures.wait([second], timeout=0.1)
         assert not second.done()
@@ -4310,7 +4311,7 @@ def test_stop_waits_for_running_steps_to_commit(make_engine: MakeEngine, gate: G
     assert gate.entered.wait(PATIENCE)
     stopper = threading.Thread(target=engine.stop)
     stopper.start()
-    eventually(lambda: engine._core.is_stopping)
+    eventually(lambda: engine._core.shared.is_stopping)
     gate.leave.set()
     stopper.join(PATIENCE)
     assert make_engine().get(ident).result == "through"
@@ -4909,7 +4910,7 @@ def moody_engine(make_engine: MakeEngine, moody: Moody, **options: Any) -> Engin
     engine = make_engine(fsms=[moody], poll_interval=NEVER_POLL, **options)
     engine._core.peers.DEAD_LOOK_S = 3600.0
     engine.start()
-    engine._core._pools["default"].QUICK_S = 0.01  # also where the machine is busy
+    engine._core.runners.pools["default"].QUICK_S = 0.01  # also where the machine is busy
     return engine
 
 
@@ -4925,7 +4926,7 @@ def test_a_step_that_blocks_after_many_quick_ones_holds_up_nobody(
 
     def is_quick() -> bool:
         engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
-        return engine._core._pools["default"]._is_quick
+        return engine._core.runners.pools["default"]._is_quick
 
     for _ in range(3):
         eventually(is_quick)
@@ -4943,7 +4944,7 @@ def test_the_step_with_which_a_queue_turns_quick_is_not_left_uncommitted(make_en
     """Until then its steps are reported one by one, from then on they are watched: none falls in between."""
     engine = moody_engine(make_engine, moody := Moody(), queues={"default": 1}, prefetch=1)
     engine.result(engine.insert(Moody, args={"blocks": False}), timeout=PATIENCE)
-    pool = engine._core._pools["default"]
+    pool = engine._core.runners.pools["default"]
     pool.QUICK_S = 1.0  # also where the machine is busy
     pool._quick_steps = pool.QUICK_STEPS - 1
     quick, blocked = engine.insert_all([Insert(Moody, args={"blocks": one}) for one in (False, True)])
@@ -4964,21 +4965,19 @@ class Promising:
 def test_outcomes_are_left_to_a_worker_only_for_a_moment(engine: Engine) -> None:
     """A worker that is about to commit them has more of them at once; it may be held up, though."""
     core = engine._core
-    core._pools = cast(Any, {"default": Promising()})
-    core._finished.append(cast(Any, None))
-    core.beat_at = time.monotonic() + 60
-    assert not core._has_outcomes()
-    core.beat_at = time.monotonic()
-    assert core._sleep_s() <= core.WATCH_S
-    core.beat_at = time.monotonic() - core.WATCH_S
-    assert core._has_outcomes()
-    core._finished.clear()
-    core._pools = {}
+    core.runners.pools = cast(Any, {"default": Promising()})
+    core.shared.outcomes.append(cast(Any, None))
+    core.committer.beat_at = now = time.monotonic()
+    assert now < core.committer.next_at(now) <= now + core.runners.WATCH_S
+    core.committer.beat_at = now - core.runners.WATCH_S
+    assert core.committer.next_at(now) <= now
+    core.shared.outcomes.clear()
+    core.runners.pools = {}
 
 
 def test_a_row_that_is_just_being_taken_after_quick_ones_is_watched(engine: Engine) -> None:
     """Between the end of one step and the start of the next nothing runs, and the next may block."""
-    pool = NoPool(1, engine._core)
+    pool = NoPool(1, engine._core.shared)
     pool._is_quick = True
     assert not pool.is_to_be_watched
     pool.submit(collections.deque([cast(Any, object())]))
@@ -4993,7 +4992,7 @@ def test_a_call_that_comes_during_a_beat_that_fails_is_answered(
     engine._core.peers.DEAD_LOOK_S = 3600.0
     engine.start()
     engine.result(engine.insert(Echo), timeout=PATIENCE)
-    publish, inside, go_on = engine._core._publish, threading.Event(), threading.Event()
+    publish, inside, go_on = engine._core.committer._publish, threading.Event(), threading.Event()
 
     def fail_once(beat: Any, requests: Any) -> None:
         publish(beat, requests)
@@ -5002,12 +5001,12 @@ def test_a_call_that_comes_during_a_beat_that_fails_is_answered(
             assert go_on.wait(PATIENCE)
             raise ZeroDivisionError
 
-    monkeypatch.setattr(engine._core, "_publish", fail_once)
+    monkeypatch.setattr(engine._core.committer, "_publish", fail_once)
     engine.insert(Echo)
     assert inside.wait(PATIENCE)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         call = threads.submit(engine.insert, Echo, queue="nobody")
-        eventually(lambda: engine._core._requests)
+        eventually(lambda: engine._core.committer.requests)
         go_on.set()
         assert call.result(BEFORE_A_HEARTBEAT)
 
@@ -5334,7 +5333,7 @@ def test_what_ended_elsewhere_is_seen_while_its_step_runs_here(make_engine: Make
         ident = engine.insert(HoldsInTurn)
         assert gate.entered.wait(PATIENCE)
         steal(engine, ident, "done")
-        with engine._core._beat_lock:
+        with engine._core.committer.lock:
             engine._core.peers.look(time.monotonic())  # before anybody waits: nobody is told
         assert engine.result(ident, timeout=PATIENCE) == 7
         gate.leave.set()
@@ -5354,11 +5353,11 @@ def test_what_was_lost_is_claimed_again_while_its_first_run_goes_on(make_engine:
         gate.leave.set()
         assert stale.take().metadata["id"] == ident
         assert engine.result(other, timeout=PATIENCE) == {}
-        assert len(list(engine._core._held)) == 1
+        assert len(list(engine._core.runners.held)) == 1
         second.leave.set()
         assert engine.result(ident, timeout=PATIENCE) == 2
-        assert not engine._core._held
-        assert not engine._core.holds(ident)
+        assert not engine._core.runners.held
+        assert ident not in engine._core.runners.held
 
 
 @pytest.mark.parametrize("queue", ["default", "checkout"])
@@ -5940,7 +5939,7 @@ def test_a_drain_goes_on_though_another_thread_beats_in_between(
     engine.insert_all([Insert(Echo, concurrency_key="k") for _ in range(2500)])
     engine.insert(Echo)
     engine.pause("default")
-    core, beat_once = engine._core, engine._core.beat_once
+    core, beat_once = engine._core, engine._core.committer.commit_once
     with make_engine(queues={"holder": 1}) as holder:
         holder.insert(Waits, queue="holder")
         ask(
@@ -5952,10 +5951,10 @@ def test_a_drain_goes_on_though_another_thread_beats_in_between(
 
         def beat_twice(wants: Any) -> bool:
             is_unfinished = beat_once(wants)
-            core.perform(lambda beat: None)
+            core.callers.perform(lambda beat: None)
             return is_unfinished
 
-        monkeypatch.setattr(core, "beat_once", beat_twice)
+        monkeypatch.setattr(core.committer, "commit_once", beat_twice)
         assert engine.drain()["done"] == 1
 
 
@@ -6125,13 +6124,13 @@ def test_a_pause_holds_what_was_about_to_go_on_inline(make_engine: MakeEngine, g
     running.start()
     assert gate.entered.wait(PATIENCE)
     pausing = threading.Thread(target=running.pause, args=("default",))
-    with core._beat_lock:  # until the outcome and the pause are there for one beat
+    with core.committer.lock:  # until the outcome and the pause are there for one beat
         gate.leave.set()
-        eventually(lambda: core._finished)
+        eventually(lambda: core.shared.outcomes)
         pausing.start()
-        eventually(lambda: core._requests)
+        eventually(lambda: core.committer.requests)
     pausing.join()
-    eventually(lambda: not core._held)
+    eventually(lambda: not core.runners.held)
     shown = running.get(ident)
     assert (shown.step, shown.status, shown.attempt) == ("end", "runnable", 0)
     assert running.check() == []
@@ -6572,7 +6571,7 @@ class BeatByHand:
 
     def __init__(self, engine: Engine, **setup: Any) -> None:
         self.engine = engine
-        self.setup = engine._core._setup._replace(**setup)
+        self.setup = engine._core.committer._setup._replace(**setup)
         self.now = 1_000_000_000_000
 
     def row(self, fsm: Any, **options: Any) -> durable._NewRow:
@@ -8350,7 +8349,7 @@ class InlinePair(Pair, inline=True):
 
 def patient(engine: Engine, inline_s: float = math.inf) -> Engine:
     """The engine, with so many seconds that a run may go on inline while others wait, however slow the machine is."""
-    engine._core.INLINE_S = inline_s
+    engine._core.committer.INLINE_S = inline_s
     return engine
 
 
@@ -9462,15 +9461,15 @@ def test_what_was_made_before_the_clock_was_set_back_is_dated_by_it(make_engine:
     core = engine._core
     for outcome in OUTCOMES_BEFORE:
         who = engine.insert(Late, state={"outcome": outcome})
-        core.peers.join(10**9)
+        core._join(10**9)
         lap = Lap()
-        core._drain = cast(Any, lap)
-        core.beat_once(durable._Demand({"default": 1}))
-        core.finish(contextvars.copy_context().run(execute, lap.claims[0]))
+        core.runners.drain = cast(Any, lap)
+        core.committer.commit_once(durable._Demand({"default": 1}))
+        core.shared.outcomes.append(contextvars.copy_context().run(execute, lap.claims[0]))
         new = core.desk.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
         clock.advance(-HOUR)
-        core.perform(lambda beat: beat.inserts.write_one(new))  # noqa: B023
-        core._drain = None
+        core.callers.perform(lambda beat: beat.inserts.write_one(new))  # noqa: B023
+        core.runners.drain = None
         core._sign_off()
         row = engine.get(who)
         waits = {"next": 0, "retry": 7, "await": 0, "children": 0}[outcome]
@@ -10155,23 +10154,24 @@ def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The collector runs in whichever thread it likes, also in one of the engine's that holds a lock."""
-    core = durable._Scheduler
+    core = durable._Committer
     forgotten = [Engine(database)]
     forgotten[0].start()
-    running = forgotten[0]._core
+    scheduler = forgotten[0]._core
+    running = scheduler.committer
     transact = core._transact
 
-    def collect(scheduler: Any, *arguments: Any) -> Any:
-        if scheduler is running and threading.current_thread() is running._thread:
+    def collect(committer: Any, *arguments: Any) -> Any:
+        if committer is running and threading.current_thread() is running.thread:
             forgotten.clear()
-        return transact(scheduler, *arguments)
+        return transact(committer, *arguments)
 
     monkeypatch.setattr(core, "_transact", collect)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        running._agenda.due_at = 1
-        running.ring()
-        eventually(lambda: running.is_closed)
+        running.due_at = 1
+        scheduler.shared.bell.ring()
+        eventually(lambda: scheduler.is_closed)
     assert any("was not stopped" in str(one.message) for one in warned)
     eventually(lambda: [thread for thread in threading.enumerate() if thread.name == "durable-stop"] == [])
 
@@ -10851,15 +10851,15 @@ def test_engine_that_was_taken_for_dead_signs_on_again_before_it_claims(
     engine, other = (make_engine(fsms=[Visitor(desk)], clock=clock, queues={queue: 1}) for queue in "ab")
     other.start()
     core = engine._core
-    core._drain = cast(Any, Lap())
-    core.peers.join(60_000)
+    core.runners.drain = cast(Any, Lap())
+    core._join(60_000)
     core.peers._note_renewed(core.desk.now())
     for _ in range(10):
         clock.now += 20  # a longer gap would be taken for a suspended machine
         eventually(lambda: any(worker.heartbeat_at == clock.instant() for worker in other.workers()))
     eventually(lambda: len(other.workers()) == 1)
     who = engine.insert(Visitor, queue="a")
-    core.beat_once(durable._Demand({"a": 1}))
+    core.committer.commit_once(durable._Demand({"a": 1}))
     assert engine.get(who).worker == core.worker_id
     assert engine.check() == []
 
@@ -10891,11 +10891,11 @@ def test_lines_that_are_to_be_formed_anew_meanwhile_are(engine: Engine) -> None:
 
     def form(beat: durable._Beat) -> None:
         formed.append("first")
-        core._agenda.regroup = lambda beat: formed.append("second")
+        core.clock.mending = lambda beat: formed.append("second")
 
-    core._agenda.regroup = form
+    core.clock.mending = form
     for _ in range(3):
-        core.perform(lambda beat: None)
+        core.callers.perform(lambda beat: None)
     assert formed == ["first", "second"]
 
 
@@ -11323,7 +11323,7 @@ def test_an_engine_whose_lock_file_was_lost_registers_again(make_engine: MakeEng
     engine.start()
     other.start()
     worker = next(one for one in other.workers() if one.name == "one")
-    other._core.perform(lambda beat: other._core.peers._reap_dead(beat, worker, None))
+    other._core.callers.perform(lambda beat: other._core.peers._reap_dead(beat, worker, None))
     eventually(lambda: {one.name for one in other.workers()} == {"one", "other"}, BEFORE_A_HEARTBEAT)
     assert engine._core.files.loss is None
     assert engine.result(engine.insert(Echo), PATIENCE) == {}
@@ -11658,7 +11658,7 @@ def test_a_running_engine_gives_back_what_was_free_from_one_sweep_to_the_next(
     full = fill_and_collect(engine, clock)
     free = "select freelist_count from pragma_freelist_count"
     engine.start()
-    eventually(lambda: engine.counts() == {} and not engine._core._agenda.is_cleaning)
+    eventually(lambda: engine.counts() == {} and not engine._core.collection.is_under_way)
     assert ask(engine, free)[0][0] > full / 4096 / 2
     engine.insert_all([Insert(Visitor, step="end", state={"pad": "x" * 1000}, schedule_in=9999)] * 1000)
     clock.advance(61)
@@ -14039,10 +14039,10 @@ def test_a_thousand_schedules_cost_a_beat_nothing(make_engine: MakeEngine, tmp_p
     counts = []
     for many in (0, 1000):
         engine = with_schedules(make_engine(database=tmp_path / f"{many}.db", synchronous="off"), many)
-        engine._core.peers.join(10**12)
-        engine._core._pools = {"default": NoPool(10, engine._core)}
+        engine._core._join(10**12)
+        engine._core.runners.pools = {"default": NoPool(10, engine._core.shared)}
         counts.append(statements_of_beats(engine, 5))
-        engine._core._pools = {}
+        engine._core.runners.pools = {}
     assert counts[0] == counts[1]
 
 
@@ -15207,9 +15207,9 @@ def test_a_trigger_of_the_applications_on_instances_does_not_pass_for_an_outcome
     cancelled, done = (engine.insert(Walks, state={"waits": True}) for _ in range(2))
     eventually(lambda: gate.count == 2)
     engine.cancel(cancelled)
-    with engine._core._beat_lock:  # so that both outcomes are written together
+    with engine._core.committer.lock:  # so that both outcomes are written together
         gate.leave.set()
-        eventually(lambda: len(engine._core._finished) == 2)
+        eventually(lambda: len(engine._core.shared.outcomes) == 2)
     assert engine.wait(cancelled, timeout=BEFORE_A_HEARTBEAT).status == Status.FAILED
     assert engine.result(done, timeout=BEFORE_A_HEARTBEAT) == "through"
     assert ask(engine, "SELECT count(*) FROM audit WHERE status = 'done'") == [(2,)]
@@ -18874,7 +18874,7 @@ class Lap:
     def demand(self) -> durable._Demand:
         return durable._Demand({}, is_drain=True)
 
-    def note_fired(self, schedules: Iterable[str]) -> None: ...
+    def note(self, kinds: Iterable[str], fired: Iterable[str]) -> None: ...
 
     def withdraw(self) -> list[durable._Claim]:
         return []
@@ -18899,8 +18899,8 @@ class Hand:
             clock=clock,
         )
         self.core = self.engine._core
-        self.core.INLINE_S = math.inf  # how fast the machine is must decide nothing here
-        self.core._agenda.progress_at = math.inf
+        self.core.committer.INLINE_S = math.inf  # how fast the machine is must decide nothing here
+        self.core.progress.written_from = math.inf
         self.lap = Lap()
         self.take_in_hand()
         self.knows_strangers = bool(fsms)
@@ -18915,7 +18915,7 @@ class Hand:
         self.pending: list[Verdict] = []
         """The model's account of the outcomes that wait for a commit."""
         self.went_on: set[int] = set()
-        self.seen_at = self.core._agenda.seen_at
+        self.seen_at = self.core.clock.seen_at
         self.judge_from = 0
         self.is_behind = False
         """Whether its clock was set back, and what it had written is still to be set right."""
@@ -18928,12 +18928,12 @@ class Hand:
 
     def take_in_hand(self) -> None:
         """Take what it claims, also after a drain, which has ended its looks at schedules."""
-        self.core._drain = cast(Any, self.lap)
-        self.core._agenda.fired_until = durable._LONG_AGO
+        self.core.runners.drain = cast(Any, self.lap)
+        self.core.committer.fired_until = durable._LONG_AGO
 
     def drain(self, *, with_scheduled: bool = True) -> Any:
         """Let it run what is runnable by itself."""
-        self.core._drain = None
+        self.core.runners.drain = None
         try:
             return self.engine.drain(with_scheduled=with_scheduled)
         finally:
@@ -18966,19 +18966,19 @@ class Hand:
 
     def beat(self, room: Mapping[str, int] | None = None) -> None:
         """Commit what there is to commit, and claim so many rows of these queues."""
-        with self.core._beat_lock:
-            self.core._beat(None if room is None else durable._Demand(room))
+        with self.core.committer.lock:
+            self.core.committer.beat(None if room is None else durable._Demand(room))
         self.core.hub.flush()
 
     def has_more_to_do(self) -> bool:
         """Whether a started engine would beat again at once."""
-        due_at = self.core._agenda.due_at
+        due_at = self.core.committer.due_at
         return due_at is not None and due_at <= self.core.desk.now()
 
     def die(self) -> None:
         """Go as a killed process goes: the kernel drops its lock, and nothing is said to anybody."""
         self.core.peers.leave(is_signed_off=False)
-        self.core._finished.clear()
+        self.core.shared.outcomes.clear()
         self.close()
 
     def leave(self) -> None:
@@ -18988,8 +18988,8 @@ class Hand:
         self.close()
 
     def close(self) -> None:
-        self.core._finished.clear()
-        self.core._close()
+        self.core.shared.outcomes.clear()
+        self.core.close()
         self.engine.stop()
 
 
@@ -19126,9 +19126,9 @@ class Theatre(RuleBasedStateMachine):
 
     def enter(self, number: int) -> Hand:
         hand = Hand(self.path, self.clock, is_worker=True, fsms=[Stranger("tool")] if number else [])
-        hand.core.peers.join(LEASE_MS)
+        hand.core._join(LEASE_MS)
         hand.core.peers._note_renewed(self.model.now)
-        hand.core.declare_schedules()
+        hand.core._declarations.write()
         hand.beat()
         return hand
 
@@ -19222,7 +19222,7 @@ class Theatre(RuleBasedStateMachine):
             commit = contextvars.copy_context().run(execute, claim)
         except (SystemExit, DurableError) as error:
             commit = durable._crash(claim, error)
-        hand.core.finish(commit)
+        hand.core.shared.outcomes.append(commit)
 
     def commit_call(self, hand: Hand, keep: Callable[[], bool]) -> bool:
         """In the model, the beat in which what a call has returned is kept."""
@@ -19243,7 +19243,7 @@ class Theatre(RuleBasedStateMachine):
             hand.judge_from, hand.heartbeat_at = now + LEASE_MS, now
         if gap < -1000:
             hand.judge_from, hand.heartbeat_at, hand.is_behind = now + LEASE_MS, now, True
-        hand.core._notice_gap(now)
+        hand.core._look_at_clock(0.0)
         self.perform(hand, hand.beat)
 
     def renew(self, hand: Hand) -> None:
@@ -19603,7 +19603,9 @@ class Theatre(RuleBasedStateMachine):
             self.model.give_back(twin)
             del hand.claims[key], hand.held[key]
 
-        self.perform(hand, lambda: hand.core.perform(lambda beat: beat.withdrawals.give_back([claim])), give_back)
+        self.perform(
+            hand, lambda: hand.core.callers.perform(lambda beat: beat.withdrawals.give_back([claim])), give_back
+        )
 
     @rule(number=any_hand)
     def beat(self, number: int) -> None:
@@ -21074,7 +21076,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
     },
     "full disks and bad statements": {
         "a refused outcome is half written": replaced(durable._Store, "undo", durable._Store.release),
-        "outcomes are lost with a failed commit": bent(durable._Scheduler, "_report_failure", forgetting_outcomes),
+        "outcomes are lost with a failed commit": bent(durable._Committer, "_report_failure", forgetting_outcomes),
     },
     "correlation keys and their scopes": {
         "an ended instance occupies its key for ever": bent(
@@ -21203,7 +21205,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         ),
     },
     "schedules on a clock that is set back": {
-        "an engine that slept judges the others at once": replaced(durable._Scheduler, "_notice_gap", nothing),
+        "an engine that slept judges the others at once": replaced(durable._Scheduler, "_look_at_clock", nothing),
         "a clock that is set back holds up what is due": replaced(durable._Store, "set_right", lambda *_: (0, False)),
         "what was due first is due last on a clock that is set back": reworded(
             "_SET_RIGHT_RUNNABLE", "ORDER BY eligible_at, id", "ORDER BY eligible_at DESC, id DESC"
