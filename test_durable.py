@@ -20846,7 +20846,7 @@ def forgetting_outcomes(original: Any) -> Any:
 
     def report(self: Any, *args: Any) -> None:
         original(self, *args)
-        self._finished.clear()
+        self._outcomes.clear()
 
     return report
 
