@@ -7821,7 +7821,8 @@ engine.insert(Stranger, queue="$queue", $limit)
 here.wait()
 for _ in range(3):
     engine.insert(Stranger, queue="$queue", $limit)
-last = engine.insert(acquaintance, $limit)
+later = {"schedule_in": 3000} if "priority" in "$limit" else {}  # not to be run here
+last = engine.insert(acquaintance, $limit, **later)
 while "priority" not in "$limit" and engine.get(last).parked_on is None:
     engine.wait(last, 0.01)
 print(last, flush=True)
