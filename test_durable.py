@@ -19320,6 +19320,14 @@ class Theatre(RuleBasedStateMachine):
             lambda: self.model.signal(target, name, name, dedup_key),
         )
 
+    def send(self, identity: int, name: str, dedup_key: str | None = None) -> None:
+        """Send that instance a signal, by the client."""
+        self.perform(
+            self.client,
+            lambda: self.client.engine.signal(identity, name, name, dedup_key=dedup_key),
+            lambda: self.model.signal(identity, name, name, dedup_key),
+        )
+
     def target(self, whom: int, *statuses: Status) -> int | str:
         """Somebody for a verb: mostly one whom it suits, sometimes any, a key, or nobody."""
         suited = [row.id for row in self.model.rows.values() if row.status in statuses]
@@ -19559,6 +19567,17 @@ class Theatre(RuleBasedStateMachine):
     insert_and_work_2 = rule(given=crowds, then=plays)(insert_and_work)
     insert_and_work_3 = rule(given=crowds, then=plays)(insert_and_work)
     insert_and_work_4 = rule(given=crowds, then=plays)(insert_and_work)
+
+    @rule(then=plays, pick=somebody)
+    def go_on_and_back(self, then: list[Cue], pick: int) -> None:
+        """A machine that awaits a signal is sent one, goes on, and is rewound."""
+        self.insert(2, Insert(Puppet, priority=-1))
+        self.work([Cue(Await("a", "middle"))])
+        newest = max(self.model.rows, default=0)
+        self.send(newest, "a", "d1")
+        self.work([Cue(ScheduleChildren([Insert(Puppet)], "start")), *then])
+        if newest in self.model.rows:
+            self.rewind_one(self.client, newest, self.run_of(newest, pick))
 
     def play(self, hand: Hand, key: tuple[int, int], cue: Cue) -> None:
         """Run a claimed step; what it comes to waits for the next beat."""
@@ -19975,13 +19994,6 @@ class Rehearsal:
     def newest(self) -> int:
         """The id of the newest instance."""
         return max(self._theatre.model.rows)
-
-    def send(self, identity: int, name: str, dedup_key: str | None = None) -> None:
-        """Send that instance a signal."""
-        theatre = self._theatre
-        options: dict[str, Any] = {"dedup_key": dedup_key}
-        deliver = functools.partial(theatre.model.signal, identity, name, name, dedup_key)
-        self.perform(theatre.client, lambda: theatre.client.engine.signal(identity, name, name, **options), deliver)
 
     def last_parent(self) -> int:
         """The newest instance that has children."""
@@ -21234,7 +21246,17 @@ def test_the_model_finds(play: str, name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_silent")
-@pytest.mark.parametrize("name", ["parents are not woken", "deadlines never fire", "buckets are not charged"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "parents are not woken",
+        "deadlines never fire",
+        "buckets are not charged",
+        "kept calls outlive the progress of their step",
+        "a schedule fires and does not move on",
+        "children of what is rewound keep their parent",
+    ],
+)
 def test_the_model_finds_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to know where a fault is: moves at random come upon it."""
     blank_file()
