@@ -1042,7 +1042,15 @@ class Event:
     * `gc.swept`: count
     * `store.error`: none; error
 
-    Durations and `late` are seconds.
+    Durations and `late` are seconds. For Prometheus or OpenTelemetry:
+
+        def observe(engine, histogram, tracer):
+            def on_step(event):
+                labels = {"fsm": event.metadata["fsm"], "kind": event.metadata["kind"]}
+                histogram.labels(**labels).observe(event.measurements["duration"])  # prometheus_client
+                tracer.start_span(event.metadata["step"], attributes=labels).end()  # opentelemetry
+
+            return engine.subscribe(on_step, "step.stop")
     """
 
     name: str
