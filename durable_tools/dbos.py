@@ -602,6 +602,7 @@ class _Dispatcher:
 
     def __init__(self, engine: sa.Engine, executor: str) -> None:
         self._executor = executor
+        self._engine = engine
         self._client = DBOSClient(system_database_engine=engine, application_name=_APPLICATION)
 
     @staticmethod
@@ -621,7 +622,8 @@ class _Dispatcher:
                 "system_database_url": url,
                 "run_migrations": False,
                 "log_level": "WARNING",
-                "db_engine_kwargs": {"connect_args": {"application_name": _application_name(self._executor)}},
+                "system_database_engine": self._engine,  # one pool for both: connections are what a server has few of
+                "use_listen_notify": False,
                 "scheduler_polling_interval_sec": 3600.0,
                 "max_executor_threads": sum(queues.values()) + 4 * len(queues) + 8,
             }
@@ -1406,8 +1408,9 @@ class _Core:
         self._make_schema()
         self._engine = sa.create_engine(
             parsed.set(drivername="postgresql+psycopg"),
-            pool_size=min(20, 5 + sum(options.queues.values())),
-            max_overflow=30,
+            pool_size=min(10, 3 + sum(options.queues.values())),
+            max_overflow=5,
+            pool_timeout=60,
             pool_pre_ping=True,
             connect_args={"application_name": _application_name(self.id)},
         )
