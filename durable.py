@@ -1953,7 +1953,7 @@ class Context(Generic[_State]):
     @property
     def now(self) -> dt.datetime:
         """The present instant by the engine's clock."""
-        return _instant(self._claim.desk.now())
+        return _instant(self._claim.services.now())
 
     @property
     def scheduled_at(self) -> dt.datetime | None:
@@ -1975,13 +1975,13 @@ class Context(Generic[_State]):
     def children(self) -> tuple[Instance, ...]:
         """All children that are still in the file, read when first asked for."""
         if self._children is None:
-            self._children = self._claim.desk.children(self.id) if self._claim.error is None else ()
+            self._children = self._claim.services.children(self.id) if self._claim.error is None else ()
         return self._children
 
     @property
     def cancelled(self) -> bool:
         """Whether somebody has asked to cancel the instance by now, or the step is over its `timeout`."""
-        return self._claim.is_disowned or self._claim.desk.is_cancelled(self.id)
+        return self._claim.is_disowned or self._claim.services.is_cancelled(self.id)
 
     def execute(self, sql: str, bindings: Sequence[Any] | Mapping[str, Any] = ()) -> None:
         """Add a statement to the step's commit: it happens exactly once, or not at all.
@@ -1996,7 +1996,7 @@ class Context(Generic[_State]):
 
     def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> None:
         """Add an instance to the step's commit, with the options of `Insert`; a duplicate is dropped and logged."""
-        self._add(_Insertion(self._claim.desk.new_row(_make_insert(fsm, options))))
+        self._add(_Insertion(self._claim.services.new_row(_make_insert(fsm, options))))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Add a signal to the step's commit; one without a live target is dropped and logged."""
@@ -2063,7 +2063,7 @@ class Context(Generic[_State]):
 
     def _kept_calls(self) -> dict[str, tuple[str | None, bool]]:
         if self._kept is None:
-            self._kept = self._claim.desk.calls(self.id) if self._claim.has_calls else {}
+            self._kept = self._claim.services.calls(self.id) if self._claim.has_calls else {}
         return self._kept
 
     @contextlib.contextmanager
@@ -2095,10 +2095,10 @@ class Context(Generic[_State]):
         if note is not None:
             note = _printable(_text(note, "note"))
         if self._effects is not None:
-            self._claim.desk.report_progress(self._claim, (done, total, note))
+            self._claim.services.report_progress(self._claim, (done, total, note))
 
     def _add(self, effect: _Effect) -> None:
-        if self._claim.desk.fork_guard.is_forked:
+        if self._claim.services.fork_guard.is_forked:
             raise EngineClosedError(
                 f"this process was forked off in step {self.step!r} of instance {self.id}, which goes on in its parent:"
                 " nothing can be added to it here"
@@ -5444,12 +5444,12 @@ def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None
     return _resolve(insert.fsm).new_row(insert, now, policy_of)
 
 
-def _forked_row(old: Instance, insert: Insert, desk: _Desk) -> _NewRow:
+def _forked_row(old: Instance, insert: Insert, services: _Services) -> _NewRow:
     """Make the row of a fork: the options that are given, and for the rest what the old instance has."""
-    now = desk.now()
+    now = services.now()
     rate_limit = _limit_key(insert.rate_limit, "rate_limit")
     if rate_limit is not None:
-        _check_rate(rate_limit, insert.weight, desk.policy(_limit_name(rate_limit)))
+        _check_rate(rate_limit, insert.weight, services.policy(_limit_name(rate_limit)))
     key = insert.correlation_key
     return _NewRow(
         fsm=old.fsm,
@@ -5525,7 +5525,7 @@ class _ForkGuard:
 _Reported = tuple[float, float | None, str | None, int]
 
 
-class _Desk:
+class _Services:
     """What running steps may ask for: the time, and what is committed. They never touch the write connection."""
 
     _POLICY_AGE_S = 1.0
@@ -5594,7 +5594,6 @@ class _Claim:
     __slots__ = (
         "began_s",
         "behaviour",
-        "desk",
         "error",
         "has_calls",
         "inbox",
@@ -5607,6 +5606,7 @@ class _Claim:
         "row",
         "ruled_at",
         "seen",
+        "services",
         "spec",
         "started_at",
     )
@@ -5616,14 +5616,14 @@ class _Claim:
         row: _Row,
         spec: _Spec,
         behaviour: object,
-        desk: _Desk,
+        services: _Services,
         inbox: tuple[Signal, ...],
         error: BaseException | None = None,
     ) -> None:
         self.row = row
         self.spec = spec
         self.behaviour = behaviour
-        self.desk = desk
+        self.services = services
         self.inbox = inbox
         self.seen = inbox
         """What the step was shown, also while it is `handle`'s turn."""
@@ -5660,7 +5660,7 @@ class _Claim:
         return code is not None and code.is_async
 
     def failed_with(self, error: BaseException) -> _Claim:
-        failed = _Claim(self.row, self.spec, self.behaviour, self.desk, (), error)
+        failed = _Claim(self.row, self.spec, self.behaviour, self.services, (), error)
         failed.seen = self.seen
         failed.started_at, failed.began_s = self.started_at, self.began_s
         failed.inline_since = self.inline_since
@@ -5685,7 +5685,7 @@ class _Claim:
         False if the object can't be had: then nothing here runs the row.
         """
         if self.behaviour is None:
-            with self.desk.fork_guard:
+            with self.services.fork_guard:
                 self.behaviour = make(self.spec.cls)
         if self.behaviour is not None and self.needs_migration:
             self.migrate()
@@ -5693,9 +5693,9 @@ class _Claim:
 
     def migrate(self) -> None:
         """Bring a row of an earlier version to this; what is wrong with that is the step's error."""
-        self.started_at, self.began_s = _Ticks.perf_counter(), self.desk.clock()
+        self.started_at, self.began_s = _Ticks.perf_counter(), self.services.clock()
         try:
-            with self.desk.fork_guard:
+            with self.services.fork_guard:
                 state = _decode(self.row.state)
                 returned = cast(Any, self.behaviour).migrate(self.row.step, state, self.row.version)
             if not isinstance(returned, tuple) or len(returned) != 2:
@@ -5720,13 +5720,13 @@ class _Claim:
 
     def keep(self, call: _Kept) -> None:
         """Commit what a call returned."""
-        self._note_kept(self.desk.perform(lambda beat: self._keep_in(beat, call)))
+        self._note_kept(self.services.perform(lambda beat: self._keep_in(beat, call)))
 
     async def keep_soon(self, call: _Kept) -> None:
         """Do so without blocking the event loop; many share a commit."""
         import asyncio
 
-        self._note_kept(await asyncio.wrap_future(self.desk.perform_soon(lambda beat: self._keep_in(beat, call))))
+        self._note_kept(await asyncio.wrap_future(self.services.perform_soon(lambda beat: self._keep_in(beat, call))))
 
     def _keep_in(self, beat: Any, call: _Kept) -> bool:
         return not self.is_disowned and beat.store.keep_call(self.row, call)
@@ -5882,7 +5882,7 @@ def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | Sche
         claim.row, claim.is_migrated = claim.row._replace(version=claim.spec.version), True
     state = ctx.state if outcome.state is None else outcome.state
     text = _dump_state(claim.spec.state, state, claim.row.state, ctx._loaded)
-    claim.ruled_at = claim.desk.now()
+    claim.ruled_at = claim.services.now()
     return _transition(claim.row, outcome, text, claim.ruled_at)
 
 
@@ -5890,7 +5890,7 @@ def _check_next(claim: _Claim, outcome: Next) -> None:
     claim.spec.code(outcome.step)
     if outcome.rate_limit is not None:
         key = cast(str, _limit_key(outcome.rate_limit, "rate_limit"))
-        _check_rate(key, outcome.weight, claim.desk.policy(_limit_name(key)))
+        _check_rate(key, outcome.weight, claim.services.policy(_limit_name(key)))
 
 
 def _shown(ctx: Context[Any]) -> tuple[int, ...]:
@@ -5928,7 +5928,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
         case ScheduleChildren():
             kind = "children"
             spec.code(outcome.then)
-            children = tuple(claim.desk.new_row(child)._replace(parent_id=row.id) for child in outcome.children)
+            children = tuple(claim.services.new_row(child)._replace(parent_id=row.id) for child in outcome.children)
             change = _move(claim, ctx, outcome)
         case Stop():
             kind = "stop"
@@ -5964,7 +5964,7 @@ def _ask_handle(claim: _Claim, ctx: Context[Any], error: BaseException) -> Any:
     """Return what the user's `handle` answers, or the `_Commit` that ends the instance for what it raises."""
     _current.set(ctx)
     try:
-        with claim.desk.fork_guard:
+        with claim.services.fork_guard:
             return cast(FSM, claim.behaviour).handle(cast(Exception, error), ctx)
     except BaseException as second:
         if not _is_of_step(second):
@@ -5989,7 +5989,7 @@ def _handled(claim: _Claim, ctx: Context[Any], error: BaseException) -> _Commit:
 
 def _recover(claim: _Claim, error: BaseException) -> _Commit:
     """Turn a failed attempt into an outcome: by a retry rule, else by `handle`."""
-    if claim.is_lost or claim.desk.is_cancelled(claim.row.id):
+    if claim.is_lost or claim.services.is_cancelled(claim.row.id):
         return _stop(claim, error)  # which is stale, or ends it as cancelled: `handle` hears nothing of it
     claim = claim.failed_with(error)  # so that a commit that is refused does not come back to `handle`
     if not isinstance(error, Cancel):
@@ -6041,7 +6041,7 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
     User code runs here, in `_execute_async` and in `_ask_handle`; what else is raised is the engine's own, and a crash.
     The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
     """
-    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.desk.clock()
+    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.services.clock()
     if claim.error is not None:
         return _recover(claim, claim.error)
     try:
@@ -6052,7 +6052,7 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
             raise
         return error
     _current.set(ctx)
-    guard = claim.desk.fork_guard  # asked, and not entered: that would be two calls more
+    guard = claim.services.fork_guard  # asked, and not entered: that would be two calls more
     try:
         returned = code.call(claim.behaviour, ctx)
     except BaseException as error:
@@ -6085,7 +6085,7 @@ def _await_step(step: Awaitable[Any], guard: _ForkGuard) -> Generator[Any, Any, 
 
 async def _execute_async(claim: _Claim) -> _Commit | BaseException:
     """Run an `async def` step likewise; a CancelledError is raised, for only the caller knows who has cancelled it."""
-    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.desk.clock()
+    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.services.clock()
     try:
         code = claim.spec.code(claim.row.step)
         ctx = claim.open()
@@ -6095,7 +6095,7 @@ async def _execute_async(claim: _Claim) -> _Commit | BaseException:
         return error
     _current.set(ctx)
     try:
-        returned = await _await_step(code.call(claim.behaviour, ctx), claim.desk.fork_guard)
+        returned = await _await_step(code.call(claim.behaviour, ctx), claim.services.fork_guard)
     except Exception as error:
         if _is_of_storage(error):
             raise
@@ -6113,7 +6113,7 @@ def _crash(claim: _Claim, error: BaseException) -> _Commit:
     An error of the engine's own around it, for want of files or memory, or of storage, is nobody's attempt: the step
     runs again a little later, and no limit counts that.
     """
-    row, now = claim.row, claim.desk.now()
+    row, now = claim.row, claim.services.now()
     claim.ruled_at = now
     is_own = isinstance(error, Exception)
     cause = f"crash: {_error_text(error)} {'around' if is_own else 'out of'} step {row.step!r}"
@@ -6191,7 +6191,7 @@ class _Behaviours:
 
 def _died(claim: _Claim) -> _Commit:
     """Record the crash of a step whose thread has ended without saying what the step has come to."""
-    row, now = claim.row, claim.desk.now()
+    row, now = claim.row, claim.services.now()
     claim.ruled_at = now
     change = _crashed(row, f"crash: the thread that ran step {row.step!r} has died", now, None)
     return _Commit(claim, _CRASH, change)
@@ -6218,46 +6218,46 @@ def _hand_over(take: Callable[[], _One], count: int, put: Callable[[Iterable[_On
     put(map(operator.call, itertools.repeat(take, count)))
 
 
-class _Bell:
-    """Wakes one sleeping thread; rung while nobody sleeps, it cuts the next sleep short.
+class _WakeUp:
+    """Wakes one sleeping thread; set while nobody sleeps, it cuts the next sleep short.
 
-    A bare lock: 16 us from ring to wake-up, where `threading.Event` takes 30.
+    A bare lock: 16 us from set to wake-up, where `threading.Event` takes 30.
     """
 
-    __slots__ = ("_is_rung", "_lock")
+    __slots__ = ("_is_set", "_lock")
 
     def __init__(self) -> None:
-        self._is_rung = False
+        self._is_set = False
         self._lock = threading.Lock()
         self._lock.acquire()
 
-    def ring(self) -> None:
-        if not self._is_rung:  # the lock itself does not tell: it is taken again as soon as the sleeper is woken
-            self._is_rung = True
+    def set(self) -> None:
+        if not self._is_set:  # the lock itself does not tell: it is taken again as soon as the sleeper is woken
+            self._is_set = True
             try:  # noqa: SIM105 - a context manager takes longer than the rest
                 self._lock.release()
             except RuntimeError:
-                pass  # somebody else rang it in between
+                pass  # somebody else set it in between
 
     def wait(self, timeout: float = -1) -> bool:
-        """Sleep until it is rung; False if the timeout, in seconds, was first."""
+        """Sleep until it is set; False if the timeout, in seconds, was first."""
         timeout = min(timeout, threading.TIMEOUT_MAX)
         try:
             return self._lock.acquire(timeout=timeout)
-        finally:  # also after an interrupt: nobody would ring it any more
-            self._is_rung = False
+        finally:  # also after an interrupt: nobody would set it any more
+            self._is_set = False
 
 
 class _Worker:
     """A thread of a pool, and what it runs."""
 
-    __slots__ = ("bell", "claim", "made_at", "thread")
+    __slots__ = ("claim", "made_at", "thread", "wake_up")
 
     START_S = 1.0
     """After so long a thread that has not started won't: whoever was to start it was interrupted."""
 
     def __init__(self, serve: Callable[[_Worker], None], context: contextvars.Context) -> None:
-        self.bell = _Bell()
+        self.wake_up = _WakeUp()
         self.claim: _Claim | None = None
         """What it has taken last: that has crashed if the thread ends before it does."""
         self.made_at = _Ticks.monotonic()
@@ -6379,7 +6379,7 @@ class _Pool:
             self._shared.commit()
             self._arrive(worker)
         elif not is_minded:
-            self._shared.bell.ring()
+            self._shared.wake_up.set()
         return True
 
     def finish_async(self, claim: _Claim, result: _Commit | BaseException) -> bool:
@@ -6392,7 +6392,7 @@ class _Pool:
             else:
                 self._outcomes.append(result)
             self._end(claim)
-        self._shared.bell.ring()
+        self._shared.wake_up.set()
         self.rouse()
         return True
 
@@ -6405,7 +6405,7 @@ class _Pool:
             self._is_closed = True
             idle = list(self._idle)
         for worker in idle:
-            worker.bell.ring()
+            worker.wake_up.set()
 
     # What the scheduler looks after
 
@@ -6432,7 +6432,7 @@ class _Pool:
         for worker in [worker for worker in list(self._workers) if worker.is_dead]:
             self._retire(worker)
         for worker in list(self._arriving):
-            worker.bell.ring()
+            worker.wake_up.set()
 
     def _retire(self, worker: _Worker) -> None:
         """Count a thread out that ends. What it had taken and has not finished has crashed; it may be done twice."""
@@ -6446,7 +6446,7 @@ class _Pool:
             self._idle.pop(worker, None)
             self._arriving.discard(worker)
         if not self._is_closed:
-            self._shared.bell.ring()
+            self._shared.wake_up.set()
             self.rouse()
 
     def _count_step(self, duration_s: float) -> None:
@@ -6477,7 +6477,7 @@ class _Pool:
         if is_new:
             self._start(worker)
         else:
-            worker.bell.ring()
+            worker.wake_up.set()
 
     def _start(self, worker: _Worker) -> None:
         try:
@@ -6504,7 +6504,7 @@ class _Pool:
         while not self._is_closed:
             claim = self._take(worker)
             if claim is None:
-                worker.bell.wait()
+                worker.wake_up.wait()
                 self._arrive(worker)
             elif (claim.behaviour is None or claim.row.version != claim.spec.version) and not self._prepare(
                 worker, claim
@@ -6535,7 +6535,7 @@ class _Pool:
         with self._lock:
             self._arriving.discard(worker)
         if self._outcomes and not self._shared.commit():
-            self._shared.bell.ring()  # whoever is in a beat may have counted on this thread
+            self._shared.wake_up.set()  # whoever is in a beat may have counted on this thread
 
     def _take(self, worker: _Worker) -> _Claim | None:
         """Take the next row, or line up for being roused."""
@@ -6544,7 +6544,7 @@ class _Pool:
                 if not self._is_closed:
                     self._idle[worker] = None
                 else:
-                    worker.bell.ring()
+                    worker.wake_up.set()
                 return None
             claim = worker.claim = self._ready[0]
             self._running.add(claim)  # before it leaves: whoever looks without the lock must not find neither
@@ -6780,12 +6780,12 @@ class _CallersLoop(_EventLoop):
 class _Waiter:
     """A thread that waits for an instance to get into one of some statuses."""
 
-    __slots__ = ("bell", "done", "instance", "until")
+    __slots__ = ("done", "instance", "until", "wake_up")
 
     def __init__(self, instance: int, until: tuple[Status, ...]) -> None:
         self.instance = instance
         self.until = until
-        self.bell = _Bell()
+        self.wake_up = _WakeUp()
         self.done: _Finish | None = None
         """How it is done, if this engine's commit did it: nobody has to read that. One that failed may run again."""
 
@@ -6793,21 +6793,21 @@ class _Waiter:
 class _ResultWaiter:
     """A future of an instance's result, which waits like a thread; nothing keeps it once nobody refers to it."""
 
-    __slots__ = ("_look", "bell", "done", "future", "instance", "until")
+    __slots__ = ("_look", "done", "future", "instance", "until", "wake_up")
 
     def __init__(self, instance: int, future: Any, look: Callable[[_ResultWaiter], object], forget: Any) -> None:
         self.instance = instance
         self.until = _TERMINAL
-        self.bell = self
+        self.wake_up = self
         self.done: _Finish | None = None
         self.future = weakref.ref(future, lambda _: forget(self))
         self._look = look
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """See how it has ended: not here, which may be within a beat."""
         future = self.future()
         if future is not None:
-            future._hub.post_apart(functools.partial(self._look, self))
+            future._dispatcher.post_apart(functools.partial(self._look, self))
 
 
 class _Waiters:
@@ -6852,16 +6852,16 @@ class _Waiters:
             for waiter in tuple(self._of.get(instance, ())):  # who wakes leaves the list
                 if status in waiter.until:
                     waiter.done = done
-                    waiter.bell.ring()
+                    waiter.wake_up.set()
 
     def wake_all(self) -> None:
         with self._lock:
             waiting = [one for waiters in self._of.values() for one in waiters if isinstance(one, _Waiter)]
         for waiter in waiting:
-            waiter.bell.ring()
+            waiter.wake_up.set()
 
 
-class _Hub:
+class _Dispatcher:
     """Calls subscribers, callbacks of futures and handlers of the log, one after the other; what they raise is logged.
 
     It has a thread of its own, so that one which waits or takes long holds up no work.
@@ -6875,7 +6875,7 @@ class _Hub:
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
         self.pinned: set[concurrent.futures.Future[Any]] = set()
         """Futures that callbacks wait for."""
-        self._bell = _Bell()
+        self._wake_up = _WakeUp()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_running = self._is_short = False
@@ -6948,7 +6948,7 @@ class _Hub:
         self._is_running = False
         thread = self._thread
         if thread is not None and not self.is_current:
-            self._bell.ring()
+            self._wake_up.set()
             thread.join(timeout_s)
             if thread.is_alive():
                 _log.warning("a callback does not come to its end: it is left behind")
@@ -6958,7 +6958,7 @@ class _Hub:
         with self._lock:
             if self._thread is None:
                 self._start_thread()
-        self._bell.ring()
+        self._wake_up.set()
 
     def _start_thread(self) -> None:
         self._thread = threading.Thread(target=self._serve, name="durable-events", daemon=True)
@@ -6988,7 +6988,7 @@ class _Hub:
                     if not self._is_running:
                         self._thread = None
                         return
-                self._bell.wait()
+                self._wake_up.wait()
         except BaseException:  # from outside: the next call starts another
             self._thread = None
             raise
@@ -7028,7 +7028,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def _future_type() -> type[concurrent.futures.Future[Any]]:
-    """Make the class of the engine's futures: their done-callbacks are the hub's to run, not the beat's."""
+    """Make the class of the engine's futures: their done-callbacks are the dispatcher's to run, not the beat's."""
     import concurrent.futures  # only users of futures pay for it
 
     class Condition(threading.Condition):
@@ -7037,19 +7037,19 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
         __exit__ = property(operator.attrgetter("_lock.__exit__"))
 
     class Future(concurrent.futures.Future[Any]):
-        def __init__(self, hub: _Hub) -> None:
+        def __init__(self, dispatcher: _Dispatcher) -> None:
             super().__init__()
             self._condition = Condition()
-            self._hub = hub
+            self._dispatcher = dispatcher
 
         def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
             """Have it called with the future when it is done; at once if it is."""
             if self.done():
                 super().add_done_callback(fn)
             else:
-                self._hub.pinned.add(self)  # until it is called: nobody else may refer to it
+                self._dispatcher.pinned.add(self)  # until it is called: nobody else may refer to it
                 call: collections.deque[Callable[[], object]] = collections.deque([functools.partial(self._call, fn)])
-                super().add_done_callback(lambda _: self._hub.take_over(call, is_apart=True))
+                super().add_done_callback(lambda _: self._dispatcher.take_over(call, is_apart=True))
 
         def tell_again(self) -> None:
             """Tell whoever waits that it is done: whoever settled it may have been interrupted before he did."""
@@ -7058,7 +7058,7 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
             cast(Any, self)._invoke_callbacks()
 
         def _call(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
-            self._hub.pinned.discard(self)
+            self._dispatcher.pinned.discard(self)
             fn(self)
 
         def __await__(self) -> Generator[Any, None, Any]:
@@ -7086,8 +7086,8 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
 class _Timeouts:
     """The running steps that have a timeout, by the instant at which it is over."""
 
-    def __init__(self, bell: _Bell) -> None:
-        self._bell = bell
+    def __init__(self, wake_up: _WakeUp) -> None:
+        self._wake_up = wake_up
         self._lock = threading.Lock()
         self._heap: list[tuple[float, int, _Claim, _Pool]] = []
         self._room = 64
@@ -7105,7 +7105,7 @@ class _Timeouts:
             heapq.heappush(self._heap, (deadline, id(claim), claim, pool))
             self.next_at = self._heap[0][0]
         if deadline == self.next_at:
-            self._bell.ring()
+            self._wake_up.set()
 
     def take_expired(self, monotonic: float) -> list[tuple[_Claim, _Pool]]:
         expired = []
@@ -7126,32 +7126,32 @@ class _Shared:
     run_async: Callable[[_Claim, _Pool], None]
     """Runs a step on the event loop."""
 
-    def __init__(self, path: str, desk: _Desk, behaviours: _Behaviours, hub: _Hub) -> None:
+    def __init__(self, path: str, services: _Services, behaviours: _Behaviours, dispatcher: _Dispatcher) -> None:
         self.path = path
-        self.desk = desk
+        self.services = services
         self.behaviours = behaviours
-        self.hub = hub
+        self.dispatcher = dispatcher
         self.context = contextvars.copy_context()
         """That of whoever started the engine: threads and tasks have copies of it."""
         self.outcomes: collections.deque[_Commit] = collections.deque()
         """What steps have come to, to be committed."""
-        self.bell = _Bell()
+        self.wake_up = _WakeUp()
         """Wakes the thread that looks after everything."""
         self.wakes_at = 0.0
-        """Until when that thread sleeps, unless it is rung; while it does not, for ever: so whoever beats will ring."""
-        self.timeouts = _Timeouts(self.bell)
+        """Until when that thread sleeps, unless it is woken; while it does not, for ever: so whoever beats wakes it."""
+        self.timeouts = _Timeouts(self.wake_up)
         self.is_stopping = self.is_closed = False
 
     def log_soon(self, what: str, error: BaseException, exc_info: BaseException | None = None) -> None:
         """Log an error, but not under a lock: what handlers of the log do is not for a beat's time."""
         text = _error_text(error)
-        self.hub.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
+        self.dispatcher.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
 
     def drop(self, claim: _Claim) -> None:
         """Tell that a step which was disowned has ended after all: its outcome is stale."""
         row = claim.row
-        if self.hub.wants("outcome.stale"):
-            self.hub.publish([Event("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})])
+        if self.dispatcher.wants("outcome.stale"):
+            self.dispatcher.publish([Event("outcome.stale", {}, {"id": row.id, "fsm": row.fsm, "step": row.step})])
 
 
 # ==================================================================================================
@@ -7162,7 +7162,7 @@ class _Shared:
 class _Request:
     """Something that a caller wants done in the next beat, and the answer to it."""
 
-    __slots__ = ("_bell", "action", "error", "future", "is_cancelled", "is_settled", "row", "value")
+    __slots__ = ("_wake_up", "action", "error", "future", "is_cancelled", "is_settled", "row", "value")
 
     def __init__(
         self,
@@ -7177,13 +7177,13 @@ class _Request:
         self.value: Any = None
         self.error: BaseException | None = None
         self.is_settled = self.is_cancelled = False
-        self._bell = None if future is not None else _Bell()
+        self._wake_up = None if future is not None else _WakeUp()
 
     def settle(self) -> None:
         """Tell the caller: what it asked for is committed, or has failed. It may be told twice."""
         is_again, self.is_settled = self.is_settled, True
         if self.future is None:
-            cast(_Bell, self._bell).ring()
+            cast(_WakeUp, self._wake_up).set()
         elif self.future.done():  # by somebody whom it does not belong to, or here, where an interrupt came before all
             if is_again:
                 cast(Any, self.future).tell_again()
@@ -7201,7 +7201,7 @@ class _Request:
         return future.set_running_or_notify_cancel()
 
     def wait(self) -> None:
-        cast(_Bell, self._bell).wait()
+        cast(_WakeUp, self._wake_up).wait()
 
 
 class _StaleError(Exception):
@@ -7239,7 +7239,7 @@ class _Setup(NamedTuple):
     """What all beats of an engine have in common."""
 
     store: _Store
-    desk: _Desk
+    services: _Services
     """For the steps of what is claimed."""
     behaviours: _Behaviours
     worker_id: str
@@ -8236,7 +8236,9 @@ class _Settlement:
         self._report.kinds.append(commit.kind)
         if self._wants_steps:
             self._tell_step(commit)
-        following = _Claim(_advanced(row, change), claim.spec, claim.behaviour, claim.desk, self._inboxes.of(row.id))
+        following = _Claim(
+            _advanced(row, change), claim.spec, claim.behaviour, claim.services, self._inboxes.of(row.id)
+        )
         following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
         self._report.claims.append(following)
         if self._report.is_wanted("inline.continue"):
@@ -8250,7 +8252,7 @@ class _Settlement:
         if self._wants_steps:
             self._tell_step(commit)
         if isinstance(change, _Again):
-            if reported := claim.desk.progress.get((row.id, row.claim)):
+            if reported := claim.services.progress.get((row.id, row.claim)):
                 self._store.show_last_progress(row, _json(reported))
         elif change.status == Status.DONE and self._inboxes.may_hold_any():
             self._inboxes.empty(claim, self._history.kept_by(claim))
@@ -8712,7 +8714,7 @@ class _Picker:
 
     def _go_through(self, pick: _Pick, *, takes_any: bool) -> Iterator[tuple[_Row, _Found]]:
         """Go through what is due in a queue and can run here: take what has no limits, yield what is to be met."""
-        known, taken, slots, desk = self._known, pick.taken, pick.slots, self._setup.desk
+        known, taken, slots, services = self._known, pick.taken, pick.slots, self._setup.services
         priority = -_MAX_INTEGER - 1
         while (head := self._store.next_priority(pick.queue, priority)) is not None:
             priority, eligible_at = head
@@ -8730,7 +8732,7 @@ class _Picker:
                         yield row, found
                     else:
                         inbox = self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS
-                        taken.append(_Claim(row, *found, desk, inbox))
+                        taken.append(_Claim(row, *found, services, inbox))
                     if len(taken) >= slots:
                         return
             finally:  # or the traceback of an interrupt would keep it, and with it an old view of the file
@@ -8751,7 +8753,7 @@ class _Picker:
         refusal = self._admission.refusal(row, order)
         if refusal is None:
             inbox = self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS
-            pick.taken.append(_Claim(row, *found, self._setup.desk, inbox))
+            pick.taken.append(_Claim(row, *found, self._setup.services, inbox))
             return True
         pick.parked.append((refusal, row.id))
         self._lines.note_refused(row, refusal)
@@ -9169,8 +9171,8 @@ class _Runners:
         self.pools: dict[str, _Pool] = {}
         self.drain: _Drain | None = None
         self.held = _Held()
-        self.is_empty = _Bell()
-        """Rung when nothing is held any more by an engine that stops."""
+        self.is_empty = _WakeUp()
+        """Set when nothing is held any more by an engine that stops."""
         self._shared = shared
         self._prefetch = prefetch
         self._loop: _EventLoop | None = None
@@ -9212,7 +9214,7 @@ class _Runners:
 
     def let_go(self, claims: Sequence[_Claim]) -> None:
         """Forget claims that are over."""
-        progress = self._shared.desk.progress
+        progress = self._shared.services.progress
         if progress:
             for claim in claims:
                 progress.pop((claim.row.id, claim.row.claim), None)
@@ -9220,7 +9222,7 @@ class _Runners:
         for pool in self.pools.values():
             pool.release()
         if self._shared.is_stopping and not self.held:
-            self.is_empty.ring()
+            self.is_empty.set()
 
     def take_back(self, queue: str, instance: int | None) -> list[_Claim]:
         """Take claimed rows of a queue that have not started from its pool: all, or only that one."""
@@ -9371,7 +9373,7 @@ class _Reporter:
     def __init__(self, shared: _Shared, held: _Held, files: _OpenFiles) -> None:
         self.waiters = _Waiters()
         self._shared = shared
-        self._hub = shared.hub
+        self._dispatcher = shared.dispatcher
         self._held = held
         self._files = files
         self._told: set[tuple[str, int | str]] = set()  # unknown classes with versions, schedules left with reasons
@@ -9384,8 +9386,8 @@ class _Reporter:
             for queue in report.saturated:
                 report.tell("scheduler.saturation", {"in_flight": self._held.count(queue)}, {"queue": queue})
             failures = (functools.partial(_log_failure, row, change) for row, change in report.failures)
-            batch.news = collections.deque([*failures, *report.logs, *map(self._hub.call_for, report.events)])
-        self._hub.take_over(batch.news)
+            batch.news = collections.deque([*failures, *report.logs, *map(self._dispatcher.call_for, report.events)])
+        self._dispatcher.take_over(batch.news)
 
     def _add_unknown(self, report: _Report) -> None:
         """Say, once, which classes nothing here can run, and why a schedule is left to other engines."""
@@ -9402,12 +9404,12 @@ class _Reporter:
             self._shared.log_soon("a commit failed and nothing of it was kept", error)
         elif not self._is_loss_told:  # it is for good: told once
             self._is_loss_told = True
-            self._hub.post(functools.partial(_log.error, "%s", self._files.loss))
+            self._dispatcher.post(functools.partial(_log.error, "%s", self._files.loss))
             self.waiters.wake_all()
         else:
             return
-        if self._hub.wants("store.error"):
-            self._hub.publish([Event("store.error", {}, {"error": _error_text(error)})])
+        if self._dispatcher.wants("store.error"):
+            self._dispatcher.publish([Event("store.error", {}, {"error": _error_text(error)})])
 
 
 class _StandingDuty(NamedTuple):
@@ -9461,10 +9463,10 @@ class _Committer:
         self._batch = _Batch()
         self._setup = setup
         self._store = setup.store
-        self._desk = setup.desk
+        self._services = setup.services
         self._shared = shared
         self._outcomes = shared.outcomes
-        self._hub = shared.hub
+        self._dispatcher = shared.dispatcher
         self._runners = runners
         self._reporter = reporter
         self._waiters = reporter.waiters
@@ -9486,7 +9488,7 @@ class _Committer:
 
     def _due_at(self, monotonic: float) -> float:
         """When there are outcomes to commit that no worker is about to, or something in the file is due."""
-        due_at = math.inf if self.due_at is None else monotonic + (self.due_at - self._desk.now()) / 1000
+        due_at = math.inf if self.due_at is None else monotonic + (self.due_at - self._services.now()) / 1000
         if not self._outcomes:
             return due_at
         if self.failure is not None or not self._runners.will_commit:
@@ -9500,11 +9502,11 @@ class _Committer:
         if self._outcomes or self.due_at is not None:
             needed_at = min(needed_at, max(self.retry_at, self._due_at(monotonic)))
         if needed_at < self._shared.wakes_at - self.SLACK_S:
-            self._shared.bell.ring()
+            self._shared.wake_up.set()
 
     def is_due(self) -> bool:
         """Whether something in the file is due."""
-        return self.due_at is not None and self.due_at <= self._desk.now()
+        return self.due_at is not None and self.due_at <= self._services.now()
 
     # Who runs one
 
@@ -9515,7 +9517,7 @@ class _Committer:
                 if self._shared.is_closed:
                     return math.inf
                 self.beat()
-            self._hub.flush()
+            self._dispatcher.flush()
         return self.next_at(_Ticks.monotonic())
 
     def commit_outcomes(self) -> bool:
@@ -9539,9 +9541,9 @@ class _Committer:
                     self.beat()
             self._wake_if_needed()
         except BaseException:
-            self._shared.bell.ring()  # for what came meanwhile, and what was put back
+            self._shared.wake_up.set()  # for what came meanwhile, and what was put back
             raise
-        self._hub.flush()
+        self._dispatcher.flush()
         return True
 
     def commit_for_callers(self) -> None:
@@ -9549,7 +9551,7 @@ class _Committer:
         with self.lock:
             if (self.requests or self._batch.is_open) and not self._shared.is_closed:
                 self.beat()
-        self._hub.flush()
+        self._dispatcher.flush()
 
     def commit_once(self, demand: _Demand | None = None) -> bool:
         """Run one beat, which claims what is demanded; True if it has left something for the next.
@@ -9558,7 +9560,7 @@ class _Committer:
         """
         with self.lock:
             is_unfinished = not self._shared.is_closed and self.beat(demand)
-        self._hub.flush()
+        self._dispatcher.flush()
         return is_unfinished
 
     # The beat
@@ -9622,11 +9624,11 @@ class _Committer:
 
     def _given(self, commits: list[_Commit], requests: list[_Request], demand: _Demand, *, is_careful: bool) -> _Given:
         return _Given(
-            now=self._desk.now(),
+            now=self._services.now(),
             commits=commits,
             requests=requests,
             demand=demand,
-            wanted=self._hub.wanted,
+            wanted=self._dispatcher.wanted,
             has_timers=self._runners.are_running,
             is_stopping=self._shared.is_stopping,
             fired_until=self.fired_until,
@@ -9712,7 +9714,7 @@ class _Committer:
         self.beat_at = _Ticks.monotonic()
         self._failures_in_a_row = 0
         self.failure = None
-        self.due_at = self._desk.now() if report.is_unfinished else report.next_at
+        self.due_at = self._services.now() if report.is_unfinished else report.next_at
         self._passed_on = report.passed_on
         self.fired_until = report.fired_until
         if report.left:
@@ -9743,7 +9745,7 @@ class _Committer:
             self._runners.submit(failed[0].row.queue, failed, first=True)
         if batch.stopped:
             _hand_over(batch.stopped.popleft, len(batch.stopped), self._outcomes.extend)
-            self._shared.bell.ring()
+            self._shared.wake_up.set()
 
     # Where storage fails
 
@@ -9784,7 +9786,7 @@ class _Callers:
 
     def check_open(self) -> None:
         """Refuse what an engine can't do any more."""
-        if self._shared.desk.fork_guard.is_forked:
+        if self._shared.services.fork_guard.is_forked:
             raise EngineClosedError(
                 f"this engine on {self._shared.path} was opened in process {self._pid}, before the fork. {_FORK_ADVICE}"
             )
@@ -9840,12 +9842,12 @@ class _Callers:
         return request.value
 
     def _later(self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None) -> _Future[Any]:
-        future: _Future[Any] = cast(Any, _future_type())(self._shared.hub)
+        future: _Future[Any] = cast(Any, _future_type())(self._shared.dispatcher)
         request = _Request(action, row, future)
         try:
             self._enqueue(request)
             if self._has_committer():
-                self._shared.bell.ring()
+                self._shared.wake_up.set()
             elif self._flusher is None or not self._flusher.is_alive():
                 self._start_flush()
         except BaseException:
@@ -9901,7 +9903,7 @@ class _Results:
 
     def future_of(self, instance: int) -> _Future[Any]:
         """Return a future of an instance's result."""
-        future: _Future[Any] = cast(Any, _future_type())(self._shared.hub)
+        future: _Future[Any] = cast(Any, _future_type())(self._shared.dispatcher)
         waiter = _ResultWaiter(instance, future, self._look, self._waiters.remove)
         self._waiters.add(waiter)
         self._look(waiter)  # it may have ended before
@@ -10011,7 +10013,7 @@ class _Peers:
         self._committer = committer
         self._callers = callers
         self._shared = shared
-        self._now = shared.desk.now
+        self._now = shared.services.now
         self._options = options
         self._notice_others = notice_others
         """Called when another process has committed."""
@@ -10210,7 +10212,7 @@ class _Peers:
         self._armed_at = None
         if not self._committer.lock.locked() and monotonic - self._committer.beat_at > self.LOOK_S:
             self._changed_at = monotonic
-        self._shared.bell.ring()
+        self._shared.wake_up.set()
 
     def _restore_lock(self, _: float) -> None:
         if self._lock_file is not None:
@@ -10453,12 +10455,12 @@ class _Duties:
 class _ClockWatch:
     """Notices a suspended machine, and a clock that was set, and has the file's lines and dates set right."""
 
-    def __init__(self, committer: _Committer, callers: _Callers, desk: _Desk, reader: _Reader) -> None:
+    def __init__(self, committer: _Committer, callers: _Callers, services: _Services, reader: _Reader) -> None:
         self._committer = committer
         self._callers = callers
-        self._desk = desk
+        self._services = services
         self._reader = reader
-        self.seen_at = desk.now()
+        self.seen_at = services.now()
         """When the clock was last read."""
         self.mending: Callable[[_Beat], object] | None = None
         """How the lines of limits, and dates, are to be set right; None once that is committed."""
@@ -10476,7 +10478,7 @@ class _ClockWatch:
 
     def mend_lines(self) -> None:
         """Have all lines of limits looked at, which may have changed, and what a clock that was ahead has written."""
-        is_ahead = self._reader.is_ahead(self._desk.now())
+        is_ahead = self._reader.is_ahead(self._services.now())
         self.mending = _Beat.set_right if is_ahead else (lambda beat: beat.lines.sweep())
 
     def next_at(self, _: float) -> float:
@@ -10499,36 +10501,36 @@ class _ProgressWriter:
 
     def __init__(self, shared: _Shared, runners: _Runners) -> None:
         self._shared = shared
-        self._desk = shared.desk
+        self._services = shared.services
         self._runners = runners
         self.written_from = 0.0
         """When it may be written again, by the monotonic clock."""
 
     def note(self, claim: _Claim) -> None:
         row = claim.row
-        if self._shared.hub.wants("step.progress"):
-            done, total, note, _ = self._desk.progress[row.id, row.claim]
+        if self._shared.dispatcher.wants("step.progress"):
+            done, total, note, _ = self._services.progress[row.id, row.claim]
             metadata = {"id": row.id, "fsm": row.fsm, "step": row.step, "note": note}
-            self._shared.hub.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
+            self._shared.dispatcher.publish([Event("step.progress", {"done": done, "total": total}, metadata)])
         if self._runners.drain is not None:
             if _Ticks.monotonic() >= self.written_from:
-                self._desk.perform(lambda beat: None)
-        elif len(self._desk.progress) == 1:  # else the thread knows
-            self._shared.bell.ring()
+                self._services.perform(lambda beat: None)
+        elif len(self._services.progress) == 1:  # else the thread knows
+            self._shared.wake_up.set()
 
     def next_at(self, _: float) -> float:
-        return self.written_from if self._desk.progress else math.inf
+        return self.written_from if self._services.progress else math.inf
 
     def write(self, beat: _Beat) -> None:
-        taken = dict(self._desk.progress)
+        taken = dict(self._services.progress)
         beat.store.show_progress((_json(reported), *key) for key, reported in taken.items())
         beat.report.after.append(functools.partial(self._note_written, taken))
 
     def _note_written(self, taken: dict[tuple[int, int], _Reported]) -> None:
         self.written_from = _Ticks.monotonic() + self.PAUSE_S
         for key, reported in taken.items():
-            if self._desk.progress.get(key) is reported:
-                self._desk.progress.pop(key, None)
+            if self._services.progress.get(key) is reported:
+                self._services.progress.pop(key, None)
 
 
 class _Collection:
@@ -10538,12 +10540,12 @@ class _Collection:
     PAUSE_S = 0.01
     """How long to leave others the file between two steps, each of which takes some milliseconds."""
 
-    def __init__(self, committer: _Committer, callers: _Callers, desk: _Desk, interval_ms: int) -> None:
+    def __init__(self, committer: _Committer, callers: _Callers, services: _Services, interval_ms: int) -> None:
         self.starts_at = 0
         """When the next sweep begins, by the engine's clock."""
         self._committer = committer
         self._callers = callers
-        self._desk = desk
+        self._services = services
         self._interval_ms = interval_ms
         self._step: _Request | None = None
         self._sweep_from: _SweepPosition | None = None
@@ -10556,7 +10558,7 @@ class _Collection:
 
     def go_on(self, monotonic: float) -> float:
         """Begin a sweep, or take the next step of one, if that is due; return when the next is."""
-        now = self._desk.now()
+        now = self._services.now()
         if now >= self.starts_at:
             self.starts_at = now + self._interval_ms
             self._sweep_from, self._spare_pages = _SweepPosition(), None
@@ -10593,7 +10595,7 @@ class _Declarations:
         """Have them written in the next beat if classes were defined since the last look."""
         if self._registrations != _registry.changes:
             self._registrations = _registry.changes
-            self._committer.due_at = self._shared.desk.now()
+            self._committer.due_at = self._shared.services.now()
             try:
                 self._callers.post(self._writing())
             except (DurableError, ValueError, TypeError) as error:
@@ -10602,7 +10604,7 @@ class _Declarations:
 
     def describe(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool = False) -> _ScheduleRow:
         try:
-            row = self._shared.desk.new_row(_make_insert(spec.cls, plan.insert))
+            row = self._shared.services.new_row(_make_insert(spec.cls, plan.insert))
         except Exception as error:
             error.add_note(f"in the schedule {name!r}")
             raise
@@ -10639,10 +10641,10 @@ class _Scheduler:
         self.files = _OpenFiles(path)
         self.store = self._open()
         self.reader = _Reader(path, files=self.files)
-        self.desk = _Desk(self.reader, options.clock)
-        self.hub = _Hub(self.desk.fork_guard)
+        self.services = _Services(self.reader, options.clock)
+        self.dispatcher = _Dispatcher(self.services.fork_guard)
         self.behaviours = behaviours
-        self.shared = _Shared(path, self.desk, behaviours, self.hub)
+        self.shared = _Shared(path, self.services, behaviours, self.dispatcher)
         self.shared.give_back = self._give_back
         self.store.patience.tell = self._tell_wait
         self._life_lock = threading.Lock()
@@ -10659,7 +10661,7 @@ class _Scheduler:
         self.waiters = reporter.waiters
         setup = _Setup(
             store=self.store,
-            desk=self.desk,
+            services=self.services,
             behaviours=self.behaviours,
             worker_id=self.worker_id,
             concurrency_limits=self.options.concurrency_limits,
@@ -10675,11 +10677,11 @@ class _Scheduler:
         """Make what there is to do by the clock, in beats and beside them."""
         file = _File(self.path, self.worker_id, self.files, self.store, self.reader)
         self.peers = _Peers(file, self.committer, self.callers, self.shared, self.options, self._notice_others)
-        self.clock = _ClockWatch(self.committer, self.callers, self.desk, self.reader)
-        self.collection = _Collection(self.committer, self.callers, self.desk, self.options.gc_ms)
+        self.clock = _ClockWatch(self.committer, self.callers, self.services, self.reader)
+        self.collection = _Collection(self.committer, self.callers, self.services, self.options.gc_ms)
         self.declarations = _Declarations(self.committer, self.callers, self.shared)
         self.progress = _ProgressWriter(self.shared, self.runners)
-        self.desk.open(self.callers.perform, self.callers.perform_later, self.progress.note)
+        self.services.open(self.callers.perform, self.callers.perform_later, self.progress.note)
         self.committer.standing = (
             _StandingDuty(self.peers.renewal_at, self.peers.renew),
             _StandingDuty(self.clock.next_at, self.clock.mend),
@@ -10708,11 +10710,11 @@ class _Scheduler:
 
     def _tell_wait(self, text: str) -> None:
         """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
-        self.hub.post_apart(functools.partial(_log.warning, "%s", text))
+        self.dispatcher.post_apart(functools.partial(_log.warning, "%s", text))
 
     def _give_back(self, claim: _Claim) -> None:
         self.callers.post(lambda beat: beat.withdrawals.give_back([claim]))
-        self.shared.bell.ring()
+        self.shared.wake_up.set()
 
     @property
     def is_started(self) -> bool:
@@ -10725,7 +10727,7 @@ class _Scheduler:
     def is_within(self) -> bool:
         """Whether this is a step of the engine's or a callback, which whoever stops it waits for."""
         ctx = _current.get()
-        return self.hub.is_current or (ctx is not None and ctx._claim.desk is self.desk)
+        return self.dispatcher.is_current or (ctx is not None and ctx._claim.services is self.services)
 
     # Starting
 
@@ -10750,7 +10752,7 @@ class _Scheduler:
                 act()
             finally:
                 self._life_owner = None
-                self.runners.is_empty.ring()
+                self.runners.is_empty.set()
 
     def _start(self, loop: asyncio.AbstractEventLoop | None) -> None:
         _load_what_steps_need()
@@ -10758,18 +10760,18 @@ class _Scheduler:
         self.peers.join_and_watch(self._join)
         try:
             self.runners.start(self.options.queues, loop)
-            self.hub.start()
+            self.dispatcher.start()
             self._start_thread()
         except BaseException as error:
             self.committer.thread = None  # if it has started nevertheless, it finds out
             self.runners.pools = {}
-            self.hub.stop()
+            self.dispatcher.stop()
             self.peers.unwatch()
             self._sign_off()
             if not isinstance(error, RuntimeError):
                 raise
             raise DurableError(f"the engine on {self.path} can't start: {error}") from error
-        self.committer.due_at = self.desk.now()
+        self.committer.due_at = self.services.now()
         _log.info("engine %s started on %s, queues %s", self.options.name, self.path, self.options.queues)
 
     def _join(self, lease_ms: int, *, is_patient: bool = True) -> None:
@@ -10793,14 +10795,14 @@ class _Scheduler:
                 shared.wakes_at = math.inf
                 next_at = self._duties.do_due(_Ticks.monotonic())
                 shared.wakes_at = next_at
-                shared.bell.wait(max(0.0, next_at - _Ticks.monotonic()))
+                shared.wake_up.wait(max(0.0, next_at - _Ticks.monotonic()))
             except BaseException as error:  # noqa: BLE001 - without it callers would wait for ever
                 shared.log_soon("the scheduler failed; it goes on", error, exc_info=error)
-                shared.bell.wait(0.1)
+                shared.wake_up.wait(0.1)
 
     def _look_at_clock(self, _: float) -> float:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
-        now = self.desk.now()
+        now = self.services.now()
         gap = now - self.clock.seen_at
         if gap > (self.options.lease_ms - self.options.heartbeat_ms) / 2:  # shorter, it has cost nobody the lease
             self.peers.renew_before_judging(now)
@@ -10820,7 +10822,7 @@ class _Scheduler:
 
     def _notice_others(self) -> None:
         """Look for what other processes have committed."""
-        self.committer.due_at = self.desk.now()
+        self.committer.due_at = self.services.now()
         self.committer.fired_until = _LONG_AGO
         self.results.notify()
         paused = {queue: self.store.is_paused(queue) for queue in self.runners.pools}
@@ -10836,7 +10838,7 @@ class _Scheduler:
 
     def stop(self, timeout_s: float | None) -> None:
         """Stop claiming, give back what has not started, let the rest commit, give back what is left, close."""
-        if self.desk.fork_guard.is_forked:
+        if self.services.fork_guard.is_forked:
             return
         drain_s = min(self.options.drain_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
         if self._is_at_end or (self.shared.is_stopping and self.is_within()):
@@ -10852,7 +10854,7 @@ class _Scheduler:
     def _stop_started(self, drain_s: float) -> None:
         with self.committer.lock:  # what a beat under way claims is in the pools before they are emptied
             self.shared.is_stopping = True
-        self.shared.bell.ring()
+        self.shared.wake_up.set()
         unstarted = self.runners.withdraw()
         if unstarted:
             self._try(lambda beat: beat.withdrawals.give_back(unstarted))
@@ -10885,10 +10887,10 @@ class _Scheduler:
         self.close()
 
     def _tell_drain(self, released: collections.Counter[str]) -> None:
-        if self.hub.wants("scheduler.drain"):
+        if self.dispatcher.wants("scheduler.drain"):
             for queue in self.runners.pools:
                 measurements = {"released": released[queue], "in_flight": self.runners.held.count(queue)}
-                self.hub.publish([Event("scheduler.drain", measurements, {"queue": queue})])
+                self.dispatcher.publish([Event("scheduler.drain", measurements, {"queue": queue})])
 
     def _sign_off(self) -> None:
         """Give everything back, and leave."""
@@ -10910,7 +10912,7 @@ class _Scheduler:
             return
         with self.committer.requests_lock:
             self.shared.is_closed = True
-        self.shared.bell.ring()
+        self.shared.wake_up.set()
         thread = self.committer.thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -10920,8 +10922,8 @@ class _Scheduler:
         with self.committer.lock:
             self.committer.conclude()
             self.callers.refuse_all(EngineClosedError(f"the engine on {self.path} was stopped"))
-        self.hub.flush()
-        self.hub.stop()  # after the requests: one of them may be a subscriber's
+        self.dispatcher.flush()
+        self.dispatcher.stop()  # after the requests: one of them may be a subscriber's
         self._copier.wait()
         with self.committer.lock:
             self.files.is_closing = True
@@ -10933,7 +10935,7 @@ class _Scheduler:
 
     def abandon(self) -> None:
         """Let go of everything, unclosed: this is the child of a fork."""
-        self.desk.fork_guard.is_forked = True
+        self.services.fork_guard.is_forked = True
         if self.is_closed:  # it may have left a step behind
             return
         self.shared.is_closed = True
@@ -10954,7 +10956,7 @@ class _Scheduler:
             try:
                 _load_what_steps_need()
                 self._join(drain.LEASE_MS, is_patient=False)
-                drain.run(max_steps, lambda: self.clock.look(self.desk.now()))
+                drain.run(max_steps, lambda: self.clock.look(self.services.now()))
             finally:
                 self._end_drain()
 
@@ -11178,12 +11180,12 @@ def _find_past(runs: _Runs, old: Instance, to: Any, state: Any) -> _Past:
     return _Past(seq, step_name, text)
 
 
-def _fork_template(old: Instance, options: _InsertOptions, desk: _Desk) -> _NewRow:
+def _fork_template(old: Instance, options: _InsertOptions, services: _Services) -> _NewRow:
     """Make the row of a fork, of what is given for it."""
     for name in ("args", "step"):
         if options.get(name) is not None:
             raise ValueError(f"{name} is no option of a fork: `to` says where it starts, `state` with what")
-    return _forked_row(old, _make_insert(old.fsm, options), desk)
+    return _forked_row(old, _make_insert(old.fsm, options), services)
 
 
 class _Client:
@@ -11213,12 +11215,12 @@ class _Sending(_Client):
         then nothing was written.
         """
         self._core.callers.check_open()
-        return self._core.callers.insert(self._core.desk.new_row(_make_insert(fsm, options)))
+        return self._core.callers.insert(self._core.services.new_row(_make_insert(fsm, options)))
 
     def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
         """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
         self._core.callers.check_open()
-        rows = _new_rows(inserts, self._core.desk.new_row)
+        rows = _new_rows(inserts, self._core.services.new_row)
         return cast("list[int | None]", self._core.callers.perform(lambda beat: beat.inserts.write(rows)))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> _Future[int]:
@@ -11229,7 +11231,7 @@ class _Sending(_Client):
         thread of the engine's.
         """
         self._core.callers.check_open()
-        return self._core.callers.insert_later(self._core.desk.new_row(_make_insert(fsm, options)))
+        return self._core.callers.insert_later(self._core.services.new_row(_make_insert(fsm, options)))
 
     def signal_nowait(
         self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
@@ -11317,7 +11319,7 @@ class _Looking(_Client):
         deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         told: dict[str, dict[str, int]] | None = None
         while True:
-            busy = self._reader.busy(self._core.desk.now())
+            busy = self._reader.busy(self._core.services.now())
             busy = busy if queue is None else busy & {queue}
             if on_change is not None and (counts := self.counts()) != told:
                 told = counts
@@ -11355,7 +11357,7 @@ class _Looking(_Client):
         callback raises is logged.
         """
         self._core.callers.check_open()
-        return self._core.hub.subscribe(callback, names)
+        return self._core.dispatcher.subscribe(callback, names)
 
     def _wait(
         self, target: int | str, look: Callable[[_Waiter], _Look], until: tuple[Status, ...], timeout: _Duration | None
@@ -11368,7 +11370,7 @@ class _Looking(_Client):
         warn_at = _Ticks.monotonic() + self._WARN_S
         with core.waiters.waiting(instance, until) as waiter:
             if instance in core.runners.held:  # most likely there is nothing to see yet
-                waiter.bell.wait(max(0.0, min(deadline - _Ticks.monotonic(), self._UNSEEN_S)))
+                waiter.wake_up.wait(max(0.0, min(deadline - _Ticks.monotonic(), self._UNSEEN_S)))
                 core.callers.check_open()
             while True:
                 found, monotonic = look(waiter), _Ticks.monotonic()
@@ -11377,9 +11379,9 @@ class _Looking(_Client):
                 if warn_at <= monotonic:
                     warn_at = math.inf
                     self._warn_if_unserved(instance)
-                # The engine's own thread rings for commits, also for those of other processes; without it, look.
+                # The engine's own thread wakes it for commits, also for those of other processes; without it, look.
                 look_at = math.inf if core.is_started else monotonic + core.options.poll_s
-                waiter.bell.wait(min(deadline, warn_at, look_at) - monotonic)
+                waiter.wake_up.wait(min(deadline, warn_at, look_at) - monotonic)
                 core.callers.check_open()
 
     def _warn_if_unserved(self, instance: int) -> None:
@@ -11390,7 +11392,7 @@ class _Looking(_Client):
     def _refuse_unserved(self, queues: set[str]) -> None:
         """Refuse to wait for work that no engine is there to run, unless one was just about to end it."""
         served = {queue for worker in self.workers() for queue in worker.queues}
-        unserved = queues - served and self._core.reader.busy(self._core.desk.now()) & queues - served
+        unserved = queues - served and self._core.reader.busy(self._core.services.now()) & queues - served
         if unserved:
             raise DurableError(
                 f"no running engine serves {', '.join(map(repr, sorted(unserved)))}, where there is work"
@@ -11477,7 +11479,7 @@ class _Steering(_Client):
         """
         old = self._reader.get(target)
         past = _find_past(self._core.reader, old, to, options.pop("state", None))
-        template = _fork_template(old, options, self._core.desk)
+        template = _fork_template(old, options, self._core.services)
         return cast(int, self._core.callers.perform(lambda beat: beat.history.fork(old.id, past, template)))
 
 
@@ -11616,14 +11618,14 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         """Start, block until SIGINT or SIGTERM, then stop. A second signal during the stop has its usual effect."""
         import signal
 
-        bell = _Bell()
+        wake_up = _WakeUp()
         is_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        previous = [(number, signal.signal(number, lambda *_: bell.ring())) for number in numbers]
+        previous = [(number, signal.signal(number, lambda *_: wake_up.set())) for number in numbers]
         try:
             if not self._core.is_started:
                 self.start()
-            while not self._core.is_closed and not bell.wait(0.5):
+            while not self._core.is_closed and not wake_up.wait(0.5):
                 self._core.files.check()
         finally:
             for number, handler in previous:
@@ -12137,17 +12139,17 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             self._behaviours = _Behaviours(fsms)
             self._lock = threading.Lock()
             self._reported: set[tuple[str, str]] = set()
-            self._desk = _Desk(cast(Any, host), host.clock).open(
+            self._services = _Services(cast(Any, host), host.clock).open(
                 lambda action: action(beat), lambda action: host.later(lambda: action(beat)), self._note_progress
             )
 
         def new_row(self, fsm: Any, options: Mapping[str, Any]) -> _NewRow:
             """Make the row of an instance to insert; raises what `Engine.insert` does."""
-            return self._desk.new_row(_make_insert(fsm, cast(Any, dict(options))))
+            return self._services.new_row(_make_insert(fsm, cast(Any, dict(options))))
 
         def new_rows(self, inserts: Iterable[Insert]) -> list[_NewRow]:
             """Make those of many."""
-            return _new_rows(inserts, self._desk.new_row)
+            return _new_rows(inserts, self._services.new_row)
 
         def message(self, target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
             """Make a signal to deliver; raises what `Engine.signal` does."""
@@ -12163,7 +12165,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             behaviour = None if found is None else found[1] or self._behaviours.make(found[0].cls)
             if found is None or behaviour is None:
                 return None
-            return _Claim(row, found[0], behaviour, self._desk, tuple(inbox))
+            return _Claim(row, found[0], behaviour, self._services, tuple(inbox))
 
         def run(self, claim: _Claim, await_on_loop: Callable[[Coroutine[Any, Any, Any]], Any]) -> tools.Outcome | None:
             """Run a step, and ask `handle` where it fails; None if it was over its timeout by then.
@@ -12195,7 +12197,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def go_on(self, outcome: tools.Outcome, inbox: Iterable[Signal]) -> _Claim:
             """Take the row of an outcome in hand that goes on inline."""
             claim = outcome.claim
-            following = _Claim(outcome.advanced, claim.spec, claim.behaviour, claim.desk, tuple(inbox))
+            following = _Claim(outcome.advanced, claim.spec, claim.behaviour, claim.services, tuple(inbox))
             following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
             return following
 
@@ -12209,7 +12211,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
         def fork_row(self, old: Instance, options: Mapping[str, Any]) -> _NewRow:
             """Make the row of a fork, but for its step and state; raises what `Engine.fork` does."""
-            return _fork_template(old, cast(Any, dict(options)), self._desk)
+            return _fork_template(old, cast(Any, dict(options)), self._services)
 
         def schedules(self, transaction: tools.Transaction) -> _Schedules:
             """Go through the schedules in a transaction.
@@ -12234,7 +12236,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             return rows, known
 
         def _describe(self, name: str, spec: _Spec, plan: _Plan, *, is_from_code: bool) -> _ScheduleRow:
-            row = self._desk.new_row(_make_insert(spec.cls, plan.insert))
+            row = self._services.new_row(_make_insert(spec.cls, plan.insert))
             return _describe_schedule(name, spec, plan, row, is_from_code=is_from_code)
 
         def _parts_of(self, transaction: tools.Transaction) -> tuple[Any, Any]:
@@ -12296,7 +12298,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
         def _note_progress(self, claim: _Claim) -> None:
             row = claim.row
-            self._host.show_progress(row, _json(self._desk.progress.pop((row.id, row.claim))))
+            self._host.show_progress(row, _json(self._services.progress.pop((row.id, row.claim))))
 
         def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
             effects = tuple(one.row if isinstance(one, _Insertion) else one for one in commit.effects)

@@ -672,7 +672,7 @@ def test_inserts_without_keys_are_one_statement(make_engine: Any, monkeypatch: p
     """However many callers insert in a beat, their rows are bound to one statement."""
     engine = make_engine(queues={})
     core = engine._core
-    row = core.desk.new_row(Insert(Idle))
+    row = core.services.new_row(Insert(Idle))
     with core.committer.requests_lock:
         core.committer.requests.extend(durable._Request(None, row) for _ in range(50))
     calls: list[int] = []
@@ -4706,7 +4706,7 @@ def test_an_object_is_made_once_for_rows_that_start_together(make_engine: MakeEn
 
 def test_a_call_posted_while_the_thread_of_callbacks_is_about_to_end_is_made() -> None:
     """Whoever posts it sees that thread and leaves the call to it."""
-    hub = durable._Hub(durable._ForkGuard())
+    hub = durable._Dispatcher(durable._ForkGuard())
     is_looking, let_go, called = threading.Event(), threading.Event(), threading.Event()
 
     class Gate:
@@ -4841,7 +4841,7 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
         with monkeypatch.context() as patch:
             take_threads_away(patch)
             if missing == "hub":
-                engine._core.hub.post_apart(lambda: None)
+                engine._core.dispatcher.post_apart(lambda: None)
             ident = engine.insert(Either)
             eventually(lambda: used)
         if missing != "hub":
@@ -5307,13 +5307,13 @@ def test_who_waits_for_what_runs_here_is_told_at_once_that_the_engine_stops(
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             result = pool.submit(engine.result, ident)
             eventually(lambda: engine._core.waiters)
-            stop_hub, told = engine._core.hub.stop, []
+            stop_hub, told = engine._core.dispatcher.stop, []
 
             def stop_slowly() -> None:
                 told.append(bool(concurrent.futures.wait([result], PATIENCE).done))
                 stop_hub()
 
-            patch.setattr(engine._core.hub, "stop", stop_slowly)
+            patch.setattr(engine._core.dispatcher, "stop", stop_slowly)
             engine.stop()
             assert told == [True]
             assert isinstance(result.exception(0), EngineClosedError)
@@ -5841,7 +5841,7 @@ def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, ga
             return "ran"
 
     ident = engine.insert(Unmet)
-    engine._core.hub.post_apart(gate.hold)  # what a future does with its callback
+    engine._core.dispatcher.post_apart(gate.hold)  # what a future does with its callback
     assert gate.entered.wait(PATIENCE)
     assert engine.drain()["done"] == 1
     assert engine.result(ident) == "ran"
@@ -6575,7 +6575,7 @@ class BeatByHand:
         self.now = 1_000_000_000_000
 
     def row(self, fsm: Any, **options: Any) -> durable._NewRow:
-        row = self.engine._core.desk.new_row(Insert(fsm, **options))
+        row = self.engine._core.services.new_row(Insert(fsm, **options))
         delay = row.eligible_at - row.inserted_at
         return row._replace(inserted_at=self.now, updated_at=self.now, eligible_at=self.now + delay)
 
@@ -9467,7 +9467,7 @@ def test_what_was_made_before_the_clock_was_set_back_is_dated_by_it(make_engine:
         core.runners.drain = cast(Any, lap)
         core.committer.commit_once(durable._Demand({"default": 1}))
         core.shared.outcomes.append(contextvars.copy_context().run(execute, lap.claims[0]))
-        new = core.desk.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
+        new = core.services.new_row(Insert(Echo, correlation_key="inserted", schedule_in=3))
         clock.advance(-HOUR)
         core.callers.perform(lambda beat: beat.inserts.write_one(new))  # noqa: B023
         core.runners.drain = None
@@ -10171,7 +10171,7 @@ def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         running.due_at = 1
-        scheduler.shared.bell.ring()
+        scheduler.shared.wake_up.set()
         eventually(lambda: scheduler.is_closed)
     assert any("was not stopped" in str(one.message) for one in warned)
     eventually(lambda: [thread for thread in threading.enumerate() if thread.name == "durable-stop"] == [])
@@ -10854,7 +10854,7 @@ def test_engine_that_was_taken_for_dead_signs_on_again_before_it_claims(
     core = engine._core
     core.runners.drain = cast(Any, Lap())
     core._join(60_000)
-    core.peers._note_renewed(core.desk.now())
+    core.peers._note_renewed(core.services.now())
     for _ in range(10):
         clock.now += 20  # a longer gap would be taken for a suspended machine
         eventually(lambda: any(worker.heartbeat_at == clock.instant() for worker in other.workers()))
@@ -18969,12 +18969,12 @@ class Hand:
         """Commit what there is to commit, and claim so many rows of these queues."""
         with self.core.committer.lock:
             self.core.committer.beat(None if room is None else durable._Demand(room))
-        self.core.hub.flush()
+        self.core.dispatcher.flush()
 
     def has_more_to_do(self) -> bool:
         """Whether a started engine would beat again at once."""
         due_at = self.core.committer.due_at
-        return due_at is not None and due_at <= self.core.desk.now()
+        return due_at is not None and due_at <= self.core.services.now()
 
     def die(self) -> None:
         """Go as a killed process goes: the kernel drops its lock, and nothing is said to anybody."""
@@ -20930,7 +20930,7 @@ def keeping_calls(original: Any) -> Any:
 
 def blind_to_cancels(claim: Any) -> Any:
     """A claim whose engine does not see who is cancelled."""
-    claim.desk.is_cancelled = nothing
+    claim.services.is_cancelled = nothing
     return claim
 
 
