@@ -16794,46 +16794,6 @@ def test_a_step_whose_claim_was_lost_makes_no_call(make_engine: MakeEngine, data
     assert (handled, running.get(ident).status) == ([], "runnable") or handled == []
 
 
-AGENT = """
-import os, sys, time, durable
-
-@durable.job(name="agent", max_attempts=10_000, max_crashes=10_000)
-def agent(ctx):
-    def ask(n):
-        with open("effects.txt", "a") as file:
-            file.write(f"{n}\\n")
-        return n
-    return sum(ctx.call(f"model:{n}", ask, n) for n in range(50))
-
-if __name__ == "__main__":
-    with durable.Engine("agent.db", fsms=[agent]) as engine:
-        key = engine.insert(agent, correlation_key="one") if not engine.find() else engine.find()[0].id
-        print("going", flush=True)
-        print(engine.result(key, timeout=60), flush=True)
-"""
-
-
-def kill_an_agent(folder: Path, kills: int) -> None:
-    """Kill an agent's loop of calls so often at random points, and let it end; hold it against what it did."""
-    generator = random.Random(kills)
-    for _ in range(kills):
-        with start_script(folder, AGENT) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(generator.random() * 0.03)
-            process.kill()
-    assert run_script(folder, AGENT).split()[-1] == str(sum(range(50)))
-    effects = Counter(int(line) for line in (folder / "effects.txt").read_text().split())
-    assert set(effects) == set(range(50))
-    assert sum(effects.values()) - 50 <= kills, "each kill repeats at most the one call that was in flight"
-
-
-@posix
-def test_a_killed_loop_of_calls_repeats_at_most_the_one_in_flight(tmp_path: Path) -> None:
-    """At least once for one call, and not for the whole step."""
-    kill_an_agent(tmp_path, 4)
-
-
 KILLED_AGENTS = """
 import os, random, signal, sys, time, durable
 
@@ -16870,10 +16830,9 @@ with durable.Engine("agents.db") as engine:
 
 
 @posix
-@pytest.mark.slow
-def test_a_loop_of_calls_that_is_killed_hundreds_of_times_repeats_one_each_time(tmp_path: Path) -> None:
-    """Each worker that takes over makes at most one call that was made before: that which was in flight."""
-    kills = 200
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_killed_loop_of_calls_repeats_at_most_the_one_in_flight(tmp_path: Path, kills: int) -> None:
+    """Whoever takes over makes at most one call that was made before: at least once, and not the whole step."""
     agents = int(run_script(tmp_path, KILLED_AGENTS, kills))
     made: set[str] = set()
     repeated: Counter[str] = Counter()
@@ -16883,7 +16842,7 @@ def test_a_loop_of_calls_that_is_killed_hundreds_of_times_repeats_one_each_time(
         made.add(call)
     assert len(made) == 50 * agents
     assert max(repeated.values()) <= 1
-    assert kills / 2 < len(repeated) <= kills + 1
+    assert len(repeated) in (kills, kills + 1)
 
 
 def test_progress_is_seen_and_goes_with_the_step(make_engine: MakeEngine) -> None:
@@ -19911,7 +19870,7 @@ QUICK = hypothesis.settings(
     suppress_health_check=list(hypothesis.HealthCheck),
     print_blob=True,
 )
-LONG = hypothesis.settings(QUICK, max_examples=600, stateful_step_count=50)
+LONG = hypothesis.settings(QUICK, max_examples=400, stateful_step_count=50)
 FINDING = hypothesis.settings(
     QUICK,
     max_examples=400,
