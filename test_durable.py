@@ -20763,6 +20763,16 @@ def reworded(name: str, old: str, new: str) -> Planting:
     return plant
 
 
+def under_any_claim(name: str) -> Planting:
+    """A statement without its guard that the claim still holds."""
+    return reworded(name, "AND claim = ?", "AND ? IS NOT NULL")
+
+
+def though_cancelled(name: str) -> Planting:
+    """A statement without its guard that nobody has cancelled the instance."""
+    return reworded(name, "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL")
+
+
 def replaced(owner: object, name: str, new: object) -> Planting:
     """Something else in place of a function."""
     return lambda patch: patch.setattr(owner, name, new)
@@ -20937,9 +20947,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         "a deadline outlives its await": reworded("timers", "min(await_deadline)", "max(await_deadline)"),
     },
     "slots of keys": {
-        "an outcome is written though the instance was cancelled": reworded(
-            "_PROGRESS", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
-        ),
+        "an outcome is written though the instance was cancelled": though_cancelled("_PROGRESS"),
         "nobody is let out of the line of a key": replaced(durable._Lines, "_unpark_key", nothing),
     },
     "buckets": {
@@ -20971,11 +20979,11 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         "a crash is not entered in the history": replaced(durable._History, "record", nothing),
     },
     "stale outcomes": {
-        "an outcome is written under any claim": reworded("_PROGRESS", "AND claim = ?", "AND ? IS NOT NULL"),
-        "an end is written under any claim": reworded("_FINISH", "AND claim = ?", "AND ? IS NOT NULL"),
-        "a retry is written under any claim": reworded("_AGAIN", "AND claim = ?", "AND ? IS NOT NULL"),
-        "an inline step goes on under any claim": reworded("_ADVANCE", "AND claim = ?", "AND ? IS NOT NULL"),
-        "claims are given back by whoever held them once": reworded("_GIVE_BACK", "AND claim = ?", "AND ? IS NOT NULL"),
+        "an outcome is written under any claim": under_any_claim("_PROGRESS"),
+        "an end is written under any claim": under_any_claim("_FINISH"),
+        "a retry is written under any claim": under_any_claim("_AGAIN"),
+        "an inline step goes on under any claim": under_any_claim("_ADVANCE"),
+        "claims are given back by whoever held them once": under_any_claim("_GIVE_BACK"),
         "leases never run out": bent(
             durable._Peers,
             "_reap",
@@ -20983,15 +20991,9 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         ),
     },
     "cancelling": {
-        "an end is written though the instance was cancelled": reworded(
-            "_FINISH", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
-        ),
-        "a retry is written though the instance was cancelled": reworded(
-            "_AGAIN", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
-        ),
-        "an inline step goes on though the instance was cancelled": reworded(
-            "_ADVANCE", "AND cancel_reason IS ?", "AND coalesce(?, 1) IS NOT NULL"
-        ),
+        "an end is written though the instance was cancelled": though_cancelled("_FINISH"),
+        "a retry is written though the instance was cancelled": though_cancelled("_AGAIN"),
+        "an inline step goes on though the instance was cancelled": though_cancelled("_ADVANCE"),
         "a retry runs what was cancelled while it waited": reworded("end", "iif(status = 'awaiting_signal'", "iif(0"),
     },
     "retries of who waited": {
@@ -21127,7 +21129,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         "a rewound instance awaits nothing": reworded("_REWIND", "awaits = ?4", "awaits = nullif(?4, ?4)"),
         "a rewound instance keeps its calls": bent(durable._History, "rewind", keeping_calls),
         "calls are not kept": replaced(durable._Store, "keep_call", lambda *_: True),
-        "a call is kept under any claim": reworded("_NOTE_CALLS", "AND claim = ?", "AND ? IS NOT NULL"),
+        "a call is kept under any claim": under_any_claim("_NOTE_CALLS"),
         "kept calls outlive the progress of their step": replaced(durable._Store, "drop_calls", nothing),
         "handle is not given what was kept": bent(durable._Claim, "failed_with", forgetting_calls),
         "a call's name may be used again": bent(
