@@ -5,6 +5,7 @@
     python bench_durable.py --only drain steps    some of them
     python bench_durable.py --full                larger files and more rounds
     python bench_durable.py --peers               the same work on other libraries, where they are installed
+    python bench_durable.py --postgres URL        several machines: on a PostgreSQL database that is empty
     python bench_durable.py --json                the figures for a program
     python bench_durable.py --directory DIR       where the files go: the disk is half of every figure
 
@@ -988,7 +989,106 @@ def child_spin() -> None:
     print(seconds(lambda: spin(10_000_000)))
 
 
-CHILDREN: dict[str, Callable[..., None]] = {"memory": child_memory, "spin": child_spin, "worker": child_worker}
+def child_machine(url: str) -> None:
+    """Run an engine on PostgreSQL until standard input ends; say that it is ready, and what processor time it took."""
+    with fleet_engine(url, queues={"default": 10}):
+        print("ready", flush=True)
+        sys.stdin.read()
+    print(time.process_time(), flush=True)
+
+
+CHILDREN: dict[str, Callable[..., None]] = {
+    "machine": child_machine,
+    "memory": child_memory,
+    "spin": child_spin,
+    "worker": child_worker,
+}
+
+# ---------------------------------------------------------------- several machines
+
+
+def fleet_engine(url: str, **options: Any) -> Any:
+    """An engine on PostgreSQL, whose libraries nothing else here needs."""
+    return importlib.import_module("durable_tools.dbos").DBOSEngine(url, **options)
+
+
+@contextlib.contextmanager
+def fleet(url: str, count: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """So many engines in processes of their own."""
+    command = [sys.executable, __file__, "--child", "machine", url]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    try:
+        for process in processes:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise SystemExit("a worker did not start")
+        yield processes
+    finally:
+        for process in processes:
+            with process:
+                process.terminate()
+
+
+def work_off(engine: Any, work: Sequence[Insert]) -> float:
+    """Seconds from the insert of the jobs to the end of the last."""
+    ids = engine.insert_all(work)
+    return seconds(lambda: settle(engine, ids, len(ids) // 10))
+
+
+def processor_s(processes: Iterable[subprocess.Popen[str]]) -> float:
+    """What they have used by now, as Linux tells it."""
+    ticks = 0
+    for process in processes:
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def server_s() -> float:
+    """What the processes of a PostgreSQL server on this machine have used by now."""
+    ticks = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name, _, fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")
+            if name.endswith("(postgres"):
+                ticks += int(fields.split()[11]) + int(fields.split()[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def on_postgres(url: str) -> Section:
+    """Make the section that measures several machines on that database."""
+
+    def machines(bench: Bench) -> Iterator[Figure]:
+        """The same classes on PostgreSQL, with 1, 2 and 4 processes; the floor is the file, in one process."""
+        jobs, engine = 2_000 if bench.full else 500, fleet_engine(url, queues={})
+        naps = [Insert(nap)] * (jobs // 2)
+        quick, slow = bench.once(rate(noops(jobs))), bench.once(rate(naps))
+        for count in (1, 2, 4):
+            with fleet(url, count) as processes:
+                if count == 1:
+                    yield Figure("latency, insert to result", "ms", [1000 * lone_s(engine) for _ in range(10)])
+                    used, served = processor_s(processes), server_s()
+                    time.sleep(5)
+                    yield Figure("idle, worker", "% core", [20 * (processor_s(processes) - used)])
+                    yield Figure("idle, server", "% core", [20 * (server_s() - served)])
+                used, served = processor_s(processes), server_s()
+                yield Figure(
+                    f"{count} processes, jobs of nothing", "jobs/s", [jobs / work_off(engine, noops(jobs))], [quick]
+                )
+                worker_ms, server_ms = processor_s(processes) - used, server_s() - served
+                yield Figure("their processor a job, worker", "ms", [1000 * worker_ms / jobs])
+                yield Figure("their processor a job, server", "ms", [1000 * server_ms / jobs])
+                yield Figure(
+                    "steps of five a machine",
+                    "steps/s",
+                    [5 * jobs / 5 / work_off(engine, [Insert(Five)] * (jobs // 5))],
+                )
+                yield Figure(f"jobs of {1000 * NAP_S:g} ms", "jobs/s", [len(naps) / work_off(engine, naps)], [slow])
+        engine.stop()
+
+    return machines
+
 
 # ---------------------------------------------------------------- peers
 
@@ -1153,6 +1253,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the sections")
     parser.add_argument("--full", action="store_true", help="larger files and more rounds")
     parser.add_argument("--peers", action="store_true", help="the same work on other libraries")
+    parser.add_argument("--postgres", metavar="URL", help="several machines, on that database")
     parser.add_argument("--json", action="store_true", help="print an array of figures")
     parser.add_argument("--directory", type=Path, help="where to put the files")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -1205,6 +1306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         CHILDREN[options.child[0]](*options.child[1:])
         return 0
     sections = [peers] if options.peers else [SECTIONS[name] for name in options.only or SECTIONS]
+    if options.postgres:
+        sections = [on_postgres(options.postgres)]
     if options.list:
         print(*(f"{run.__name__:<10} {heading(run).splitlines()[0]}" for run in sections), sep="\n")
         return 0
