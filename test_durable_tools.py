@@ -1786,6 +1786,45 @@ def napping(tmp_path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+WINDOWS = """
+import os, signal, sys, threading, types
+import durable
+from durable_tools import cli
+
+breaks = {"SIGBREAK": signal.SIGUSR1, "CTRL_BREAK_EVENT": signal.SIGUSR1}  # the one signal that a process can be sent
+cli.signal = types.SimpleNamespace(**vars(signal) | breaks)
+cli.os = types.SimpleNamespace(**vars(os) | {"name": "nt"})
+
+@durable.job
+def breaks_off(n: int) -> int:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return n
+
+def worker(database):
+    with durable.Engine(database, queues={}) as engine:
+        engine.insert(breaks_off, args={"n": 1})
+    assert cli.main(["run", __file__, "--database", database]) == 0
+    with durable.Engine(database, queues={}) as engine:
+        print(engine.counts())
+
+def fleet(database):
+    fleet = cli._Fleet(types.SimpleNamespace(target="", log_level="", database=None, queue=None, processes=2))
+    fleet._command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    print(fleet.run() == signal.SIGUSR1, fleet._workers)
+
+if __name__ == "__main__":
+    {"worker": worker, "fleet": fleet}[sys.argv[1]](sys.argv[2])
+"""
+
+
+@posix
+@pytest.mark.parametrize(("who", "shown"), [("worker", "{'default': {'done': 1}}"), ("fleet", "True []")])
+def test_on_windows_a_ctrl_break_drains_and_is_passed_on(tmp_path: Path, who: str, shown: str) -> None:
+    """A worker ends in order, its running job done; a parent passes it on and leaves no worker behind."""
+    assert run_script(tmp_path, WINDOWS, who, tmp_path / "w.db") == f"{shown}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
 def test_sigterm_drains(tmp_path: Path) -> None:

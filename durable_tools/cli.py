@@ -321,8 +321,10 @@ class _Fleet:
 
     def run(self) -> int:
         """Keep the workers alive until a signal has come and all have ended; return the first status that is not 0."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
+        # Windows sends SIGBREAK for Ctrl-Break and a closed console; unheard, the workers would outlive their parent.
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._pass_on)
         while len(self._workers) < self._count:
             self._start()
         statuses: list[int] = []
@@ -406,7 +408,7 @@ def _run(options: argparse.Namespace) -> int:
     engine = _engine_for(options, dict(options.queue or ()))
     signal.signal(signal.SIGINT, leave)  # until `run` takes its place, and again when that has been asked to stop
     signal.signal(signal.SIGTERM, leave)
-    if sys.platform == "win32":
+    if hasattr(signal, "SIGBREAK"):  # Windows': a parent can send its workers nothing else
         signal.signal(signal.SIGBREAK, lambda *_: signal.raise_signal(signal.SIGINT))
     engine.run()
     return 0
