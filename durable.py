@@ -7544,7 +7544,8 @@ class _Admission:
         self._parked: set[str] | None = None
         """What rows are parked on, or were in this transaction: all, or the first of many."""
         self._executing: dict[str, int] | None = None
-        """How many rows of each key execute, where they were counted at once; empty if they are too many for that."""
+        """How many rows of each key execute, once counted at once; of the first of them, if there are many."""
+        self._has_many_rows = False
 
     def refusal(self, row: _Row, order: tuple[int, int, int]) -> str | None:
         """Charge a row's key and bucket and return None; or charge neither and return what it has to wait for."""
@@ -7575,9 +7576,10 @@ class _Admission:
 
     def _count_executing(self, key: str) -> int:
         if self._executing is None and len(self._slots) >= self.FEW_KEYS:
-            counts = self._store.executing_by_key(self.MANY_ROWS)
-            self._executing = counts if sum(counts.values()) < self.MANY_ROWS else {}
-        return self._executing.get(key, 0) if self._executing else self._store.executing(key)
+            self._executing = self._store.executing_by_key(self.MANY_ROWS)
+            self._has_many_rows = sum(self._executing.values()) >= self.MANY_ROWS
+        is_known = self._executing is not None and not self._has_many_rows
+        return cast(dict[str, int], self._executing).get(key, 0) if is_known else self._store.executing(key)
 
     def forget(self, key: str) -> None:
         """Count a key's rows anew: one has left."""

@@ -6683,6 +6683,18 @@ def test_a_cancel_takes_back_what_was_claimed_and_has_not_started(by_hand: BeatB
     assert [by_hand.engine.get(one).status for one in ids] == ["failed", "executing"]
 
 
+@pytest.mark.parametrize("executing", [0, 1, 130])
+def test_a_beat_admits_of_each_key_as_many_as_it_has_slots(by_hand: BeatByHand, executing: int) -> None:
+    """However many keys it meets, and however many rows execute: they are counted one by one, at once, or both."""
+    keys = [f"k:{n}" for n in range(max(executing, 20))]
+    by_hand.insert(*(by_hand.row(Echo, concurrency_key=key) for key in keys[:executing]))
+    assert len(by_hand.run({"default": 1000}).claims) == executing
+    by_hand.insert(*(by_hand.row(Echo, concurrency_key=key) for key in keys for _ in range(2)))
+    claimed = [claim.row.concurrency_key for claim in by_hand.run({"default": 1000}).claims]
+    assert claimed == keys[executing:]
+    assert not by_hand.run({"default": 1000}).claims
+
+
 def test_a_beat_tells_only_the_events_that_are_wanted(by_hand: BeatByHand) -> None:
     """The others are not even made."""
     by_hand.insert(by_hand.row(Echo), by_hand.row(Echo))
