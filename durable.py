@@ -6549,7 +6549,8 @@ class _Pool:
             claim = worker.claim = self._ready[0]
             self._running.add(claim)  # before it leaves: whoever looks without the lock must not find neither
             self._ready.popleft()
-            self._idle.pop(worker, None)
+            if worker in self._idle:  # woken without being told so
+                del self._idle[worker]
             self._taken_at = _Ticks.perf_counter()
             has_more = bool(self._ready) and not self._is_quick and not claim.is_async
         if has_more:
@@ -9221,8 +9222,6 @@ class _Runners:
             for claim in claims:
                 progress.pop((claim.row.id, claim.row.claim), None)
         self.held.remove(claims)
-        for pool in self.pools.values():
-            pool.release()
         if self._shared.is_stopping and not self.held:
             self.is_empty.set()
 
@@ -9230,6 +9229,11 @@ class _Runners:
         """Take claimed rows of a queue that have not started from its pool: all, or only that one."""
         pool = self.pools.get(queue)
         return pool.withhold(instance) if pool is not None else []
+
+    def release(self) -> None:
+        """Forget what was taken back: that is committed."""
+        for pool in self.pools.values():
+            pool.release()
 
     def put_back(self) -> None:
         """Let what was taken back start after all: the beat has come to nothing."""
@@ -9486,7 +9490,10 @@ class _Committer:
         """When a beat is next needed; what storage refused waits for its next try, callers do not."""
         if self.is_asked():
             return monotonic
-        return max(self.retry_at, min([self._due_at(monotonic), *(one.next_at(monotonic) for one in self.standing)]))
+        due_at = self._due_at(monotonic)
+        for duty in self.standing:
+            due_at = min(due_at, duty.next_at(monotonic))
+        return max(self.retry_at, due_at)
 
     def _due_at(self, monotonic: float) -> float:
         """When there are outcomes to commit that no worker is about to, or something in the file is due."""
@@ -9719,6 +9726,8 @@ class _Committer:
         self.due_at = self._services.now() if report.is_unfinished else report.next_at
         self._passed_on = report.passed_on
         self.fired_until = report.fired_until
+        if report.withdrawn:
+            self._runners.release()
         if report.left:
             self._runners.let_go(report.left)
         if report.claims or report.refused:

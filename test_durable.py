@@ -4975,6 +4975,33 @@ def test_outcomes_are_left_to_a_worker_only_for_a_moment(engine: Engine) -> None
     core.runners.pools = {}
 
 
+def test_a_duty_that_raises_is_left_alone_for_longer_each_time_and_the_others_are_done() -> None:
+    """A fault of one is told each time it is tried, keeps no other from its turn, and makes nothing spin."""
+    told: list[str] = []
+    tried: list[float] = []
+    done: list[float] = []
+
+    def fails(monotonic: float) -> float:
+        tried.append(monotonic)
+        if len(tried) < 5:
+            raise ValueError("no luck")
+        return monotonic + 10
+
+    def works(monotonic: float) -> float:
+        done.append(monotonic)
+        return monotonic + 10
+
+    duties = durable._Duties([fails, works], lambda what, error, exc_info: told.append(f"{what}: {error}"))
+    now = 0.0
+    for _ in range(6):
+        now = duties.do_due(now)
+    assert done == [0.0, *tried[1:], tried[-1] + 10][:6]
+    pauses = [after - before for before, after in itertools.pairwise(tried)]
+    assert pauses[:4] == pytest.approx([0.1, 0.2, 0.4, 0.8])
+    assert len(told) == 4
+    assert "fails failed, it is tried again: no luck" in told[0]
+
+
 def test_a_row_that_is_just_being_taken_after_quick_ones_is_watched(engine: Engine) -> None:
     """Between the end of one step and the start of the next nothing runs, and the next may block."""
     pool = NoPool(1, engine._core.shared)
@@ -10253,6 +10280,7 @@ class Interrupter:
         except self.error:
             return None
         finally:
+            self.n = -1  # it is over: an audit hook of the engine's hears of the next line
             sys.settrace(None)
 
     def _trace(self, frame: types.FrameType, event: str, _: object) -> Any:
