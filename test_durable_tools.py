@@ -3736,6 +3736,56 @@ def test_a_process_that_froze_is_taken_for_dead_and_comes_back(
     assert trial.check() == []
 
 
+def ip(*words: str) -> None:
+    """Run iproute2."""
+    subprocess.run(["ip", *words], check=True, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces, each with a link of its own to this machine, where that may be done."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = ["durable1", "durable2"]
+    try:
+        for at, name in enumerate(names, 1):
+            ip("netns", "add", name)
+            ip("link", "add", name, "type", "veth", "peer", "name", "inside", "netns", name)
+            ip("addr", "add", f"10.77.{at}.1/24", "dev", name)
+            ip("link", "set", name, "up")
+            ip("-n", name, "addr", "add", f"10.77.{at}.2/24", "dev", "inside")
+            ip("-n", name, "link", "set", "inside", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.postgres
+def test_a_host_that_is_cut_off_loses_its_steps_to_another(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]], hosts: list[str]
+) -> None:
+    """Of two hosts one loses its network: the other runs its steps when its lease is over; back, it goes on."""
+    for at, name in enumerate(hosts, 1):
+        fleet(server.url(name_of(url), f"10.77.{at}.1"), 3, ["ip", "netns", "exec", name])
+    insert_jobs(trial, 200, seconds=0.05)
+    eventually(lambda: len(effects(server, url)) >= 40)
+    ip("link", "set", hosts[0], "down")
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert effects(server, url) == list(range(200))
+    assert trial.counts() == {"default": {"done": 200}}
+    assert len(trial.workers()) == 1
+    ip("link", "set", hosts[0], "up")
+    eventually(lambda: len(trial.workers()) == 2)
+    trial.insert_all([Insert("trial.work", args={"n": 1000 + n}) for n in range(50)])
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert effects(server, url) == [*range(200), *range(1000, 1050)]
+    assert trial.check() == []
+
+
 @pytest.mark.postgres
 def test_a_server_that_restarts_loses_nothing(
     server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]]
@@ -3869,3 +3919,127 @@ def test_what_belongs_to_an_instance_is_moved_with_it(
         engine.insert(Listener)
     said = command("move", tmp_path / "other.db", url)
     assert (said.status, "instances of these ids already: 1" in said.err) == (1, True)
+
+
+@pytest.mark.postgres
+def test_a_steps_own_sql_is_part_of_its_commit_on_postgres(server: Server, url: str) -> None:
+    """With SQLite's placeholders; what fails is the step's error and leaves nothing; what is durable's is refused."""
+    server.execute(
+        name_of(url), "CREATE TABLE account (id int PRIMARY KEY, balance int CHECK (balance >= 0), note jsonb)"
+    )
+
+    @durable.job(name="machines.sql", max_attempts=1)
+    def run(ctx: Ctx, statements: list[Any]) -> None:
+        for sql, bindings in statements:
+            ctx.execute(sql, bindings)
+
+    def outcome(*statements: tuple[str, Any]) -> str | None:
+        instance = engine.insert(run, args={"statements": [list(one) for one in statements]})
+        engine.drain()
+        return engine.get(instance).last_error
+
+    with closing_engine(DBOSEngine(url, queues={})) as engine:
+        first = "INSERT INTO account (id, balance, note) VALUES (?, ?2, '{\"a ? :b\": 1}') -- ?"
+        assert outcome((first, [1, 10])) is None
+        assert outcome(("UPDATE account SET balance = balance - :n WHERE id = :id", {"id": 1, "n": 3})) is None
+        assert outcome(("UPDATE account SET balance = 5 WHERE note ?? 'a ? :b' AND id % 2 = ?", [1])) is None
+        assert server.execute(name_of(url), "SELECT id, balance FROM account") == [(1, 5)]
+        taken = ("UPDATE account SET balance = balance - ?", [1])
+        assert "violates check" in str(outcome(taken, ("UPDATE account SET balance = balance - ?", [50])))
+        for forbidden in (
+            "COMMIT",
+            "/* x */ ROLLBACK",
+            "CREATE TEMP TABLE t (a int)",
+            "SELECT 1 INTO TEMPORARY t",
+            "DELETE FROM durable.signals",
+            "UPDATE dbos.workflow_status SET name = ''",
+        ):
+            assert "ctx.execute may not" in str(outcome(taken, (forbidden, []))), forbidden
+        assert "placeholders" in str(outcome(taken, ("UPDATE account SET balance = ?", [])))
+        assert server.execute(name_of(url), "SELECT id, balance FROM account") == [(1, 5)]
+
+
+@pytest.mark.postgres
+def test_what_a_fleet_does_not_have_is_refused_with_the_reason(url: str) -> None:
+    """Options, methods and URLs that can't be had; a schema of another version; an engine that was stopped."""
+    for name in ("clock", "prefetch", "synchronous"):
+        with pytest.raises(ValueError, match=f"{name} is no option of a DBOSEngine: "):
+            DBOSEngine(url, **{name: 1})
+    with pytest.raises(TypeError, match="DBOSEngine: "):
+        DBOSEngine(url, colour="red")
+    with pytest.raises(ValueError, match="queues"):
+        DBOSEngine(url, queues={"default": 0})
+    with pytest.raises(DurableError, match="can't be opened"):
+        DBOSEngine(url.replace("/test_", "/no_such_"))
+    with closing_engine(DBOSEngine(url, queues={})) as engine:
+        with pytest.raises(DurableError, match="no events"):
+            engine.subscribe(print)
+        with pytest.raises(DurableError, match="pg_dump"):
+            engine.snapshot("copy")
+        with pytest.raises(durable.UnknownLimitError):
+            engine.insert(cli_add, args={"a": 1}, rate_limit="none")
+        with engine.connect() as connection:
+            with pytest.raises(ValueError, match="no transaction open"):
+                engine.insert_into(connection, cli_add, args={"a": 1})
+            with connection.begin() as transaction:
+                instance = engine.insert_into(connection, cli_add, args={"a": 1})
+                transaction.rollback()
+        with pytest.raises(durable.NotFoundError):
+            engine.get(instance)
+        engine.perform(
+            lambda transaction: transaction.rows("UPDATE durable.meta SET value = '99' WHERE key = 'schema_version'")
+        )
+        with pytest.raises(durable.SchemaError, match="99"):
+            DBOSEngine(url)
+    with pytest.raises(durable.EngineClosedError):
+        engine.counts()
+
+
+@pytest.mark.postgres
+def test_limits_hold_over_all_processes_on_postgres(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """At most one of a key executes over two processes, and a bucket lets no more go than it has tokens."""
+    fleet(url), fleet(url)
+    trial.insert_all([Insert("trial.work", args={"n": n}, concurrency_key="one") for n in range(20)])
+    running = "SELECT count(*) FROM durable.instances WHERE status = 'executing' AND concurrency_key = 'one'"
+    seen = {server.execute(name_of(url), running)[0][0] for _ in range(100)}
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert seen <= {0, 1}
+    assert effects(server, url) == list(range(20))
+    with closing_engine(DBOSEngine(url, queues={}, rate_limits={"slow": durable.RateLimit(5, per=1, burst=2)})):
+        began = time.monotonic()
+        trial.insert_all([Insert("trial.work", args={"n": 100 + n}, rate_limit="slow") for n in range(12)])
+        eventually(lambda: len(effects(server, url)) == 32)
+        assert time.monotonic() - began >= 1.9
+    trial.pause("default")
+    held = trial.insert("trial.work", args={"n": 999})
+    trial.schedule("s", "trial.work", durable.Every(1), args={"n": 5000}, catch_up="none")
+    eventually(lambda: trial.find(schedule="s"))
+    assert trial.get(held).status == "runnable"
+    trial.resume("default")
+    eventually(lambda: trial.get(held).status == "done")
+    assert trial.check() == []
+
+
+@pytest.mark.postgres
+def test_an_application_awaits_its_fleet(url: str) -> None:
+    """`async with` runs coroutines on the caller's loop; its futures can be awaited, and are settled at the stop."""
+    loops: list[Any] = []
+
+    @durable.job(name="machines.where")
+    async def where() -> bool:
+        return asyncio.get_running_loop() in loops
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        async with DBOSEngine(url) as engine:
+            instance = await engine.insert_nowait(where)
+            assert await engine.result_nowait(instance) is True
+            waiting = engine.insert(Listener, correlation_key="w")
+            lost = engine.result_nowait(waiting)
+            await engine.signal_nowait("w", "other")
+        with pytest.raises(durable.EngineClosedError):
+            await lost
+
+    asyncio.run(main())

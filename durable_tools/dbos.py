@@ -737,8 +737,9 @@ def _numbered(sql: str, bindings: Sequence[Any] | Mapping[str, Any]) -> tuple[st
             return "?"
         if found["number"] is None:
             return found[0]
-        count = int(found["number"]) if found["number"] else count + 1
-        return f"${count}"
+        place = int(found["number"]) if found["number"] else count + 1
+        count = max(count, place)
+        return f"${place}"
 
     text = _TOKEN.sub(mark, sql)
     if not places and count != len(values):
@@ -2014,7 +2015,7 @@ class DBOSEngine:
         rows = self._core.steps.new_rows(inserts)
         return self._core.perform(lambda transaction: transaction.insert_all(rows))
 
-    def insert_nowait(self, fsm: Any, **options: Any) -> concurrent.futures.Future[int]:
+    def insert_nowait(self, fsm: Any, **options: Any) -> _Future:
         """Insert without waiting; the future, which can also be awaited, has the id once it is durable."""
         self._core.check_open()
         row = self._core.steps.new_row(fsm, options)
@@ -2028,20 +2029,20 @@ class DBOSEngine:
 
     def signal_nowait(
         self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
-    ) -> concurrent.futures.Future[None]:
+    ) -> _Future:
         """Send a signal without waiting."""
         self._core.check_open()
         message = self._core.steps.message(target, name, payload, dedup_key)
         return self._later(lambda: self._core.perform(lambda transaction: transaction.signal(message)))
 
-    def result_nowait(self, target: int | str) -> concurrent.futures.Future[Any]:
+    def result_nowait(self, target: int | str) -> _Future:
         """Return a future of an instance's result, which can also be awaited: no thread waits for it."""
         instance = self.get(target).id
         with _serving_lock:
             self._results = self._results or _Results(self._core)
         return self._results.add(instance)
 
-    def _later(self, call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    def _later(self, call: Callable[[], Any]) -> _Future:
         future = _Future()
 
         def run() -> None:
