@@ -21351,13 +21351,18 @@ class Run:
         return client(self.path, synchronous="off", concurrency_limits=SLOTS, **options)
 
     def results(self, ids: list[int]) -> Any:
-        """What became of the machines, and what they and their children wrote into the ledger."""
+        """What became of the machines, by which runs, and what they and their children wrote into the ledger."""
         with self.engine() as engine:
             ended = [engine.wait(one, 60, until="terminal") for one in ids]
+            runs = [
+                [(run.step, run.kind, run.state["log"], run.error, run.signals, run.to) for run in engine.history(one)]
+                for one in ids
+            ]
             assert engine.check() == []
             with closing(engine.connect()) as connection:
                 ledger = sorted(connection.execute("SELECT text, instance FROM ledger"))
-        return [(one.status, one.result, one.last_error) for one in ended], ledger
+        committed = [[run for run in of_one if run[1] != "crash"] for of_one in runs]
+        return [(one.status, one.result, one.last_error) for one in ended], committed, ledger
 
     def by_drain(self) -> Any:
         ids = self.insert()
