@@ -11468,6 +11468,8 @@ class _Steering(_Client):
     def rewind(self, target: int | str, to: Any, *, state: Any = None) -> None:
         """Have an instance stand again before the run `to` of its history: a `seq`, or a step, its latest run.
 
+        A rewind has a `seq`, too, which leads back to where it was made.
+
         It is runnable now, at that step, with the state that it had then, unless another is given; with what it
         awaited, attempt and crashes 0, its inbox as it stood then, in the queue and under the key and rate limit that
         it has. Children that the run or later ones inserted go on without a parent. What was done outside the file
