@@ -19905,7 +19905,7 @@ class Theatre(RuleBasedStateMachine):
 
 QUICK = hypothesis.settings(
     deadline=None,
-    max_examples=50,
+    max_examples=40,
     stateful_step_count=30,
     suppress_health_check=list(hypothesis.HealthCheck),
     print_blob=True,
