@@ -225,8 +225,9 @@ class Clock:
 def execute(claim: durable._Claim) -> durable._Commit:
     """Run a claimed row's step, and ask `handle` where it comes to an error."""
     claim.behaviour = claim.behaviour or claim.spec.cls()
-    verdict = durable._execute(claim)
-    return verdict if isinstance(verdict, durable._Commit) else durable._recover(claim, verdict)
+    context = contextvars.copy_context()
+    verdict = context.run(durable._execute, claim)
+    return verdict if isinstance(verdict, durable._Commit) else context.run(durable._recover, claim, verdict)
 
 
 @pytest.fixture
@@ -10275,13 +10276,14 @@ class Interrupter:
     def call(self, call: Callable[[], Any]) -> Any:
         """Call something; None if it was interrupted."""
         try:
-            self.start()
-            return call()
-        except self.error:
+            try:
+                self.start()
+                return call()
+            finally:
+                self.n = -1  # it is over: an audit hook of the engine's hears of the next line
+                sys.settrace(None)
+        except self.error:  # also one that came no sooner than in that hook
             return None
-        finally:
-            self.n = -1  # it is over: an audit hook of the engine's hears of the next line
-            sys.settrace(None)
 
     def _trace(self, frame: types.FrameType, event: str, _: object) -> Any:
         code = frame.f_code

@@ -834,12 +834,8 @@ def _children(reader: tools.Reader, parent: int, status: str | None, after: int)
     """A page of an instance's children, those first that somebody has to look at, from behind a status and an id."""
     tally = dict(reader.rows(_CHILD_COUNTS, (parent,)))
     items: list[dict[str, Any]] = []
-    order = [one for one in _IN_ORDER_OF_INTEREST if one in tally]
-    if status is not None:
-        order = [
-            one for one in order if _IN_ORDER_OF_INTEREST.index(one) >= _IN_ORDER_OF_INTEREST.index(Status(status))
-        ]
-    for one in order:
+    first = 0 if status is None else _IN_ORDER_OF_INTEREST.index(Status(status))
+    for one in filter(tally.__contains__, _IN_ORDER_OF_INTEREST[first:]):
         since = after if one == status else 0
         rows = reader.rows(_CHILDREN, (parent, one, since, _PAGE_OF_CHILDREN + 1 - len(items)))
         items += [_Line._make(row[:-1]).shown() | {"has_children": bool(row[-1])} for row in rows]
