@@ -10359,6 +10359,7 @@ CALLS: dict[str, Callable[[Engine, int, int], Any]] = {
 
 
 @strides(quick=9)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 @pytest.mark.parametrize("is_started", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_is_interrupted_is_done_once_or_not_at_all(
