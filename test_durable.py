@@ -10392,6 +10392,7 @@ def test_a_call_that_is_interrupted_is_done_once_or_not_at_all(
 
 
 @strides(quick=307)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 def test_an_interrupt_of_a_drain_repeats_nothing_that_is_committed(make_engine: MakeEngine, stride: int) -> None:
     """What it has claimed is given back or has crashed, and the next drain goes on with it."""
     engine = make_engine()
