@@ -3216,7 +3216,7 @@ def test_the_keyboard_is_enough(family: Path, screened: Show) -> None:
     def is_at_failures() -> bool:  # a key that comes while the dialog gives the focus back is nobody's
         press("3")
         one.page.wait_for_timeout(200)
-        return one.page.locator("main h1 >> text=Failures").count() > 0
+        return bool(one.page.locator("main h1 >> text=Failures").count())
 
     eventually(is_at_failures)
     one.page.wait_for_selector("main [data-row]")
