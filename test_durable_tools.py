@@ -3733,7 +3733,7 @@ def test_a_process_that_froze_is_taken_for_dead_and_comes_back(
     frozen.send_signal(signal.SIGSTOP)
     assert trial.wait_idle(timeout=PATIENCE)
     assert effects(server, url) == list(range(200))
-    assert len(trial.workers()) == 1
+    eventually(lambda: len(trial.workers()) == 1)  # what it held may be done before it is struck off
     frozen.send_signal(signal.SIGCONT)
     eventually(lambda: len(trial.workers()) == 2)
     more = trial.insert_all([Insert("trial.work", args={"n": 1000 + n}) for n in range(100)])
@@ -3785,7 +3785,7 @@ def test_a_host_that_is_cut_off_loses_its_steps_to_another(
     assert trial.wait_idle(timeout=PATIENCE)
     assert effects(server, url) == list(range(200))
     assert trial.counts() == {"default": {"done": 200}}
-    assert len(trial.workers()) == 1
+    eventually(lambda: len(trial.workers()) == 1)  # what it held may be done before it is struck off
     ip("link", "set", hosts[0], "up")
     eventually(lambda: len(trial.workers()) == 2)
     trial.insert_all([Insert("trial.work", args={"n": 1000 + n}) for n in range(50)])
