@@ -276,15 +276,11 @@ class _Ticks:
 
 def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
     """Read a duration, seconds or a timedelta, as whole milliseconds, rounded up so that nothing fires early."""
-    seconds: Any = value.total_seconds() if isinstance(value, dt.timedelta) else value
-    try:  # of a Decimal, a Fraction and another library's float as well
-        above, below = (-1, 1) if isinstance(seconds, bool) else seconds.as_integer_ratio()
-    except (AttributeError, TypeError, ValueError, OverflowError):  # the latter: of what is not finite
-        above, below = -1, 1
-    if above < 0:
+    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {value!r}")
     # A float's own error (0.1 * 3 = 0.30000000000000004) must not cost a millisecond: hence the rounding.
-    return _END_OF_TIME if above * 1000 > _END_OF_TIME * below else math.ceil(round(above * 1000 / below, 6))
+    return min(math.ceil(round(min(seconds, _END_OF_TIME) * 1000, 6)), _END_OF_TIME)
 
 
 def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
@@ -1004,6 +1000,7 @@ _READS: dict[str, Callable[[Any], Any]] = {
 """How a column is read for a field that is annotated so; others are as the file has them."""
 
 
+@functools.cache
 def _maker_of(record: type[_Record]) -> Callable[[Sequence[Any]], _Record]:
     """Make the function that makes such a record of its columns, in the order of its fields."""
     reads = [(at, _READS[field.type]) for at, field in enumerate(attrs.fields(record)) if field.type in _READS]
@@ -3009,9 +3006,16 @@ def _transition(
 
 
 _KEPT_INLINE = ("step", "state", "eligible_at", "concurrency_key", "rate_limit", "weight")
+_CLEAN_SLATE = {"last_error": None, "traceback": None, "attempt": 0, "crashes": 0, "progress": None, "has_calls": 0}
+"""What progress makes of the columns that tell of the step before."""
+_NOTHING_LEFT = {"awaits": None, "joining": 0, "progress": None}
+"""What a good end makes of those that say what was waited for."""
 _RESET_INLINE: dict[str, Any] = {
-    **dict.fromkeys(("last_error", "traceback", "cancel_reason", "awaits")),
-    **dict.fromkeys(("attempt", "crashes", "joining", "has_calls", "has_inbox"), 0),
+    **{name: value for name, value in _CLEAN_SLATE.items() if name in _Row._fields},
+    "cancel_reason": None,
+    "awaits": None,
+    "joining": 0,
+    "has_inbox": 0,
 }
 
 
@@ -3151,11 +3155,6 @@ def _descriptors() -> list[int]:
     return []
 
 
-def _descriptors_of(identities: Collection[_Identity]) -> dict[_Identity, int]:
-    """Find descriptors of the process's for these files; one may be closed by now, as that of the listing itself."""
-    return {one: number for number in _descriptors() if (one := _file_id(number)) is not None and one in identities}
-
-
 def _has_open(connection: apsw.Connection, identity: _Identity | None) -> bool:
     """Whether an apsw connection has a file open; one that does not come to rest in another thread may have it."""
     for _ in range(20):
@@ -3177,9 +3176,9 @@ def _is_open_otherwise(path: str) -> bool:
     database, *others = map(_file_id, (path + suffix for suffix in _SUFFIXES))
     if database is None or _is_engines(database):  # what has an engine is guarded since
         return False
-    identities = {database, *filter(None, others)}
-    is_open = bool(_descriptors_of(identities))
-    return is_open and not any(_has_open(connection, database) for connection in apsw.connections())
+    if {database, *filter(None, others)}.isdisjoint(map(_file_id, _descriptors())):
+        return False
+    return not any(_has_open(connection, database) for connection in apsw.connections())
 
 
 def _is_mount_point(path: str) -> bool:
@@ -3205,13 +3204,11 @@ def _refuse_second_name(path: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise DurableError(f"{path} is no file, but a device, a pipe or a socket")
     if status.st_nlink > 1:
-        how = f"has {status.st_nlink} names"
         advice = "Remove the other hard link, or make a copy of the file in its place"
-    elif _is_mount_point(path):
-        how, advice = "is a mount point of its own", "Mount the folder that it lies in"
-    else:
-        return
-    raise DurableError(_SECOND_NAME.format(path=path, how=how, advice=advice))
+        raise DurableError(_SECOND_NAME.format(path=path, how=f"has {status.st_nlink} names", advice=advice))
+    if _is_mount_point(path):
+        advice = "Mount the folder that it lies in"
+        raise DurableError(_SECOND_NAME.format(path=path, how="is a mount point of its own", advice=advice))
 
 
 def _refuse_shared(path: str) -> None:
@@ -3224,6 +3221,17 @@ def _refuse_shared(path: str) -> None:
         gc.collect()  # a connection that nobody holds any more is no reason, nor one that apsw was just opening
         if _is_open_otherwise(path):
             raise SharedFileError(_LEFT_OPEN.format(path=path))
+
+
+def _is_gone(path: str, identity: _Identity) -> bool:
+    """Whether another file is in its place, or none. What can't be seen, after dropped privileges say, is no proof."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) != identity
 
 
 class _OpenFiles:
@@ -3240,8 +3248,6 @@ class _OpenFiles:
         self.path = path
         self.loss: str | None = None
         self._identities: dict[str, _Identity] = {}
-        self._descriptors: dict[_Identity, int] = {}
-        self._root: _Identity | None = None
         self._look_at = math.inf
         self.is_closing = False
         """Set before the engine closes them, after which the log goes by itself."""
@@ -3256,8 +3262,6 @@ class _OpenFiles:
     def watch(self) -> None:
         """Look after them from now on: they are open."""
         self.note()
-        self._root = _file_id("/")
-        self._descriptors = _descriptors_of(self._identities.values())
         self._look_at = 0.0
 
     def has(self, identity: _Identity) -> bool:
@@ -3279,16 +3283,7 @@ class _OpenFiles:
         if sys.platform == "win32" or self.loss is not None:
             return
         for name, identity in self._identities.items():
-            try:
-                status = os.stat(name)
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-            except OSError:  # what can't be seen, after dropped privileges say, is no proof
-                continue
-            else:
-                if (status.st_dev, status.st_ino) == identity:
-                    continue
-            if not self.is_closing and not self._is_out_of_sight(identity):
+            if _is_gone(name, identity) and not self.is_closing:
                 self.lose((_TAKEN_AWAY if name == self.path else _LOG_TAKEN_AWAY).format(name=name))
                 return
 
@@ -3311,16 +3306,6 @@ class _OpenFiles:
     def close(self) -> None:
         """Let others open them."""
         _process.open_files.discard(self)
-
-    def _is_out_of_sight(self, identity: _Identity) -> bool:
-        """Whether this process has another root by now, after a chroot, and the file may be where it was."""
-        if _file_id("/") == self._root:
-            return False
-        descriptor = self._descriptors.get(identity, -1)
-        try:
-            return _file_id(descriptor) != identity or os.fstat(descriptor).st_nlink > 0
-        except OSError:
-            return True
 
 
 def _check_open_files(path: str) -> None:
@@ -3347,8 +3332,6 @@ class _LockFile:
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
         self._path = path
-        self._moved: list[int] = []
-        """Descriptors of files that are still somewhere, but no longer at their path."""
 
     @staticmethod
     def path_of(database: str, worker: str) -> str:
@@ -3373,11 +3356,8 @@ class _LockFile:
             like = os.stat(database)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, like.st_mode & 0o666)
         except OSError as error:
-            message = f"a running engine needs a lock file beside its database, and it can't be made: {error}"
-            if error.errno == errno.ENAMETOOLONG:
-                longest = 255 - len(os.fsencode(path)) + len(os.fsencode(database))
-                message += f" (the database's name may have {longest} bytes at most)"
-            raise DurableError(message) from error
+            needed = "a running engine needs a lock file beside its database"
+            raise DurableError(f"{needed}, and it can't be made: {error}") from error
         if hasattr(os, "fchown"):
             with contextlib.suppress(OSError):  # not in that group, or no such thing here: others wait for the lease
                 os.fchown(descriptor, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
@@ -3437,17 +3417,10 @@ class _LockFile:
         return _file_id(self._path) == _file_id(self._descriptor) is not None
 
     def restore(self, database: str) -> None:
-        """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead.
-
-        One that was moved is held on to: it may be this process that no longer sees it, after a chroot.
-        """
-        if self.is_in_place():
-            return
-        former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
-        self._moved.append(former)
-        with contextlib.suppress(OSError):
-            if not os.fstat(former).st_nlink:
-                os.close(self._moved.pop())
+        """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead."""
+        if not self.is_in_place():
+            former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
+            os.close(former)
 
     def _release(self) -> int:
         descriptor, self._descriptor = self._descriptor, -1
@@ -3482,8 +3455,6 @@ class _LockFile:
         descriptor = self._release()  # first: two threads may be at it
         if descriptor >= 0:
             os.close(descriptor)
-        while self._moved:
-            os.close(self._moved.pop())
 
     def __del__(self) -> None:
         self.close()  # a reaping that storage refused drops the lock for the next try
@@ -3729,8 +3700,6 @@ _LOCK_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's write lock."""
 _LONG_WAIT_S = 1.0
 """After how long the log is told."""
-_LONGEST_PATH = 504
-"""What SQLite allows on POSIX, in bytes, with room for what it appends."""
 
 
 def _reading_error(path: str) -> apsw.Error | None:
@@ -3746,8 +3715,6 @@ def _reading_error(path: str) -> apsw.Error | None:
 def _opening_trouble(path: str) -> str:
     """Say why a file could not be opened, as far as one can see, for the start of a message."""
     folder = os.path.dirname(path)
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        return f"{path} is too long: SQLite takes paths of at most {_LONGEST_PATH} bytes"
     if not os.path.exists(folder):
         return f"{path}: its folder {folder} is missing"
     return f"{path} is a folder" if os.path.isdir(path) else path
@@ -3841,88 +3808,44 @@ def _database_path(database: str | os.PathLike[str]) -> str:
         path.encode()
     except ValueError as error:  # of both
         raise ValueError(f"database must be a path without null bytes that UTF-8 can write, not {path!r}") from error
-    except OSError as error:
-        raise DurableError(f"{path}: the current folder is gone ({error}): give an absolute path") from error
     return path
 
 
-def _schema_of(connection: apsw.Connection) -> dict[str, str]:
-    """Read the definitions of durable's tables and indexes."""
-    rows = connection.execute(
-        "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'index') AND name GLOB 'durable_*'"
-    )
-    return dict(cast(Iterable[tuple[str, str]], rows))
+# A column that has a constraint is described with it, for SQLite's own words about a table are spread over pragmas.
+_SHAPE = """
+SELECT 'table ' || name, iif(strict, 'STRICT', '') || iif(wr, ' WITHOUT ROWID', '') FROM pragma_table_list
+    WHERE schema = 'main' AND type = 'table' AND name GLOB 'durable_*'
+UNION ALL SELECT 'column ' || t.name || '.' || c.name,
+    c.type || iif(c."notnull", ' NOT NULL', '') || coalesce(' DEFAULT ' || c.dflt_value, '')
+        || iif(c.pk, ' PRIMARY KEY', '') || iif(c.hidden, ' GENERATED', '')
+    FROM sqlite_schema t, pragma_table_xinfo(t.name) c WHERE t.type = 'table' AND t.name GLOB 'durable_*'
+UNION ALL SELECT 'index ' || name, sql FROM sqlite_schema WHERE type = 'index' AND name GLOB 'durable_*'
+"""
+
+
+def _shape_of(connection: apsw.Connection) -> dict[str, str]:
+    """Describe durable's tables and indexes, as far as statements and the soundness of rows rely on them."""
+    return {name: " ".join(text.split()) for name, text in cast(Iterable[tuple[str, str]], connection.execute(_SHAPE))}
 
 
 @functools.cache
-def _expected_schema(version: int) -> dict[str, str]:
+def _expected_shape(version: int) -> dict[str, str]:
     with contextlib.closing(apsw.Connection(":memory:")) as blank:
         for script in _MIGRATIONS[:version]:
             blank.execute(script)
-        return _schema_of(blank)
-
-
-def _clauses(sql: str) -> list[str]:
-    """Split a definition into clauses, for comparison: without comments, quotes of names, white space and case.
-
-    The first is what stands before a table's columns, the last what stands after them.
-    """
-    import re  # only a schema that somebody has edited pays for it
-
-    words = re.findall(r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql, re.DOTALL)
-    clauses, depth = [""], 0
-    for word in (one if one[0] == "'" else one.strip('"[]`').lower() for one in words if one[:2] not in ("--", "/*")):
-        depth += {"(": 1, ")": -1}.get(word, 0)
-        if (word in ("(", ",") and depth == 1) or (word == ")" and depth == 0):
-            clauses.append("")
-        elif word != "asc":
-            clauses[-1] += f" {word}"
-    return [clause.strip() for clause in clauses]
-
-
-def _table_parts(sql: str) -> dict[str, str]:
-    """Describe what statements and the soundness of rows rely on: a table's columns, its constraints, its kind."""
-    _, *clauses, kind = _clauses(sql)
-    parts = {"the table's kind": " ".join(["plain", *sorted(kind.replace(",", "").split())])}
-    for clause in clauses:
-        name, _, rest = clause.partition(" ")
-        if name == "primary" and rest.startswith("key ( ") and "," not in rest:  # one column's, said apart from it
-            column, *more = rest.split()[2:-1]
-            parts[f"column {column}"] = " ".join([parts[f"column {column}"], "primary key", *more])
-        else:
-            is_column = name not in ("check", "constraint", "foreign", "primary", "unique")
-            parts[f"column {name}" if is_column else clause] = rest if is_column else ""
-    return parts
-
-
-def _table_problems(table: str, found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
-    """Say what of a table is missing, or not as durable made it. A column that others have added must take no value."""
-    for name, kind in expected.items():
-        if name not in found:
-            yield f"table {table}: {name}{kind and f' ({kind.upper()})'} is missing"
-        elif found[name] != kind:
-            yield f"table {table}: {name} is {found[name].upper()}, not {kind.upper()}"
-    for name in found.keys() - expected.keys():
-        kind = found[name].partition(" check ")[0]
-        if "not null" in kind and not {"default", "as"} & set(kind.split()):
-            yield f"table {table}: {name} was added as NOT NULL without a default, so that no row can be written"
+        return _shape_of(blank)
 
 
 def _schema_problems(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
-    """Say what of durable's tables and indexes is missing, or not as it was made; what others have added is theirs."""
+    """Say what is missing, or not as it was made; what others have added is theirs, unless rows can't be written."""
     for name, made in expected.items():
-        sql, is_table = " ".join(made.split()), made.startswith("CREATE TABLE")
         if name not in found:
-            yield (
-                f"table {name} is missing. Make it, without what was in it, by: {sql}"
-                if is_table
-                else (f"index {name} is missing. Make it by: {sql}")
-            )
-        elif " ".join(found[name].split()) != sql:
-            if is_table:
-                yield from _table_problems(name, _table_parts(found[name]), _table_parts(made))
-            elif _clauses(found[name]) != _clauses(made):
-                yield f"index {name} is not as it was made. Drop it, and make it by: {sql}"
+            yield f"{name} is missing: {made}"
+        elif found[name] != made:
+            yield f"{name} is {found[name]!r}, not {made!r}"
+    for name in found.keys() - expected.keys():
+        if name.startswith("column") and found[name].endswith(" NOT NULL"):
+            yield f"{name} was added as NOT NULL without a default, so that no row can be written"
 
 
 def _roll_back(connection: apsw.Connection) -> None:
@@ -3947,8 +3870,8 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
     """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
     try:
         with _one_view(connection):  # another process may be migrating it
-            schema = _schema_of(connection)
-            if not schema:
+            shape = _shape_of(connection)
+            if not shape:
                 return 0
             rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
         version = int(cast(str, rows[0][0]))
@@ -3956,7 +3879,7 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
     if version > _SCHEMA_VERSION:
         raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
-    if problems := list(_schema_problems(schema, _expected_schema(version))):
+    if problems := list(_schema_problems(shape, _expected_shape(version))):
         advice = "Bring it back as it was, or restore a copy of the file"
         raise SchemaError(f"{path} is damaged: {'; '.join(problems[:20])}. {advice}")
     return version
@@ -4048,15 +3971,13 @@ def _stands_for(sql: str, run: Callable[..., Any]) -> Callable[[_Method], _Metho
 
 
 def _reads(
-    sql: str, make: Callable[[Any], Any] = tuple, into: Callable[[Iterable[Any]], Collection[Any]] = list
+    sql: str, make: Callable[[Any], Any] = tuple, into: Callable[[Iterable[Any]], Iterable[Any]] = list
 ) -> Callable[[_Method], _Method]:
-    """Have a method return what the first function makes of each row, in a list or another collection."""
+    """Have a method return what the first function makes of each row, in a list or another collection.
+
+    With `iter` it yields them as they are read: where most of them are never looked at.
+    """
     return _stands_for(sql, lambda self, *bindings: into(map(make, self._select(sql, bindings))))
-
-
-def _reads_each(sql: str, make: Callable[[Any], Any] = tuple) -> Callable[[_Method], _Method]:
-    """Have a method yield it likewise, row by row: most of them are never looked at."""
-    return _stands_for(sql, lambda self, *bindings: map(make, self._select(sql, bindings)))
 
 
 def _reads_one(sql: str, make: Callable[[Any], Any] = tuple) -> Callable[[_Method], _Method]:
@@ -4290,15 +4211,16 @@ _AGAIN = f"""
 UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
     worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
-_CLEAN_SLATE = "last_error = NULL, traceback = NULL, attempt = 0, crashes = 0, progress = NULL, has_calls = 0"
+_SET_CLEAN_SLATE = ", ".join(f"{name} = {_encode(value)}" for name, value in _CLEAN_SLATE.items())
 _PROGRESS = f"""
-UPDATE durable_instances SET {_settings(_Progress)}, updated_at = ?, {_CLEAN_SLATE}, worker = NULL, cancel_reason = NULL
+UPDATE durable_instances SET
+    {_settings(_Progress)}, updated_at = ?, {_SET_CLEAN_SLATE}, worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 # An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
 # is not written, not even as it is: that would have every index that depends on it looked at.
 _ADVANCE = f"""
 UPDATE durable_instances SET {_settings(_Progress, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
-    {_CLEAN_SLATE}, awaits = NULL, joining = 0, claim = claim + 1
+    {_SET_CLEAN_SLATE}, awaits = NULL, joining = 0, claim = claim + 1
 {_UNDER_CLAIM}"""
 
 
@@ -4404,18 +4326,19 @@ ORDER BY priority, eligible_at LIMIT 1
     def next_priority(self, queue: str, priority: int) -> tuple[int, int] | None:
         """Return the first priority after that one with work, and when its first row is due; None if paused."""
 
-    @_reads_each(
+    @_reads(
         f"""
 SELECT {_ROW_TO_CLAIM} FROM durable_instances i
 WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
 ORDER BY eligible_at, id
 """,
         _Row._make,
+        iter,
     )
     def candidates(self, queue: str, priority: int, horizon: int) -> Iterator[_Row]: ...
 
     # Used where rows of unknown classes stand in front: they are told apart within the index.
-    @_reads_each(
+    @_reads(
         f"""
 SELECT {_ROW_TO_CLAIM} FROM durable_instances i
 WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AND parked_on IS NULL
@@ -4423,6 +4346,7 @@ WHERE queue = ? AND priority = ? AND eligible_at <= ? AND status = 'runnable' AN
 ORDER BY eligible_at, id
 """,
         _Row._make,
+        iter,
     )
     def known_candidates(self, queue: str, priority: int, horizon: int, known: str) -> Iterator[_Row]: ...
     @_reads_value("""
@@ -4480,7 +4404,7 @@ GROUP BY concurrency_key
         "UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL"
     )
     def park_many(self, parked: Iterable[tuple[str, int]]) -> None: ...
-    @_reads_each(_LINE, _Waiting._make)
+    @_reads(_LINE, _Waiting._make, iter)
     def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]: ...
     @_reads_one(
         f"""
@@ -4775,14 +4699,12 @@ ORDER BY updated_at, id LIMIT ?
         bindings = after.retention, after.updated_at, after.id, before, count
         return cast(list[tuple[int, int, int]], list(self.db.execute(self._SWEEP, bindings)))
 
-    _NEXT_RETENTION = """
-SELECT min(retention) FROM durable_instances WHERE (status = 'done' OR status = 'failed') AND retention > ?
-"""
-
+    @_reads_value("""
+SELECT min(retention) FROM durable_instances
+WHERE (status = 'done' OR status = 'failed') AND retention > coalesce(?, -1)
+""")
     def next_retention(self, retention: int | None) -> int | None:
         """Return the next longer retention that ended rows have of their own."""
-        shorter = -1 if retention is None else retention
-        return cast("int | None", self.db.execute(self._NEXT_RETENTION, (shorter,)).get)
 
     _COLLECT = (
         "DELETE FROM durable_instances WHERE id = ? AND status IN ('done', 'failed')",
@@ -11873,15 +11795,6 @@ def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **op
 # ==================================================================================================
 
 
-_record_makers: dict[type, Callable[[Sequence[Any]], Any]] = {
-    Signal: _make_signal,
-    Instance: _make_instance,
-    Worker: _make_worker,
-    Schedule: _make_schedule,
-    Transition: _make_transition,
-}
-
-
 class tools:  # noqa: N801 - a namespace, named as a module is
     """What programs that stand around this module, as the command line does, may use of it beside `__all__`.
 
@@ -11942,8 +11855,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         @contextlib.contextmanager
         def reading(self) -> Iterator[apsw.Connection]:
             """Lend a connection to one thread at a time."""
-            seen = self._lies_still()
-            if seen is None:
+            # To read, SQLite wants a log beside the file. Where there is none, and none can be made, nobody writes.
+            if self._has_log() or all(os.access(path, os.W_OK) for path in (self.path, os.path.dirname(self.path))):
                 with super().reading() as connection:
                     yield connection
                 return
@@ -11953,29 +11866,13 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 contextlib.closing(_connect(uri, flags | apsw.SQLITE_OPEN_URI)) as connection,
             ):
                 yield connection
-            if self._lies_still() != seen:
-                raise DurableError(f"{self.path} was written to while it was read: look again")
 
-        def _lies_still(self) -> tuple[int, int] | None:
-            """By what to see whether a file changes that can't be read but as one that does not; None for others.
-
-            To read, SQLite wants a log beside the file. Where there is none, and none can be made, nobody writes.
-            """
-            with contextlib.suppress(FileNotFoundError):
-                if self._may_write() or os.path.getsize(f"{self.path}-wal"):
-                    return None
-            status = os.stat(self.path)
-            return status.st_mtime_ns, status.st_size
-
-        def _may_write(self) -> bool:
-            return os.access(self.path, os.W_OK) and os.access(os.path.dirname(self.path), os.W_OK)
+        def _has_log(self) -> bool:
+            return os.path.exists(f"{self.path}-wal")
 
         def _open(self) -> apsw.Connection:
             # Without a log SQLite makes one, and only a connection that might write takes it away at the end.
-            has_log = os.path.exists(f"{self.path}-wal")
-            if has_log and not self._may_write() and not os.path.exists(f"{self.path}-shm"):
-                raise DurableError(f"{self.path} can't be read with its log where neither can be written: copy both")
-            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if has_log else apsw.SQLITE_OPEN_READWRITE)
+            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if self._has_log() else apsw.SQLITE_OPEN_READWRITE)
 
         def check(self, *, code: bool = False) -> list[str]:
             """Audit the file, and with `code` hold it against the classes that are known here, as `Engine.check`."""
@@ -12337,18 +12234,9 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         """All columns that a change sets, also those which are only cleared."""
         columns = {**change._asdict(), "status": Status(change.status), "worker": None, "cancel_reason": None}
         if isinstance(change, _Progress):
-            slate = {
-                "last_error": None,
-                "traceback": None,
-                "attempt": 0,
-                "crashes": 0,
-                "progress": None,
-                "has_calls": 0,
-            }
-            return columns | slate
-        if isinstance(change, _Finish):
-            waits: dict[str, Any] = {} if change.status == Status.FAILED else {"awaits": None, "joining": 0}
-            return columns | waits | {"progress": None}
+            columns |= _CLEAN_SLATE
+        elif isinstance(change, _Finish):
+            columns |= {"progress": None} if change.status == Status.FAILED else _NOTHING_LEFT
         return columns
 
     @staticmethod
@@ -12377,7 +12265,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     @staticmethod
     def record(kind: type[_Record], columns: Sequence[Any]) -> _Record:
         """Make an `Instance`, a `Signal`, or another of these records, of its columns in the order of its fields."""
-        return cast(_Record, _record_makers[kind](columns))
+        return cast(_Record, _maker_of(kind)(columns))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
