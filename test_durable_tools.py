@@ -3199,20 +3199,11 @@ def test_the_keyboard_is_enough(family: Path, screened: Show) -> None:
     one.page.wait_for_selector("dialog[open]")
     assert one.page.locator("dialog kbd").count() > 8
     press("Escape")
-    one.page.wait_for_selector("dialog[open]", state="detached")  # until then keys are the dialog's
-
-    def is_at_failures() -> bool:  # a key that comes while the dialog gives the focus back is nobody's
-        press("3")
-        one.page.wait_for_timeout(200)
-        return bool(one.page.locator("main h1 >> text=Failures").count())
-
-    eventually(is_at_failures)
-    one.page.wait_for_selector("main [data-row]")
+    press("3")
     press("j")
     press("j")
     press("Enter")
     one.page.wait_for_selector("main h1 >> text=Instances")
-    press("2")
     one.go("#/instance/2", "text=Last error")
     one.page.get_by_role("button", name="Retry…").focus()
     press("Enter")
@@ -3221,11 +3212,71 @@ def test_the_keyboard_is_enough(family: Path, screened: Show) -> None:
     press("Enter")
     one.page.wait_for_selector("#said >> text=Retried #2")
     assert get(family, 2).status == Status.RUNNABLE
-    press("/")
-    one.page.wait_for_selector("#filters [name=key]")
-    eventually(lambda: one.page.evaluate("() => document.activeElement.name") == "key" or one.page.wait_for_timeout(50))
-    one.page.keyboard.type("order:2")
+    for key in "/order:2":
+        press(key)
     eventually(lambda: one.page.locator("main tbody tr").count() == 1 or one.page.wait_for_timeout(50))
+
+
+@in_browser
+def test_a_key_is_heard_as_soon_as_a_dialog_is_closed(family: Path, screened: Show) -> None:
+    """Closed, a dialog keeps the focus until its event has come; a key in between is no longer the dialog's."""
+    one = screened(family)
+    one.page.wait_for_selector("main h1")
+    one.page.keyboard.press("?")
+    one.page.wait_for_selector("dialog[open]")
+    one.page.evaluate(
+        "() => { document.querySelector('dialog').close();"
+        " document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: '3', bubbles: true})); }"
+    )
+    one.page.wait_for_selector("main h1 >> text=Failures")
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("keys", "fragment"),
+    [
+        (["2", "j", "j", "Enter"], "#/instance/66"),
+        (["/", *"order:3"], "#/instances?key=order%3A3"),
+        (["/", "3", "Enter"], "#/instance/3"),
+        (["2", "3"], "#/failures"),
+    ],
+)
+def test_keys_wait_for_the_view_that_they_are_meant_for(
+    family: Path, screened: Show, keys: list[str], fragment: str
+) -> None:
+    """However long a view is on its way: what is typed meanwhile acts on that one, as if it had been there."""
+    one = screened(family)
+    one.page.wait_for_selector("main h1")
+    held: list[Any] = []
+    are_let_go: list[bool] = []
+    one.page.route("**/api/instances*", lambda asked: asked.continue_() if are_let_go else held.append(asked))
+    for key in keys:
+        one.page.keyboard.press(key)
+    one.page.wait_for_timeout(100)
+    are_let_go.append(True)
+    for asked in held:
+        asked.continue_()
+    eventually(lambda: one.page.url.endswith(fragment) or one.page.wait_for_timeout(50))
+
+
+@in_browser
+def test_the_fields_of_the_filter_say_what_is_filtered(family: Path, screened: Show) -> None:
+    """Also where a link has set the filter beside them, and after a step back; what is typed stays as it was typed."""
+    one = screened(family)
+
+    def given() -> dict[str, str]:
+        fields = one.page.evaluate("() => Object.fromEntries(new FormData(document.querySelector('#filters')))")
+        return {name: value for name, value in fields.items() if value}
+
+    one.go("#/instances", "table")
+    assert given() == {}
+    one.page.locator("main td a.name", has_text="default").first.click()
+    eventually(lambda: given() == {"queue": "default"} or one.page.wait_for_timeout(50))
+    one.page.locator("#filters [name=fsm]").fill("Picky")
+    eventually(lambda: one.page.url.endswith("?fsm=Picky&queue=default") or one.page.wait_for_timeout(50))
+    assert given() == {"queue": "default", "fsm": "Picky"}
+    one.page.go_back()
+    eventually(lambda: given() == {} or one.page.wait_for_timeout(50))
 
 
 @in_browser

@@ -627,20 +627,20 @@ def _gone(reader: tools.Reader, living: Iterable[durable.Worker]) -> list[tuple[
     return [row for row in reader.rows(_ALL_WORKERS) if row[0] not in names]
 
 
+def _trouble(level: str, what: str, helps: str, since: int | None = None, **more: Any) -> dict[str, Any]:
+    """What somebody should look at: how bad it is, what it is, what helps, since when, and what the page links to."""
+    return {"level": level, "what": what, "helps": helps, "since": since, **more}
+
+
 def _retried(reader: tools.Reader, now: int) -> Iterator[dict[str, Any]]:
     """What has not failed yet, but is tried again after an error."""
     for fsm, step, count, attempt, since, next_at, id_ in reader.rows(_RETRIED):
         error = _first_line(reader.rows(_ERROR, (id_,))[0][0])
         many = f"{count:,} instances of {fsm} are" if count > 1 else f"{fsm} is"
-        yield {
-            "level": "warn",
-            "what": f"{many} tried again in {step}, with attempt {attempt}{' at most' if count > 1 else ''}: {error}",
-            "since": since,
-            "helps": f"The next try is due in {span((next_at - now) / 1000)}."
-            if next_at > now
-            else "A try is due now.",
-            "id": id_,
-        }
+        what = f"{many} tried again in {step}, with attempt {attempt}{' at most' if count > 1 else ''}: {error}"
+        is_due = next_at <= now
+        helps = "A try is due now." if is_due else f"The next try is due in {span((next_at - now) / 1000)}."
+        yield _trouble("warn", what, helps, since, id=id_)
 
 
 _LEVELS = ("bad", "warn", "note")
@@ -653,69 +653,46 @@ def _attention(
     for queue in answer["queues"]:
         yield from _trouble_of_queue(queue, path, now)
     for _, name, host, pid, heard_at in gone:
-        yield {
-            "level": "bad",
-            "what": f"Worker {name} (process {pid} on {host}) is gone",
-            "since": heard_at,
-            "helps": "The next engine that runs on the file takes over what it had claimed.",
-            "command": shlex.join(["durable", "run", "MODULE", "--database", str(path)]),
-        }
+        what = f"Worker {name} (process {pid} on {host}) is gone"
+        helps = "The next engine that runs on the file takes over what it had claimed."
+        yield _trouble("bad", what, helps, heard_at, command=_run_command(path))
     for worker in answer["workers"]:
         if worker["lease_expires_at"] < now:
-            yield {
-                "level": "bad",
-                "what": f"Worker {worker['name']} (process {worker['pid']} on {worker['host']}) does not beat",
-                "since": worker["heartbeat_at"],
-                "helps": "Its process lives but is stopped, or its disk hangs; others take over what it had claimed.",
-            }
+            what = f"Worker {worker['name']} (process {worker['pid']} on {worker['host']}) does not beat"
+            helps = "Its process lives but is stopped, or its disk hangs; others take over what it had claimed."
+            yield _trouble("bad", what, helps, worker["heartbeat_at"])
     for group in answer["failures"]["groups"][:3]:
         least = "" if answer["failures"]["is_all"] else "At least "
         many = f"{least}{group['count']:,} instances of {group['fsm']}" if group["count"] > 1 else f"{group['fsm']}"
-        yield {
-            "level": "bad",
-            "what": f"{many} failed in {group['step']}: {_first_line(group['error'])}",
-            "since": group["first_at"],
-            "until": group["last_at"],
-            "helps": "Read one, mend the cause, then retry them all.",
-            "failed": {name: group[name] for name in ("fsm", "step", "kind")},
-            "id": group["id"],
-        }
+        what = f"{many} failed in {group['step']}: {_first_line(group['error'])}"
+        links = {"failed": {name: group[name] for name in ("fsm", "step", "kind")}, "id": group["id"]}
+        helps = "Read one, mend the cause, then retry them all."
+        yield _trouble("bad", what, helps, group["first_at"], until=group["last_at"], **links)
     for schedule in answer["schedules"]:
         if schedule["missed"]:
-            yield {
-                "level": "note",
-                "what": f"Schedule {schedule['name']} has missed {schedule['missed']:,} occurrences in all",
-                "helps": "No engine that knows its class ran at those times.",
-            }
+            what = f"Schedule {schedule['name']} has missed {schedule['missed']:,} occurrences in all"
+            yield _trouble("note", what, "No engine that knows its class ran at those times.")
 
 
 def _trouble_of_queue(queue: Mapping[str, Any], path: Path, now: int) -> Iterator[dict[str, Any]]:
-    waiting, due = queue["tally"].get(Status.RUNNABLE, 0), queue["earliest"]
+    name, waiting, due = queue["name"], queue["tally"].get(Status.RUNNABLE, 0), queue["earliest"]
     is_due = due is not None and due < now - 2_000
     if queue["is_paused"] and waiting:
-        yield {
-            "level": "warn",
-            "what": f"Queue {queue['name']} is paused: {waiting:,} wait there",
-            "since": due if is_due else None,
-            "helps": "No engine claims from it until it is resumed.",
-            "command": shlex.join(["durable", "resume", str(path), queue["name"]]),
-            "resume": queue["name"],
-        }
+        links = {"command": shlex.join(["durable", "resume", str(path), name]), "resume": name}
+        helps = "No engine claims from it until it is resumed."
+        yield _trouble(
+            "warn", f"Queue {name} is paused: {waiting:,} wait there", helps, due if is_due else None, **links
+        )
     elif is_due and not queue["width"]:
-        yield {
-            "level": "bad",
-            "what": f"No engine serves the queue {queue['name']}, where {waiting:,} wait",
-            "since": due,
-            "helps": "Start an engine that runs this queue.",
-            "command": shlex.join(["durable", "run", "MODULE", "--database", str(path)]),
-        }
+        what = f"No engine serves the queue {name}, where {waiting:,} wait"
+        yield _trouble("bad", what, "Start an engine that runs this queue.", due, command=_run_command(path))
     elif is_due and due < now - 60_000:
-        yield {
-            "level": "warn",
-            "what": f"The oldest of queue {queue['name']} waits for its turn",
-            "since": due,
-            "helps": "Its engines are busy with others, or do not know its class.",
-        }
+        helps = "Its engines are busy with others, or do not know its class."
+        yield _trouble("warn", f"The oldest of queue {name} waits for its turn", helps, due)
+
+
+def _run_command(path: Path) -> str:
+    return shlex.join(["durable", "run", "MODULE", "--database", str(path)])
 
 
 def _first_line(text: str | None) -> str:
