@@ -536,10 +536,6 @@ class _Policy(NamedTuple):
         return now + max(0, -(-(units - level) // self.allowed))
 
 
-def _policy(name: str, limit: RateLimit) -> _Policy:
-    return _Policy(name, limit.allowed, _positive_ms(limit.per, "per"), limit.burst)
-
-
 def _check_rate(key: str, weight: int, policy: _Policy | None) -> None:
     if policy is None:
         raise UnknownLimitError(f"no rate limit {_limit_name(key)!r} is declared: give Engine(rate_limits=...) one")
@@ -1855,12 +1851,6 @@ _Returned_co = typing.TypeVar("_Returned_co", covariant=True)
 _current: contextvars.ContextVar[Context[Any] | None] = contextvars.ContextVar("durable_step", default=None)
 
 
-class _Insertion(NamedTuple):
-    """An instance to insert in the commit."""
-
-    row: _NewRow
-
-
 class _Statement(NamedTuple):
     """The user's own SQL, to run in the commit."""
 
@@ -1877,7 +1867,7 @@ class _Message(NamedTuple):
     dedup_key: str | None
 
 
-_Effect = _Statement | _Insertion | _Message
+_Effect = _Statement | _NewRow | _Message
 
 
 def _target(value: object) -> int | str:
@@ -1993,7 +1983,7 @@ class Context(Generic[_State]):
 
     def insert(self, fsm: Any, **options: Unpack[_InsertOptions]) -> None:
         """Add an instance to the step's commit, with the options of `Insert`; a duplicate is dropped and logged."""
-        self._add(_Insertion(self._claim.services.new_row(_make_insert(fsm, options))))
+        self._add(self._claim.services.new_row(_make_insert(fsm, options)))
 
     def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
         """Add a signal to the step's commit; one without a live target is dropped and logged."""
@@ -2113,15 +2103,6 @@ class Context(Generic[_State]):
         return f"<Context of instance {self.id}: {self.fsm}, step {self.step!r}, attempt {self.attempt}>"
 
 
-class _StepRule(NamedTuple):
-    """What `@step` gives a step of its own, checked."""
-
-    max_attempts: int | None
-    timeout_s: float | _Keep | None
-    """KEEP: that of the class."""
-    backoff: Any
-
-
 @overload
 def step(method: _AnyStep, /) -> _AnyStep: ...
 @overload
@@ -2147,9 +2128,9 @@ def step(method: Any = None, /, **options: Any) -> Any:
         raise TypeError("@step: backoff is for a step that is tried again: give max_attempts, too")
     if backoff is not None and not callable(backoff):
         _duration_ms(backoff, "@step: backoff", TypeError)
-    rule = _StepRule(
-        max_attempts, KEEP if timeout is KEEP else _timeout_s(timeout, "@step: timeout", TypeError), backoff
-    )
+    rule: dict[str, Any] = {"max_attempts": max_attempts, "backoff": backoff}
+    if timeout is not KEEP:
+        rule["timeout_s"] = _timeout_s(timeout, "@step: timeout", TypeError)
 
     def mark(marked: Any) -> Any:
         if not inspect.isfunction(marked):
@@ -2313,7 +2294,7 @@ class _Spec(NamedTuple):
         return self.steps.get(name, self.any_step)
 
     def code(self, name: str) -> _Code:
-        code = self.steps.get(name, self.any_step)
+        code = self.find(name)
         if code is None:
             raise OutcomeError(f"{self.name} has no step {name!r}; it has {', '.join(map(repr, self.steps))}")
         return code
@@ -2364,7 +2345,7 @@ def _merged_options(cls: type[FSM], options: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in inherited.items() if name not in dropped}, **options}
 
 
-def _marked_steps(cls: type) -> dict[str, _StepRule]:
+def _marked_steps(cls: type) -> dict[str, dict[str, Any]]:
     """Return the methods that are steps, with the rule of the nearest class that marks each; one in its place is it."""
     marked = ((name, one) for base in reversed(cls.__mro__) for name, one in vars(base).items())
     return {name: cast(Any, one)._durable_step for name, one in marked if hasattr(one, "_durable_step")}
@@ -2435,15 +2416,6 @@ def _is_generator(function: object) -> bool:
     return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _is_plain(function: object) -> bool:
-    return not (inspect.iscoroutinefunction(function) or _is_generator(function))
-
-
-def _hides_step(member: object) -> bool:
-    """Whether a decorator has taken the mark of a step away."""
-    return hasattr(getattr(member, "__wrapped__", None), "_durable_step") and not hasattr(member, "_durable_step")
-
-
 def _takes(method: Any, count: int) -> bool:
     """Whether a method can be called with so many arguments, `self` among them."""
     with contextlib.suppress(TypeError):
@@ -2475,10 +2447,9 @@ def _any_step_code(cls: type[FSM], timeout_s: float | None) -> _Code:
     return _Code(lambda self, ctx: self.step(ctx.step, ctx), inspect.iscoroutinefunction(method), timeout_s)
 
 
-def _step_code(cls: type[FSM], name: str, rule: _StepRule, timeout_s: float | None) -> _Code:
+def _step_code(cls: type[FSM], name: str, rule: dict[str, Any], timeout_s: float | None) -> _Code:
     method = _checked_method(cls, name, "(self, ctx)", 2)
-    own_timeout_s = timeout_s if rule.timeout_s is KEEP else rule.timeout_s
-    return _Code(method, inspect.iscoroutinefunction(method), own_timeout_s, rule.max_attempts, rule.backoff)
+    return _Code(method, inspect.iscoroutinefunction(method), **{"timeout_s": timeout_s, **rule})
 
 
 def _refuse_misfits(cls: type[FSM], marked: Collection[str], initial: str, *, is_job: bool, has_any_step: bool) -> None:
@@ -2488,12 +2459,14 @@ def _refuse_misfits(cls: type[FSM], marked: Collection[str], initial: str, *, is
         " defines neither steps nor perform: mark methods with @step (a machine), define perform (a job), or pass"
         " abstract=True (a shared base)"
     )
-    hooks = [one for one in ("handle", "backoff") if one in marked or not _is_plain(getattr(cls, one))]
-    under = [name for base in cls.__mro__ for name, one in vars(base).items() if _hides_step(one)]
+    hooks = [
+        name
+        for name in ("handle", "backoff")
+        if name in marked or inspect.iscoroutinefunction(getattr(cls, name)) or _is_generator(getattr(cls, name))
+    ]
     both, known = "defines both steps and perform", ", ".join(map(repr, marked))
     for is_wrong, what in (
         (hooks, f": {', '.join(hooks)} must be a plain method of the class, neither a step nor async"),
-        (under, f": @step of {', '.join(under)} must stand above staticmethod and the like, on a method (self, ctx)"),
         (is_job and (marked or has_any_step), f" {both}: keep the steps (a machine) or perform (a job)"),
         (marked and has_any_step, " defines both @step methods and step(self, name, ctx): use one of the two forms"),
         (not (is_job or marked or has_any_step), neither),
@@ -3140,13 +3113,6 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         raise SharedFileError(refusal.format(path=os.fsdecode(path)))
 
 
-def _audit_process() -> None:
-    """Install the audit hook, once: there is no way to remove one."""
-    if not _process.is_audited:
-        _process.is_audited = True
-        sys.addaudithook(_audit)
-
-
 def _descriptors() -> list[int]:
     """List the process's descriptors; none where the system does not tell."""
     for folder in ("/dev/fd", "/proc/self/fd"):
@@ -3213,7 +3179,9 @@ def _refuse_second_name(path: str) -> None:
 
 def _refuse_shared(path: str) -> None:
     """Refuse a file whose locks would not hold: it has a second name, or is open in this process otherwise."""
-    _audit_process()
+    if not _process.is_audited:  # once: there is no way to remove a hook
+        _process.is_audited = True
+        sys.addaudithook(_audit)
     _refuse_second_name(path)
     if _is_open_otherwise(path):
         import gc  # only a refusal pays for it
@@ -3698,8 +3666,6 @@ _STORE_FAILURES = (
 """What is no fault of who asked: storage, or what somebody has done to the file."""
 _LOCK_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's write lock."""
-_LONG_WAIT_S = 1.0
-"""After how long the log is told."""
 
 
 def _reading_error(path: str) -> apsw.Error | None:
@@ -3751,34 +3717,21 @@ class _Patience:
     SQLite's own handler starts at whole milliseconds, which is longer than most transactions here last.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._deadline = self._tells_at = 0.0
-        self.tell: Callable[[str], None] = _log.warning
-        """Hears of a long wait, once, while it lasts: the text is a line for the log."""
+    _deadline = 0.0
 
     def __call__(self, calls: int) -> bool:
         now = _Ticks.monotonic()
         if calls == 0:
-            self._deadline, self._tells_at = now + _LOCK_TIMEOUT_S, now + _LONG_WAIT_S
-        if now >= self._tells_at:
-            self._tells_at = math.inf
-            self.tell(
-                f"{self._path}: another connection has held the lock for over {_LONG_WAIT_S:g} s: it is waited for"
-            )
+            self._deadline = now + _LOCK_TIMEOUT_S
         time.sleep(min(0.002, 0.00005 * 2 ** min(calls, 6)))
         return now < self._deadline
 
 
-def _connect(
-    path: str,
-    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
-    patience: _Patience | None = None,
-) -> apsw.Connection:
+def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
     # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
     # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job.
     connection = apsw.Connection(path, flags=flags, statementcachesize=1024)
-    connection.set_busy_handler(patience or _Patience(path))
+    connection.set_busy_handler(_Patience())
     # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
     # place of 2 for the candidates of a claim.
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
@@ -3815,7 +3768,7 @@ def _database_path(database: str | os.PathLike[str]) -> str:
 _SHAPE = """
 SELECT 'table ' || name, iif(strict, 'STRICT', '') || iif(wr, ' WITHOUT ROWID', '') FROM pragma_table_list
     WHERE schema = 'main' AND type = 'table' AND name GLOB 'durable_*'
-UNION ALL SELECT 'column ' || t.name || '.' || c.name,
+UNION ALL SELECT 'table ' || t.name || ': column ' || c.name,
     c.type || iif(c."notnull", ' NOT NULL', '') || coalesce(' DEFAULT ' || c.dflt_value, '')
         || iif(c.pk, ' PRIMARY KEY', '') || iif(c.hidden, ' GENERATED', '')
     FROM sqlite_schema t, pragma_table_xinfo(t.name) c WHERE t.type = 'table' AND t.name GLOB 'durable_*'
@@ -3844,7 +3797,7 @@ def _schema_problems(found: Mapping[str, str], expected: Mapping[str, str]) -> I
         elif found[name] != made:
             yield f"{name} is {found[name]!r}, not {made!r}"
     for name in found.keys() - expected.keys():
-        if name.startswith("column") and found[name].endswith(" NOT NULL"):
+        if name.partition(":")[0] in expected and found[name].endswith(" NOT NULL"):
             yield f"{name} was added as NOT NULL without a default, so that no row can be written"
 
 
@@ -3885,9 +3838,10 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
     return version
 
 
-def _enter_wal_mode(connection: apsw.Connection, path: str, patience: _Patience) -> None:
+def _enter_wal_mode(connection: apsw.Connection, path: str) -> None:
     """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
-    for calls in range(1_000_000):
+    patience = _Patience()
+    for calls in itertools.count():
         try:
             mode = connection.pragma("journal_mode", "wal")
         except apsw.BusyError:
@@ -3934,10 +3888,10 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         raise
 
 
-def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Connection:
+def _open_database(path: str, synchronous: str) -> apsw.Connection:
     """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
     with _driver_errors(path):
-        connection = _connect(path, patience=patience)
+        connection = _connect(path)
         try:
             # Closing the last connection copies the WAL into the file: not into one that may be refused.
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -3947,7 +3901,7 @@ def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Con
             if connection.pragma("page_count") == 0:  # else it is too late, or the application's to say
                 connection.pragma("auto_vacuum", "incremental")
             _configure(connection, synchronous)
-            _enter_wal_mode(connection, path, patience)
+            _enter_wal_mode(connection, path)
             _migrate(connection, path)
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         except BaseException:
@@ -4378,12 +4332,6 @@ WHERE {_HELD_CLAIM} AND cancel_reason IS NULL
         return bool(self.db.changes())
 
 
-_LINE = f"""
-SELECT {_columns(_Waiting)} FROM durable_instances
-WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
-"""
-
-
 class _LineTable(_Table):
     """The lines of concurrency keys and buckets: rows that are parked on them, in the order in which they go on."""
 
@@ -4404,7 +4352,14 @@ GROUP BY concurrency_key
         "UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL"
     )
     def park_many(self, parked: Iterable[tuple[str, int]]) -> None: ...
-    @_reads(_LINE, _Waiting._make, iter)
+    @_reads(
+        f"""
+SELECT {_columns(_Waiting)} FROM durable_instances
+WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
+""",
+        _Waiting._make,
+        iter,
+    )
     def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]: ...
     @_reads_one(
         f"""
@@ -5164,9 +5119,7 @@ class _UserStatements(_Table):
 
     def run(self, statement: _Statement) -> None:
         """Run the user's SQL; what it may not do is a DurableError."""
-        sql = statement.sql.lower()
-        names = self._owned_names() if "rename" in sql else None
-        self._users_sql, self._refusal = sql, None
+        self._users_sql, self._refusal = statement.sql.lower(), None
         try:
             # The flag keeps it out of the cached statements of our own, which were let pass.
             for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
@@ -5175,11 +5128,6 @@ class _UserStatements(_Table):
             raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
         finally:
             self._users_sql = None
-        if names is not None and not names >= self._owned_names():  # a rename's new name is not told when it is asked
-            raise DurableError(f"ctx.execute may not give a name that begins with durable_: {statement.sql}")
-
-    def _owned_names(self) -> set[str]:
-        return {name for (name,) in self.db.execute("SELECT name FROM sqlite_schema") if _is_owned(name)}
 
     def check_foreign_keys(self) -> None:
         """Refuse what deferred foreign keys would refuse at the commit, where it would fail the whole beat."""
@@ -5318,8 +5266,7 @@ class _Store(
     def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
         self.path = path
         self._files = files
-        self.patience = _Patience(path)
-        self.db = _open_database(path, synchronous, self.patience)
+        self.db = _open_database(path, synchronous)
         _Space.__init__(self)
         _UserStatements.__init__(self)
 
@@ -8131,10 +8078,10 @@ class _Settlement:
         match effect:
             case _Statement():
                 self._store.run(effect)
-            case _Insertion():
-                if self._inserts.write((effect.row,)) == [None]:
+            case _NewRow():
+                if self._inserts.write((effect,)) == [None]:
                     message = "instance %d: its insert of %s is dropped, the correlation key %r is taken"
-                    dropped = effect.row.fsm, effect.row.correlation_key
+                    dropped = effect.fsm, effect.correlation_key
                     self._report.log(_log.info, message, row.id, *dropped, extra=_log_details(row))
             case _Message():
                 try:
@@ -10579,7 +10526,6 @@ class _Scheduler:
         self.behaviours = behaviours
         self.shared = _Shared(path, self.services, behaviours, self.dispatcher)
         self.shared.give_back = self._give_back
-        self.store.patience.tell = self._tell_wait
         self._life_lock = threading.Lock()
         self._stop_lock = threading.RLock()
         self._build_committer()
@@ -10640,10 +10586,6 @@ class _Scheduler:
             raise
         self.files.watch()
         return store
-
-    def _tell_wait(self, text: str) -> None:
-        """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
-        self.dispatcher.post_apart(functools.partial(_log.warning, "%s", text))
 
     def _give_back(self, claim: _Claim) -> None:
         self.callers.post(lambda beat: beat.withdrawals.give_back([claim]))
@@ -11687,7 +11629,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
     # Helpers
 
     def _save_rate_limits(self, limits: Mapping[str, RateLimit]) -> None:
-        policies = [_policy(name, limit) for name, limit in limits.items()]
+        policies = [_Policy(name, one.allowed, _positive_ms(one.per, "per"), one.burst) for name, one in limits.items()]
         if any(self._core.reader.policy(policy.name) != policy for policy in policies):
             self._core.callers.perform(functools.partial(_Beat.save_policies, policies=policies))
 
@@ -12211,7 +12153,6 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             self._host.show_progress(row, _json(self._services.progress.pop((row.id, row.claim))))
 
         def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
-            effects = tuple(one.row if isinstance(one, _Insertion) else one for one in commit.effects)
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
                 columns |= {"version": commit.claim.row.version, "step": columns.get("step", commit.claim.row.step)}
@@ -12220,7 +12161,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 commit.claim,
                 commit.kind,
                 columns,
-                effects,
+                commit.effects,
                 commit.shown,
                 commit.children,
                 commit.is_inline,
