@@ -5686,10 +5686,9 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     claim, row, change, error = commit.claim, commit.claim.row, commit.change, commit.error
     to = change.step if isinstance(change, _Progress) else row.step if isinstance(change, _Again) else None
     text, traceback = None, None
-    if isinstance(change, _Progress) or change.status == Status.DONE:
-        if error is not None:
-            text, traceback = _error_text(_reason_of(error)), _traceback_text(error)
-    elif error is not None or commit.kind == _CRASH or not isinstance(change, _Again):
+    if error is not None:
+        text, traceback = _error_text(_reason_of(error)), _traceback_text(error)
+    elif isinstance(change, _Finish) or commit.kind == _CRASH:
         text, traceback = change.last_error, change.traceback
     kind = "timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind
     return _Entry(
@@ -8142,7 +8141,7 @@ class _Settlement:
         if reason is not None:
             change = _failed(row, reason)
             self._store.settle(row, change, self._now, reason)
-            self._history.record_all((commit._replace(kind="cancel", change=change),))
+            self._history.record_all((commit._replace(kind="cancel", change=change, error=None),))
             self._let_go(commit._replace(kind="stop"), change)
             return
         self._report.left.append(commit.claim)

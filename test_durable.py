@@ -16189,22 +16189,40 @@ def test_the_history_of_a_machine_has_every_outcome(
     assert engine.check() == []
 
 
-def test_an_error_that_handle_has_answered_stands_in_the_history(make_engine: MakeEngine) -> None:
-    """The kind is that of the outcome that `handle` came to, the error that of the step."""
+@pytest.mark.parametrize(
+    ("answer", "kind", "to"),
+    [(Next("calm"), "next", "calm"), (Retry(0), "retry", "start"), (Done(1), "done", None), (Stop("no"), "stop", None)],
+)
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_error_that_handle_has_answered_stands_in_the_history(
+    make_engine: MakeEngine, answer: Any, kind: str, to: str | None, is_late: bool
+) -> None:
+    """The kind is that of the outcome that `handle` came to, but for a time-out; the error that of the step."""
 
     class Answering(FSM, name="test.answering"):
-        def step(self, name: str, ctx: Ctx) -> Done:
-            if name == "start":
-                raise ValueError("boom")
+        @step(timeout=0.001 if is_late else None)
+        def start(self, ctx: Ctx) -> Done:
+            if ctx.attempt > 0:
+                return Done()
+            if is_late:
+                time.sleep(0.01)
+            raise ValueError("boom")
+
+        @step
+        def calm(self, ctx: Ctx) -> Done:
             return Done()
 
-        def handle(self, error: Exception, ctx: Ctx) -> Next:
-            return Next("calm")
+        def handle(self, error: Exception, ctx: Ctx) -> Any:
+            return answer
 
     engine = make_engine()
     ident = engine.insert(Answering)
     engine.drain()
-    assert past(engine, ident) == [("start", 0, "next", "ValueError: boom", "calm"), ("calm", 0, "done", None, None)]
+    first, *later = past(engine, ident)
+    error = "TimeoutError: step 'start' took over 0.001 s" if is_late else "ValueError: boom"
+    assert first == ("start", 0, "timeout" if is_late else kind, error, to)
+    assert [row[2:4] for row in later] == ([] if to is None else [("done", None)])
+    assert engine.get(ident).last_error == ("no" if kind == "stop" else None)
 
 
 def test_a_job_keeps_only_its_failed_attempts(make_engine: MakeEngine) -> None:
