@@ -5688,7 +5688,7 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     text, traceback = None, None
     if error is not None:
         text, traceback = _error_text(_reason_of(error)), _traceback_text(error)
-    elif isinstance(change, _Finish) or commit.kind == _CRASH:
+    elif isinstance(change, _Finish) or (isinstance(change, _Again) and commit.kind == _CRASH):
         text, traceback = change.last_error, change.traceback
     kind = "timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind
     return _Entry(
