@@ -4165,7 +4165,7 @@ _AGAIN = f"""
 UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_at = ?,
     worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
-_SET_CLEAN_SLATE = ", ".join(f"{name} = {_encode(value)}" for name, value in _CLEAN_SLATE.items())
+_SET_CLEAN_SLATE = ", ".join(f"{name} = {'NULL' if value is None else value}" for name, value in _CLEAN_SLATE.items())
 _PROGRESS = f"""
 UPDATE durable_instances SET
     {_settings(_Progress)}, updated_at = ?, {_SET_CLEAN_SLATE}, worker = NULL, cancel_reason = NULL
