@@ -533,8 +533,8 @@ def test_readme_names_every_option() -> None:
 # ==================================================================================================
 
 HOT = """
-candidates known_candidates next_priority next_due _CLAIM _CLAIM_MANY _FINISH _AGAIN _PROGRESS _ADVANCE
-_GIVE_BACK _CANCEL_REASON occupant last_carrier executing park_many line line_head line_start line_queue
+candidates known_candidates next_priority next_due _CLAIM _CLAIM_MANY _FINISH _FINISH_MANY _AGAIN _PROGRESS
+_ADVANCE _GIVE_BACK _CANCEL_REASON occupant last_carrier executing park_many line line_head line_start line_queue
 next_line unpark bucket ready_buckets next_ready next_at_bucket status wake signals _UNSEEN _CONSUME
 _CONSUME_KEYED _KEEP_CONSUMED _EMPTY_INBOX _KEEP_INBOX has_live_child wake_parent timers fire due_schedules schedule
 has_occurrence next_queue instance statuses_of is_cancelled is_paused renew collect_buckets
@@ -704,6 +704,32 @@ def test_rows_are_bound_to_their_own_values_however_many_there_are(rows: int, ma
     assert {(one.id, one.status, one.worker) for one in engine.find()} == {
         (ident, Status.EXECUTING, engine._core.worker_id) for ident in ids
     }
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 40])
+def test_each_of_many_ends_alike_is_written_under_its_own_claim(rows: int, is_stale: bool, make_engine: Any) -> None:
+    """Of ends in one beat, however many a statement writes, a cancelled one fails and a stale one is dropped."""
+    engine = make_engine(queues={"default": 40}, fsms=[Idle()])
+    *others, last = engine.insert_all([Insert(Idle) for _ in range(rows)])
+    core = engine._core
+    core._join(10**12)
+    core.runners.pools = {"default": NoPool(40, core.shared)}
+    statements_of_beats(engine, 1)
+    core.runners.pools = {}
+    ended = list(core.shared.outcomes)
+    core.shared.outcomes.clear()
+    if is_stale:
+        with engine.connect() as connection:
+            connection.execute("UPDATE durable_instances SET claim = claim + 1 WHERE id = ?", (last,))
+    else:
+        assert engine.cancel(last, "enough")
+    core.shared.outcomes.extend(ended)
+    with core.committer.lock:
+        core.committer.beat()
+    expected = {last: Status.EXECUTING if is_stale else Status.FAILED}
+    assert {one.id: one.status for one in engine.find()} == expected | dict.fromkeys(others, Status.DONE)
+
 
 
 # ==================================================================================================
@@ -20650,7 +20676,9 @@ def reworded(name: str, old: str, new: str) -> Planting:
         text, found = statement(name), getattr(place_of(name), name)
         assert old in text
         if found is text:
-            patch.setattr(place_of(name), name, text.replace(old, new))
+            for one in (name, f"{name}_MANY"):  # the same for one row and for many
+                if hasattr(place_of(name), one):
+                    patch.setattr(place_of(name), one, statement(one).replace(old, new))
         else:
             [cell] = [cell for cell in found.__closure__ if cell.cell_contents is text]
             patch.setattr(cell, "cell_contents", text.replace(old, new))
