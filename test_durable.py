@@ -731,7 +731,6 @@ def test_each_of_many_ends_alike_is_written_under_its_own_claim(rows: int, is_st
     assert {one.id: one.status for one in engine.find()} == expected | dict.fromkeys(others, Status.DONE)
 
 
-
 # ==================================================================================================
 # Behaviour, schemas, outcomes
 # ==================================================================================================
