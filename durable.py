@@ -4065,7 +4065,7 @@ class _Table(_Statements):
             self.db.execute(many, tuple(itertools.chain.from_iterable(rows[start : start + _BULK])))
         self.db.executemany(one, rows[whole:])
 
-    def _change_alike(self, sql: str, ids: Sequence[int], before: Sequence[Any], after: Sequence[Any] = ()) -> bool:
+    def _change_alike(self, sql: str, ids: list[int], before: Sequence[Any], after: Sequence[Any] = ()) -> bool:
         """Run a statement for the rows of these ids, `_BULK` at once likewise; False if it has missed one."""
         changed = 0
         for start in range(0, len(ids), _BULK):
