@@ -16556,6 +16556,105 @@ def test_a_fork_goes_on_from_a_run_of_another(order: tuple[Engine, int]) -> None
             engine.fork(ident, "ship", **cast(Any, options))
 
 
+def test_what_is_rewound_keeps_its_queue_its_key_and_its_limits(make_engine: MakeEngine) -> None:
+    """Those that it has; its attempts and crashes are 0, and what its calls have kept is dropped."""
+    made: list[str] = []
+
+    def end(ctx: Ctx) -> Retry | Stop:
+        ctx.call("effect", made.append, "made")
+        return Retry(0) if ctx.attempt == 0 else Stop("no")
+
+    limited = Next("end", rate_limit="api", weight=2, concurrency_key="account:7")
+    engine, machine = scripted_engine(make_engine, limited, end, end, rate_limits={"api": RateLimit(100, per=1)})
+    ident = engine.insert(Scripted, queue="orders", priority=3, correlation_key="order")
+    engine.drain()
+    assert made == ["made"]
+    engine.rewind(ident, "end")
+    found = engine.get(ident)
+    assert (found.status, found.attempt, found.crashes, found.correlation_key) == ("runnable", 0, 0, "order")
+    assert (found.queue, found.priority, found.concurrency_key) == ("orders", 3, "account:7")
+    assert (found.rate_limit, found.weight) == ("api", 2)
+    machine.outcomes.append(end)
+    engine.drain()
+    assert made == ["made"] * 2
+    assert engine.check() == []
+
+
+def test_a_rewound_child_is_waited_for_again(make_engine: MakeEngine) -> None:
+    """By a parent that waits: it joins when all have ended once more."""
+
+    class Kid(FSM, name="test.mended_kid"):
+        is_mended = False
+
+        @step
+        def start(self, ctx: Ctx) -> Done | Stop:
+            return Done("well") if Kid.is_mended else Stop("broken")
+
+    class Elder(FSM, name="test.elder"):
+        @step
+        def start(self, ctx: Ctx) -> ScheduleChildren:
+            return ScheduleChildren([Insert(Kid), Insert(Kid, queue="later")], then="join")
+
+        @step
+        def join(self, ctx: Ctx) -> Done:
+            return Done([child.result for child in ctx.children])
+
+    engine = make_engine()
+    elder = engine.insert(Elder)
+    engine.drain(queue="default")
+    [broken] = engine.find(parent_id=elder, status="failed")
+    Kid.is_mended = True
+    engine.rewind(broken.id, "start")
+    engine.drain(queue="later")
+    assert engine.get(elder).status == "awaiting_children"
+    engine.drain()
+    assert engine.result(elder) == ["well", "well"]
+
+
+@pytest.mark.parametrize("verb", ["rewind", "fork"])
+def test_a_step_without_history_can_be_gone_back_to_with_a_state(make_engine: MakeEngine, verb: str) -> None:
+    """Without one it is a `ValueError`; the state is held against the schema, and may be an object of it."""
+
+    class Sized(FSM, name="test.sized", history=False):
+        @attrs.frozen
+        class State:
+            n: int = 0
+
+        @step
+        def start(self, ctx: Ctx) -> Next:
+            return Next("end")
+
+        @step
+        def end(self, ctx: Ctx) -> Done | Stop:
+            return Done(ctx.state.n) if ctx.state.n else Stop("empty")
+
+    engine = make_engine()
+    ident = engine.insert(Sized)
+    engine.drain()
+    go_back = getattr(engine, verb)
+    with pytest.raises(ValueError, match="'end'"):
+        go_back(ident, "end")
+    for bad in ({"n": "x"}, {"m": 1}, 5):
+        with pytest.raises(StateError):
+            go_back(ident, "end", state=bad)
+    assert engine.get(ident).status == "failed"
+    other = go_back(ident, "end", state=Sized.State(7))
+    engine.drain()
+    assert engine.result(ident if other is None else other) == 7
+
+
+def test_a_fork_has_a_history_of_its_own(make_engine: MakeEngine) -> None:
+    """From the run on from which it goes; that of the old one stays what it was."""
+    engine, machine, ident = scripted(make_engine, Next("two"), Next("three"), Stop("no"))
+    engine.drain()
+    before = engine.history(ident)
+    machine.outcomes.extend([Next("three"), Done("right")])
+    new = engine.fork(ident, "two")
+    engine.drain()
+    assert [(one.step, one.kind) for one in engine.history(new)] == [("two", "next"), ("three", "done")]
+    assert (engine.history(ident), engine.get(ident).status, engine.result(new)) == (before, "failed", "right")
+
+
 @pytest.mark.parametrize("kept", [timedelta(days=3650), math.inf])
 def test_each_class_says_how_long_its_instances_are_kept(
     make_engine: MakeEngine, clock: Clock, kept: timedelta | float
@@ -16635,6 +16734,43 @@ def test_what_a_call_raises_is_raised_and_its_name_is_free_again(make_engine: Ma
     engine, _, ident = scripted(make_engine, body)
     engine.drain()
     assert engine.result(ident) == 1
+
+
+@pytest.mark.parametrize("end", ["stop", "cancel"])
+def test_an_end_is_no_progress_to_what_calls_have_kept(make_engine: MakeEngine, end: str) -> None:
+    """After `retry` it is given back."""
+    made: list[str] = []
+
+    def first(ctx: Ctx) -> Done | Stop:
+        ctx.call("effect", made.append, "first")
+        if end == "stop":
+            return Stop("no")
+        running.cancel(ctx.id)
+        return Done()
+
+    def again(ctx: Ctx) -> Done:
+        ctx.call("effect", made.append, "again")
+        return Done()
+
+    running, _, ident = scripted(make_engine, first, again)
+    running.drain()
+    assert running.get(ident).status == "failed"
+    running.retry(ident)
+    running.drain()
+    assert (running.get(ident).status, made) == ("done", ["first"])
+
+
+def test_what_a_call_is_given_may_have_any_name(make_engine: MakeEngine) -> None:
+    """`name` and `function` of `call` are positional only; what is returned the first time is what a repeat gets."""
+
+    def body(ctx: Ctx) -> Done:
+        with pytest.raises(TypeError):
+            ctx.call(name="it", function=int)  # type: ignore[call-overload]
+        return Done([ctx.call("it", dict, name=1, function=2), ctx.call("when", lambda: (NOON, {Color.RED}))])
+
+    engine, _, ident = scripted(make_engine, body)
+    engine.drain()
+    assert engine.result(ident) == [{"name": 1, "function": 2}, ["2024-05-06T12:00:00+00:00", ["red"]]]
 
 
 def test_calls_that_cannot_be_meant_are_refused(make_engine: MakeEngine) -> None:
@@ -16811,6 +16947,32 @@ def test_progress_of_a_running_step_is_read_by_others(make_engine: MakeEngine) -
         go.set()
         engine.result(ident, PATIENCE)
         assert engine.get(ident).progress is None
+
+
+def test_reports_of_progress_share_few_commits(make_engine: MakeEngine) -> None:
+    """At most five times a second it is written, for all steps at once; other engines on the file read it."""
+    engine, machine = scripted_engine(make_engine, queues={"default": 4})
+    reported, go = threading.Barrier(5), threading.Event()
+
+    def work(ctx: Ctx) -> Done:
+        for n in range(1000):
+            ctx.progress(n, 2000, "half-way")
+        reported.wait(PATIENCE)
+        assert go.wait(PATIENCE)
+        return Done()
+
+    machine.outcomes.extend([work] * 4)
+    heard, other = Heard(engine, "commit.stop"), make_engine(queues={})
+    with engine:
+        began = time.monotonic()
+        ids = [engine.insert(Scripted) for _ in range(4)]
+        reported.wait(PATIENCE)
+        eventually(lambda: all(one.progress and one.progress.done == 999 for one in other.find()))
+        assert {one.progress.note for one in other.find() if one.progress} == {"half-way"}
+        took = time.monotonic() - began
+        go.set()
+        assert ended(engine, ids)
+    assert len(heard.events) < 30 + 6 * took, "and not one for each of four thousand reports"
 
 
 @pytest.mark.parametrize(
@@ -17154,6 +17316,29 @@ def test_one_of_two_that_await_a_future_may_be_cancelled(make_engine: MakeEngine
         assert engine._core.waiters.futures() == []
 
 
+def test_a_future_can_be_awaited_in_several_loops(make_engine: MakeEngine) -> None:
+    """Each hears of it; and who awaits when the engine stops gets `EngineClosedError`."""
+    results: list[object] = []
+
+    async def main(future: Any) -> None:
+        try:
+            results.append(await future)
+        except EngineClosedError as error:
+            results.append(type(error))
+
+    with make_engine() as engine:
+        paid, never = engine.insert(Shipment), engine.insert(Shipment)
+        futures = [engine.result_nowait(paid)] * 3 + [engine.result_nowait(never)] * 2
+        threads = [threading.Thread(target=asyncio.run, args=(main(one),)) for one in futures]
+        for thread in threads:
+            thread.start()
+        engine.signal(paid, "paid", 1)
+        eventually(lambda: len(results) == 3)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert results == [[1]] * 3 + [EngineClosedError] * 2
+
+
 def test_a_stop_settles_every_future(make_engine: MakeEngine) -> None:
     """With `EngineClosedError`; callbacks are called, also of futures that nobody else refers to."""
     engine = make_engine()
@@ -17432,6 +17617,43 @@ def test_a_migrate_that_fails_is_for_handle(make_engine: MakeEngine) -> None:
     engine.drain()
     assert (engine.result(ident), engine.get(ident).version) == (1, 2)
     forget("test.early")
+
+
+def test_a_version_that_is_known_is_not_migrated(make_engine: MakeEngine) -> None:
+    """Its instances end on it, though a later one could take them over."""
+    old = types.new_class("Known", (FSM,), {"name": "test.known"}, lambda space: space.update(BODY))
+    body = {"start": step(lambda self, ctx: Done()), "migrate": lambda self, name, state, version: 1 // 0}
+    types.new_class("Known", (FSM,), {"name": "test.known", "version": 2}, lambda space: space.update(body))
+    engine = make_engine()
+    ident = engine.insert(old)
+    engine.drain()
+    assert (engine.get(ident).status, engine.get(ident).version) == ("done", 1)
+    forget("test.known")
+
+
+@pytest.mark.parametrize("answer", [None, "start", ("nowhere", {}), ("start", 5), ("start", {}, 1), (1, {}), KeyError])
+def test_what_migrate_cannot_mean_stops_the_instance(make_engine: MakeEngine, answer: Any) -> None:
+    """An error of it, or what is no step and state, goes to `handle`; by itself that stops a machine."""
+    old = types.new_class("Moving", (FSM,), {"name": "test.moving"}, lambda space: space.update(BODY))
+    engine = make_engine()
+    ident = engine.insert(old)
+    forget("test.moving")
+
+    class New(FSM, name="test.moving", version=2):
+        @step
+        def start(self, ctx: Ctx) -> Done:
+            return Done()
+
+        def migrate(self, step: str, state: dict[str, Any], version: int) -> Any:
+            if answer is KeyError:
+                raise KeyError(step, state, version)
+            return answer
+
+    engine.drain()
+    found = engine.get(ident)
+    assert (found.status, found.version) == ("failed", 1)
+    assert answer is not KeyError or found.last_error == "KeyError: ('perform', {}, 1)"
+    forget("test.moving")
 
 
 def test_two_classes_cannot_claim_one_name() -> None:
