@@ -16827,16 +16827,16 @@ def test_coroutines_that_are_called_side_by_side_share_commits(make_engine: Make
 def test_a_step_whose_claim_was_lost_makes_no_call(make_engine: MakeEngine, database: Path) -> None:
     """`call` raises, without calling where that is known, and the step ends stale: `handle` hears nothing."""
     handled: list[Exception] = []
+    called: list[str] = []
 
     class Losing(FSM, name="test.losing"):
         def step(self, name: str, ctx: Ctx) -> Done:
-            if ctx.attempt == 0:
-                with closing(running.connect()) as connection:
-                    connection.execute("update durable_instances set claim = claim + 1, attempt = 1")
-                with pytest.raises(DurableError, match="no longer counts"):
-                    ctx.call("late", int)
-                ctx.call("later", int)
-            return Done("right")
+            with closing(running.connect()) as connection:
+                connection.execute("update durable_instances set claim = claim + 1")
+            with pytest.raises(DurableError, match="no longer counts"):
+                ctx.call("late", called.append, "late")
+            ctx.call("later", called.append, "later")
+            return Done()
 
         def handle(self, error: Exception, ctx: Ctx) -> Stop:
             handled.append(error)
@@ -16847,7 +16847,8 @@ def test_a_step_whose_claim_was_lost_makes_no_call(make_engine: MakeEngine, data
     ident = running.insert(Losing)
     running.drain()
     assert len(heard.wait()) == 1
-    assert (handled, running.get(ident).status) == ([], "runnable") or handled == []
+    assert (handled, called, running.get(ident).result) == ([], ["late"], None)
+    assert ask(running, "select count(*) from durable_calls") == [(0,)]
 
 
 KILLED_AGENTS = """
@@ -17204,6 +17205,23 @@ def test_a_wait_ends_though_a_test_freezes_time(make_engine: MakeEngine, monkeyp
         engine.stop()
 
 
+def test_wait_idle_calls_back_in_its_own_thread_and_seldom(make_engine: MakeEngine) -> None:
+    """Whenever the counts have changed, at most ten times a second."""
+
+    @durable.job(name="test.brief")
+    def brief() -> None:
+        time.sleep(0.002)
+
+    told: list[tuple[int, float, dict[str, dict[str, int]]]] = []
+    with make_engine(queues={"default": 2}) as engine:
+        engine.insert_all([Insert(brief) for _ in range(300)])
+        engine.wait_idle(on_change=lambda counts: told.append((threading.get_ident(), time.monotonic(), counts)))
+    assert {thread for thread, _, _ in told} == {threading.get_ident()}
+    for (_, earlier, before), (_, later, after) in itertools.pairwise(told):
+        assert before != after
+        assert after["default"] == {"done": 300} or later - earlier > 0.09, "the last change is told at once"
+
+
 def test_wait_idle_does_not_wait_for_what_nobody_serves(make_engine: MakeEngine) -> None:
     """Work without a running engine for its queue is an error that says so; a timeout is none."""
     engine = make_engine()
@@ -17246,6 +17264,7 @@ def test_a_function_jobs_args_are_held_against_its_signature() -> None:
 
     assert fetching.args("http://a") == {"url": "http://a"}
     assert fetching.args(url="http://a", tries=5) == {"url": "http://a", "tries": 5}
+    assert fetching.args(cast(Any, 7)) == {"url": 7}, "types are `insert`'s to judge"
     args: Any = fetching.args
     for arguments, named in (((), {}), (("a",), {"nope": 1}), (("a", "b"), {})):
         with pytest.raises(TypeError, match="fetching"):
@@ -17287,6 +17306,27 @@ def test_futures_can_be_awaited(make_engine: MakeEngine) -> None:
         assert future.result(PATIENCE) == 2
     with pytest.raises(NotFoundError):
         make_engine().result_nowait(10**6)
+
+
+def test_thousands_wait_without_a_thread(make_engine: MakeEngine) -> None:
+    """However many futures are awaited, nobody stands in a thread for them; each hears of the result."""
+    engine = make_engine()
+    ident = engine.insert(Shipment)
+
+    async def wait(future: Any) -> Any:
+        return await future
+
+    async def main() -> None:
+        before = threading.active_count()
+        waiting = [asyncio.create_task(wait(engine.result_nowait(ident))) for _ in range(3000)]
+        await asyncio.sleep(0)
+        assert threading.active_count() < before + 10
+        engine.signal(ident, "paid", 1)
+        assert await asyncio.gather(*waiting) == [[1]] * 3000
+
+    with engine:
+        engine.wait(ident, PATIENCE)
+        asyncio.run(main())
 
 
 def test_one_of_two_that_await_a_future_may_be_cancelled(make_engine: MakeEngine) -> None:
