@@ -276,11 +276,15 @@ class _Ticks:
 
 def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
     """Read a duration, seconds or a timedelta, as whole milliseconds, rounded up so that nothing fires early."""
-    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+    seconds: Any = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    try:  # of a Decimal, a Fraction and another library's float as well
+        above, below = (-1, 1) if isinstance(seconds, bool) else seconds.as_integer_ratio()
+    except (AttributeError, TypeError, ValueError, OverflowError):  # the latter: of what is not finite
+        above, below = -1, 1
+    if above < 0:
         raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {value!r}")
     # A float's own error (0.1 * 3 = 0.30000000000000004) must not cost a millisecond: hence the rounding.
-    return min(math.ceil(round(min(seconds, _END_OF_TIME) * 1000, 6)), _END_OF_TIME)
+    return _END_OF_TIME if above * 1000 > _END_OF_TIME * below else math.ceil(round(above * 1000 / below, 6))
 
 
 def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
@@ -2416,6 +2420,11 @@ def _is_generator(function: object) -> bool:
     return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
+def _hides_step(member: object) -> bool:
+    """Whether a decorator has taken the mark of a step away."""
+    return hasattr(getattr(member, "__wrapped__", None), "_durable_step") and not hasattr(member, "_durable_step")
+
+
 def _takes(method: Any, count: int) -> bool:
     """Whether a method can be called with so many arguments, `self` among them."""
     with contextlib.suppress(TypeError):
@@ -2464,9 +2473,11 @@ def _refuse_misfits(cls: type[FSM], marked: Collection[str], initial: str, *, is
         for name in ("handle", "backoff")
         if name in marked or inspect.iscoroutinefunction(getattr(cls, name)) or _is_generator(getattr(cls, name))
     ]
+    under = [name for base in cls.__mro__ for name, one in vars(base).items() if _hides_step(one)]
     both, known = "defines both steps and perform", ", ".join(map(repr, marked))
     for is_wrong, what in (
         (hooks, f": {', '.join(hooks)} must be a plain method of the class, neither a step nor async"),
+        (under, f": @step of {', '.join(under)} must stand above staticmethod and the like, on a method (self, ctx)"),
         (is_job and (marked or has_any_step), f" {both}: keep the steps (a machine) or perform (a job)"),
         (marked and has_any_step, " defines both @step methods and step(self, name, ctx): use one of the two forms"),
         (not (is_job or marked or has_any_step), neither),
@@ -3121,6 +3132,11 @@ def _descriptors() -> list[int]:
     return []
 
 
+def _descriptors_of(identities: Collection[_Identity]) -> dict[_Identity, int]:
+    """Find descriptors of the process's for these files; one may be closed by now, as that of the listing itself."""
+    return {one: number for number in _descriptors() if (one := _file_id(number)) is not None and one in identities}
+
+
 def _has_open(connection: apsw.Connection, identity: _Identity | None) -> bool:
     """Whether an apsw connection has a file open; one that does not come to rest in another thread may have it."""
     for _ in range(20):
@@ -3142,9 +3158,8 @@ def _is_open_otherwise(path: str) -> bool:
     database, *others = map(_file_id, (path + suffix for suffix in _SUFFIXES))
     if database is None or _is_engines(database):  # what has an engine is guarded since
         return False
-    if {database, *filter(None, others)}.isdisjoint(map(_file_id, _descriptors())):
-        return False
-    return not any(_has_open(connection, database) for connection in apsw.connections())
+    is_open = bool(_descriptors_of({database, *filter(None, others)}))
+    return is_open and not any(_has_open(connection, database) for connection in apsw.connections())
 
 
 def _is_mount_point(path: str) -> bool:
@@ -3216,6 +3231,8 @@ class _OpenFiles:
         self.path = path
         self.loss: str | None = None
         self._identities: dict[str, _Identity] = {}
+        self._descriptors: dict[_Identity, int] = {}
+        self._root: _Identity | None = None
         self._look_at = math.inf
         self.is_closing = False
         """Set before the engine closes them, after which the log goes by itself."""
@@ -3230,6 +3247,8 @@ class _OpenFiles:
     def watch(self) -> None:
         """Look after them from now on: they are open."""
         self.note()
+        self._root = _file_id("/")
+        self._descriptors = _descriptors_of(self._identities.values())
         self._look_at = 0.0
 
     def has(self, identity: _Identity) -> bool:
@@ -3251,7 +3270,7 @@ class _OpenFiles:
         if sys.platform == "win32" or self.loss is not None:
             return
         for name, identity in self._identities.items():
-            if _is_gone(name, identity) and not self.is_closing:
+            if _is_gone(name, identity) and not self.is_closing and not self._is_out_of_sight(identity):
                 self.lose((_TAKEN_AWAY if name == self.path else _LOG_TAKEN_AWAY).format(name=name))
                 return
 
@@ -3274,6 +3293,15 @@ class _OpenFiles:
     def close(self) -> None:
         """Let others open them."""
         _process.open_files.discard(self)
+
+    def _is_out_of_sight(self, identity: _Identity) -> bool:
+        """Whether this process has another root by now, after a chroot, and the file may be where it was."""
+        if _file_id("/") == self._root:
+            return False
+        descriptor = self._descriptors.get(identity, -1)
+        with contextlib.suppress(OSError):
+            return _file_id(descriptor) != identity or os.fstat(descriptor).st_nlink > 0
+        return True
 
 
 def _check_open_files(path: str) -> None:
@@ -3300,6 +3328,8 @@ class _LockFile:
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
         self._path = path
+        self._moved: list[int] = []
+        """Descriptors of files that are still somewhere, but no longer at their path."""
 
     @staticmethod
     def path_of(database: str, worker: str) -> str:
@@ -3324,8 +3354,11 @@ class _LockFile:
             like = os.stat(database)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, like.st_mode & 0o666)
         except OSError as error:
-            needed = "a running engine needs a lock file beside its database"
-            raise DurableError(f"{needed}, and it can't be made: {error}") from error
+            message = f"a running engine needs a lock file beside its database, and it can't be made: {error}"
+            if error.errno == errno.ENAMETOOLONG:
+                longest = 255 - len(os.fsencode(path)) + len(os.fsencode(database))
+                message += f" (the database's name may have {longest} bytes at most)"
+            raise DurableError(message) from error
         if hasattr(os, "fchown"):
             with contextlib.suppress(OSError):  # not in that group, or no such thing here: others wait for the lease
                 os.fchown(descriptor, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
@@ -3385,10 +3418,17 @@ class _LockFile:
         return _file_id(self._path) == _file_id(self._descriptor) is not None
 
     def restore(self, database: str) -> None:
-        """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead."""
-        if not self.is_in_place():
-            former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
-            os.close(former)
+        """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead.
+
+        One that was moved is held on to: it may be this process that no longer sees it, after a chroot.
+        """
+        if self.is_in_place():
+            return
+        former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
+        self._moved.append(former)
+        with contextlib.suppress(OSError):
+            if not os.fstat(former).st_nlink:
+                os.close(self._moved.pop())
 
     def _release(self) -> int:
         descriptor, self._descriptor = self._descriptor, -1
@@ -3423,6 +3463,8 @@ class _LockFile:
         descriptor = self._release()  # first: two threads may be at it
         if descriptor >= 0:
             os.close(descriptor)
+        while self._moved:
+            os.close(self._moved.pop())
 
     def __del__(self) -> None:
         self.close()  # a reaping that storage refused drops the lock for the next try
@@ -3666,6 +3708,10 @@ _STORE_FAILURES = (
 """What is no fault of who asked: storage, or what somebody has done to the file."""
 _LOCK_TIMEOUT_S = 10.0
 """How long a transaction waits for another process's write lock."""
+_LONG_WAIT_S = 1.0
+"""After how long the log is told."""
+_LONGEST_PATH = 504
+"""What SQLite allows on POSIX, in bytes, with room for what it appends."""
 
 
 def _reading_error(path: str) -> apsw.Error | None:
@@ -3681,6 +3727,8 @@ def _reading_error(path: str) -> apsw.Error | None:
 def _opening_trouble(path: str) -> str:
     """Say why a file could not be opened, as far as one can see, for the start of a message."""
     folder = os.path.dirname(path)
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        return f"{path} is too long: SQLite takes paths of at most {_LONGEST_PATH} bytes"
     if not os.path.exists(folder):
         return f"{path}: its folder {folder} is missing"
     return f"{path} is a folder" if os.path.isdir(path) else path
@@ -3717,22 +3765,33 @@ class _Patience:
     SQLite's own handler starts at whole milliseconds, which is longer than most transactions here last.
     """
 
-    _deadline = 0.0
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._deadline = self._tells_at = 0.0
+        self.tell: Callable[[str], None] = _log.warning
+        """Hears of a long wait, once, while it lasts: the text is a line for the log."""
 
     def __call__(self, calls: int) -> bool:
         now = _Ticks.monotonic()
         if calls == 0:
-            self._deadline = now + _LOCK_TIMEOUT_S
+            self._deadline, self._tells_at = now + _LOCK_TIMEOUT_S, now + _LONG_WAIT_S
+        if now >= self._tells_at:
+            self._tells_at = math.inf
+            self.tell(f"{self._path}: another connection has had the lock for {_LONG_WAIT_S:g} s: it is waited for")
         time.sleep(min(0.002, 0.00005 * 2 ** min(calls, 6)))
         return now < self._deadline
 
 
-def _connect(path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) -> apsw.Connection:
+def _connect(
+    path: str,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+    patience: _Patience | None = None,
+) -> apsw.Connection:
     # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
     # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job. And it looks through all the
     # room for each use: for 1,024 that cost 1 us a job.
     connection = apsw.Connection(path, flags=flags, statementcachesize=256)
-    connection.set_busy_handler(_Patience())
+    connection.set_busy_handler(patience or _Patience(path))
     # Without it SQLite prepares a statement anew when bound values change that could have swayed its plan: 62 us in
     # place of 2 for the candidates of a claim.
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
@@ -3762,44 +3821,85 @@ def _database_path(database: str | os.PathLike[str]) -> str:
         path.encode()
     except ValueError as error:  # of both
         raise ValueError(f"database must be a path without null bytes that UTF-8 can write, not {path!r}") from error
+    except OSError as error:
+        raise DurableError(f"{path}: the current folder is gone ({error}): give an absolute path") from error
     return path
 
 
-# A column that has a constraint is described with it, for SQLite's own words about a table are spread over pragmas.
-_SHAPE = """
-SELECT 'table ' || name, iif(strict, 'STRICT', '') || iif(wr, ' WITHOUT ROWID', '') FROM pragma_table_list
-    WHERE schema = 'main' AND type = 'table' AND name GLOB 'durable_*'
-UNION ALL SELECT 'table ' || t.name || ': column ' || c.name,
-    c.type || iif(c."notnull", ' NOT NULL', '') || coalesce(' DEFAULT ' || c.dflt_value, '')
-        || iif(c.pk, ' PRIMARY KEY', '') || iif(c.hidden, ' GENERATED', '')
-    FROM sqlite_schema t, pragma_table_xinfo(t.name) c WHERE t.type = 'table' AND t.name GLOB 'durable_*'
-UNION ALL SELECT 'index ' || name, sql FROM sqlite_schema WHERE type = 'index' AND name GLOB 'durable_*'
-"""
-
-
-def _shape_of(connection: apsw.Connection) -> dict[str, str]:
-    """Describe durable's tables and indexes, as far as statements and the soundness of rows rely on them."""
-    return {name: " ".join(text.split()) for name, text in cast(Iterable[tuple[str, str]], connection.execute(_SHAPE))}
+def _schema_of(connection: apsw.Connection) -> dict[str, str]:
+    """Read the definitions of durable's tables and indexes."""
+    rows = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'index') AND name GLOB 'durable_*'"
+    )
+    return dict(cast(Iterable[tuple[str, str]], rows))
 
 
 @functools.cache
-def _expected_shape(version: int) -> dict[str, str]:
+def _expected_schema(version: int) -> dict[str, str]:
     with contextlib.closing(apsw.Connection(":memory:")) as blank:
         for script in _MIGRATIONS[:version]:
             blank.execute(script)
-        return _shape_of(blank)
+        return _schema_of(blank)
+
+
+def _clauses(sql: str) -> list[str]:
+    """Split a definition into clauses, for comparison: without comments, quotes of names, white space and case.
+
+    The first is what stands before a table's columns, the last what stands after them.
+    """
+    import re  # only a schema that somebody has edited pays for it
+
+    words = re.findall(r"""'(?:[^']|'')*'|"[^"]*"|\[[^]]*]|`[^`]*`|--[^\n]*|/\*.*?\*/|\w+|[^\w\s]""", sql, re.DOTALL)
+    clauses, depth = [""], 0
+    for word in (one if one[0] == "'" else one.strip('"[]`').lower() for one in words if one[:2] not in ("--", "/*")):
+        depth += {"(": 1, ")": -1}.get(word, 0)
+        if (word in ("(", ",") and depth == 1) or (word == ")" and depth == 0):
+            clauses.append("")
+        elif word != "asc":
+            clauses[-1] += f" {word}"
+    return [clause.strip() for clause in clauses]
+
+
+def _table_parts(sql: str) -> dict[str, str]:
+    """Describe what statements and the soundness of rows rely on: a table's columns, its constraints, its kind."""
+    _, *clauses, kind = _clauses(sql)
+    parts = {"the table's kind": " ".join(["plain", *sorted(kind.replace(",", "").split())])}
+    for clause in clauses:
+        name, _, rest = clause.partition(" ")
+        if name == "primary" and rest.startswith("key ( ") and "," not in rest:  # one column's, said apart from it
+            column, *more = rest.split()[2:-1]
+            parts[f"column {column}"] = " ".join([parts[f"column {column}"], "primary key", *more])
+        else:
+            is_column = name not in ("check", "constraint", "foreign", "primary", "unique")
+            parts[f"column {name}" if is_column else clause] = rest if is_column else ""
+    return parts
+
+
+def _table_problems(table: str, found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
+    """Say what of a table is missing, or not as durable made it. A column that others have added must take no value."""
+    for name, kind in expected.items():
+        if name not in found:
+            yield f"table {table}: {name}{kind and f' ({kind.upper()})'} is missing"
+        elif found[name] != kind:
+            yield f"table {table}: {name} is {found[name].upper()}, not {kind.upper()}"
+    for name in found.keys() - expected.keys():
+        kind = found[name].partition(" check ")[0]
+        if "not null" in kind and not {"default", "as"} & set(kind.split()):
+            yield f"table {table}: {name} was added as NOT NULL without a default, so that no row can be written"
 
 
 def _schema_problems(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
-    """Say what is missing, or not as it was made; what others have added is theirs, unless rows can't be written."""
+    """Say what of durable's tables and indexes is missing, or not as it was made; what others have added is theirs."""
     for name, made in expected.items():
+        sql, is_table = " ".join(made.split()), made.startswith("CREATE TABLE")
         if name not in found:
-            yield f"{name} is missing: {made}"
-        elif found[name] != made:
-            yield f"{name} is {found[name]!r}, not {made!r}"
-    for name in found.keys() - expected.keys():
-        if name.partition(":")[0] in expected and found[name].endswith(" NOT NULL"):
-            yield f"{name} was added as NOT NULL without a default, so that no row can be written"
+            kind, how = ("table", ", without what was in it,") if is_table else ("index", "")
+            yield f"{kind} {name} is missing. Make it{how} by: {sql}"
+        elif " ".join(found[name].split()) != sql:
+            if is_table:
+                yield from _table_problems(name, _table_parts(found[name]), _table_parts(made))
+            elif _clauses(found[name]) != _clauses(made):
+                yield f"index {name} is not as it was made. Drop it, and make it by: {sql}"
 
 
 def _roll_back(connection: apsw.Connection) -> None:
@@ -3824,8 +3924,8 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
     """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
     try:
         with _one_view(connection):  # another process may be migrating it
-            shape = _shape_of(connection)
-            if not shape:
+            schema = _schema_of(connection)
+            if not schema:
                 return 0
             rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
         version = int(cast(str, rows[0][0]))
@@ -3833,15 +3933,14 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
     if version > _SCHEMA_VERSION:
         raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
-    if problems := list(_schema_problems(shape, _expected_shape(version))):
+    if problems := list(_schema_problems(schema, _expected_schema(version))):
         advice = "Bring it back as it was, or restore a copy of the file"
         raise SchemaError(f"{path} is damaged: {'; '.join(problems[:20])}. {advice}")
     return version
 
 
-def _enter_wal_mode(connection: apsw.Connection, path: str) -> None:
+def _enter_wal_mode(connection: apsw.Connection, path: str, patience: _Patience) -> None:
     """Switch the file to WAL; SQLite does not ask the busy handler when another process is doing the same."""
-    patience = _Patience()
     for calls in itertools.count():
         try:
             mode = connection.pragma("journal_mode", "wal")
@@ -3889,10 +3988,10 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         raise
 
 
-def _open_database(path: str, synchronous: str) -> apsw.Connection:
+def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Connection:
     """Open a file for writing: look at it, and only then create or migrate; a refused file stays as it is."""
     with _driver_errors(path):
-        connection = _connect(path)
+        connection = _connect(path, patience=patience)
         try:
             # Closing the last connection copies the WAL into the file: not into one that may be refused.
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -3902,7 +4001,7 @@ def _open_database(path: str, synchronous: str) -> apsw.Connection:
             if connection.pragma("page_count") == 0:  # else it is too late, or the application's to say
                 connection.pragma("auto_vacuum", "incremental")
             _configure(connection, synchronous)
-            _enter_wal_mode(connection, path)
+            _enter_wal_mode(connection, path, patience)
             _migrate(connection, path)
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         except BaseException:
@@ -5152,7 +5251,9 @@ class _UserStatements(_Table):
 
     def run(self, statement: _Statement) -> None:
         """Run the user's SQL; what it may not do is a DurableError."""
-        self._users_sql, self._refusal = statement.sql.lower(), None
+        sql = statement.sql.lower()
+        names = self._owned_names() if "rename" in sql else None
+        self._users_sql, self._refusal = sql, None
         try:
             # The flag keeps it out of the cached statements of our own, which were let pass.
             for _ in self.db.execute(statement.sql, statement.bindings, prepare_flags=apsw.SQLITE_PREPARE_PERSISTENT):
@@ -5161,6 +5262,11 @@ class _UserStatements(_Table):
             raise DurableError(f"ctx.execute may not {self._refusal}: {statement.sql}") from error
         finally:
             self._users_sql = None
+        if names is not None and not names >= self._owned_names():  # a rename's new name is not told when it is asked
+            raise DurableError(f"ctx.execute may not give a name that begins with durable_: {statement.sql}")
+
+    def _owned_names(self) -> set[str]:
+        return {name for (name,) in self.db.execute("SELECT name FROM sqlite_schema") if _is_owned(name)}
 
     def check_foreign_keys(self) -> None:
         """Refuse what deferred foreign keys would refuse at the commit, where it would fail the whole beat."""
@@ -5299,7 +5405,8 @@ class _Store(
     def __init__(self, path: str, synchronous: str, files: _OpenFiles) -> None:
         self.path = path
         self._files = files
-        self.db = _open_database(path, synchronous)
+        self.patience = _Patience(path)
+        self.db = _open_database(path, synchronous, self.patience)
         _Space.__init__(self)
         _UserStatements.__init__(self)
 
@@ -10558,6 +10665,7 @@ class _Scheduler:
         self.behaviours = behaviours
         self.shared = _Shared(path, self.services, behaviours, self.dispatcher)
         self.shared.give_back = self._give_back
+        self.store.patience.tell = self._tell_wait
         self._life_lock = threading.Lock()
         self._stop_lock = threading.RLock()
         self._build_committer()
@@ -10618,6 +10726,10 @@ class _Scheduler:
             raise
         self.files.watch()
         return store
+
+    def _tell_wait(self, text: str) -> None:
+        """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
+        self.dispatcher.post_apart(functools.partial(_log.warning, "%s", text))
 
     def _give_back(self, claim: _Claim) -> None:
         self.callers.post(lambda beat: beat.withdrawals.give_back([claim]))
@@ -11829,8 +11941,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         @contextlib.contextmanager
         def reading(self) -> Iterator[apsw.Connection]:
             """Lend a connection to one thread at a time."""
-            # To read, SQLite wants a log beside the file. Where there is none, and none can be made, nobody writes.
-            if self._has_log() or all(os.access(path, os.W_OK) for path in (self.path, os.path.dirname(self.path))):
+            seen = self._lies_still()
+            if seen is None:
                 with super().reading() as connection:
                     yield connection
                 return
@@ -11840,13 +11952,29 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 contextlib.closing(_connect(uri, flags | apsw.SQLITE_OPEN_URI)) as connection,
             ):
                 yield connection
+            if self._lies_still() != seen:
+                raise DurableError(f"{self.path} was written to while it was read: look again")
 
-        def _has_log(self) -> bool:
-            return os.path.exists(f"{self.path}-wal")
+        def _lies_still(self) -> tuple[int, int] | None:
+            """By what to see whether a file changes that can't be read but as one that does not; None for others.
+
+            To read, SQLite wants a log beside the file. Where there is none, and none can be made, nobody writes.
+            """
+            with contextlib.suppress(FileNotFoundError):
+                if self._may_write() or os.path.getsize(f"{self.path}-wal"):
+                    return None
+            status = os.stat(self.path)
+            return status.st_mtime_ns, status.st_size
+
+        def _may_write(self) -> bool:
+            return os.access(self.path, os.W_OK) and os.access(os.path.dirname(self.path), os.W_OK)
 
         def _open(self) -> apsw.Connection:
             # Without a log SQLite makes one, and only a connection that might write takes it away at the end.
-            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if self._has_log() else apsw.SQLITE_OPEN_READWRITE)
+            has_log = os.path.exists(f"{self.path}-wal")
+            if has_log and not self._may_write() and not os.path.exists(f"{self.path}-shm"):
+                raise DurableError(f"{self.path} can't be read with its log where neither can be written: copy both")
+            return _connect(self.path, apsw.SQLITE_OPEN_READONLY if has_log else apsw.SQLITE_OPEN_READWRITE)
 
         def check(self, *, code: bool = False) -> list[str]:
             """Audit the file, and with `code` hold it against the classes that are known here, as `Engine.check`."""

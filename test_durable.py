@@ -85,6 +85,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime, timedelta, timezone
 from datetime import time as dtime
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
 from zoneinfo import ZoneInfo
@@ -953,7 +954,15 @@ def test_a_duration_beyond_the_calendar_is_one_that_never_ends(timed_engine: Eng
     assert timed_engine.get(timed_engine.insert(Leaf, schedule_in=delay)).eligible_at.year == 9999
 
 
-@pytest.mark.parametrize("delay", [True, "90", int, Decimal(90), math.nan, math.inf, -1, [], 1j], ids=str)
+@pytest.mark.parametrize("delay", [Decimal(90), Fraction(270, 3)], ids=str)
+def test_a_duration_may_be_a_number_of_another_kind(timed_engine: Engine, clock: Clock, delay: Any) -> None:
+    """One that is exactly a ratio of two integers."""
+    assert timed_engine.get(timed_engine.insert(Leaf, schedule_in=delay)).eligible_at == clock.instant(90)
+
+
+@pytest.mark.parametrize(
+    "delay", [True, "90", int, math.nan, -1, Decimal("sNaN"), Decimal("Infinity"), [], 1j], ids=str
+)
 def test_what_is_no_duration_is_refused_by_its_name(timed_engine: Engine, delay: Any) -> None:
     """With what is allowed, and nothing is written."""
     with pytest.raises(ValueError, match="schedule_in must be seconds or a timedelta, finite and not negative, not "):
@@ -1089,6 +1098,8 @@ STEPS, BEGIN, DISPATCH, PERFORM = ({name: vars(Bodies)[name]} for name in ("star
             {"start": step(cast(Any, lambda self, ctx: (yield)))}, {}, "start is a generator", id="a step that yields"
         ),
         pytest.param(STEPS | {"handle": yielding}, {}, "handle must be a plain method", id="a handle that yields"),
+        pytest.param(STEPS | {"end": staticmethod(STEPS["start"])}, {}, "@step of end", id="a step made static"),
+        pytest.param(STEPS | {"end": classmethod(STEPS["start"])}, {}, "@step of end", id="a step of the class"),
     ],
 )
 def test_a_class_that_cannot_work_is_refused_when_defined(
@@ -1841,7 +1852,9 @@ class Impatient(Job):
         return self.delay(attempt)
 
 
-@pytest.mark.parametrize("unit", [float, lambda delay: timedelta(seconds=delay)], ids=["seconds", "timedelta"])
+@pytest.mark.parametrize(
+    "unit", [float, Decimal, lambda delay: timedelta(seconds=delay)], ids=["seconds", "decimal", "timedelta"]
+)
 def test_a_job_may_have_its_own_backoff(stage: Stage, clock: Clock, unit: Callable[[float], Any]) -> None:
     """`backoff(attempt)`, 0-based, is overridable, and gives a duration."""
     job = Impatient(*[Fail("no")] * 3)
@@ -1856,7 +1869,7 @@ def test_a_job_may_have_its_own_backoff(stage: Stage, clock: Clock, unit: Callab
 @pytest.mark.parametrize(("run", "own"), [(Fail("no"), "no"), (Raising(ValueError("no")), "ValueError: no")], ids=str)
 @pytest.mark.parametrize(
     "delay",
-    [None, -0.01, "soon", True, math.nan, math.inf, Decimal(1), [1]],
+    [None, -0.01, "soon", True, math.nan, math.inf, Decimal("NaN"), Decimal("sNaN"), Decimal(-1), [1]],
     ids=repr,
 )
 def test_a_backoff_that_is_no_delay_stops_the_instance_and_says_both(
@@ -3762,16 +3775,42 @@ def test_a_path_that_sqlite_cannot_take_is_a_value_error(make_engine: MakeEngine
 
 
 @posix
+def test_a_relative_path_in_a_removed_folder_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """Of what is relative to nothing nobody can say where it is."""
+    script = """
+import os, sys
+import durable
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir("../gone")
+try:
+    durable.Engine("x.db")
+except durable.DurableError as error:
+    print("x.db" in str(error) and "absolute path" in str(error))
+durable.Engine(sys.argv[1]).stop()
+"""
+    assert run_script(tmp_path, script, tmp_path / "durable.db") == "True\n"
+
+
+@posix
 def test_a_file_that_cannot_be_opened_says_why(make_engine: MakeEngine, tmp_path: Path) -> None:
-    """A missing folder, a folder in the file's place: not just that it can't be opened."""
+    """A missing folder, a folder in the file's place, a path that is too long: not just that it can't be opened."""
     (tmp_path / "folder.db").mkdir()
+    longest = 504 - len(os.fsencode(tmp_path))
+    deep = Path(*["d" * 100] * 9)
+    while len(os.fsencode(deep)) > longest - 10:
+        deep = deep.parent
+    (tmp_path / deep).mkdir(parents=True)
+    rest = longest - len(os.fsencode(deep)) - 2
     for path, message in (
         (tmp_path / "missing" / "deep" / "x.db", rf"its folder {tmp_path}/missing/deep is missing"),
         (tmp_path / "folder.db", r"folder.db is a folder"),
+        (tmp_path / deep / ("x" * (rest + 1)), r"too long: SQLite takes paths of at most 504 bytes"),
     ):
         with pytest.raises(DurableError, match=message):
             make_engine(database=path)
     assert not (tmp_path / "missing").exists()
+    assert make_engine(database=tmp_path / deep / ("x" * rest)).check() == []
 
 
 @posix
@@ -4045,17 +4084,17 @@ def test_a_file_that_is_migrated_while_another_looks_at_it_is_not_damaged(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its tables and its version are seen at one instant."""
-    look = durable._shape_of
+    look = durable._schema_of
     others: list[Engine] = []
 
     def look_and_let_another_migrate(connection: apsw.Connection) -> dict[str, str]:
-        shape = look(connection)
+        schema = look(connection)
         if not others:
             others.append(cast(Engine, None))
             others[0] = make_engine(queues={})
-        return shape
+        return schema
 
-    monkeypatch.setattr(durable, "_shape_of", look_and_let_another_migrate)
+    monkeypatch.setattr(durable, "_schema_of", look_and_let_another_migrate)
     assert make_engine(queues={}).check() == others[0].check() == []
 
 
@@ -9032,21 +9071,25 @@ def test_a_lock_file_that_cannot_be_locked_is_an_error_of_start(
 
 
 @posix
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EMFILE])
+@pytest.mark.parametrize("fault", ["no access", "too long", "no descriptors"])
 def test_a_lock_file_that_cannot_be_made_is_an_error_of_start(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, number: int
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """What the system says is in the error, and the engine can be started once it is mended."""
-    engine = make_engine()
+    longest = 255 - len("-worker-.lock") - 16
+    name = "x" * (longest + 1) if fault == "too long" else "durable.db"
+    engine = make_engine(database=tmp_path / name)
+    number = {"no access": errno.EACCES, "too long": errno.ENAMETOOLONG, "no descriptors": errno.EMFILE}[fault]
     error = OSError(number, os.strerror(number))
-    with (
-        system_that_fails(monkeypatch, os, "open", error, is_lock_file),
-        pytest.raises(DurableError, match=os.strerror(number)),
-    ):
+    fails = is_lock_file if fault != "too long" else lambda *_, **__: False
+    told = f"may have {longest} bytes" if fault == "too long" else os.strerror(number)
+    with system_that_fails(monkeypatch, os, "open", error, fails), pytest.raises(DurableError, match=told):
         engine.start()
     assert engine.workers() == []
-    engine.start()
-    assert len(engine.workers()) == 1
+    if fault != "too long":
+        engine.start()
+        assert len(engine.workers()) == 1
+    make_engine(database=tmp_path / ("y" * longest)).start()
 
 
 @posix
@@ -9125,7 +9168,7 @@ def test_a_lock_that_cannot_be_told_leaves_its_worker_alone(
 def test_a_folder_that_cannot_be_seen_makes_no_worker_dead(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """After dropped privileges no lock file is to be seen, one's own neither: nobody is gone for that."""
+    """After dropped privileges or a chroot no lock file is to be seen, one's own neither: nobody is gone for that."""
     watcher, other = make_engine(), make_engine()
     other.start()
     watcher.start()
@@ -9179,7 +9222,7 @@ def test_a_fault_of_a_look_is_told_once_and_hides_no_death(
 def test_a_lock_file_is_put_back_if_it_is_removed_or_replaced(
     make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever looks at its place is to find it locked."""
+    """Whoever looks at its place is to find it locked; one that was moved stays locked, too."""
     # The engine's own looks would put it back as well, at the same time.
     monkeypatch.setattr(durable._Peers, "look", lambda peers, monotonic: setattr(peers, "_looked_at", monotonic))
     engine = make_engine()
@@ -9194,6 +9237,9 @@ def test_a_lock_file_is_put_back_if_it_is_removed_or_replaced(
         lock.restore(str(tmp_path / "durable.db"))
         assert path.exists()
         assert not durable._LockFile.is_dropped(str(path))
+    assert not durable._LockFile.is_dropped(str(moved))
+    engine.stop()
+    assert durable._LockFile.is_dropped(str(moved))
 
 
 @posix
@@ -11053,6 +11099,33 @@ def test_what_cannot_be_read_is_no_damage(disk: Disk, make_engine: MakeEngine, d
     assert engine.check() == []
 
 
+@pytest.mark.parametrize("started", [True, False], ids=["started", "client"])
+def test_a_long_wait_for_the_lock_is_one_line_in_the_log(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    """Somebody holds the file for over a second: it is told while it is waited for, and once."""
+    assert durable._LONG_WAIT_S == 1
+    monkeypatch.setattr(durable, "_LONG_WAIT_S", 0.05)
+    engine = make_engine()
+    if started:
+        engine.start()
+
+    def told() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        return [line for line in lines if "has had the lock" in line]
+
+    for count in (1, 2):
+        with closing(engine.connect()) as other:
+            other.execute("begin immediate")
+            waiting = threading.Thread(target=engine.insert, args=(Waits,))
+            waiting.start()
+            eventually(lambda count=count: len(told()) == count)  # type: ignore[misc]
+            other.execute("rollback")
+            waiting.join()
+    assert len(told()) == 2
+    assert all("durable.db" in line for line in told())
+
+
 # ---- Files taken away ----------------------------------------------------------------------------
 
 
@@ -11240,6 +11313,56 @@ def test_files_that_cannot_be_seen_are_no_loss(
     assert engine.result(engine.insert(Echo), PATIENCE) == {}
 
 
+OUT_OF_SIGHT = """
+import os, pathlib, sys
+import durable
+
+database, root = map(pathlib.Path, sys.argv[1:])
+elsewhere = root / database.relative_to("/")
+elsewhere.parent.mkdir(parents=True)
+elsewhere.write_bytes(b"another")
+durable._OpenFiles.LOOK_S = 0.0
+
+@durable.job
+def double(n: int):
+    return 2 * n
+
+engine = durable.Engine(database, synchronous="normal")
+engine.start()
+print(engine.result(engine.insert(double, args={"n": 0}), 30))
+outside = os.open("/", os.O_RDONLY)
+os.chroot(root)
+print(engine.result(engine.insert(double, args={"n": 1}), 30), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may change its root")
+def test_a_chroot_takes_no_file_away(tmp_path: Path, database: Path) -> None:
+    """What this process no longer sees, or sees another file in the place of, may be where it was."""
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run_script(tmp_path, OUT_OF_SIGHT, database, root) == "0\n2\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may change its root")
+def test_a_file_removed_after_a_chroot_is_a_loss(tmp_path: Path, database: Path) -> None:
+    """Its descriptor says that it has no name any more."""
+    root = tmp_path / "root"
+    root.mkdir()
+    removed = OUT_OF_SIGHT.replace(
+        'print(engine.result(engine.insert(double, args={"n": 1}), 30), flush=True)',
+        """
+os.unlink(str(database)[1:], dir_fd=outside)
+try:
+    engine.insert(double, args={"n": 1})
+except durable.DurableError as error:
+    print("nothing is committed any more" in str(error), flush=True)
+""",
+    )
+    assert run_script(tmp_path, removed, database, root) == "0\nTrue\n"
+
+
 BLIND = """
 import fcntl, sys
 import durable
@@ -11358,6 +11481,27 @@ def rewrite(table: str, change: Callable[[str], str]) -> Callable[[Path], None]:
     return rebuild
 
 
+def quoted(sql: str) -> str:
+    """The same definition as a tool with a grid writes it."""
+    sql = re.sub(r"(\w+) (TEXT|INTEGER)\b", r'\n-- a column\n"\1"\t\2', sql)
+    sql = sql.replace("INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER").replace(
+        ") STRICT", ', PRIMARY KEY("id" AUTOINCREMENT) ) STRICT'
+    )
+    return sql.replace("CREATE TABLE durable_instances", "CREATE TABLE IF NOT EXISTS [durable_instances] /* edited */")
+
+
+def reword_index(path: Path) -> None:
+    """The same index, written otherwise."""
+    with closing(apsw.Connection(str(path))) as connection:
+        sql = str(connection.execute("select sql from sqlite_schema where name = 'durable_dedup'").get)
+        other = re.sub(r"\((\w+), (\w+)", r'( "\1" ASC,[\2]', sql).replace(
+            "INDEX durable_dedup", "index `durable_dedup`"
+        )
+        assert other != sql
+        connection.execute("drop index durable_dedup")
+        connection.execute(f"{other} -- mine")
+
+
 ADDITIONS: dict[str, Callable[[Path], None]] = {
     "a column": run_sql("alter table durable_instances add column note text"),
     "a column with a default": run_sql("alter table durable_workers add column note text not null default ''"),
@@ -11373,6 +11517,8 @@ ADDITIONS: dict[str, Callable[[Path], None]] = {
         lambda sql: sql.replace(") STRICT", ", CONSTRAINT sent CHECK (sent_at IS NOT NULL)) STRICT"),
     ),
     "a check": rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ", CHECK (sent_at > 0)) STRICT")),
+    "other quotes": rewrite("durable_instances", quoted),
+    "an index in other words": reword_index,
 }
 
 
@@ -11380,7 +11526,7 @@ ADDITIONS: dict[str, Callable[[Path], None]] = {
 def test_what_others_have_added_is_no_damage(
     make_engine: MakeEngine, database: Path, addition: Callable[[Path], None]
 ) -> None:
-    """Columns, tables, indexes and constraints of somebody else's are let be."""
+    """Columns, tables, indexes and constraints of somebody else's, and other ways to write the same, are let be."""
     make_engine().stop()
     addition(database)
     with make_engine() as engine:
@@ -11391,42 +11537,63 @@ def test_what_others_have_added_is_no_damage(
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "table gone": (run_sql("drop table durable_signals"), r"table durable_signals is missing: STRICT"),
+    "table gone": (run_sql("drop table durable_signals"), r"table durable_signals is missing.* by: CREATE TABLE"),
     "column gone": (
         run_sql("alter table durable_workers rename column host to elsewhere"),
-        r"durable_workers: column host is missing: TEXT NOT NULL; .*: column elsewhere was added as NOT NULL",
+        r"table durable_workers: column host \(TEXT NOT NULL\) is missing; .*column elsewhere was added as NOT NULL",
     ),
     "another type": (
         rewrite("durable_signals", lambda sql: sql.replace("name TEXT NOT NULL", "name INTEGER NOT NULL")),
-        r"table durable_signals: column name is 'INTEGER NOT NULL', not 'TEXT NOT NULL'",
+        r"column name is INTEGER NOT NULL, not TEXT NOT NULL",
     ),
     "a refusal": (
         rewrite("durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL")),
-        r"table durable_signals: column mine was added as NOT NULL without a default",
+        r"column mine was added as NOT NULL without a default",
+    ),
+    "a refusal with a check": (
+        rewrite(
+            "durable_signals", lambda sql: sql.replace("payload TEXT", "payload TEXT, mine TEXT NOT NULL CHECK (1)")
+        ),
+        r"column mine was added as NOT NULL without a default",
+    ),
+    "no check": (
+        rewrite("durable_instances", lambda sql: re.sub(r",\s*CHECK \(cancel_reason[^\n]*\n", "\n", sql)),
+        r"table durable_instances: check .* cancel_reason is null .* is missing",
+    ),
+    "ids come again": (
+        rewrite("durable_signals", lambda sql: sql.replace(" AUTOINCREMENT", "")),
+        r"table durable_signals: column id is INTEGER PRIMARY KEY, not INTEGER PRIMARY KEY AUTOINCREMENT",
     ),
     "not strict": (
         rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ")")),
-        r"table durable_signals is '', not 'STRICT'",
+        r"kind is PLAIN, not PLAIN STRICT",
     ),
-    "index gone": (run_sql("drop index durable_pick"), r"index durable_pick is missing: CREATE INDEX"),
+    "index gone": (run_sql("drop index durable_pick"), r"index durable_pick is missing. Make it by: CREATE INDEX"),
     "another index": (
         run_sql("drop index durable_keys; create index durable_keys on durable_instances (correlation_key)"),
-        r"index durable_keys is 'CREATE INDEX.*, not 'CREATE INDEX durable_keys .* IS NOT NULL",
+        r"index durable_keys is not as it was made. Drop it, and make it by: CREATE INDEX durable_keys .* IS NOT NULL",
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
-def test_a_refused_schema_says_what_is_wrong(
+def test_a_refused_schema_says_what_is_wrong_and_how_to_mend_it(
     make_engine: MakeEngine, database: Path, change: Callable[[Path], None], message: str
 ) -> None:
-    """What is missing or different is damage: the error names it, and how it was made."""
+    """What is missing or different is damage: the error names it, and the statement that makes it as it was."""
     make_engine().stop()
     change(database)
     before = database.read_bytes()
-    with pytest.raises(durable.SchemaError, match=re.compile(message, re.IGNORECASE)):
+    with pytest.raises(durable.SchemaError, match=message) as refused:
         make_engine()
     assert database.read_bytes() == before
+    statements = re.findall(r"ake it[^;]* by: (CREATE .*?)(?=; |\. Bring)", str(refused.value))
+    if "Drop it" in str(refused.value):
+        run_sql("drop index durable_keys")(database)
+    for statement in statements:
+        run_sql(statement)(database)
+    if statements:
+        assert make_engine().check() == []
 
 
 def test_look_at_a_large_file_costs_what_a_small_one_costs(disk: Disk, make_engine: MakeEngine, database: Path) -> None:
@@ -14531,8 +14698,10 @@ REFUSED = [
     *["create table [temp].account (id); insert into account values (2)", "create virtual table temp.f using fts5 (t)"],
     *["create trigger temp.t after insert on main.account begin select 1; end"],
     *["create trigger `temp`.t after insert on main.durable_signals begin select 1; end"],
+    *["alter table account rename to durable_mine", "ALTER/**/TABLE account\nRENAME TO [Durable_Mine]"],
+    *["create table mine (id); alter table mine rename to durable_mine; drop table durable_mine"],
+    *["create virtual table mine using fts5 (t); alter table mine rename to durable", "create table durable_mine (id)"],
     *["create virtual table durable using fts5 (t)", "create virtual table durable_mine using fts5 (t)"],
-    *["create table durable_mine (id)"],
     *["create index durable_mine on account (balance)", "create view durable_mine as select 1"],
     *["create trigger durable_mine after insert on account begin select 1; end", "vacuum into 'copy.db'"],
     *["create trigger t instead of insert on durable_view_signals begin select 1; end", "delete from sqlite_sequence"],

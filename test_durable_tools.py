@@ -870,8 +870,19 @@ def test_looking_sees_what_another_user_commits(readable: Path, tmp_path: Path) 
         process.terminate()
 
 
+def test_a_file_that_changes_while_it_is_read_as_unchanging_is_refused(
+    shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may not write reads without locks; what was read while somebody else wrote is not to be trusted."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    with durable.tools.Reader(shop) as reader, pytest.raises(DurableError, match="look again"):  # noqa: SIM117 - two acts
+        with reader.reading(), client(shop) as engine:
+            engine.insert(Broken)
+
+
 @posix
-def test_a_log_that_cannot_be_read_is_an_error(readable: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_read_says_what_helps(readable: Path, tmp_path: Path) -> None:
     """A log that a crash has left, in a folder that can't be written: one line, not an answer without its commits."""
     readable.parent.chmod(0o755)
     Path(f"{readable}-wal").write_bytes(b"left by a crash")
@@ -879,6 +890,7 @@ def test_a_log_that_cannot_be_read_is_an_error(readable: Path, tmp_path: Path) -
     readable.parent.chmod(0o555)
     said = as_somebody(tmp_path, "list", readable)
     assert (said.status, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "copy both" in said.err
 
 
 def test_a_file_of_an_older_version_is_not_misread(
