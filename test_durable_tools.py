@@ -2534,6 +2534,23 @@ def test_a_large_file_is_counted_apart_and_from_there_by_what_is_new(
     eventually(lambda: {one["name"]: one["tally"] for one in eye.get("overview")["queues"]} == expected)
 
 
+def test_very_many_failures_are_grouped_apart(tmp_path: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look has the newest; soon all are there, and a new one joins them."""
+    monkeypatch.setattr(page._Failures, "QUICK_S", 0.0)
+    path = tmp_path / "bad.db"
+    with client(path) as engine:
+        engine.insert_all(Insert(Picky, args={"n": n}) for n in range(600))
+        engine.drain()
+    eye = viewer(path)
+    first = eye.get("failures")
+    assert (first["groups"][0]["count"], first["looked_at"], first["is_all"]) == (500, 500, False)
+    eventually(lambda: eye.get("failures")["groups"][0]["count"] == 600)
+    with client(path) as engine:
+        engine.insert(Picky, args={"n": 0})
+        engine.drain()
+    eventually(lambda: eye.get("failures")["groups"][0]["count"] == 601)
+
+
 def test_a_large_file_answers_at_once(tmp_path: Path, viewer: View) -> None:
     """Of 60,000 rows each view is there in far under a second: no request reads all rows."""
     path = tmp_path / "large.db"
@@ -2561,6 +2578,61 @@ def test_a_large_file_answers_at_once(tmp_path: Path, viewer: View) -> None:
             eye.get(name, **query)
             took.append(time.monotonic() - begun)
         assert min(took) < 0.8, (name, query, took)
+
+
+def every_view(eye: Viewer) -> None:
+    """Ask for all that the page shows of the family, by each way that leads there."""
+    filters: list[dict[str, Any]] = [{}, {"status": ["failed"]}, {"key": "order:2"}, {"schedule": "nightly"}]
+    filters += [{"error": "x"}, {"fsm": "none"}, {"step": "start", "queue": "orders"}, {"kind": "x"}]
+    for meant in (*filters, *({"status": [status]} for status in Status)):
+        eye.get("instances", q=json.dumps(meant))
+        eye.get("count", q=json.dumps(meant), verb="cancel")
+    for name in ("overview", "failures"):
+        eye.get(name)
+    for id_ in ids_of(eye):
+        eye.get("instance", id=id_)
+        eye.get("children", id=id_)
+        eye.get("runs", id=id_)
+    for what in page._VALUES:
+        eye.ask("/api/value", {"what": what, "id": 3, "name": 1})
+    for target in ("3", "order:2"):
+        eye.get("target", target=target)
+
+
+def test_no_statement_of_the_page_reads_all_rows(family: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds its rows by an index or by their ids, or has a limit; all are counted apart, by an index."""
+    asked: set[str] = set()
+
+    def note(traced: dict[str, Any]) -> None:
+        asked.add(traced["sql"])
+
+    def trace(connection: apsw.Connection) -> None:
+        connection.trace_v2(apsw.SQLITE_TRACE_STMT, note)
+
+    monkeypatch.setattr(apsw, "connection_hooks", [*apsw.connection_hooks, trace])
+    with client(family) as engine:  # what is tried again
+        engine.insert(Picky, args={"n": 0}, max_attempts=2, queue="again")
+        engine.drain(queue="again", with_scheduled=False)
+    asked.clear()
+    every_view(viewer(family))
+    constants = [text for text in vars(page).values() if isinstance(text, str) and text.lstrip().startswith("SELECT")]
+    constants += [*page._LIVE_IDS.values(), *page._VALUES.values()]
+    assert [text for text in constants if "{}" not in text and text not in asked] == []
+    connection = apsw.Connection(str(family))
+    for sql in (sql for sql in asked if "sqlite_schema" not in sql):
+        info = apsw.ext.query_info(connection, sql, explain_query_plan=True)
+        for detail in all_of(info.query_plan):
+            if read := re.match(r"(SCAN|SEARCH) (durable_instances|durable_transitions|durable_signals|i|c)\b", detail):
+                assert re.search("USING (COVERING )?INDEX|PRIMARY KEY", detail), (detail, sql)
+                assert read[1] == "SEARCH" or "LIMIT" in sql or sql == page._ENDED_BEFORE, (detail, sql)
+    connection.close()
+
+
+def all_of(plan: Any) -> Iterator[str]:
+    """The lines of a query's plan."""
+    yield plan.detail
+    for part in plan.sub or ():
+        yield from all_of(part)
 
 
 @pytest.mark.slow
