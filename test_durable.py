@@ -22191,6 +22191,7 @@ def test_the_workflow_runs_the_readmes_test_command_wherever_the_wheel_is_for() 
     assert re.findall(r"Operating System :: (\w+)", project) == ["MacOS", "Microsoft", "POSIX"]
     [command] = re.findall(r"- run: python (.+)", workflow)
     assert f"`python3 {command}`" in README
+    assert tomllib.loads(project)["tool"]["mypy"]["platform"] == "linux", "else types are wrong on the other systems"
 
 
 @pytest.mark.slow
