@@ -11910,6 +11910,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `cancelled`: what one becomes that somebody has cancelled
     * `Options`: the options of an engine, checked
     * `check_code`: holds rows against the classes that are known here
+    * `Ticks`: the clocks that measure waits, which no test that freezes time stops
     * `filters`: those of `find`, checked, as columns have them
     * `record`: makes an `Instance`, a `Signal` and the like of its columns
     """
@@ -12031,6 +12032,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     Entry: typing.TypeAlias = _Entry
     ScheduleRow: typing.TypeAlias = _ScheduleRow
     Options: typing.TypeAlias = _Options
+    Ticks: typing.TypeAlias = _Ticks
 
     class Host(typing.Protocol):
         """What an engine that keeps its rows elsewhere does for its steps; called from any of its threads.

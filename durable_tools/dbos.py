@@ -15,8 +15,8 @@ From top to bottom:
 
 * the tables and every statement on them
 * `_Dispatcher`: all that is asked of DBOS
-* `_Transaction`: what one transaction reads and writes
-* `_Core`: connections, claims, steps and their commits
+* `_Transaction`: what one transaction reads and writes, by layers
+* `_Core`: connections and transactions; `_Runner`: turns, from the claim to the commit
 * `_Watch`: who is alive, and what the clock asks for
 * `DBOSEngine`: the methods of `durable.Engine`
 * `move`: a file's live instances, into the database
@@ -444,8 +444,17 @@ SELECT {_ROW}, i.worker FROM durable.instances i
 WHERE status = 'executing' AND NOT EXISTS (SELECT 1 FROM durable.workers w WHERE w.id = i.worker) ORDER BY id FOR UPDATE
 """
 _MINE = f"SELECT {_ROW} FROM durable.instances i WHERE status = 'executing' AND worker = %s ORDER BY id FOR UPDATE"
-_WORKERS = f"SELECT {_columns(_fields(Worker))} FROM durable.workers ORDER BY started_at, id"
-_SERVED = "SELECT queues FROM durable.workers"
+_WORKERS = f"""
+SELECT {_columns(_fields(Worker))} FROM durable.workers
+WHERE lease_expires_at >= (extract(epoch FROM clock_timestamp()) * 1000)::bigint ORDER BY started_at, id
+"""
+# Of a process that has died the lock is free, whether or not another is there to strike it off.
+_LOCKS_HELD = """
+SELECT w.id FROM durable.workers w JOIN pg_locks l ON l.locktype = 'advisory' AND l.granted
+    AND l.objsubid = 1 AND (l.classid::bigint << 32 | l.objid::bigint) = w.lock
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+_REGISTERED = "SELECT id FROM durable.workers"
 
 _SAVE_SCHEDULE = f"""
 INSERT INTO durable.schedules ({_columns(_SCHEDULE_ROW)}) VALUES ({_marks(_SCHEDULE_ROW)})
@@ -557,8 +566,8 @@ def _settle(names: tuple[str, ...], *, takes_turn: bool) -> str:
 _TURN = "durable.turn"
 _APPLICATION = "durable"
 """What all engines are to DBOS: which versions of a class a process knows is durable's own affair."""
-_serving: list[_Core] = []
-"""The core that runs in this process: DBOS is one per process."""
+_serving: list[_Runner] = []
+"""The one that runs in this process: DBOS is one per process."""
 _serving_lock = threading.Lock()
 
 
@@ -754,8 +763,8 @@ def _refuse_control(sql: str) -> None:
         raise DurableError(f"ctx.execute may not control the transaction or its settings: {sql}")
 
 
-class _Transaction:
-    """What one transaction reads and writes, named methods over the statements; to be run again it is made anew."""
+class _Session:
+    """One transaction of an engine, and the turns that it gives; to be run again it is made anew."""
 
     def __init__(self, core: _Core, connection: sa.Connection) -> None:
         self._core = core
@@ -781,7 +790,14 @@ class _Transaction:
         extra = None if row is None else {"id": row.id, "fsm": row.fsm, "step": row.step, "attempt": row.attempt}
         self.after.append(functools.partial(log, message, *arguments, extra=extra))
 
-    # Insert, signal, wake
+    def enqueue(self, *turn: Any) -> None:
+        self._core.dispatcher.enqueue(self._connection, _Turn(*turn), self.now)
+
+
+class _Arrivals(_Session):
+    """Insert, signal, wake."""
+
+    _BULK = 100
 
     def insert(self, new: tools.NewRow) -> int:
         """Insert an instance with its first turn; raises `DuplicateError`."""
@@ -813,14 +829,19 @@ class _Transaction:
             at += run
         return ids
 
-    _BULK = 100
-
     def _insert_many(self, rows: Sequence[tools.NewRow]) -> list[int | None]:
         values = [value for row in rows for value in row]
         found = sorted(self.rows(_insert_many(len(rows)), tuple(values)))
         for (instance,), row in zip(found, rows, strict=True):
             self.enqueue(instance, 1, row.queue, row.priority, row.eligible_at)
         return [instance for (instance,) in found]
+
+    def refuse_taken_key(self, instance: int) -> None:
+        """Refuse to bring back an instance whose correlation key another occupies by now."""
+        [(key, scope)] = self.rows(_CARRIED_KEY, (instance,))
+        occupant = self.first(_OCCUPANT, (key,)) if key is not None and scope else None
+        if occupant is not None and occupant[0] != instance:
+            raise DuplicateError(key, occupant[0])
 
     def signal(self, message: tools.Message) -> None:
         """Put a signal into the inbox of a live instance, and wake it if it waits for that; raises `NoTargetError`."""
@@ -856,10 +877,104 @@ class _Transaction:
         [given] = self.rows(_GIVE_TURN, (instance,))
         self.enqueue(instance, *given, at)
 
-    def enqueue(self, *turn: Any) -> None:
-        self._core.dispatcher.enqueue(self._connection, _Turn(*turn), self.now)
+    def child_ended(self, parent: int) -> None:
+        """Wake a parent whose last child has ended; its row is locked first, for children that end together."""
+        found = self.first(_PARENT, (parent,))
+        if found == (Status.AWAITING_CHILDREN,) and self.first(_LIVE_CHILD, (parent,)) is None:
+            self.wake(parent)
 
-    # Claim
+
+class _Records(_Arrivals):
+    """What schedules and the history ask for, and what the code is held against."""
+
+    def fire_schedules(self) -> None:
+        """Insert what is due, of the classes known here."""
+        self.rows(_LOCK, (_SCHEDULES_LOCK,))
+        self._core.steps.schedules(self).fire(-(2**62))
+
+    def status(self, instance: int) -> str | None:
+        found = self.first(_STATUS, (instance,))
+        return None if found is None else found[0]
+
+    def fired(self, name: str) -> None:
+        self.after.append(functools.partial(self._core.note_fired, name))
+
+    def file_id(self) -> str:
+        return cast(str, self.rows(_FILE_ID)[0][0])
+
+    def schedule(self, name: str) -> tools.ScheduleRow | None:
+        return next(iter(self._schedules("WHERE name = %s FOR UPDATE", name)), None)
+
+    def declared_schedules(self) -> list[tools.ScheduleRow]:
+        return self._schedules("WHERE is_declared <> 0 ORDER BY name FOR UPDATE")
+
+    def due_schedules(self, after: int, until: int) -> list[tools.ScheduleRow]:
+        return self._schedules(
+            "WHERE fires_at > %s AND fires_at <= %s ORDER BY fires_at, name FOR UPDATE", after, until
+        )
+
+    def schedules_ahead(self, now: int) -> list[tools.ScheduleRow]:
+        return self._schedules("WHERE next_at > %s ORDER BY name FOR UPDATE", now)
+
+    def schedule_rows(self) -> list[tools.ScheduleRow]:
+        return self._schedules("ORDER BY name")
+
+    def _schedules(self, where: str, *values: Any) -> list[tools.ScheduleRow]:
+        return [tools.ScheduleRow._make(one) for one in self.rows(_SCHEDULE + where, values)]
+
+    def save_schedule(self, row: tools.ScheduleRow) -> None:
+        self.rows(_SAVE_SCHEDULE, tuple(map(_plain, row)))
+
+    def rename_schedule(self, old: str, new: str) -> None:
+        for statement in _RENAME_SCHEDULE:
+            self.rows(statement, (new, old))
+
+    def unschedule(self, name: str) -> bool:
+        return self.first(_UNSCHEDULE, (name,)) is not None
+
+    def has_occurrence(self, name: str, nominal: int) -> bool:
+        return self.first(_HAS_OCCURRENCE, (name, nominal)) is not None
+
+    def row(self, instance: int) -> tuple[tools.Row, str] | None:
+        found = self.first(_FOR_UPDATE, (instance,))
+        return None if found is None else (tools.Row._make(found[:-1]), found[-1])
+
+    def record(self, entries: Sequence[tools.Entry]) -> None:
+        for entry in entries:
+            self.rows(_RECORD, tuple(entry))
+
+    def entries_from(self, instance: int, seq: int) -> list[tools.Entry]:
+        return [tools.Entry._make(one) for one in self.rows(_ENTRIES, (instance, seq))]
+
+    def latest_run(self, instance: int, step_name: str) -> int | None:
+        return cast("int | None", self.rows(_LATEST_RUN, (instance, step_name))[0][0])
+
+    def step_of_run(self, instance: int, seq: int) -> str | None:
+        found = self.first(_STEP_OF_RUN, (instance, seq))
+        return None if found is None else found[0]
+
+    def retention(self, instance: int) -> int | None:
+        return cast("int | None", self.rows(_RETENTION, (instance,))[0][0])
+
+    def detach(self, parent: int, first_child: int) -> None:
+        self.rows(_DETACH, (parent, first_child))
+
+    def bring_back(self, target: int, seq: int) -> None:
+        self.rows(_BRING_BACK, (target, seq))
+
+    def drop_calls(self, instance: int) -> None:
+        self.rows(_DROP_CALLS, (instance,))
+
+    def rewind(self, entry: tools.Entry, state: str, now: int) -> None:
+        self.rows(_REWIND, (entry.step, state, entry.awaits, entry.joining, now, now, entry.instance))
+        self.give_turn(entry.instance, now)
+
+    def live(self) -> Iterable[tuple[Any, ...]]:
+        return self.rows(_LIVE_ROWS)
+
+
+class _Claims(_Records):
+    """Claim a row in its turn, if its limits admit it, and put it back."""
 
     def claim(self, instance: int, number: int, *, is_again: bool) -> _Claimed | None:
         """Claim a row in its turn; None if there is nothing to do: it went on, is held, parked or put back."""
@@ -924,16 +1039,6 @@ class _Transaction:
         if row.concurrency_key is not None:
             self.release(row.concurrency_key)
 
-    def give_back(self, row: tools.Row, at: int) -> None:
-        """Put back a row that is held under its claim; one that was cancelled ends."""
-        found = self.first(_HELD, (row.id, row.claim))
-        if found is None:
-            return
-        if found[0] is None:
-            self.put_back(row, at)
-        else:
-            self._end_cancelled(row, found[0])
-
     def release(self, key: str) -> None:
         """Let as many of a key's line go as it has slots by now; one at least, for engines may differ in limits."""
         self.rows(_LOCK_KEY, (key,))
@@ -941,7 +1046,9 @@ class _Transaction:
         for one in self.rows(_UNPARK, (f"key:{key}", max(1, self._core.slots(key) - holders))):
             self.enqueue(*one, self.now)
 
-    # Outcomes
+
+class _Outcomes(_Claims):
+    """Commit what steps come to, and end what was cancelled or whose process died."""
 
     def settle(self, outcome: tools.Outcome, *, may_go_on: bool, is_again: bool) -> _Claimed | None:
         """Commit an outcome, whole or not at all; return the row that goes on inline, if it does."""
@@ -1074,12 +1181,6 @@ class _Transaction:
     def _log_failure(self, row: tools.Row, error: str) -> None:
         self.log(_log.error, "instance %d (%s) failed in step %r: %s", row.id, row.fsm, row.step, error, row=row)
 
-    def child_ended(self, parent: int) -> None:
-        """Wake a parent whose last child has ended; its row is locked first, for children that end together."""
-        found = self.first(_PARENT, (parent,))
-        if found == (Status.AWAITING_CHILDREN,) and self.first(_LIVE_CHILD, (parent,)) is None:
-            self.wake(parent)
-
     def _end_cancelled(self, row: tools.Row, reason: str, outcome: tools.Outcome | None = None) -> None:
         """End a row that was cancelled while it executed: its step has left."""
         columns = tools.cancelled(row, reason)
@@ -1087,6 +1188,16 @@ class _Transaction:
         self._set(row, columns)
         self._log_failure(row, reason)
         self._departed(row, Status.FAILED)
+
+    def give_back(self, row: tools.Row, at: int) -> None:
+        """Put back a row that is held under its claim; one that was cancelled ends."""
+        found = self.first(_HELD, (row.id, row.claim))
+        if found is None:
+            return
+        if found[0] is None:
+            self.put_back(row, at)
+        else:
+            self._end_cancelled(row, found[0])
 
     def reap(self) -> int:
         """Take their claims from engines that were struck off: their rows have crashed."""
@@ -1108,8 +1219,6 @@ class _Transaction:
             self.give_turn(instance, self.now)
         return len(lost)
 
-    # Calls and progress
-
     def keep_call(self, row: tools.Row, call: tools.Call) -> bool:
         """Keep what a call has returned, as long as its claim is held."""
         values = (call.name, call.value, call.is_awaited, row.id, row.claim)
@@ -1118,10 +1227,9 @@ class _Transaction:
         self.rows(_NOTE_CALLS, (row.id,))
         return True
 
-    def drop_calls(self, instance: int) -> None:
-        self.rows(_DROP_CALLS, (instance,))
 
-    # What callers ask for
+class _Transaction(_Outcomes):
+    """What callers ask for."""
 
     def cancel(self, instance: int, reason: str) -> bool:
         found = self.first(_FOR_UPDATE, (instance,))
@@ -1164,13 +1272,6 @@ class _Transaction:
         if status == Status.RUNNABLE or deadline is not None:
             self.enqueue(instance, *given, self.now if deadline is None else deadline)
 
-    def refuse_taken_key(self, instance: int) -> None:
-        """Refuse to bring back an instance whose correlation key another occupies by now."""
-        [(key, scope)] = self.rows(_CARRIED_KEY, (instance,))
-        occupant = self.first(_OCCUPANT, (key,)) if key is not None and scope else None
-        if occupant is not None and occupant[0] != instance:
-            raise DuplicateError(key, occupant[0])
-
     def fire_timeouts(self) -> int:
         armed = self.rows(_ARMED)
         for (instance,) in armed:
@@ -1197,92 +1298,6 @@ class _Transaction:
         while collected := self.rows(_COLLECT, (self.now, self._core.options.retention_ms)):
             count += len(collected)
         return count + len(self.rows(_COLLECT_BUCKETS, (self.now,)))
-
-    # What schedules and the history ask for
-
-    def status(self, instance: int) -> str | None:
-        found = self.first(_STATUS, (instance,))
-        return None if found is None else found[0]
-
-    def fire_schedules(self) -> None:
-        """Insert what is due, of the classes known here."""
-        self.rows(_LOCK, (_SCHEDULES_LOCK,))
-        self._core.steps.schedules(self).fire(-(2**62))
-
-    def fired(self, name: str) -> None:
-        self.after.append(functools.partial(self._core.note_fired, name))
-
-    def file_id(self) -> str:
-        return cast(str, self.rows(_FILE_ID)[0][0])
-
-    def schedule(self, name: str) -> tools.ScheduleRow | None:
-        return next(iter(self._schedules("WHERE name = %s FOR UPDATE", name)), None)
-
-    def declared_schedules(self) -> list[tools.ScheduleRow]:
-        return self._schedules("WHERE is_declared <> 0 ORDER BY name FOR UPDATE")
-
-    def due_schedules(self, after: int, until: int) -> list[tools.ScheduleRow]:
-        return self._schedules(
-            "WHERE fires_at > %s AND fires_at <= %s ORDER BY fires_at, name FOR UPDATE", after, until
-        )
-
-    def schedules_ahead(self, now: int) -> list[tools.ScheduleRow]:
-        return self._schedules("WHERE next_at > %s ORDER BY name FOR UPDATE", now)
-
-    def _schedules(self, where: str, *values: Any) -> list[tools.ScheduleRow]:
-        return [tools.ScheduleRow._make(one) for one in self.rows(_SCHEDULE + where, values)]
-
-    def save_schedule(self, row: tools.ScheduleRow) -> None:
-        self.rows(_SAVE_SCHEDULE, tuple(map(_plain, row)))
-
-    def rename_schedule(self, old: str, new: str) -> None:
-        for statement in _RENAME_SCHEDULE:
-            self.rows(statement, (new, old))
-
-    def unschedule(self, name: str) -> bool:
-        return self.first(_UNSCHEDULE, (name,)) is not None
-
-    def has_occurrence(self, name: str, nominal: int) -> bool:
-        return self.first(_HAS_OCCURRENCE, (name, nominal)) is not None
-
-    def row(self, instance: int) -> tuple[tools.Row, str] | None:
-        found = self.first(_FOR_UPDATE, (instance,))
-        return None if found is None else (tools.Row._make(found[:-1]), found[-1])
-
-    def record(self, entries: Sequence[tools.Entry]) -> None:
-        for entry in entries:
-            self.rows(_RECORD, tuple(entry))
-
-    def entries_from(self, instance: int, seq: int) -> list[tools.Entry]:
-        return [tools.Entry._make(one) for one in self.rows(_ENTRIES, (instance, seq))]
-
-    def latest_run(self, instance: int, step_name: str) -> int | None:
-        return cast("int | None", self.rows(_LATEST_RUN, (instance, step_name))[0][0])
-
-    def step_of_run(self, instance: int, seq: int) -> str | None:
-        found = self.first(_STEP_OF_RUN, (instance, seq))
-        return None if found is None else found[0]
-
-    def retention(self, instance: int) -> int | None:
-        return cast("int | None", self.rows(_RETENTION, (instance,))[0][0])
-
-    def detach(self, parent: int, first_child: int) -> None:
-        self.rows(_DETACH, (parent, first_child))
-
-    def bring_back(self, target: int, seq: int) -> None:
-        self.rows(_BRING_BACK, (target, seq))
-
-    def rewind(self, entry: tools.Entry, state: str, now: int) -> None:
-        self.rows(_REWIND, (entry.step, state, entry.awaits, entry.joining, now, now, entry.instance))
-        self.give_turn(entry.instance, now)
-
-    # What the code is held against
-
-    def live(self) -> Iterable[tuple[Any, ...]]:
-        return self.rows(_LIVE_ROWS)
-
-    def schedule_rows(self) -> list[tools.ScheduleRow]:
-        return self._schedules("ORDER BY name")
 
 
 @functools.cache
@@ -1363,8 +1378,8 @@ class _Loop:
         for instance in self.running:
             self.cancel(instance)
         if self._is_own:
-            deadline = time.monotonic() + 2
-            while self._tasks and time.monotonic() < deadline:
+            deadline = tools.Ticks.monotonic() + 2
+            while self._tasks and tools.Ticks.monotonic() < deadline:
                 time.sleep(0.01)
             self._is_closing = True
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -1381,7 +1396,7 @@ class _Future(concurrent.futures.Future[Any]):
 
 
 class _Core:
-    """Connections, claims, steps and their commits: what the engine, its turns and its watch have in common."""
+    """Connections, transactions and what steps ask for: what the engine, its turns and its watch have in common."""
 
     UNKNOWN_MS = 1000
     """After so long a row of a class that is not known here has its turn again, elsewhere maybe."""
@@ -1423,7 +1438,7 @@ class _Core:
             with psycopg.connect(self.url, autocommit=True) as setup:
                 setup.execute("SELECT pg_advisory_lock(%s)", (_SETUP_LOCK,))
                 if setup.execute(_HAS_TABLES).fetchone() == (False,):
-                    self.dispatcher_tables()
+                    _Dispatcher.migrate(self.url)
                     setup.execute(cast(Any, f"BEGIN; {_SCHEMA} COMMIT"))
                 found = setup.execute(_VERSION).fetchone()
         except psycopg.Error as error:
@@ -1431,9 +1446,6 @@ class _Core:
         if found is None or int(found[0]) != _SCHEMA_VERSION:
             version = found and found[0]
             raise SchemaError(f"{self.shown_url} has schema version {version}, this durable knows {_SCHEMA_VERSION}")
-
-    def dispatcher_tables(self) -> None:
-        _Dispatcher.migrate(self.url)
 
     def close(self) -> None:
         self.is_closed = True
@@ -1569,7 +1581,20 @@ class _Core:
     def connect(self) -> sa.Connection:
         return self._engine.connect()
 
-    # Turns
+    # Coroutines
+
+    def use_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run `async def` steps on a loop that runs already."""
+        self._loop = _Loop(loop)
+
+    def cancel_running(self, instance: int) -> None:
+        """Cancel an async step that runs here."""
+        if self._loop is not None:
+            self._loop.cancel(instance)
+
+
+class _Runner(_Core):
+    """Takes turns: claims a row, runs its step, commits what that leaves."""
 
     def take_turn(self, instance: int, number: int, tally: collections.Counter[str] | None = None) -> None:
         """Claim a row in its turn, run its step, commit what that leaves; and go on with what goes on inline."""
@@ -1577,14 +1602,14 @@ class _Core:
 
     def _take_turn(self, instance: int, number: int, tally: collections.Counter[str] | None) -> None:
         claim = self._claim(instance, number)
-        since = time.perf_counter()
+        since = tools.Ticks.perf_counter()
         while claim is not None:
             outcome = self._run(claim)
             if outcome is None:  # it was taken from here
                 return
             if tally is not None:
                 tally.update(("steps", outcome.kind))
-            may_go_on = tally is None and not self.is_stopping and time.perf_counter() - since < self.INLINE_S
+            may_go_on = tally is None and not self.is_stopping and tools.Ticks.perf_counter() - since < self.INLINE_S
             claim = self._commit(outcome, may_go_on=may_go_on)
             if tally is not None and outcome.interrupt is not None:
                 raise outcome.interrupt
@@ -1634,14 +1659,11 @@ class _Core:
             self._loop = self._loop or _Loop(None)
         return self._loop.run(claim.row.id, step)
 
-    def use_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run `async def` steps on a loop that runs already."""
-        self._loop = _Loop(loop)
-
-    def cancel_running(self, instance: int) -> None:
-        """Cancel an async step that runs here."""
-        if self._loop is not None:
-            self._loop.cancel(instance)
+    def drop_running(self) -> None:
+        """Disown what still runs."""
+        for claim in list(self._running.values()):
+            self.steps.drop(claim)
+            self.cancel_running(claim.row.id)
 
     def cancel_elsewhere_cancelled(self) -> bool:
         """Cancel async steps here that others have asked to cancel; whether any runs at all."""
@@ -1650,12 +1672,6 @@ class _Core:
         for (instance,) in self.look(_CANCELLED_HERE, (self.id,)):
             self._loop.cancel(instance)
         return True
-
-    def drop_running(self) -> None:
-        """Disown what still runs."""
-        for claim in list(self._running.values()):
-            self.steps.drop(claim)
-            self.cancel_running(claim.row.id)
 
     def _commit(self, outcome: tools.Outcome, *, may_go_on: bool) -> tools.Claim | None:
         """Write an outcome; return the claim that goes on inline, if any."""
@@ -1691,7 +1707,7 @@ class _Watch:
     SWEEP_S = 30.0
     KEEP_TURNS_S = 60.0
 
-    def __init__(self, core: _Core) -> None:
+    def __init__(self, core: _Runner) -> None:
         self._core = core
         self._lock = int.from_bytes(os.urandom(7), "big")
         self._ending = threading.Event()
@@ -1720,7 +1736,7 @@ class _Watch:
         self._alive.execute(_REGISTER, (*mine, json.dumps(self._queues), lease_ms))
 
     def start(self) -> None:
-        self._gc_at = time.monotonic() + self._core.options.gc_ms / 1000
+        self._gc_at = tools.Ticks.monotonic() + self._core.options.gc_ms / 1000
         self._thread = threading.Thread(target=self._serve, name="durable-watch", daemon=True)
         self._thread.start()
 
@@ -1739,7 +1755,7 @@ class _Watch:
         tick_s = self.TICK_S
         while not self._ending.wait(tick_s):
             try:
-                self.step(time.monotonic())
+                self.step(tools.Ticks.monotonic())
                 has_async = self._core.cancel_elsewhere_cancelled()
                 tick_s = self.ASYNC_TICK_S if has_async else self.TICK_S
             except (psycopg.Error, DurableError) as error:
@@ -1793,7 +1809,7 @@ class _Watch:
         def reap(transaction: _Transaction, _: bool) -> tuple[int, set[str]]:
             transaction.rows(_LOCK, (_HAND_ON_LOCK,))
             count = transaction.reap()
-            return count, {one[0] for one in transaction.rows("SELECT id FROM durable.workers")}
+            return count, {one for (one,) in transaction.rows(_REGISTERED)}
 
         reaped, living = core.patiently(reap)
         handed_on = core.dispatcher.hand_on(living)
@@ -1853,481 +1869,6 @@ def _seconds(value: object, name: str) -> float:
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
         raise ValueError(f"{name} must be seconds or a timedelta, not negative, not {value!r}")
     return seconds
-
-
-class DBOSEngine:
-    """Runs durable's classes on PostgreSQL, on any number of machines; the methods are those of `durable.Engine`.
-
-    `url` is PostgreSQL's: `postgresql://user:password@host/database`. The tables, in the schemas `durable` and `dbos`,
-    are made when they are missing. Options are those of `durable.Engine`, but for `clock`, `prefetch` and
-    `synchronous`. A started engine is one per process, since DBOS is. What differs is in the README's table; above all:
-    what is dated is on time to a second, a queue's width is what the engine that was started last has said, for each
-    process, and `subscribe` and `snapshot` are refused. Placeholders in `ctx.execute` are `?` or `:name`, as ever;
-    `??` is PostgreSQL's operator `?`.
-    """
-
-    def __init__(self, url: str, **options: Any) -> None:
-        checked = _checked_options(options)
-        self._core = _Core(url, checked)
-        self._watch = _Watch(self._core)
-        self._is_started = False
-        self._results: _Results | None = None
-        try:
-            for name, limit in checked.rate_limits.items():
-                row = (name, limit.allowed, math.ceil(_seconds(limit.per, "per") * 1000), limit.burst)
-                self._core.perform(lambda transaction, row=row: transaction.rows(_SAVE_LIMIT, row))  # type: ignore[misc]
-        except BaseException:
-            self._core.close()
-            raise
-
-    # Life cycle
-
-    def start(self) -> None:
-        """Run the queues, in threads, until `stop`; a `DurableError` while another engine runs in this process."""
-        core = self._core
-        core.check_open()
-        with _serving_lock:
-            if _serving:
-                raise DurableError("DBOS is one per process: stop the engine that runs in this one first")
-            core.context = contextvars.copy_context()
-            self._watch.register(core.options.queues, core.options.lease_ms)
-            try:
-                core.patiently(self._declare)
-                self._watch.hand_on()
-                paused = core.perform(_Transaction.paused)
-                _serving.append(core)
-                core.dispatcher.launch(core.url, core.options.queues, paused, core.options.poll_s)
-            except BaseException:
-                _serving.clear()
-                core.perform(_Transaction.sign_off)
-                self._watch.leave()
-                raise
-            self._is_started = True
-        self._watch.start()
-        _log.info("engine %r started on %s", core.options.name, core.shown_url)
-
-    def stop(self, timeout: _Duration | None = None) -> None:
-        """Take no more turns, let running steps commit for up to `timeout` (`drain_timeout` unless given), and close.
-
-        What has not ended by then is given back: it runs again elsewhere. A second call does nothing.
-        """
-        core = self._core
-        timeout_s = core.options.drain_s if timeout is None else _seconds(timeout, "timeout")
-        if core.is_closed or os.getpid() != core.pid:
-            return
-        if self._is_started:
-            with _serving_lock:
-                self._halt(timeout_s)
-            _log.info("engine %r stopped", core.options.name)
-        if self._results is not None:
-            self._results.close()
-        core.close()
-
-    def _halt(self, timeout_s: float) -> None:
-        core = self._core
-        core.is_stopping = True
-        try:
-            core.dispatcher.halt(timeout_s)
-            core.drop_running()
-            self._watch.stop()
-            core.perform(_Transaction.sign_off)
-            living = {one.id for one in self.workers()}
-            core.dispatcher.hand_on(living)
-        except (DurableError, sa.exc.DBAPIError) as error:
-            _log.warning("the others will find out that this engine has stopped: %s", error)
-        finally:
-            self._watch.leave()
-            _serving.clear()
-            self._is_started = False
-
-    def run(self) -> None:
-        """Start, block until SIGINT or SIGTERM, then stop."""
-        import signal
-
-        bell = threading.Event()
-        is_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        previous = [(number, signal.signal(number, lambda *_: bell.set())) for number in numbers]
-        try:
-            if not self._is_started:
-                self.start()
-            while not self._core.is_closed and not bell.wait(0.5):
-                pass
-        finally:
-            for number, handler in previous:
-                signal.signal(number, handler)
-            self.stop()
-
-    def __enter__(self) -> Self:
-        if not self._is_started:
-            self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Self:
-        """Start without blocking the running loop, and run `async def` steps on that loop."""
-        if not self._is_started:
-            self._core.use_loop(asyncio.get_running_loop())
-            await asyncio.to_thread(self.start)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self.stop)))
-
-    def __repr__(self) -> str:
-        return f"<DBOSEngine {self._core.options.name!r} on {self._core.shown_url}>"
-
-    def __del__(self) -> None:
-        core = getattr(self, "_core", None)
-        if core is not None and not core.is_closed and os.getpid() == core.pid:
-            try:
-                warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
-            finally:  # also where warnings are errors
-                self.stop(0)
-
-    # Insert and signal
-
-    def insert(self, fsm: Any, **options: Any) -> int:
-        """Insert an instance, and return its id once it is durable."""
-        self._core.check_open()
-        row = self._core.steps.new_row(fsm, options)
-        return self._core.perform(lambda transaction: transaction.insert(row))
-
-    def insert_into(self, connection: sa.Connection, fsm: Any, **options: Any) -> int:
-        """Insert in the transaction that is open on the application's own SQLAlchemy connection to this database.
-
-        The instance exists if and only if that is committed. `connect` gives such a connection.
-        """
-        self._core.check_open()
-        if not isinstance(cast(object, connection), sa.Connection) or connection.dialect.driver != "psycopg":
-            raise ValueError(
-                f"connection must be a SQLAlchemy Connection by psycopg, as of connect(), not {connection!r}"
-            )
-        if not connection.in_transaction():
-            raise ValueError("connection has no transaction open: begin one on it first")
-        return _Transaction(self._core, connection).insert(self._core.steps.new_row(fsm, options))
-
-    def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
-        """Insert many instances in one transaction; ids in order, None for a duplicate."""
-        self._core.check_open()
-        rows = self._core.steps.new_rows(inserts)
-        return self._core.perform(lambda transaction: transaction.insert_all(rows))
-
-    def insert_nowait(self, fsm: Any, **options: Any) -> _Future:
-        """Insert without waiting; the future, which can also be awaited, has the id once it is durable."""
-        self._core.check_open()
-        row = self._core.steps.new_row(fsm, options)
-        return self._later(lambda: self._core.perform(lambda transaction: transaction.insert(row)))
-
-    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
-        """Put a signal into the inbox of a live instance, and wake it if it waits for that."""
-        self._core.check_open()
-        message = self._core.steps.message(target, name, payload, dedup_key)
-        self._core.perform(lambda transaction: transaction.signal(message))
-
-    def signal_nowait(
-        self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
-    ) -> _Future:
-        """Send a signal without waiting."""
-        self._core.check_open()
-        message = self._core.steps.message(target, name, payload, dedup_key)
-        return self._later(lambda: self._core.perform(lambda transaction: transaction.signal(message)))
-
-    def result_nowait(self, target: int | str) -> _Future:
-        """Return a future of an instance's result, which can also be awaited: no thread waits for it."""
-        instance = self.get(target).id
-        with _serving_lock:
-            self._results = self._results or _Results(self._core)
-        return self._results.add(instance)
-
-    def _later(self, call: Callable[[], Any]) -> _Future:
-        future = _Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:  # noqa: BLE001 - it is the caller's
-                    future.set_exception(error)
-
-        self._core.later(run)
-        return future
-
-    # Look and wait
-
-    def get(self, target: int | str) -> Instance:
-        """Return an instance by id, or by correlation key: the occupant, else the newest that carries the key."""
-        checked = self._core.steps.message(target, _LOCAL, None, None).target
-        found = self._core.look(_GET if isinstance(checked, int) else _GET_BY_KEY, (checked,))
-        if not found:
-            raise NotFoundError(
-                f"no instance has the id {checked}" if isinstance(checked, int) else f"no instance carries {checked!r}"
-            )
-        return tools.record(Instance, found[0])
-
-    def find(self, *, limit: Any = 100, **filters: Any) -> list[Instance]:
-        """Return the newest instances that pass all filters, newest first; `before=id` pages."""
-        self._core.check_open()
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"limit must be an integer of at least 1, not {limit!r}")
-        given = tools.filters(**filters)
-        where = "".join(_FIND_BY[name] for name in given)
-        found = self._core.look(_FIND + where + _FIND_END, (*given.values(), limit))
-        return [tools.record(Instance, one) for one in found]
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Return how many instances each queue has in each status."""
-        counts: dict[str, dict[str, int]] = {}
-        for queue, status, count in self._core.look(_COUNTS):
-            counts.setdefault(queue, {})[status] = count
-        return counts
-
-    def wait(self, target: int | str, timeout: _Duration | None = 5, *, until: str = "settled") -> Instance:
-        """Wait until an instance is done, failed or parked (`until="terminal"`: done or failed), and return it."""
-        if until not in _UNTIL:
-            raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
-        instance = self.get(target).id
-        self._wait(instance, _UNTIL[until], timeout)
-        return self.get(instance)
-
-    def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
-        """Wait for an instance to end and return its result; `FailedError`, or `TimeoutError`."""
-        instance = self.get(target).id
-        status, result, last_error = self._wait(instance, _TERMINAL, timeout)
-        if status == Status.DONE:
-            return None if result is None else json.loads(result)
-        if status == Status.FAILED:
-            raise FailedError(instance, last_error)
-        raise TimeoutError(f"instance {instance} has not ended within {timeout!r} s, it is {status}")
-
-    def _wait(self, instance: int, until: Sequence[str], timeout: _Duration | None) -> tuple[Any, ...]:
-        deadline = time.monotonic() + _seconds(timeout, "timeout")
-        pause_s = 0.002
-        while True:
-            found = self._core.look(_ENDING, (instance,))
-            if not found:
-                raise NotFoundError(f"no instance has the id {instance}")
-            left_s = deadline - time.monotonic()
-            if found[0][0] in until or left_s <= 0:
-                return found[0]
-            time.sleep(min(pause_s, left_s))
-            pause_s = min(pause_s * 1.5, self._core.options.poll_s)
-
-    def wait_idle(
-        self,
-        *,
-        queue: str | None = None,
-        timeout: _Duration | None = None,
-        on_change: Callable[[dict[str, dict[str, int]]], object] | None = None,
-    ) -> bool:
-        """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout."""
-        if on_change is not None and not callable(on_change):
-            raise ValueError(f"on_change must be callable, not {on_change!r}")
-        deadline = time.monotonic() + _seconds(timeout, "timeout")
-        told: dict[str, dict[str, int]] | None = None
-        while True:
-            busy = self._busy(queue)
-            if on_change is not None and (counts := self.counts()) != told:
-                told = counts
-                on_change(counts)
-            left_s = deadline - time.monotonic()
-            if not busy or left_s <= 0:
-                return not busy
-            served = {one for worker in self.workers() for one in worker.queues}
-            if busy - served and self._busy(queue) - served:
-                unserved = ", ".join(map(repr, sorted(busy - served)))
-                raise DurableError(f"no running engine serves {unserved}, where there is work")
-            time.sleep(min(left_s, 0.1))
-
-    def _busy(self, queue: str | None) -> set[str]:
-        busy = {one for (one,) in self._core.look(_BUSY, (self._core.now(),))}
-        return busy if queue is None else busy & {queue}
-
-    def workers(self) -> list[Worker]:
-        """Return the engines that run on this database."""
-        return [tools.record(Worker, one) for one in self._core.look(_WORKERS)]
-
-    # Steer
-
-    def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
-        """Fail an instance for a reason; True if it is failed now, or will be when its running step ends."""
-        _checked_name(reason, "reason")
-        if type(children) is not bool:
-            raise ValueError(f"children must be True or False, not {children!r}")
-        instance = self.get(target).id
-        cancel = _Transaction.cancel_tree if children else _Transaction.cancel
-        return self._core.perform(lambda transaction: cancel(transaction, instance, reason))
-
-    def retry(self, target: int | str) -> None:
-        """Let a failed instance go on from where it stood, with attempt 0."""
-        instance = self.get(target).id
-        self._core.perform(lambda transaction: transaction.revive(instance))
-
-    def pause(self, queue: str) -> None:
-        """Keep every engine from claiming from a queue, until `resume`."""
-        _checked_name(queue, "queue")
-        self._core.perform(lambda transaction: transaction.rows(_PAUSE, (queue,)))
-        self._core.dispatcher.set_width(queue, 0)
-
-    def resume(self, queue: str) -> None:
-        """Let a paused queue run again."""
-        _checked_name(queue, "queue")
-        self._core.perform(lambda transaction: transaction.resume(queue))
-        widths = [worker.queues[queue] for worker in self.workers() if queue in worker.queues]
-        self._core.dispatcher.set_width(queue, widths[-1] if widths else self._core.options.queues.get(queue, 10))
-
-    # The past
-
-    def history(self, target: int | str) -> list[Transition]:
-        """Return what was run of an instance, oldest first, as far as it is kept."""
-        instance = self.get(target).id
-        return [tools.record(Transition, one) for one in self._core.look(_HISTORY, (instance,))]
-
-    def rewind(self, target: int | str, to: Any, *, state: Any = None) -> None:
-        """Have an instance stand again before the run `to` of its history: a `seq`, or a step, its latest run."""
-        old, steps = self.get(target), self._core.steps
-
-        def rewind(transaction: _Transaction) -> None:
-            steps.history(transaction).rewind(old.id, steps.past(transaction, old, to, state))
-
-        self._core.perform(rewind)
-
-    def fork(self, target: int | str, to: Any, **options: Any) -> int:
-        """Insert a new instance that goes on from before the run `to` of another, and return its id."""
-        old, steps = self.get(target), self._core.steps
-        state = options.pop("state", None)
-        row = steps.fork_row(old, options)
-
-        def fork(transaction: _Transaction) -> int:
-            return steps.history(transaction).fork(old.id, steps.past(transaction, old, to, state), row)
-
-        return self._core.perform(fork)
-
-    # Schedules
-
-    def schedule(self, name: str, fsm: Any, when: Cron | Every, **options: Any) -> None:
-        """Insert instances of a class at the instants of `when`, until `unschedule`; each once over all processes."""
-        self._core.check_open()
-        row = self._core.steps.schedule_row(name, fsm, when, options)
-        self._on_schedules(lambda schedules: schedules.write(row))
-
-    def unschedule(self, name: str) -> bool:
-        """Remove a schedule; True if there was one."""
-        return cast(bool, self._on_schedules(lambda schedules: schedules.remove(_checked_name(name, "name"))))
-
-    def schedules(self) -> list[Schedule]:
-        """Return the schedules of the database, by name."""
-        return [tools.record(Schedule, one) for one in self._core.look(_LIST_SCHEDULES)]
-
-    def trigger(self, name: str) -> int:
-        """Insert an instance of a schedule now, and return its id."""
-        return cast(int, self._on_schedules(lambda schedules: schedules.trigger(_checked_name(name, "name"))))
-
-    def pause_schedule(self, name: str) -> None:
-        """Keep a schedule from firing until `resume_schedule`."""
-        self._on_schedules(lambda schedules: schedules.pause(_checked_name(name, "name")))
-
-    def resume_schedule(self, name: str) -> None:
-        """Let a paused schedule fire again, from now on."""
-        self._on_schedules(lambda schedules: schedules.resume(_checked_name(name, "name")))
-
-    def _on_schedules(self, call: Callable[[Any], Any]) -> Any:
-        def go(transaction: _Transaction) -> Any:
-            transaction.rows(_LOCK, (_SCHEDULES_LOCK,))
-            return call(self._core.steps.schedules(transaction))
-
-        return self._core.perform(go)
-
-    def _declare(self, transaction: _Transaction, _: bool = False) -> None:
-        """Write the schedules that the known classes declare."""
-        transaction.rows(_LOCK, (_SCHEDULES_LOCK,))
-        schedules = self._core.steps.schedules(transaction)
-        schedules.declare(*self._core.steps.declared())
-        schedules.realign()
-
-    # Drain and maintain
-
-    def drain(
-        self, *, queue: str | None = None, with_scheduled: bool = True, max_steps: int = 1000
-    ) -> collections.Counter[str]:
-        """Run everything that is runnable, in this thread and without DBOS, and return what it came to.
-
-        The turns that stand in DBOS's queues find nothing left to do. No engine may be started in this process.
-        """
-        core = self._core
-        core.check_open()
-        if self._is_started:
-            raise DurableError("this engine is started: its queues run by themselves, and can't be drained")
-        tally: collections.Counter[str] = collections.Counter()
-        self._watch.register({}, self._DRAIN_LEASE_MS)
-        core.is_draining, core.drained_schedules = True, set()
-        try:
-            core.perform(self._declare)
-            self._drain(tally, queue, with_scheduled, max_steps)
-        finally:
-            core.is_draining, core.drained_schedules = False, set()
-            core.perform(_Transaction.sign_off)
-            self._watch.leave()
-        return tally
-
-    _DRAIN_LEASE_MS = 10 * 365 * 86_400_000
-    """It can't renew while a step runs; its lock tells whether it lives."""
-
-    def _drain(self, tally: collections.Counter[str], queue: str | None, with_scheduled: bool, max_steps: int) -> None:
-        core, left = self._core, list[int]()
-        while True:
-            core.perform(_Transaction.fire_schedules)
-            asked = {"queue": queue, "now": core.now(), "with_scheduled": with_scheduled, "left": left}
-            found = core.look(_NEXT_TO_DRAIN, asked)
-            if not found:
-                return
-            [(instance, number)] = found
-            if tally["steps"] >= max_steps:
-                raise DurableError(
-                    f"drain ran {max_steps} steps, and instance {instance} is still running: raise max_steps if that is"
-                    " meant"
-                )
-            steps = tally["steps"]
-            core.take_turn(instance, number, tally)
-            if tally["steps"] == steps and not core.steps.knows(core.perform(lambda t: t.row(instance))[0]):  # type: ignore[index] # noqa: B023
-                left.append(instance)
-
-    def fire_timeouts(self) -> int:
-        """Let every armed await deadline fire now, and return how many there were."""
-        return self._core.perform(_Transaction.fire_timeouts)
-
-    def gc(self) -> int:
-        """Collect what is older than its retention now; return the number of rows deleted."""
-        return self._watch.collect()
-
-    def check(self, *, code: bool = False) -> list[str]:
-        """Audit the rows against their invariants; with `code` hold them against the classes that are known here."""
-        problems = []
-        for problem, sql in _AUDITS.items():
-            if ids := [str(one) for (one,) in self._core.look(sql)]:
-                problems.append(f"{problem}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}")
-        return problems + (self._core.perform(tools.check_code) if code else [])
-
-    def connect(self) -> sa.Connection:
-        """Return a SQLAlchemy connection to the database for the application's own use; close it before `stop`."""
-        self._core.check_open()
-        return self._core.connect()
-
-    def perform(self, call: Callable[[_Transaction], _T]) -> _T:
-        """Do one transaction of this module's own."""
-        return self._core.perform(call)
-
-    def subscribe(self, *_: object) -> NoReturn:
-        """Refuse it: what the other machines do, no callback here would hear of."""
-        raise DurableError(
-            "a DBOSEngine has no events: its steps run on other machines; see the logs, or DBOS's traces"
-        )
-
-    def snapshot(self, _: object) -> NoReturn:
-        """Refuse it: PostgreSQL has tools of its own for that."""
-        raise DurableError("a DBOSEngine makes no snapshots: use pg_dump, or PostgreSQL's base backups")
 
 
 def _checked_name(value: object, name: str) -> str:
@@ -2395,6 +1936,494 @@ class _Results:
         for future in futures:
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
                 future.set_exception(value) if isinstance(value, Exception) else future.set_result(value)
+
+
+class _Client:
+    """An engine as its methods see it."""
+
+    def __init__(self, core: _Runner) -> None:
+        self._core = core
+        self._results: _Results | None = None
+
+    def perform(self, call: Callable[[_Transaction], _T]) -> _T:
+        """Do one transaction of this module's own."""
+        return self._core.perform(call)
+
+    def connect(self) -> sa.Connection:
+        """Return a SQLAlchemy connection to the database for the application's own use; close it before `stop`."""
+        self._core.check_open()
+        return self._core.connect()
+
+
+class _Sending(_Client):
+    """Insert and signal."""
+
+    def insert(self, fsm: Any, **options: Any) -> int:
+        """Insert an instance, and return its id once it is durable."""
+        self._core.check_open()
+        row = self._core.steps.new_row(fsm, options)
+        return self._core.perform(lambda transaction: transaction.insert(row))
+
+    def insert_into(self, connection: sa.Connection, fsm: Any, **options: Any) -> int:
+        """Insert in the transaction that is open on the application's own SQLAlchemy connection to this database.
+
+        The instance exists if and only if that is committed. `connect` gives such a connection.
+        """
+        self._core.check_open()
+        if not isinstance(cast(object, connection), sa.Connection) or connection.dialect.driver != "psycopg":
+            raise ValueError(
+                f"connection must be a SQLAlchemy Connection by psycopg, as of connect(), not {connection!r}"
+            )
+        if not connection.in_transaction():
+            raise ValueError("connection has no transaction open: begin one on it first")
+        return _Transaction(self._core, connection).insert(self._core.steps.new_row(fsm, options))
+
+    def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
+        """Insert many instances in one transaction; ids in order, None for a duplicate."""
+        self._core.check_open()
+        rows = self._core.steps.new_rows(inserts)
+        return self._core.perform(lambda transaction: transaction.insert_all(rows))
+
+    def insert_nowait(self, fsm: Any, **options: Any) -> _Future:
+        """Insert without waiting; the future, which can also be awaited, has the id once it is durable."""
+        self._core.check_open()
+        row = self._core.steps.new_row(fsm, options)
+        return self._later(lambda: self._core.perform(lambda transaction: transaction.insert(row)))
+
+    def signal(self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None) -> None:
+        """Put a signal into the inbox of a live instance, and wake it if it waits for that."""
+        self._core.check_open()
+        message = self._core.steps.message(target, name, payload, dedup_key)
+        self._core.perform(lambda transaction: transaction.signal(message))
+
+    def signal_nowait(
+        self, target: int | str, name: str, payload: Any = None, *, dedup_key: str | None = None
+    ) -> _Future:
+        """Send a signal without waiting."""
+        self._core.check_open()
+        message = self._core.steps.message(target, name, payload, dedup_key)
+        return self._later(lambda: self._core.perform(lambda transaction: transaction.signal(message)))
+
+    def _later(self, call: Callable[[], Any]) -> _Future:
+        future = _Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - it is the caller's
+                    future.set_exception(error)
+
+        self._core.later(run)
+        return future
+
+
+class _Looking(_Client):
+    """Look and wait."""
+
+    def get(self, target: int | str) -> Instance:
+        """Return an instance by id, or by correlation key: the occupant, else the newest that carries the key."""
+        checked = self._core.steps.message(target, _LOCAL, None, None).target
+        found = self._core.look(_GET if isinstance(checked, int) else _GET_BY_KEY, (checked,))
+        if not found:
+            raise NotFoundError(
+                f"no instance has the id {checked}" if isinstance(checked, int) else f"no instance carries {checked!r}"
+            )
+        return tools.record(Instance, found[0])
+
+    def find(self, *, limit: Any = 100, **filters: Any) -> list[Instance]:
+        """Return the newest instances that pass all filters, newest first; `before=id` pages."""
+        self._core.check_open()
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ValueError(f"limit must be an integer of at least 1, not {limit!r}")
+        given = tools.filters(**filters)
+        where = "".join(_FIND_BY[name] for name in given)
+        found = self._core.look(_FIND + where + _FIND_END, (*given.values(), limit))
+        return [tools.record(Instance, one) for one in found]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many instances each queue has in each status."""
+        counts: dict[str, dict[str, int]] = {}
+        for queue, status, count in self._core.look(_COUNTS):
+            counts.setdefault(queue, {})[status] = count
+        return counts
+
+    def history(self, target: int | str) -> list[Transition]:
+        """Return what was run of an instance, oldest first, as far as it is kept."""
+        instance = self.get(target).id
+        return [tools.record(Transition, one) for one in self._core.look(_HISTORY, (instance,))]
+
+    def wait(self, target: int | str, timeout: _Duration | None = 5, *, until: str = "settled") -> Instance:
+        """Wait until an instance is done, failed or parked (`until="terminal"`: done or failed), and return it."""
+        if until not in _UNTIL:
+            raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
+        instance = self.get(target).id
+        self._wait(instance, _UNTIL[until], timeout)
+        return self.get(instance)
+
+    def result(self, target: int | str, timeout: _Duration | None = None) -> Any:
+        """Wait for an instance to end and return its result; `FailedError`, or `TimeoutError`."""
+        instance = self.get(target).id
+        status, result, last_error = self._wait(instance, _TERMINAL, timeout)
+        if status == Status.DONE:
+            return None if result is None else json.loads(result)
+        if status == Status.FAILED:
+            raise FailedError(instance, last_error)
+        raise TimeoutError(f"instance {instance} has not ended within {timeout!r} s, it is {status}")
+
+    def result_nowait(self, target: int | str) -> _Future:
+        """Return a future of an instance's result, which can also be awaited: no thread waits for it."""
+        instance = self.get(target).id
+        with _serving_lock:
+            self._results = self._results or _Results(self._core)
+        return self._results.add(instance)
+
+    def _wait(self, instance: int, until: Sequence[str], timeout: _Duration | None) -> tuple[Any, ...]:
+        deadline = tools.Ticks.monotonic() + _seconds(timeout, "timeout")
+        pause_s = 0.002
+        while True:
+            found = self._core.look(_ENDING, (instance,))
+            if not found:
+                raise NotFoundError(f"no instance has the id {instance}")
+            left_s = deadline - tools.Ticks.monotonic()
+            if found[0][0] in until or left_s <= 0:
+                return found[0]
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 1.5, self._core.options.poll_s)
+
+    def wait_idle(
+        self,
+        *,
+        queue: str | None = None,
+        timeout: _Duration | None = None,
+        on_change: Callable[[dict[str, dict[str, int]]], object] | None = None,
+    ) -> bool:
+        """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout."""
+        if on_change is not None and not callable(on_change):
+            raise ValueError(f"on_change must be callable, not {on_change!r}")
+        deadline = tools.Ticks.monotonic() + _seconds(timeout, "timeout")
+        told: dict[str, dict[str, int]] | None = None
+        while True:
+            busy = self._busy(queue)
+            if on_change is not None and (counts := self.counts()) != told:
+                told = counts
+                on_change(counts)
+            left_s = deadline - tools.Ticks.monotonic()
+            if not busy or left_s <= 0:
+                return not busy
+            served = {one for worker in self._leases() for one in worker.queues}
+            if busy - served and self._busy(queue) - served:
+                unserved = ", ".join(map(repr, sorted(busy - served)))
+                raise DurableError(f"no running engine serves {unserved}, where there is work")
+            time.sleep(min(left_s, 0.1))
+
+    def _busy(self, queue: str | None) -> set[str]:
+        busy = {one for (one,) in self._core.look(_BUSY, (self._core.now(),))}
+        return busy if queue is None else busy & {queue}
+
+    def workers(self) -> list[Worker]:
+        """Return the engines that run on this database; one whose process has died or froze is none of them."""
+        held = {one for (one,) in self._core.look(_LOCKS_HELD)}
+        return [worker for worker in self._leases() if worker.id in held]
+
+    def _leases(self) -> list[Worker]:
+        """List the engines whose lease is not over: also while a server that has restarted gave none its lock yet."""
+        return [tools.record(Worker, one) for one in self._core.look(_WORKERS)]
+
+
+class _Steering(_Looking):
+    """Steer, and go back to the past."""
+
+    def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
+        """Fail an instance for a reason; True if it is failed now, or will be when its running step ends."""
+        _checked_name(reason, "reason")
+        if type(children) is not bool:
+            raise ValueError(f"children must be True or False, not {children!r}")
+        instance = self.get(target).id
+        cancel = _Transaction.cancel_tree if children else _Transaction.cancel
+        return self._core.perform(lambda transaction: cancel(transaction, instance, reason))
+
+    def retry(self, target: int | str) -> None:
+        """Let a failed instance go on from where it stood, with attempt 0."""
+        instance = self.get(target).id
+        self._core.perform(lambda transaction: transaction.revive(instance))
+
+    def pause(self, queue: str) -> None:
+        """Keep every engine from claiming from a queue, until `resume`."""
+        _checked_name(queue, "queue")
+        self._core.perform(lambda transaction: transaction.rows(_PAUSE, (queue,)))
+        self._core.dispatcher.set_width(queue, 0)
+
+    def resume(self, queue: str) -> None:
+        """Let a paused queue run again."""
+        _checked_name(queue, "queue")
+        self._core.perform(lambda transaction: transaction.resume(queue))
+        widths = [worker.queues[queue] for worker in self._leases() if queue in worker.queues]
+        self._core.dispatcher.set_width(queue, widths[-1] if widths else self._core.options.queues.get(queue, 10))
+
+    def rewind(self, target: int | str, to: Any, *, state: Any = None) -> None:
+        """Have an instance stand again before the run `to` of its history: a `seq`, or a step, its latest run."""
+        old, steps = self.get(target), self._core.steps
+
+        def rewind(transaction: _Transaction) -> None:
+            steps.history(transaction).rewind(old.id, steps.past(transaction, old, to, state))
+
+        self._core.perform(rewind)
+
+    def fork(self, target: int | str, to: Any, **options: Any) -> int:
+        """Insert a new instance that goes on from before the run `to` of another, and return its id."""
+        old, steps = self.get(target), self._core.steps
+        state = options.pop("state", None)
+        row = steps.fork_row(old, options)
+
+        def fork(transaction: _Transaction) -> int:
+            return steps.history(transaction).fork(old.id, steps.past(transaction, old, to, state), row)
+
+        return self._core.perform(fork)
+
+
+class _Scheduling(_Client):
+    """Schedules."""
+
+    def schedule(self, name: str, fsm: Any, when: Cron | Every, **options: Any) -> None:
+        """Insert instances of a class at the instants of `when`, until `unschedule`; each once over all processes."""
+        self._core.check_open()
+        row = self._core.steps.schedule_row(name, fsm, when, options)
+        self._on_schedules(lambda schedules: schedules.write(row))
+
+    def unschedule(self, name: str) -> bool:
+        """Remove a schedule; True if there was one."""
+        return cast(bool, self._on_schedules(lambda schedules: schedules.remove(_checked_name(name, "name"))))
+
+    def schedules(self) -> list[Schedule]:
+        """Return the schedules of the database, by name."""
+        return [tools.record(Schedule, one) for one in self._core.look(_LIST_SCHEDULES)]
+
+    def trigger(self, name: str) -> int:
+        """Insert an instance of a schedule now, and return its id."""
+        return cast(int, self._on_schedules(lambda schedules: schedules.trigger(_checked_name(name, "name"))))
+
+    def pause_schedule(self, name: str) -> None:
+        """Keep a schedule from firing until `resume_schedule`."""
+        self._on_schedules(lambda schedules: schedules.pause(_checked_name(name, "name")))
+
+    def resume_schedule(self, name: str) -> None:
+        """Let a paused schedule fire again, from now on."""
+        self._on_schedules(lambda schedules: schedules.resume(_checked_name(name, "name")))
+
+    def _on_schedules(self, call: Callable[[Any], Any]) -> Any:
+        def go(transaction: _Transaction) -> Any:
+            transaction.rows(_LOCK, (_SCHEDULES_LOCK,))
+            return call(self._core.steps.schedules(transaction))
+
+        return self._core.perform(go)
+
+    def _declare(self, transaction: _Transaction, _: bool = False) -> None:
+        """Write the schedules that the known classes declare."""
+        transaction.rows(_LOCK, (_SCHEDULES_LOCK,))
+        schedules = self._core.steps.schedules(transaction)
+        schedules.declare(*self._core.steps.declared())
+        schedules.realign()
+
+
+class DBOSEngine(_Sending, _Steering, _Scheduling):
+    """Runs durable's classes on PostgreSQL, on any number of machines; the methods are those of `durable.Engine`.
+
+    `url` is PostgreSQL's: `postgresql://user:password@host/database`. The tables, in the schemas `durable` and `dbos`,
+    are made when they are missing. Options are those of `durable.Engine`, but for `clock`, `prefetch` and
+    `synchronous`. A started engine is one per process, since DBOS is. What differs is in the README's table; above all:
+    what is dated is on time to a second, a queue's width is what the engine that was started last has said, for each
+    process, and `subscribe` and `snapshot` are refused. Placeholders in `ctx.execute` are `?` or `:name`, as ever;
+    `??` is PostgreSQL's operator `?`.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        checked = _checked_options(options)
+        super().__init__(_Runner(url, checked))
+        self._watch = _Watch(self._core)
+        self._is_started = False
+        try:
+            for name, limit in checked.rate_limits.items():
+                row = (name, limit.allowed, math.ceil(_seconds(limit.per, "per") * 1000), limit.burst)
+                self._core.perform(lambda transaction, row=row: transaction.rows(_SAVE_LIMIT, row))  # type: ignore[misc]
+        except BaseException:
+            self._core.close()
+            raise
+
+    def start(self) -> None:
+        """Run the queues, in threads, until `stop`; a `DurableError` while another engine runs in this process."""
+        core = self._core
+        core.check_open()
+        with _serving_lock:
+            if _serving:
+                raise DurableError("DBOS is one per process: stop the engine that runs in this one first")
+            core.context = contextvars.copy_context()
+            self._watch.register(core.options.queues, core.options.lease_ms)
+            try:
+                core.patiently(self._declare)
+                self._watch.hand_on()
+                paused = core.perform(_Transaction.paused)
+                _serving.append(core)
+                core.dispatcher.launch(core.url, core.options.queues, paused, core.options.poll_s)
+            except BaseException:
+                _serving.clear()
+                core.perform(_Transaction.sign_off)
+                self._watch.leave()
+                raise
+            self._is_started = True
+        self._watch.start()
+        _log.info("engine %r started on %s", core.options.name, core.shown_url)
+
+    def stop(self, timeout: _Duration | None = None) -> None:
+        """Take no more turns, let running steps commit for up to `timeout` (`drain_timeout` unless given), and close.
+
+        What has not ended by then is given back: it runs again elsewhere. A second call does nothing.
+        """
+        core = self._core
+        timeout_s = core.options.drain_s if timeout is None else _seconds(timeout, "timeout")
+        if core.is_closed or os.getpid() != core.pid:
+            return
+        if self._is_started:
+            with _serving_lock:
+                self._halt(timeout_s)
+            _log.info("engine %r stopped", core.options.name)
+        if self._results is not None:
+            self._results.close()
+        core.close()
+
+    def _halt(self, timeout_s: float) -> None:
+        core = self._core
+        core.is_stopping = True
+        try:
+            core.dispatcher.halt(timeout_s)
+            core.drop_running()
+            self._watch.stop()
+            core.perform(_Transaction.sign_off)
+            core.dispatcher.hand_on({one for (one,) in core.look(_REGISTERED)})
+        except (DurableError, sa.exc.DBAPIError) as error:
+            _log.warning("the others will find out that this engine has stopped: %s", error)
+        finally:
+            self._watch.leave()
+            _serving.clear()
+            self._is_started = False
+
+    def run(self) -> None:
+        """Start, block until SIGINT or SIGTERM, then stop."""
+        import signal
+
+        bell = threading.Event()
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        previous = [(number, signal.signal(number, lambda *_: bell.set())) for number in numbers]
+        try:
+            if not self._is_started:
+                self.start()
+            while not self._core.is_closed and not bell.wait(0.5):
+                pass
+        finally:
+            for number, handler in previous:
+                signal.signal(number, handler)
+            self.stop()
+
+    def __enter__(self) -> Self:
+        if not self._is_started:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Start without blocking the running loop, and run `async def` steps on that loop."""
+        if not self._is_started:
+            self._core.use_loop(asyncio.get_running_loop())
+            await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self.stop)))
+
+    def __repr__(self) -> str:
+        return f"<DBOSEngine {self._core.options.name!r} on {self._core.shown_url}>"
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None and not core.is_closed and os.getpid() == core.pid:
+            try:
+                warnings.warn(f"{self!r} was not stopped", ResourceWarning, source=self, stacklevel=2)
+            finally:  # also where warnings are errors
+                self.stop(0)
+
+    def drain(
+        self, *, queue: str | None = None, with_scheduled: bool = True, max_steps: int = 1000
+    ) -> collections.Counter[str]:
+        """Run everything that is runnable, in this thread and without DBOS, and return what it came to.
+
+        The turns that stand in DBOS's queues find nothing left to do. No engine may be started in this process.
+        """
+        core = self._core
+        core.check_open()
+        if self._is_started:
+            raise DurableError("this engine is started: its queues run by themselves, and can't be drained")
+        tally: collections.Counter[str] = collections.Counter()
+        self._watch.register({}, self._DRAIN_LEASE_MS)
+        core.is_draining, core.drained_schedules = True, set()
+        try:
+            core.perform(self._declare)
+            self._drain(tally, queue, with_scheduled, max_steps)
+        finally:
+            core.is_draining, core.drained_schedules = False, set()
+            core.perform(_Transaction.sign_off)
+            self._watch.leave()
+        return tally
+
+    _DRAIN_LEASE_MS = 10 * 365 * 86_400_000
+    """It can't renew while a step runs; its lock tells whether it lives."""
+
+    def _drain(self, tally: collections.Counter[str], queue: str | None, with_scheduled: bool, max_steps: int) -> None:
+        core, left = self._core, list[int]()
+        while True:
+            core.perform(_Transaction.fire_schedules)
+            asked = {"queue": queue, "now": core.now(), "with_scheduled": with_scheduled, "left": left}
+            found = core.look(_NEXT_TO_DRAIN, asked)
+            if not found:
+                return
+            [(instance, number)] = found
+            if tally["steps"] >= max_steps:
+                raise DurableError(
+                    f"drain ran {max_steps} steps, and instance {instance} is still running: raise max_steps if that is"
+                    " meant"
+                )
+            steps = tally["steps"]
+            core.take_turn(instance, number, tally)
+            if tally["steps"] == steps and not core.steps.knows(core.perform(lambda t: t.row(instance))[0]):  # type: ignore[index] # noqa: B023
+                left.append(instance)
+
+    def fire_timeouts(self) -> int:
+        """Let every armed await deadline fire now, and return how many there were."""
+        return self._core.perform(_Transaction.fire_timeouts)
+
+    def gc(self) -> int:
+        """Collect what is older than its retention now; return the number of rows deleted."""
+        return self._watch.collect()
+
+    def check(self, *, code: bool = False) -> list[str]:
+        """Audit the rows against their invariants; with `code` hold them against the classes that are known here."""
+        problems = []
+        for problem, sql in _AUDITS.items():
+            if ids := [str(one) for (one,) in self._core.look(sql)]:
+                problems.append(f"{problem}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}")
+        return problems + (self._core.perform(tools.check_code) if code else [])
+
+    def subscribe(self, *_: object) -> NoReturn:
+        """Refuse it: what the other machines do, no callback here would hear of."""
+        raise DurableError(
+            "a DBOSEngine has no events: its steps run on other machines; see the logs, or DBOS's traces"
+        )
+
+    def snapshot(self, _: object) -> NoReturn:
+        """Refuse it: PostgreSQL has tools of its own for that."""
+        raise DurableError("a DBOSEngine makes no snapshots: use pg_dump, or PostgreSQL's base backups")
 
 
 # ==================================================================================================
