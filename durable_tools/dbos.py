@@ -31,6 +31,7 @@ import contextlib
 import contextvars
 import datetime as dt
 import functools
+import itertools
 import json
 import logging
 import math
@@ -48,7 +49,7 @@ from typing import Any, NamedTuple, NoReturn, Self, TypeVar, cast
 try:
     import psycopg
     import sqlalchemy as sa
-    from dbos import DBOS, DBOSClient, EnqueueOptions, run_dbos_database_migrations
+    from dbos import DBOS, DBOSClient, EnqueueOptions
 except ImportError as error:
     raise ImportError(f"{error}: several machines need the extra dbos: pip install durable-fsm[dbos]") from error
 
@@ -616,7 +617,7 @@ class _Dispatcher:
 
     @staticmethod
     def migrate(url: str) -> None:
-        run_dbos_database_migrations(url)
+        DBOS.migrate(url)
 
     def close(self) -> None:
         self._client.destroy()
@@ -794,6 +795,14 @@ class _Session:
         self._core.dispatcher.enqueue(self._connection, _Turn(*turn), self.now)
 
 
+def _readable(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Take out of texts about errors what PostgreSQL has no place for: the character NUL."""
+    about = ("last_error", "traceback", "error")
+    return {
+        name: value.replace("\0", "\ufffd") if value and name in about else value for name, value in columns.items()
+    }
+
+
 class _Arrivals(_Session):
     """Insert, signal, wake."""
 
@@ -941,7 +950,7 @@ class _Records(_Arrivals):
 
     def record(self, entries: Sequence[tools.Entry]) -> None:
         for entry in entries:
-            self.rows(_RECORD, tuple(entry))
+            self.rows(_RECORD, tuple(_readable(entry._asdict()).values()))
 
     def entries_from(self, instance: int, seq: int) -> list[tools.Entry]:
         return [tools.Entry._make(one) for one in self.rows(_ENTRIES, (instance, seq))]
@@ -1101,7 +1110,7 @@ class _Outcomes(_Claims):
 
     def _set(self, row: tools.Row, columns: Mapping[str, Any]) -> None:
         """Set columns of a row, and give it a turn where it is to run, or has a deadline."""
-        columns = {**columns, "updated_at": self.now}
+        columns = _readable({**columns, "updated_at": self.now})
         at = (
             columns.get("eligible_at", self.now)
             if columns["status"] == Status.RUNNABLE
@@ -1329,6 +1338,18 @@ def _driver_error(error: BaseException) -> BaseException:
     return getattr(error, "orig", None) or error
 
 
+def _parsed(url: object) -> sa.URL:
+    """Read the URL of a PostgreSQL database."""
+    try:
+        parsed = sa.make_url(cast(Any, url))
+    except (sa.exc.ArgumentError, ValueError):  # the latter: of a port that is no number
+        parsed = None
+    if parsed is None or parsed.get_backend_name() not in ("postgresql", "postgres"):
+        shown = re.sub("//.*@", "//***@", url) if isinstance(url, str) else url
+        raise ValueError(f"url must be PostgreSQL's, as postgresql://user:password@host/database, not {shown!r}")
+    return parsed
+
+
 def _sqlstate(error: BaseException) -> str | None:
     return getattr(_driver_error(error), "sqlstate", None)
 
@@ -1407,7 +1428,7 @@ class _Core:
         self.options = options
         self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.pid = os.getpid()
-        parsed = sa.make_url(url)
+        parsed = _parsed(url)
         self.url = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
         self.shown_url = parsed.render_as_string()
         self.steps = tools.Steps(self, options.fsms)
@@ -1441,10 +1462,10 @@ class _Core:
                     _Dispatcher.migrate(self.url)
                     setup.execute(cast(Any, f"BEGIN; {_SCHEMA} COMMIT"))
                 found = setup.execute(_VERSION).fetchone()
-        except psycopg.Error as error:
-            raise DurableError(f"{self.shown_url} can't be opened: {error}") from error
-        if found is None or int(found[0]) != _SCHEMA_VERSION:
-            version = found and found[0]
+        except (psycopg.Error, sa.exc.SQLAlchemyError) as error:
+            raise DurableError(f"{self.shown_url} can't be opened: {_driver_error(error)}") from error
+        version = found and found[0]
+        if version != str(_SCHEMA_VERSION):
             raise SchemaError(f"{self.shown_url} has schema version {version}, this durable knows {_SCHEMA_VERSION}")
 
     def close(self) -> None:
@@ -1462,6 +1483,14 @@ class _Core:
             raise EngineClosedError(f"the engine on {self.shown_url} was stopped")
 
     # Transactions
+
+    @contextlib.contextmanager
+    def telling(self) -> Generator[None]:
+        """Tell whoever calls of the database's errors as ours."""
+        try:
+            yield
+        except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
+            raise self._translated(error) from _driver_error(error)
 
     def _perform(self, call: Callable[[_Transaction], _T]) -> _T:
         with self._engine.connect() as connection:
@@ -1536,7 +1565,8 @@ class _Core:
         return not self.look(_IS_CANCELLED, (instance,))
 
     def keep_call(self, row: tools.Row, call: tools.Call) -> bool:
-        return self.patiently(lambda transaction, _: transaction.keep_call(row, call))
+        with self.telling():
+            return self.patiently(lambda transaction, _: transaction.keep_call(row, call))
 
     def show_progress(self, row: tools.Row, progress: str) -> None:
         with self._lock:
@@ -1595,6 +1625,9 @@ class _Core:
 
 class _Runner(_Core):
     """Takes turns: claims a row, runs its step, commits what that leaves."""
+
+    REFUSALS = 3
+    """The outcome, that of `handle`, and the failure that then is left may each have what can't be written."""
 
     def take_turn(self, instance: int, number: int, tally: collections.Counter[str] | None = None) -> None:
         """Claim a row in its turn, run its step, commit what that leaves; and go on with what goes on inline."""
@@ -1674,8 +1707,8 @@ class _Runner(_Core):
         return True
 
     def _commit(self, outcome: tools.Outcome, *, may_go_on: bool) -> tools.Claim | None:
-        """Write an outcome; return the claim that goes on inline, if any."""
-        while True:
+        """Write an outcome, or what `handle` makes of it where it can't be written; return what goes on inline."""
+        for tries in itertools.count(1):
             try:
                 found = self.patiently(
                     lambda transaction, again: transaction.settle(outcome, may_go_on=may_go_on, is_again=again)  # noqa: B023
@@ -1685,8 +1718,13 @@ class _Runner(_Core):
                 return None
             except _StatementError as refused:
                 outcome = self.steps.refused(outcome, refused.error)
+            except (sa.exc.DBAPIError, UnicodeError) as error:  # storage that fails is waited out
+                if tries > self.REFUSALS:
+                    raise
+                outcome = self.steps.refused(outcome, self._translated(error))
             else:
                 return None if found is None else self.steps.go_on(outcome, found.inbox)
+        return None
 
 
 # ==================================================================================================
@@ -1718,6 +1756,7 @@ class _Watch:
     def register(self, queues: Mapping[str, int], lease_ms: int) -> None:
         """Take this engine's lock and write its row."""
         self._queues, self._lease_ms = dict(queues), lease_ms
+        self.leave()
         self._alive = psycopg.connect(
             self._core.url,
             autocommit=True,
@@ -1727,13 +1766,18 @@ class _Watch:
             keepalives_count=3,
             connect_timeout=10,
         )
-        self._alive.execute(
-            "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"
-        )
-        self._alive.execute("SELECT pg_advisory_lock(%s)", (self._lock,))
-        self._alive.execute(_STRIKE_OFF, (self._core.id,))
         mine = (self._core.id, self._lock, self._core.options.name, socket.gethostname(), os.getpid())
-        self._alive.execute(_REGISTER, (*mine, json.dumps(self._queues), lease_ms))
+        try:
+            self._alive.execute(
+                "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;"
+                "SET statement_timeout = 0; SET idle_session_timeout = 0"
+            )
+            self._alive.execute("SELECT pg_advisory_lock(%s)", (self._lock,))
+            self._alive.execute(_STRIKE_OFF, (self._core.id,))
+            self._alive.execute(_REGISTER, (*mine, json.dumps(self._queues), lease_ms))
+        except BaseException:
+            self.leave()
+            raise
 
     def start(self) -> None:
         self._gc_at = tools.Ticks.monotonic() + self._core.options.gc_ms / 1000
@@ -1783,7 +1827,6 @@ class _Watch:
         alive = cast("psycopg.Connection[Any]", self._alive)
         if alive.execute(_BEAT, (self._lease_ms, self._core.id)).fetchone() is None:
             _log.warning("this engine was taken for dead: what it had claimed runs elsewhere; it goes on")
-            alive.close()
             self.register(self._queues, self._lease_ms)
         return True
 
@@ -2218,7 +2261,7 @@ class _Scheduling(_Client):
 
         return self._core.perform(go)
 
-    def _declare(self, transaction: _Transaction, _: bool = False) -> None:
+    def _declare(self, transaction: _Transaction) -> None:
         """Write the schedules that the known classes declare."""
         transaction.rows(_LOCK, (_SCHEDULES_LOCK,))
         schedules = self._core.steps.schedules(transaction)
@@ -2254,25 +2297,31 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
         """Run the queues, in threads, until `stop`; a `DurableError` while another engine runs in this process."""
         core = self._core
         core.check_open()
-        with _serving_lock:
+        with _serving_lock, core.telling():
             if _serving:
                 raise DurableError("DBOS is one per process: stop the engine that runs in this one first")
             core.context = contextvars.copy_context()
-            self._watch.register(core.options.queues, core.options.lease_ms)
             try:
-                core.patiently(self._declare)
+                self._watch.register(core.options.queues, core.options.lease_ms)
+                core.perform(self._declare)
                 self._watch.hand_on()
                 paused = core.perform(_Transaction.paused)
                 _serving.append(core)
                 core.dispatcher.launch(core.url, core.options.queues, paused, core.options.poll_s)
             except BaseException:
-                _serving.clear()
-                core.perform(_Transaction.sign_off)
-                self._watch.leave()
+                self._give_up()
                 raise
             self._is_started = True
         self._watch.start()
         _log.info("engine %r started on %s", core.options.name, core.shown_url)
+
+    def _give_up(self) -> None:
+        """Leave nothing behind of a start that failed."""
+        _serving.clear()
+        self._core.dispatcher.halt(0)
+        with contextlib.suppress(DurableError):  # the others will find out by the lock
+            self._core.perform(_Transaction.sign_off)
+        self._watch.leave()
 
     def stop(self, timeout: _Duration | None = None) -> None:
         """Take no more turns, let running steps commit for up to `timeout` (`drain_timeout` unless given), and close.
@@ -2366,7 +2415,8 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
         if self._is_started:
             raise DurableError("this engine is started: its queues run by themselves, and can't be drained")
         tally: collections.Counter[str] = collections.Counter()
-        self._watch.register({}, self._DRAIN_LEASE_MS)
+        with core.telling():
+            self._watch.register({}, self._DRAIN_LEASE_MS)
         core.is_draining, core.drained_schedules = True, set()
         try:
             core.perform(self._declare)
@@ -2547,7 +2597,7 @@ class _Move:
         self._refuse_taken(transaction, new)
         for row in new:
             self._revive(row, file, transaction.now)
-            transaction.rows(_copy_into("instances", tuple(row)), tuple(row.values()))
+            transaction.rows(_copy_into("instances", tuple(row)), tuple(_readable(row).values()))
         parts = {table: self._copy_part(transaction, file, table, rows, moved) for table in _MOVED_PARTS}
         for kind, ids in (("instances", [row["id"] for row in new]), ("signals", parts["signals"])):
             for one in ids:
@@ -2588,11 +2638,10 @@ class _Move:
                 continue
             for values in file.execute(select, (row["id"],)).fetchall():
                 if (table, values[0]) not in moved:
-                    given = [
-                        bool(value) if name == "is_awaited" else value
-                        for name, value in zip(columns, values, strict=True)
-                    ]
-                    transaction.rows(_copy_into(table, columns), tuple(given))
+                    given = _readable(dict(zip(columns, values, strict=True)))
+                    if "is_awaited" in given:
+                        given["is_awaited"] = bool(given["is_awaited"])
+                    transaction.rows(_copy_into(table, columns), tuple(given.values()))
                     copied.append(values[0])
         return copied
 
