@@ -342,7 +342,7 @@ def _text(value: object, name: str, error: type[Exception] = ValueError) -> str:
 
 def _integer(value: object, name: str, least: int, error: type[Exception] = ValueError) -> int:
     """Check a whole number that SQLite can hold."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MAX_INTEGER:
+    if not isinstance(value, int) or value.__class__ is bool or not least <= value <= _MAX_INTEGER:
         allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
         raise error(f"{name} must be an integer {allowed}, not {value!r}")
     return int(value)
@@ -7186,13 +7186,15 @@ class _Request:
         self.value: Any = None
         self.error: BaseException | None = None
         self.is_settled = self.is_cancelled = False
-        self._wake_up = None if future is not None else _WakeUp()
+        self._wake_up: _WakeUp | None = None
+        """Of a caller that sleeps until another thread has done it: most callers run the beat themselves."""
 
     def settle(self) -> None:
         """Tell the caller: what it asked for is committed, or has failed. It may be told twice."""
         is_again, self.is_settled = self.is_settled, True
         if self.future is None:
-            cast(_WakeUp, self._wake_up).set()
+            if self._wake_up is not None:  # looked at last: who is about to sleep makes it first
+                self._wake_up.set()
         elif self.future.done():  # by somebody whom it does not belong to, or here, where an interrupt came before all
             if is_again:
                 cast(Any, self.future).tell_again()
@@ -7202,7 +7204,7 @@ class _Request:
             self.future.set_result(self.value)
 
     def is_wanted(self) -> bool:
-        """Take the request up; False if whoever has its future has cancelled it before that."""
+        """Take the request up; False if its caller was interrupted, or its future cancelled, before that."""
         future = self.future
         if future is None or self.is_cancelled or future.running():
             return not self.is_cancelled
@@ -7210,7 +7212,9 @@ class _Request:
         return future.set_running_or_notify_cancel()
 
     def wait(self) -> None:
-        cast(_WakeUp, self._wake_up).wait()
+        self._wake_up = _WakeUp()
+        if not self.is_settled:
+            self._wake_up.wait()
 
 
 class _StaleError(Exception):
@@ -7242,6 +7246,9 @@ class _Demand(NamedTuple):
     """Rows that are due by then are taken; None: by now."""
     is_drain: bool = False
     """Whether it runs one row at a time, and so has always room for one."""
+
+
+_NO_DEMAND = _Demand({})
 
 
 class _Setup(NamedTuple):
@@ -7286,6 +7293,12 @@ class _Given(NamedTuple):
 class _Report:
     """What a beat has come to: what follows from it, and who has to hear of it, once it is committed."""
 
+    next_at: int | None = None
+    """The next instant at which a timer of the file is due."""
+    is_unfinished = False
+    """Whether there is more to do at once."""
+    inserted = 0
+
     def __init__(self, wanted: Container[str], fired_until: int) -> None:
         self._wanted = wanted
         self.claims: list[_Claim] = []
@@ -7317,13 +7330,6 @@ class _Report:
         """Up to when the schedules have been looked at."""
         self.passed_on: set[str] = set()
         """Keys of whose line somebody was let out, to be looked at again in the next beat."""
-        self.next_at: int | None = None
-        """The next instant at which a timer of the file is due."""
-        self.is_unfinished = False
-        """Whether there is more to do at once."""
-        self.inserted = 0
-        self.interrupt: BaseException | None = None
-        """What came between the commit and its answer, and is raised when all is told."""
 
     @property
     def has_news(self) -> bool:
@@ -8815,8 +8821,6 @@ class _Beat:
         self._admission = admission = _Admission(transaction, setup.concurrency_limits)
         self.lines = _Lines(transaction, admission)
         self.inserts = _Inserts(transaction)
-        self.inboxes = _Inboxes(transaction)
-        self.history = _History(transaction, self.inserts)
 
     def run(self) -> _Report:
         """Do the work of a beat, in this order, and report."""
@@ -8843,7 +8847,15 @@ class _Beat:
         for pick in self._transaction.picks.values():
             pick.rows = iter(())
 
-    # What requests ask for
+    # What outcomes and requests ask for
+
+    @property
+    def inboxes(self) -> _Inboxes:
+        return _Inboxes(self._transaction)
+
+    @property
+    def history(self) -> _History:
+        return _History(self._transaction, self.inserts)
 
     @property
     def withdrawals(self) -> _Withdrawals:
@@ -8910,7 +8922,7 @@ class _Beat:
         """Insert the rows of many requests."""
         if not requests:
             return
-        rows = [cast(_NewRow, request.row) for request in requests]
+        rows = [request.row for request in requests if request.row is not None]
         for request, row, instance in zip(requests, rows, self.inserts.write(rows), strict=True):
             request.value = instance
             request.error = None if instance is not None else self.inserts.duplicate(row)
@@ -8923,8 +8935,8 @@ class _Beat:
         try:
             if request.row is not None:
                 request.value = self.inserts.write_one(request.row)
-            else:
-                request.value = cast("Callable[[_Beat], Any]", request.action)(self)
+            elif request.action is not None:
+                request.value = request.action(self)
         except DurableError as error:
             request.error = error
         except Exception as error:
@@ -9214,8 +9226,8 @@ class _Runners:
         """Say what is to be claimed: what the pools have room for; a drain claims in beats of its own."""
         if self.drain is not None:
             return self.drain.demand()
-        if self._shared.is_stopping:
-            return _Demand({})
+        if self._shared.is_stopping or not self.pools:
+            return _NO_DEMAND
         prefetch, held = self._prefetch, self.held
         return _Demand({queue: pool.width + prefetch - held.count(queue) for queue, pool in self.pools.items()})
 
@@ -9330,41 +9342,26 @@ class _Batch:
     It is the scheduler's and not the thread's: what an interrupt has kept one thread from, the next does.
     """
 
-    __slots__ = (
-        "beat",
-        "claims",
-        "commits",
-        "doubt",
-        "error",
-        "failed",
-        "failure",
-        "is_committing",
-        "is_open",
-        "kinds",
-        "news",
-        "requests",
-        "stopped",
-    )
+    is_open = is_committing = False
+    error: BaseException | None = None
+    """What was raised in its transaction, or right behind it."""
+    beat: _Beat | None = None
+    """The latest try of its transaction."""
+    failure: Exception | None = None
+    """Why nothing of it was kept."""
+    doubt: Exception | None = None
+    """An error that did not come again, and so came from outside: it is raised on, behind the commit."""
+    claims: dict[str, collections.deque[_Claim]] | None = None
+    """What is to be handed to the runners, as far as it was not, by queue; None until it is sorted."""
+    news: collections.deque[Callable[[], object]] | None = None
+    """What the log and the subscribers are to be told, as far as it was not handed over."""
+    kinds: collections.deque[str] | None = None
 
     def __init__(self) -> None:
-        self.is_open = self.is_committing = False
-        self.error: BaseException | None = None
-        """What was raised in its transaction, or right behind it."""
         self.commits: list[_Commit] = []
         self.requests: list[_Request] = []
-        self.beat: _Beat | None = None
-        """The latest try of its transaction."""
-        self.failure: Exception | None = None
-        """Why nothing of it was kept."""
-        self.doubt: Exception | None = None
-        """An error that did not come again, and so came from outside: it is raised on, behind the commit."""
-        self.claims: dict[str, collections.deque[_Claim]] | None = None
-        """What is to be handed to the runners, as far as it was not, by queue; None until it is sorted."""
         self.failed: list[collections.deque[_Claim]] = []
         self.stopped: collections.deque[_Commit] = collections.deque()
-        self.news: collections.deque[Callable[[], object]] | None = None
-        """What the log and the subscribers are to be told, as far as it was not handed over."""
-        self.kinds: collections.deque[str] | None = None
 
     def sort_claims(self, report: _Report) -> dict[str, collections.deque[_Claim]]:
         """Say, once, who gets what; a refused outcome goes to `handle`, and if it is that of `handle`, ends."""
@@ -9588,7 +9585,8 @@ class _Committer:
         The caller holds the lock. What is raised from outside, at whatever point, is raised on when what is committed
         has been told, and what is not has been put back.
         """
-        self.conclude()  # of a thread that was interrupted again and again
+        if self._batch.is_open:  # of a thread that was interrupted again and again
+            self.conclude()
         batch = self._batch
         try:
             self._take_up(batch)
@@ -9600,15 +9598,15 @@ class _Committer:
         self._copier.look(is_aside=self.thread is not None)
         if batch.doubt is not None:
             raise batch.doubt
-        return cast(_Beat, batch.beat).report.is_unfinished
+        return batch.beat is not None and batch.beat.report.is_unfinished
 
     def _take_up(self, batch: _Batch) -> None:
         batch.is_open = True
-        _hand_over(self._outcomes.popleft, len(self._outcomes), batch.commits.extend)
+        if self._outcomes:
+            _hand_over(self._outcomes.popleft, len(self._outcomes), batch.commits.extend)
         if self.requests:
-            with self.requests_lock:
-                count = min(len(self.requests), self.REQUESTS_AT_ONCE)
-                _hand_over(self.requests.popleft, count, batch.requests.extend)
+            count = min(len(self.requests), self.REQUESTS_AT_ONCE)
+            _hand_over(self.requests.popleft, count, batch.requests.extend)
             batch.requests = [request for request in batch.requests if request.is_wanted()]
 
     def _transact(self, batch: _Batch, demand: _Demand) -> None:
@@ -9636,7 +9634,7 @@ class _Committer:
                 self._shared.log_soon("a beat failed, it is tried again piece by piece", error, exc_info=error)
                 is_careful, doubt = True, error
         beat.report.refused.extend(refused)
-        if not (beat.report.refused or any(request.error for request in requests)):
+        if doubt is not None and not (beat.report.refused or any(request.error for request in requests)):
             batch.doubt = doubt
 
     def _given(self, commits: list[_Commit], requests: list[_Request], demand: _Demand, *, is_careful: bool) -> _Given:
@@ -9700,8 +9698,8 @@ class _Committer:
 
     def _end_batch(self) -> None:
         batch = self._batch
-        if self._is_committed(batch):
-            self._publish(batch, cast(_Beat, batch.beat).report)
+        if batch.beat is not None and self._is_committed(batch):
+            self._publish(batch, batch.beat.report)
         elif batch.is_open:
             self._put_back(batch)
         self._batch = _Batch()
@@ -9749,7 +9747,7 @@ class _Committer:
         if self._runners.drain is not None:
             batch.kinds = collections.deque(report.kinds) if batch.kinds is None else batch.kinds
             self._runners.drain.note(batch.kinds, report.fired)
-        if self._waiters:
+        if report.settled and self._waiters:
             self._waiters.notify(report.settled)
         if batch.news or report.has_news:
             self._reporter.tell(batch, report)
@@ -9791,6 +9789,9 @@ class _Committer:
         return self._files.loss is None
 
 
+_Value = typing.TypeVar("_Value")
+
+
 class _Callers:
     """What callers want done: they wait for the beat that does it, run one themselves, or have a future of it."""
 
@@ -9814,19 +9815,21 @@ class _Callers:
         if self._files.loss is not None:
             raise _LostFileError(self._files.loss)
 
-    def perform(self, action: Callable[[_Beat], Any]) -> Any:
+    def perform(self, action: Callable[[_Beat], _Value]) -> _Value:
         """Do something in the next beat and return its value; errors are raised here."""
-        return self._await(_Request(action))
+        value: _Value = self._await(_Request(action))
+        return value
 
     def insert(self, row: _NewRow) -> int:
         """Insert an instance in the next beat; `DuplicateError`."""
-        return cast(int, self._await(_Request(None, row)))
+        instance: int = self._await(_Request(None, row))
+        return instance
 
     def insert_later(self, row: _NewRow) -> _Future[int]:
         """Insert an instance in one of the next beats, together with whatever else is asked for by then."""
         return self._later(None, row)
 
-    def perform_later(self, action: Callable[[_Beat], Any]) -> _Future[Any]:
+    def perform_later(self, action: Callable[[_Beat], _Value]) -> _Future[_Value]:
         """Do something likewise."""
         return self._later(action)
 
@@ -9849,12 +9852,13 @@ class _Callers:
             self._enqueue(request)
             if self._has_committer():
                 self._committer.commit_in_place()
-                request.wait()
+                if not request.is_settled:
+                    request.wait()
             else:
                 while not request.is_settled:
                     self._committer.commit_for_callers()
         except BaseException:
-            self._withdraw(request)
+            request.is_cancelled = True
             raise
         if request.error is not None:
             raise request.error
@@ -9870,7 +9874,7 @@ class _Callers:
             elif self._flusher is None or not self._flusher.is_alive():
                 self._start_flush()
         except BaseException:
-            self._withdraw(request)
+            request.is_cancelled = True
             raise
         return future
 
@@ -9882,13 +9886,9 @@ class _Callers:
     def _enqueue(self, request: _Request) -> None:
         self.check_open()  # first without the lock: a fork may have copied it while it was held
         with self._committer.requests_lock:
-            self.check_open()
+            if self._shared.is_closed:
+                self.check_open()
             self._committer.requests.append(request)
-
-    def _withdraw(self, request: _Request) -> None:
-        """Forget a request that no beat has begun with: its caller was interrupted."""
-        with contextlib.suppress(ValueError):
-            self._committer.requests.remove(request)
 
     def _start_flush(self) -> None:
         thread = self._flusher = threading.Thread(target=self._flush, name="durable-flush", daemon=True)
@@ -11240,7 +11240,7 @@ class _Sending(_Client):
         """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
         self._core.callers.check_open()
         rows = _new_rows(inserts, self._core.services.new_row)
-        return cast("list[int | None]", self._core.callers.perform(lambda beat: beat.inserts.write(rows)))
+        return self._core.callers.perform(lambda beat: beat.inserts.write(rows))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> _Future[int]:
         """Insert an instance without waiting; the future has its id once it is durable. Many share a commit.
@@ -11439,7 +11439,7 @@ class _Steering(_Client):
         _boolean(children, "children")
         instance = self._reader.identify(target)
         cancel = _Instances.cancel_tree if children else _Instances.cancel
-        return cast(bool, self._core.callers.perform(lambda beat: cancel(beat.instances, instance, reason)))
+        return self._core.callers.perform(lambda beat: cancel(beat.instances, instance, reason))
 
     def retry(self, target: int | str) -> None:
         """Let a failed instance go on from where it stood, with attempt 0.
@@ -11501,7 +11501,7 @@ class _Steering(_Client):
         old = self._reader.get(target)
         past = _find_past(self._core.reader, old, to, options.pop("state", None))
         template = _fork_template(old, options, self._core.services)
-        return cast(int, self._core.callers.perform(lambda beat: beat.history.fork(old.id, past, template)))
+        return self._core.callers.perform(lambda beat: beat.history.fork(old.id, past, template))
 
 
 class _Scheduling(_Client):
@@ -11546,7 +11546,7 @@ class _Scheduling(_Client):
     def unschedule(self, name: str) -> bool:
         """Remove a schedule; True if there was one. One that a class declares is written again at the next start."""
         _text(name, "name")
-        return cast(bool, self._core.callers.perform(lambda beat: beat.schedules.remove(name)))
+        return self._core.callers.perform(lambda beat: beat.schedules.remove(name))
 
     def schedules(self) -> list[Schedule]:
         """Return the schedules of the file, by name."""
@@ -11558,7 +11558,7 @@ class _Scheduling(_Client):
         Its `scheduled_at` is now. Raises `NotFoundError`, and `DuplicateError` if its correlation key is taken.
         """
         _text(name, "name")
-        return cast(int, self._core.callers.perform(lambda beat: beat.schedules.trigger(name)))
+        return self._core.callers.perform(lambda beat: beat.schedules.trigger(name))
 
     def pause_schedule(self, name: str) -> None:
         """Keep a schedule from firing until `resume_schedule`. Raises `NotFoundError`."""
@@ -11705,7 +11705,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
 
     def fire_timeouts(self) -> int:
         """Let every armed await deadline fire now, and return how many there were."""
-        return cast(int, self._core.callers.perform(_Beat.fire_timeouts))
+        return self._core.callers.perform(_Beat.fire_timeouts)
 
     # Maintain
 
@@ -11717,11 +11717,10 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         """
 
         def collect(after: _SweepPosition) -> tuple[int, _SweepPosition | None]:
-            swept = self._core.callers.perform(lambda beat: beat.cleaning.collect(after, 500))
-            return cast("tuple[int, _SweepPosition | None]", swept)
+            return self._core.callers.perform(lambda beat: beat.cleaning.collect(after, 500))
 
         def shrink(spare: int) -> int:
-            return cast(int, self._core.callers.perform(lambda beat: beat.cleaning.shrink(spare)))
+            return self._core.callers.perform(lambda beat: beat.cleaning.shrink(spare))
 
         total, spare = 0, _MAX_INTEGER
         after: _SweepPosition | None = _SweepPosition()
