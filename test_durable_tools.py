@@ -2511,7 +2511,9 @@ def test_one_look_answers_all_viewers(shop: Path, viewer: View, monkeypatch: pyt
     eye = viewer(shop)
     with ThreadPoolExecutor(8) as pool:
         bodies = set(pool.map(lambda _: eye.ask("/api/overview").body, range(100)))
-    assert len(bodies) <= len(made) < 20  # the time of day is part of an answer
+        assert len(bodies) <= len(made) < 20  # the time of day is part of an answer
+        missing = set(pool.map(lambda _: eye.ask("/api/instance", {"id": 99}).status, range(100)))
+    assert missing == {404}
 
 
 def test_a_large_file_is_counted_apart_and_from_there_by_what_is_new(
@@ -2541,7 +2543,10 @@ def test_very_many_failures_are_grouped_apart(tmp_path: Path, viewer: View, monk
     path = tmp_path / "bad.db"
     with client(path) as engine:
         engine.insert_all(Insert(Picky, args={"n": n}) for n in range(600))
-        engine.drain()
+    connection = apsw.Connection(str(path))
+    error = "'ValueError: order ' || id || ' of ''customer 0'' is unknown'"
+    connection.execute(f"UPDATE durable_instances SET status = 'failed', last_error = {error}")
+    connection.close()
     eye = viewer(path)
     first = eye.get("failures")
     assert (first["groups"][0]["count"], first["looked_at"], first["is_all"]) == (500, 500, False)
@@ -2742,6 +2747,66 @@ def test_a_file_that_is_locked_is_told_in_words(shop: Path, viewer: View) -> Non
     assert (answer.status, "held the write lock" in answer.json["error"]) == (409, True)
     holder.execute("ROLLBACK")
     holder.close()
+
+
+HOLDER = """
+import apsw, sys
+connection = apsw.Connection(sys.argv[1])
+for sql in sys.argv[2:]:
+    list(connection.execute(sql))
+print("held", flush=True)
+sys.stdin.readline()
+connection.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["PRAGMA journal_mode = DELETE", "BEGIN EXCLUSIVE"],
+        ["PRAGMA locking_mode = EXCLUSIVE", "UPDATE durable_meta SET value = value"],
+    ],
+)
+def test_a_file_that_another_process_has_for_itself_is_told_and_found_again(
+    shop: Path, viewer: View, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, statements: list[str]
+) -> None:
+    """All who ask meanwhile wait together, not one after another, and hear why; afterwards they see it."""
+    monkeypatch.setattr(durable, "_LOCK_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(durable, "_LONG_WAIT_S", 0.0)  # each wait is told in the log
+    eye = viewer(shop)
+    words = [sys.executable, "-c", HOLDER, str(shop), *statements]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: eye.ask("/api/overview"), range(16)))
+        holder.communicate("\n", timeout=PATIENCE)
+    assert {answer.status for answer in answers} == {503}
+    assert {"locked" in answer.json["error"] for answer in answers} == {True}
+    waits = [record for record in caplog.records if "has had the lock" in record.message]
+    assert 0 < len(waits) < 16  # one, but for a thread that began late
+    assert eye.ask("/api/overview").status == 200
+    assert len(ids_of(eye)) == 4
+
+
+def test_a_file_is_shown_while_it_is_copied_and_vacuumed(shop: Path, viewer: View, tmp_path: Path) -> None:
+    """Neither a snapshot nor a VACUUM keeps who looks from an answer, or shows half of the file."""
+    eye = viewer(shop)
+
+    def tidy() -> None:
+        with client(shop) as engine, closing(apsw.Connection(str(shop))) as connection:
+            connection.set_busy_timeout(int(1000 * PATIENCE))
+            for n in range(10):
+                engine.snapshot(tmp_path / f"copy{n}.db")
+                connection.execute("VACUUM")
+
+    with ThreadPoolExecutor(1) as pool:
+        tidied = pool.submit(tidy)
+        while not tidied.done():
+            eye.app._answers.forget()
+            assert len(ids_of(eye)) == 4
+            assert sum(sum(one["tally"].values()) for one in eye.get("overview")["queues"]) == 4
+        tidied.result()
 
 
 def test_the_page_lets_go_of_a_file_that_nobody_looks_at(shop: Path, viewer: View) -> None:

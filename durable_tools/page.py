@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
+import copy
 import datetime as dt
 import functools
 import hashlib
@@ -69,6 +70,28 @@ def _ms(instant: dt.datetime | None) -> int | None:
 # ---- the file
 
 
+class _Turns:
+    """One at a time; where one fails, so do all who waited for it, so that they do not wait one after another."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._failed_at = 0.0
+        self._failure = DurableError()
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[None]:
+        """Wait for one's turn, and have it."""
+        asked_at = time.monotonic()
+        with self.lock:
+            if self._failed_at > asked_at:
+                raise copy.copy(self._failure)
+            try:
+                yield
+            except DurableError as error:
+                self._failed_at, self._failure = time.monotonic(), error
+                raise
+
+
 class _Source:
     """The file, by one reader as long as it stays the same file: one that was replaced is opened anew."""
 
@@ -76,7 +99,7 @@ class _Source:
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.abspath(file))
-        self._lock = threading.Lock()
+        self._turns = _Turns()
         self._readers: tuple[tools.Reader, tools.Reader] | None = None
         self._identity: tuple[int, int] | None = None
         self._generation = 0
@@ -86,7 +109,7 @@ class _Source:
 
     def reader(self) -> tools.Reader:
         """Return a reader of the file that lies there now; several threads may share it."""
-        with self._lock:
+        with self._turns.next():
             return self._open()[0]
 
     def version(self) -> tuple[int, str]:
@@ -94,7 +117,7 @@ class _Source:
 
         It is looked at ten times a second, for all who ask.
         """
-        with self._lock:
+        with self._turns.next():
             _, watcher = self._open()
             if time.monotonic() - self._looked_at >= self.LOOKS_EVERY_S:
                 # The file's own time is for one that is read as if it lay still, by a new connection each time.
@@ -105,13 +128,13 @@ class _Source:
 
     def close(self, *, unless_used_for_s: float = 0) -> None:
         """Let go of the file, as far as nobody has asked for so long."""
-        if not self._lock.acquire(blocking=not unless_used_for_s):
+        if not self._turns.lock.acquire(blocking=not unless_used_for_s):
             return  # somebody uses it, or waits for it: who only tidies up does not
         try:
             if time.monotonic() - self._used_at >= unless_used_for_s:
                 self._close()
         finally:
-            self._lock.release()
+            self._turns.lock.release()
 
     def _open(self) -> tuple[tools.Reader, tools.Reader]:
         self._used_at = time.monotonic()
@@ -223,6 +246,8 @@ class _Tally:
         self._lock = threading.Lock()
         self._counted: tuple[tools.Reader, _Counted] | None = None
         self._thread: threading.Thread | None = None
+        self.made_apart = 0
+        """How often the thread has come to a new count."""
 
     def look(self, now: int) -> tuple[dict[str, dict[str, int]], dict[str, list[list[int]]], int] | None:
         """Return the counts by queue and status, what ended by queue and minute of the last hour, and as of when.
@@ -280,6 +305,7 @@ class _Tally:
                 counted = _Counted.make(reader, version, now, settled)
                 with self._lock:
                     self._counted = reader, counted
+                    self.made_apart += 1
         finally:
             self._thread = None
 
@@ -563,6 +589,15 @@ def _failure_groups(reader: tools.Reader, within_s: float) -> dict[str, Any]:
     return {"groups": found[:200], "looked_at": looked_at, "is_all": not rows}
 
 
+class _Grouped(NamedTuple):
+    """The failures by kind, as they were at some instant."""
+
+    reader: tools.Reader
+    at: float
+    cost_s: float
+    groups: dict[str, Any]
+
+
 class _Failures:
     """The failures by kind: where they are so many that this takes a while, by a thread for a tenth of the time."""
 
@@ -571,37 +606,43 @@ class _Failures:
     def __init__(self, source: _Source) -> None:
         self._source = source
         self._lock = threading.Lock()
-        self._made: tuple[tools.Reader, float, float, dict[str, Any]] | None = None
+        self._made: _Grouped | None = None
         self._is_made_apart = False
+        self.made_apart = 0
+        """How often the thread has come to new ones."""
 
     def look(self) -> dict[str, Any]:
         """Return the groups; of very many failures at first those of the newest, and then as they lately were."""
         reader = self._source.reader()
         with self._lock:
             made = self._made
-            if made is None or made[0] is not reader:
-                return self._make(reader, self.QUICK_S)
-            _, made_at, cost_s, groups = made
-            if time.monotonic() - made_at < max(0.25, self.SHARE * cost_s):
-                return groups
-            if groups["is_all"] and cost_s <= self.QUICK_S:
-                return self._make(reader, self.LONGEST_S)
-            if not self._is_made_apart:
+            is_due = (
+                made is None
+                or made.reader is not reader
+                or time.monotonic() - made.at >= max(0.25, self.SHARE * made.cost_s)
+            )
+            if made is None or made.reader is not reader or (is_due and self._is_quick(made)):
+                made = self._make(reader, self.QUICK_S)
+            if is_due and not self._is_quick(made) and not self._is_made_apart:
                 self._is_made_apart = True
                 threading.Thread(target=self._make_apart, args=(reader,), daemon=True).start()
-            return groups
+            return made.groups
 
-    def _make(self, reader: tools.Reader, within_s: float) -> dict[str, Any]:
+    def _is_quick(self, made: _Grouped) -> bool:
+        return made.groups["is_all"] and made.cost_s <= self.QUICK_S
+
+    def _make(self, reader: tools.Reader, within_s: float) -> _Grouped:
         begun = time.monotonic()
         groups = _failure_groups(reader, within_s)
         now = time.monotonic()
-        self._made = reader, now, now - begun, groups
-        return groups
+        made = self._made = _Grouped(reader, now, now - begun, groups)
+        return made
 
     def _make_apart(self, reader: tools.Reader) -> None:
         try:
             with contextlib.suppress(DurableError):  # which whoever asks next is told of by its own look
                 self._make(reader, self.LONGEST_S)
+                self.made_apart += 1
         finally:
             self._is_made_apart = False
 
@@ -1022,14 +1063,14 @@ class _Answers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
+        self._turns: dict[str, _Turns] = {}
         self._kept: collections.OrderedDict[str, _Kept] = collections.OrderedDict()
 
     def get(self, key: str, version: str, make: Callable[[], Any]) -> bytes:
         """Return the answer to a question, as JSON."""
         with self._lock:
-            one_at_a_time = self._locks.setdefault(key, threading.Lock())
-        with one_at_a_time:
+            turns = self._turns.setdefault(key, _Turns())
+        with turns.next():
             kept = self._kept.get(key)
             if kept is not None and (kept.version == version or self._is_fresh(kept)):
                 return kept.body
@@ -1039,7 +1080,7 @@ class _Answers:
                 self._kept[key] = _Kept(version, time.monotonic(), time.monotonic() - begun, body)
                 self._kept.move_to_end(key)
                 while len(self._kept) > self.SIZE:
-                    self._locks.pop(self._kept.popitem(last=False)[0], None)
+                    self._turns.pop(self._kept.popitem(last=False)[0], None)
             return body
 
     def _is_fresh(self, kept: _Kept) -> bool:
@@ -1269,9 +1310,9 @@ class PageApplication:
             return _Response(200, _to_json(self._unkept_routes[asked.path](asked)), {"Content-Type": _JSON_TYPE})
         if asked.path not in self._routes:
             raise RefusedError(404, f"there is no {asked.path[:200]}")
-        # What is told of times (due, heard of) changes without the file, too.
+        # What is told of times (due, heard of) changes without the file, too, and so does what is made apart.
         which_file, content = self._source.version()
-        version = f"{content}.{int(time.monotonic() / 4)}"
+        version = f"{content}.{int(time.monotonic() / 4)}.{self._tally.made_apart}.{self._failures.made_apart}"
         key = f"{which_file} {asked.path}?{sorted(asked.query.items())}"
         body = self._answers.get(key, version, lambda: self._routes[asked.path](asked))
         etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
