@@ -1285,7 +1285,11 @@ class Retry:
 
 @attrs.frozen
 class Await:
-    """Park until a signal of one of `names` comes, or `timeout` (a duration, an instant) is over, then go on."""
+    """Park until a signal of one of `names` comes, or `timeout` (a duration, an instant) is over, then go on.
+
+    Awaiting again consumes nothing; of thousands of signals, keep in the state what you need and go on with `Next` to
+    the step that awaits, so that each wake reads only what is new.
+    """
 
     names: tuple[str, ...] = attrs.field(converter=_signal_names)
     then: str = attrs.field(converter=_step_name)
