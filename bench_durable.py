@@ -44,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -1003,6 +1004,86 @@ CHILDREN: dict[str, Callable[..., None]] = {
     "spin": child_spin,
     "worker": child_worker,
 }
+
+# ---------------------------------------------------------------- the page
+
+
+@section
+def page(bench: Bench) -> Iterator[Figure]:
+    """The page of a large file, which three viewers look at while its worker drains; and that worker without them."""
+    rows = 1_000_000 if bench.full else 100_000
+    asked_ms: dict[str, list[float]] = {"overview": [], "instances": []}
+    with loaded(bench, (finished, rows)) as engine, contextlib.closing(engine.connect()) as connection:
+
+        def drain() -> float:
+            return pace(engine, noops(20_000))
+
+        def drain_viewed() -> float:
+            with child_beside("viewers", connection.filename) as viewers:
+                jobs_a_second = drain()
+            for view, ms in json.loads(viewers()).items():
+                asked_ms[view] += ms
+            return jobs_a_second
+
+        worker = bench.take_turns("its worker, beside three viewers", "jobs/s", drain_viewed, drain, at_least=0.95)
+    for view, ms in asked_ms.items():
+        longest_ms = sorted(ms)[len(ms) * 19 // 20]
+        yield Figure(f"{view} of {rows:,} rows, 19 of 20 within", "ms", [longest_ms], at_most=100)
+    yield worker
+
+
+@contextlib.contextmanager
+def child_beside(name: str, *arguments: object) -> Iterator[Callable[[], str]]:
+    """Such a process, ready, until the block ends; what it prints then is had by a call."""
+    said: list[str] = []
+    with subprocess.Popen(
+        command(name, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        if process.stdout is None or process.stdout.readline() != "ready\n":
+            raise SystemExit(f"{name}: did not start, its error stands above")
+        yield lambda: said[0]
+        said.append(process.communicate("\n", PATIENCE_S)[0])
+
+
+def child_page(file: str) -> None:
+    """Serve the page of a file until told to end, its address printed first."""
+    server, address = importlib.import_module("durable_tools.page").make_server(file)
+    print(address, flush=True)
+    server.serve_forever()
+
+
+def child_viewers(file: str) -> None:
+    """Look at a page, three at once and each as a browser does, until standard input ends; print the milliseconds."""
+    asked_ms: dict[str, list[float]] = {"overview": [], "instances": []}
+    is_over = threading.Event()
+    with subprocess.Popen(command("page", file), stdout=subprocess.PIPE, text=True) as server:
+        place, _, token = server.stdout.readline().strip().partition("?token=") if server.stdout else ("", "", "")
+
+        def ask(view: str) -> None:
+            request = urllib.request.Request(f"{place}api/{view}", headers={"Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+                answer.read()
+
+        def look() -> None:
+            for view in itertools.cycle(asked_ms):
+                asked_ms[view].append(1000 * seconds(partial(ask, view)))
+                if is_over.wait(0.5):
+                    return
+
+        for view in [*asked_ms] * 5:  # what is made once is made
+            ask(view)
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            looks = [pool.submit(look) for _ in range(3)]
+            print("ready", flush=True)
+            sys.stdin.read()
+            is_over.set()
+        server.terminate()
+    for one in looks:
+        one.result()
+    print(json.dumps(asked_ms), flush=True)
+
+
+CHILDREN |= {"page": child_page, "viewers": child_viewers}
 
 # ---------------------------------------------------------------- several machines
 
