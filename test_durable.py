@@ -523,6 +523,34 @@ def test_readme_has_a_recipe_for_each_kind_of_program() -> None:
     assert tried <= {name.removesuffix("_slim").removesuffix("_Essentials") for name in installed}
 
 
+@posix
+def test_readmes_script_can_be_killed_and_run_again(tmp_path: Path) -> None:
+    """It goes on where it was, repeats at most what was in flight, and a third run does nothing."""
+    [script] = [code for code, _ in BLOCKS if "wait_idle" in code]
+    script = script.replace("import math", "import os, pathlib, math").replace('"abc"', '"abcdefghijklmnopqrst"')
+    step_line = "    return len(name)\n"
+    assert step_line in script
+    script = script.replace(
+        step_line,
+        f"""
+    made = pathlib.Path("made", name)
+    made.write_text(made.read_text() + "x" if made.exists() else "x")
+    if name == "m" and made.read_text() == "x":
+        os.kill(os.getpid(), 9)
+{step_line}""",
+    )
+    (tmp_path / "made").mkdir()
+    with start_script(tmp_path, script) as process:
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+    for _ in range(2):
+        run_script(tmp_path, script)
+        made = {one.name: len(one.read_text(encoding="utf-8")) for one in (tmp_path / "made").iterdir()}
+        assert set(made) == set("abcdefghijklmnopqrst")
+        assert made["m"] == 2
+        assert set(made.values()) <= {1, 2}
+        assert sum(made.values()) <= 20 + 10, "what ten threads had in flight"
+
+
 def test_readme_names_every_option() -> None:
     """The README has every option of an engine and of a class."""
     for name in (*durable._EngineOptions.__annotations__, *durable._FSMOptions.__annotations__, "abstract"):

@@ -51,7 +51,7 @@ try:
     import sqlalchemy as sa
     from dbos import DBOS, DBOSClient, EnqueueOptions
 except ImportError as error:
-    raise ImportError(f"{error}: several machines need the extra dbos: pip install durable-fsm[dbos]") from error
+    raise ImportError(f"{error}: several machines need the extra dbos: pip install 'durable-fsm[dbos]'") from error
 
 import attrs
 
