@@ -4468,6 +4468,10 @@ WHERE {_HELD_CLAIM} AND cancel_reason IS NULL
         return bool(self.db.changes())
 
 
+_PARK = "UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL"
+_PARK_MANY = _for_many(_PARK)
+
+
 class _LineTable(_Table):
     """The lines of concurrency keys and buckets: rows that are parked on them, in the order in which they go on."""
 
@@ -4484,10 +4488,15 @@ GROUP BY concurrency_key
     def executing_by_key(self, count: int) -> dict[str, int]:
         """Count the first so many executing rows that have a key, by key."""
 
-    @_writes_all(
-        "UPDATE durable_instances SET parked_on = ? WHERE id = ? AND status = 'runnable' AND parked_on IS NULL"
-    )
-    def park_many(self, parked: Iterable[tuple[str, int]]) -> None: ...
+    def park_many(self, parked: Iterable[tuple[str, int]]) -> None:
+        """Park rows on something, (parked_on, id) each; those that come one after the other on the same together."""
+        for parked_on, run in itertools.groupby(parked, _only):
+            ids = [instance for _, instance in run]
+            if len(ids) < _FEW:
+                self.db.executemany(_PARK, [(parked_on, instance) for instance in ids])
+            else:
+                self._change_alike(_PARK_MANY, ids, (parked_on,))
+
     @_reads(
         f"""
 SELECT {_columns(_Waiting)} FROM durable_instances
@@ -4499,20 +4508,22 @@ WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
     def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]: ...
     @_reads_one(
         f"""
-SELECT {_columns(_Waiting)} FROM durable_instances
-WHERE parked_on = ? AND queue > ? ORDER BY queue, priority, eligible_at, id LIMIT 1
+SELECT {_columns(_Waiting)}, (SELECT max(queue) FROM durable_instances WHERE parked_on = ?1) FROM durable_instances
+WHERE parked_on = ?1 AND queue > ?2 ORDER BY queue, priority, eligible_at, id LIMIT 1
 """,
-        _Waiting._make,
+        lambda row: (_Waiting._make(row[:-1]), row[-1]),
     )
-    def line_head(self, parked_on: str, after_queue: str) -> _Waiting | None: ...
+    def line_head(self, parked_on: str, after_queue: str) -> tuple[_Waiting, str] | None:
+        """Return the first row parked on something in the next queue that has some, and the last such queue."""
 
     def line_heads(self, parked_on: str) -> list[_Waiting]:
         """Return the first row parked on something in each queue that has some, by a seek each."""
         heads = []
-        head = self.line_head(parked_on, "")
-        while head is not None:
+        found = self.line_head(parked_on, "")
+        while found is not None:
+            head, last_queue = found
             heads.append(head)
-            head = self.line_head(parked_on, head.queue)
+            found = None if head.queue == last_queue else self.line_head(parked_on, head.queue)
         return heads
 
     @_reads("""
@@ -4522,17 +4533,9 @@ WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT ?
     def line_start(self, parked_on: str, queue: str, count: int) -> list[tuple[int, int, int, str]]:
         """Return (priority, eligible_at, id, queue) of the first rows parked on something in a queue."""
 
-    @_reads_value("SELECT min(queue) FROM durable_instances WHERE parked_on = ? AND queue > ?")
-    def line_queue(self, parked_on: str, queue: str) -> str | None: ...
-
     def line_queues(self, parked_on: str) -> list[str]:
-        """Return the queues in which rows are parked on something, by a seek each."""
-        queue = self.line_queue(parked_on, "")
-        queues = []
-        while queue is not None:
-            queues.append(queue)
-            queue = self.line_queue(parked_on, queue)
-        return queues
+        """Return the queues in which rows are parked on something."""
+        return [head.queue for head in self.line_heads(parked_on)]
 
     @_reads_value("SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?")
     def next_line(self, parked_on: str) -> str | None: ...
@@ -7622,7 +7625,7 @@ class _Admission:
         if self._parked is None:
             self._parked = self._store.lines(self.MANY_LINES)
         is_known = parked_on in self._parked or len(self._parked) < self.MANY_LINES
-        return parked_on in self._parked if is_known else self._store.line_queue(parked_on, "") is not None
+        return parked_on in self._parked if is_known else self._store.line_head(parked_on, "") is not None
 
     def note_parked(self, parked_on: Iterable[str]) -> None:
         """Rows are about to be parked on these."""
@@ -7784,6 +7787,7 @@ class _Lines:
         poked, transaction.poked_buckets = transaction.poked_buckets, set()
         for key in freed:
             self._admission.forget(key)
+        for key in freed:  # only then: they are counted at once
             self._unpark_key(key)
         self._offered = self._offered | freed
         for rate in poked:

@@ -563,7 +563,7 @@ def test_readme_names_every_option() -> None:
 
 HOT = """
 candidates known_candidates next_priority next_due _CLAIM _CLAIM_MANY _FINISH _FINISH_MANY _AGAIN _PROGRESS
-_ADVANCE _GIVE_BACK _CANCEL_REASON occupant last_carrier executing park_many line line_head line_start line_queue
+_ADVANCE _GIVE_BACK _CANCEL_REASON occupant last_carrier executing _PARK _PARK_MANY line line_head line_start
 next_line unpark bucket ready_buckets next_ready next_at_bucket status wake signals _UNSEEN _CONSUME
 _CONSUME_KEYED _KEEP_CONSUMED _EMPTY_INBOX _KEEP_INBOX has_live_child wake_parent timers fire due_schedules schedule
 has_occurrence next_queue instance statuses_of is_cancelled is_paused renew collect_buckets
