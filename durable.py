@@ -4506,24 +4506,31 @@ WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id
         iter,
     )
     def line(self, parked_on: str, queue: str) -> Iterator[_Waiting]: ...
-    @_reads_one(
-        f"""
-SELECT {_columns(_Waiting)}, (SELECT max(queue) FROM durable_instances WHERE parked_on = ?1) FROM durable_instances
-WHERE parked_on = ?1 AND queue > ?2 ORDER BY queue, priority, eligible_at, id LIMIT 1
-""",
-        lambda row: (_Waiting._make(row[:-1]), row[-1]),
-    )
-    def line_head(self, parked_on: str, after_queue: str) -> tuple[_Waiting, str] | None:
-        """Return the first row parked on something in the next queue that has some, and the last such queue."""
+    # Of many lines at once, as a statement for each would cost more than all else that a key does.
+    @_reads(f"""
+SELECT {", ".join(f"i.{name}" for name in _Waiting._fields)}, json_each.value,
+    (SELECT max(queue) FROM durable_instances WHERE parked_on = json_each.value)
+FROM json_each(?1) CROSS JOIN durable_instances i ON i.id = (
+    SELECT id FROM durable_instances WHERE parked_on = json_each.value AND queue > ?2
+    ORDER BY queue, priority, eligible_at, id LIMIT 1)
+""")
+    def next_heads(self, lines: str, after_queue: str) -> list[tuple[Any, ...]]:
+        """Return the first row of each of these lines (JSON) in its next queue, the line, and its last queue."""
 
     def line_heads(self, parked_on: str) -> list[_Waiting]:
-        """Return the first row parked on something in each queue that has some, by a seek each."""
-        heads = []
-        found = self.line_head(parked_on, "")
-        while found is not None:
-            head, last_queue = found
-            heads.append(head)
-            found = None if head.queue == last_queue else self.line_head(parked_on, head.queue)
+        """Return the first row parked on something in each queue that has some."""
+        return self.heads_of([parked_on]).get(parked_on, [])
+
+    def heads_of(self, lines: Collection[str]) -> dict[str, list[_Waiting]]:
+        """Return, for each of these lines that has any, its first row in each queue, by a seek each."""
+        heads: dict[str, list[_Waiting]] = {}
+        found = self.next_heads(_encode(list(lines)), "") if lines else []
+        while found:
+            *row, line, last_queue = found.pop()
+            head = _Waiting._make(row)
+            heads.setdefault(line, []).append(head)
+            if head.queue != last_queue:
+                found += self.next_heads(_encode([line]), head.queue)
         return heads
 
     @_reads("""
@@ -4537,6 +4544,8 @@ WHERE parked_on = ? AND queue = ? ORDER BY priority, eligible_at, id LIMIT ?
         """Return the queues in which rows are parked on something."""
         return [head.queue for head in self.line_heads(parked_on)]
 
+    @_asks("SELECT 1 FROM durable_instances WHERE parked_on = ? LIMIT 1")
+    def is_line(self, parked_on: str) -> bool: ...
     @_reads_value("SELECT min(parked_on) FROM durable_instances WHERE parked_on > ?")
     def next_line(self, parked_on: str) -> str | None: ...
     @_reads(
@@ -4564,6 +4573,14 @@ UPDATE durable_instances SET parked_on = NULL WHERE id IN (
         int,
     )
     def unpark(self, parked_on: str, queue: str, count: int) -> int: ...
+    @_writes("""
+UPDATE durable_instances SET parked_on = NULL WHERE id IN (
+    SELECT (SELECT id FROM durable_instances WHERE parked_on = json_each.value ->> 0 AND queue = json_each.value ->> 1
+        ORDER BY priority, eligible_at, id LIMIT 1) FROM json_each(?))
+""")
+    def unpark_first(self, lines: str) -> bool:
+        """Let the first row go of each (parked_on, queue) of these, as JSON."""
+
     @_writes("""
 UPDATE durable_instances SET parked_on = NULL WHERE id IN (
     SELECT id FROM (
@@ -7375,7 +7392,7 @@ class _Pick:
         self.queue = queue
         self.slots = slots
         self.horizon = horizon
-        self.rows: Iterator[tuple[_Row, _Found]] = iter(())
+        self.rows: Generator[_Met, None, None] | None = None
         """Those that are to be met in their order."""
         self.taken: list[_Claim] = []
         self.parked: list[tuple[str, int]] = []
@@ -7384,6 +7401,11 @@ class _Pick:
     @property
     def room(self) -> int:
         return self.slots - len(self.taken)
+
+    def stop_reading(self) -> None:
+        """Let go of a statement that is half read: none may outlast the transaction."""
+        if self.rows is not None:
+            self.rows.close()
 
 
 class _Transaction:
@@ -7620,12 +7642,18 @@ class _Admission:
 
     # Lines
 
+    def look_at_lines(self, keys: Iterable[str]) -> None:
+        """Learn at once who heads the lines of keys that rows are about to be met of."""
+        lines = [f"key:{key}" for key in keys if self.has_line(f"key:{key}")]
+        found = self._store.heads_of(lines)
+        self._key_heads.update((line.partition(":")[2], found.get(line, [])) for line in lines)
+
     def has_line(self, parked_on: str) -> bool:
         """Whether rows may be parked on something: one look tells it of all, where there are few such lines."""
         if self._parked is None:
             self._parked = self._store.lines(self.MANY_LINES)
         is_known = parked_on in self._parked or len(self._parked) < self.MANY_LINES
-        return parked_on in self._parked if is_known else self._store.line_head(parked_on, "") is not None
+        return parked_on in self._parked if is_known else self._store.is_line(parked_on)
 
     def note_parked(self, parked_on: Iterable[str]) -> None:
         """Rows are about to be parked on these."""
@@ -7787,33 +7815,42 @@ class _Lines:
         poked, transaction.poked_buckets = transaction.poked_buckets, set()
         for key in freed:
             self._admission.forget(key)
-        for key in freed:  # only then: they are counted at once
-            self._unpark_key(key)
+        self._unpark(freed)
         self._offered = self._offered | freed
         for rate in poked:
             self._admission.release_line(rate)
         if freed or poked:
             self._admission.forget_lines()
+            self._admission.look_at_lines(freed)
 
-    def _unpark_key(self, key: str) -> None:
-        """Let as many of a key's line go as it has slots; one at least, for engines may differ in their limits.
+    def _unpark(self, keys: Iterable[str]) -> None:
+        """Let as many of each key's line go as it has slots; one at least, for engines may differ in their limits.
 
         Among the queues that this engine claims from now, in the order of the key; in every other queue too, whoever
         serves it: a row that nobody claims must not keep the slot.
         """
-        parked_on = f"key:{key}"
-        queues = self._store.line_queues(parked_on) if self._admission.has_line(parked_on) else []
-        if not queues:
-            return
-        count = max(1, self._admission.slots(key))
-        shares = dict.fromkeys(queues, count)
-        if len(queues) > 1:
-            served = [queue for queue in queues if self._transaction.room(queue) > 0]
-            heads = heapq.merge(*(self._store.line_start(parked_on, queue, count) for queue in served))
-            first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
-            shares.update((queue, first[queue]) for queue in served)
-        for queue, share in shares.items():
-            self._store.unpark(parked_on, queue, share)
+        lines = {f"key:{key}": key for key in keys if self._admission.has_line(f"key:{key}")}
+        first: list[tuple[str, str]] = []
+        for parked_on, heads in self._store.heads_of(lines).items():
+            queues = [head.queue for head in heads]
+            count = max(1, self._admission.slots(lines[parked_on]))
+            shares = dict.fromkeys(queues, count)
+            if len(queues) > 1:
+                shares.update(self._shares(parked_on, queues, count))
+            for queue, share in shares.items():
+                if share == 1:  # of most keys
+                    first.append((parked_on, queue))
+                else:
+                    self._store.unpark(parked_on, queue, share)
+        if first:
+            self._store.unpark_first(_encode(first))
+
+    def _shares(self, parked_on: str, queues: Iterable[str], count: int) -> dict[str, int]:
+        """Say how many of the first so many in a key's line stand in each of the queues that are claimed from now."""
+        served = [queue for queue in queues if self._transaction.room(queue) > 0]
+        heads = heapq.merge(*(self._store.line_start(parked_on, queue, count) for queue in served))
+        first = collections.Counter(queue for *_, queue in itertools.islice(heads, count))
+        return {queue: first[queue] for queue in served}
 
     def note_refused(self, row: _Row, parked_on: str) -> None:
         """A row that one limit refused leaves what the other had kept for it to those behind it."""
@@ -8718,18 +8755,19 @@ class _Picker:
         """
         picks = {queue: _Pick(queue, slots, horizon) for queue, slots in room.items()}
         self._transaction.picks = picks
-        met: list[_Met] = []
         for pick in picks.values():
             pick.rows = self._go_through(pick, takes_any=at_most == _MAX_INTEGER)
-            self._advance(pick, met)
         count = parked = 0
-        while met and count < at_most and parked < self.PARKED_AT_ONCE:
-            one = heapq.heappop(met)
-            pick, is_taken = one[1], self._take_or_park(*one)
-            count, parked = count + is_taken, parked + (not is_taken)
-            self._advance(pick, met)
+        for one in heapq.merge(*filter(None, [pick.rows for pick in picks.values()])):
+            if self._take_or_park(*one):
+                count += 1
+            else:
+                parked += 1
+            if count >= at_most or parked >= self.PARKED_AT_ONCE:
+                break
         self._report.is_unfinished |= parked >= self.PARKED_AT_ONCE
         for pick in picks.values():
+            pick.stop_reading()
             self._write(pick)
             if self._report.is_wanted("pick.stop"):
                 measurements = {"count": len(pick.taken), "demand": pick.slots}
@@ -8737,7 +8775,13 @@ class _Picker:
         self._transaction.picks = {}
         self._admission.forget_lines()
 
-    def _go_through(self, pick: _Pick, *, takes_any: bool) -> Iterator[tuple[_Row, _Found]]:
+    def _go_through(self, pick: _Pick, *, takes_any: bool) -> Generator[_Met, None, None]:
+        """Go through what can run here of a queue, and write what was found when there is no more, or no more room."""
+        yield from self._go_through_due(pick, takes_any=takes_any)
+        self._write(pick)
+        self._admission.forget_closed()
+
+    def _go_through_due(self, pick: _Pick, *, takes_any: bool) -> Iterator[_Met]:
         """Go through what is due in a queue and can run here: take what has no limits, yield what is to be met."""
         known, taken, slots, services = self._known, pick.taken, pick.slots, self._setup.services
         priority = -_MAX_INTEGER - 1
@@ -8754,7 +8798,7 @@ class _Picker:
                         rows = self._known_rows(pick, priority)
                         continue
                     if row.concurrency_key is not None or row.rate_limit is not None or not takes_any:
-                        yield row, found
+                        yield _order(row), pick, row, found
                     else:
                         inbox = self._store.signals(row.id) if row.has_inbox else _NO_SIGNALS
                         taken.append(_Claim(row, *found, services, inbox))
@@ -8763,15 +8807,6 @@ class _Picker:
             finally:  # or the traceback of an interrupt would keep it, and with it an old view of the file
                 rows = iter(())
             self._report.note_due(self._store.next_due(pick.queue, priority, pick.horizon))
-
-    def _advance(self, pick: _Pick, met: list[_Met]) -> None:
-        """Come to the next row of a queue that is to be met in its turn; or write what was found, if there is none."""
-        following = next(pick.rows, None)
-        if following is not None:
-            heapq.heappush(met, (_order(following[0]), pick, *following))
-        else:
-            self._write(pick)
-            self._admission.forget_closed()
 
     def _take_or_park(self, order: tuple[int, int, int], pick: _Pick, row: _Row, found: _Found) -> bool:
         """Take a row if its limits admit it; else it waits for the one that does not."""
@@ -8789,7 +8824,6 @@ class _Picker:
         if pick.is_written:
             return
         pick.is_written = True
-        pick.rows = iter(())  # a statement that reads must not outlast the transaction
         if pick.parked:
             self._store.park_many(pick.parked)
             self._admission.note_parked(parked_on for parked_on, _ in pick.parked)
@@ -8853,7 +8887,7 @@ class _Beat:
     def stop_reading(self) -> None:
         """Let go of statements that are half read: the transaction is undone."""
         for pick in self._transaction.picks.values():
-            pick.rows = iter(())
+            pick.stop_reading()
 
     # What outcomes and requests ask for
 

@@ -563,8 +563,8 @@ def test_readme_names_every_option() -> None:
 
 HOT = """
 candidates known_candidates next_priority next_due _CLAIM _CLAIM_MANY _FINISH _FINISH_MANY _AGAIN _PROGRESS
-_ADVANCE _GIVE_BACK _CANCEL_REASON occupant last_carrier executing _PARK _PARK_MANY line line_head line_start
-next_line unpark bucket ready_buckets next_ready next_at_bucket status wake signals _UNSEEN _CONSUME
+_ADVANCE _GIVE_BACK _CANCEL_REASON occupant last_carrier executing _PARK _PARK_MANY line next_heads line_start is_line
+next_line unpark unpark_first bucket ready_buckets next_ready next_at_bucket status wake signals _UNSEEN _CONSUME
 _CONSUME_KEYED _KEEP_CONSUMED _EMPTY_INBOX _KEEP_INBOX has_live_child wake_parent timers fire due_schedules schedule
 has_occurrence next_queue instance statuses_of is_cancelled is_paused renew collect_buckets
 """
@@ -615,7 +615,7 @@ INDEXES = {
     "candidates": "durable_pick",
     "next_priority": "durable_pick",
     "next_due": "durable_pick",
-    "line_head": "durable_parked",
+    "next_heads": "durable_parked",
     "unpark": "durable_parked",
     "next_at_bucket": "durable_at_buckets",
     "executing": "durable_held",
@@ -21340,7 +21340,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
     },
     "slots of keys": {
         "an outcome is written though the instance was cancelled": though_cancelled("_PROGRESS"),
-        "nobody is let out of the line of a key": replaced(durable._Lines, "_unpark_key", nothing),
+        "nobody is let out of the line of a key": replaced(durable._Lines, "_unpark", nothing),
     },
     "buckets": {
         "whoever finds tokens takes them": replaced(
