@@ -16443,7 +16443,8 @@ def test_an_error_that_handle_has_answered_stands_in_the_history(
     first, *later = past(engine, ident)
     error = "TimeoutError: step 'start' took over 0.001 s" if is_late else "ValueError: boom"
     assert first == ("start", 0, "timeout" if is_late else kind, error, to)
-    assert [row[2:4] for row in later] == ([] if to is None else [("done", None)])
+    # On a machine that stalls the second run may be late as well, and is then tried again.
+    assert [row[2:4] for row in later if row[2] != "timeout"] == ([] if to is None else [("done", None)])
     assert engine.get(ident).last_error == ("no" if kind == "stop" else None)
 
 

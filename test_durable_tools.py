@@ -3565,9 +3565,10 @@ class Server:
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs
-        self._user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-        self.folder = Path(tempfile.mkdtemp(prefix="durable-postgres-"))
-        if self._user:
+        is_root = os.geteuid() == 0  # as whom it does not run; nor may others look into the temporary folder of root's
+        self._user = ["runuser", "-u", "postgres", "--"] if is_root else []
+        self.folder = Path(tempfile.mkdtemp(prefix="durable-postgres-", dir="/tmp" if is_root else None))
+        if is_root:
             shutil.chown(self.folder, "postgres")
         self.port = free_port()
         self._count = itertools.count(1)
@@ -3921,6 +3922,52 @@ def test_of_two_processes_one_is_killed_and_nothing_is_lost_or_doubled(
     assert trial.check() == []
 
 
+MORTAL = f"""
+{WORKERS}
+import os, signal
+from durable import tools
+from durable_tools import dbos
+
+url, owner, name, is_after = sys.argv[1:]
+place = getattr(dbos, owner, None) or getattr(tools, owner)
+method = getattr(place, name)
+
+def die(*given, **named):
+    if is_after:
+        method(*given, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(place, name, die)
+with DBOSEngine(url, queues={{"default": 1}}):
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.postgres
+def test_a_process_may_die_at_any_point_of_a_turn(
+    server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """One after the other is killed there, or when it takes over what the last has left; then each effect is there."""
+    insert_jobs(trial, 8, seconds=0)
+    for place in (
+        ("_Claims", "claim", "in the claim's transaction"),
+        ("Steps", "run", ""),
+        ("Steps", "run", "before the commit"),
+        ("_Outcomes", "settle", "in the commit's transaction"),
+        ("_Runner", "_commit", "before DBOS is told"),
+        ("_Outcomes", "reap", ""),
+        ("_Outcomes", "reap", "in the transaction"),
+        ("_Dispatcher", "hand_on", ""),
+    ):
+        with start_script(tmp_path, MORTAL, url, *place, flags=()) as process:
+            assert process.wait(5 * PATIENCE) == -signal.SIGKILL
+    fleet(url)
+    assert trial.wait_idle(timeout=PATIENCE)
+    assert effects(server, url) == list(range(8))
+    assert trial.counts() == {"default": {"done": 8}}
+    assert trial.check() == []
+
+
 @pytest.mark.postgres
 def test_a_process_that_froze_is_taken_for_dead_and_comes_back(
     server: Server, url: str, trial: DBOSEngine, fleet: Callable[..., subprocess.Popen[str]]
@@ -4165,6 +4212,8 @@ def test_what_belongs_to_an_instance_is_moved_with_it(
         engine.insert(Listener)
     said = command("move", tmp_path / "other.db", url)
     assert (said.status, "instances of these ids already: 1" in said.err) == (1, True)
+    with client(tmp_path / "other.db") as engine:
+        assert engine.drain()["steps"] == 1  # a move that is refused pauses nothing
 
 
 @pytest.mark.postgres

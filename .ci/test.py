@@ -75,10 +75,14 @@ def main() -> None:
 def _has_postgres() -> bool:
     """See to an installed PostgreSQL: Debian's package, where there is none and this may install it."""
     if not _postgres_programs() and shutil.which("apt-get") and os.geteuid() == 0:
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        # A new machine's own updates may hold the lock; nobody is there to be asked. That Debian then starts a server,
+        # or can't, is no matter: the tests have a folder and a port of their own.
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
+        waits = ["-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3", "-o", "Dpkg::Options::=--force-confold"]
         for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "postgresql"]):
             print("$ apt-get", *command, flush=True)
-            subprocess.run(["apt-get", *command], env=quiet, check=False, stdout=subprocess.DEVNULL)
+            null = subprocess.DEVNULL
+            subprocess.run(["apt-get", *waits, *command], env=quiet, check=False, stdin=null, stdout=null)
     found = _postgres_programs()
     if not found:
         print("left out: the tests against a PostgreSQL server, for none is installed", flush=True)

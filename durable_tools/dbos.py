@@ -2537,7 +2537,7 @@ def move(file: str | os.PathLike[str], url: str) -> Moved:
     """Move a file's live instances, with inbox, keys, limits, calls, history and schedules, to a database.
 
     Refused, with a `DurableError`, while an engine runs on the file, and where the database has ids or correlation keys
-    of the file's already. The file's queues and schedules are paused first, for good, so that nothing runs twice; the
+    of the file's already. Then the file's queues and schedules are paused, for good, so that nothing runs twice; the
     rows stay in it. All is moved in one transaction: after a failure it may be run again, and what comes into the file
     later is moved by another run. Ids stay what they are. What was claimed by a process that died has crashed once.
     """
@@ -2562,6 +2562,8 @@ class _Move:
         self._refuse_running()
         with tools.Reader(self._path) as reader:
             [(file_id,)] = reader.rows("SELECT value FROM durable_meta WHERE key = 'file_id'")
+            with reader.reading() as connection:  # what is refused leaves the file as it is
+                self._target.perform(lambda transaction: self._compare(transaction, connection, file_id))
             key = f"moving:{file_id}"
             stood = json.dumps({"paused": sorted(reader.paused()), "schedules": self._schedules(reader)})
             self._target.perform(lambda transaction: transaction.rows(_REMEMBER, (key, stood)))
@@ -2590,11 +2592,16 @@ class _Move:
         for schedule in self._source.schedules():
             self._source.pause_schedule(schedule.name)
 
-    def _copy(self, transaction: _Transaction, file: Any, file_id: str) -> Moved:
+    def _compare(self, transaction: _Transaction, file: Any, file_id: str) -> tuple[set[Any], list[Any], list[Any]]:
+        """Return what was moved before, as (table, id), the rows of instances, and which of them are new."""
         moved = set(transaction.rows(_MOVED_IDS, (file_id,)))
         rows = [dict(zip(_MOVED_COLUMNS, one, strict=True)) for one in file.execute(_FILE_INSTANCES)]
         new = [row for row in rows if ("instances", row["id"]) not in moved]
         self._refuse_taken(transaction, new)
+        return moved, rows, new
+
+    def _copy(self, transaction: _Transaction, file: Any, file_id: str) -> Moved:
+        moved, rows, new = self._compare(transaction, file, file_id)
         for row in new:
             self._revive(row, file, transaction.now)
             transaction.rows(_copy_into("instances", tuple(row)), tuple(_readable(row).values()))
