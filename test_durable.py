@@ -257,6 +257,13 @@ def make_engine(database: Path) -> Iterator[MakeEngine]:
         engine.stop()
 
 
+def running_engine(make_engine: MakeEngine, **options: Any) -> Engine:
+    """An engine on the test's file that is started."""
+    engine = make_engine(**options)
+    engine.start()
+    return engine
+
+
 @contextmanager
 def client(path: Path, **options: Any) -> Iterator[Engine]:
     """An engine that runs nothing by itself, unless it is given queues and started."""
@@ -2056,46 +2063,39 @@ def test_fail_from_a_jobs_handle_is_bounded_by_max_attempts(play: Play) -> None:
     assert len(job.contexts) == 2
 
 
-class Cancelling(Recording):
-    """A machine whose first run ends by a CancelledError that nobody has asked for."""
-
-    def step(self, name: str, ctx: Ctx) -> Any:
-        self.contexts.append(ctx)
-        if len(self.contexts) > 1:
-            return Done("handled")
-        raise asyncio.CancelledError("of its own")
-
-
-class CancellingAsync(Cancelling):
-    """The same on an event loop, by something that it waits for."""
+class AsyncMachine(Recording):
+    """A machine on the event loop, whose runs may be coroutine functions."""
 
     async def step(self, name: str, ctx: Ctx) -> Any:
-        self.contexts.append(ctx)
-        if len(self.contexts) > 1:
-            return Done("handled")
-        waited_for: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waited_for.cancel("of its own")
-        return await waited_for
+        run = self.play(ctx)
+        return await run if inspect.isawaitable(run) else run
 
 
-class CancellingItself(CancellingAsync):
-    """The same by its own task, as library code may."""
+async def waits_for_what_is_cancelled(ctx: Ctx) -> Any:
+    """Ends by a CancelledError of what it waits for."""
+    waited_for: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    waited_for.cancel("of its own")
+    return await waited_for
 
-    async def step(self, name: str, ctx: Ctx) -> Any:
-        self.contexts.append(ctx)
-        if len(self.contexts) > 1:
-            return Done("handled")
-        cast("asyncio.Task[Any]", asyncio.current_task()).cancel("of its own")
-        return await asyncio.sleep(PATIENCE)
+
+async def cancels_itself(ctx: Ctx) -> Any:
+    """Ends by one of its own task, as library code may."""
+    cast("asyncio.Task[Any]", asyncio.current_task()).cancel("of its own")
+    return await asyncio.sleep(PATIENCE)
+
+
+CANCELLED = Raising(asyncio.CancelledError("of its own"))
 
 
 @pytest.mark.parametrize("is_started", [False, True], ids=["drain", "started"])
-@pytest.mark.parametrize("cls", [Cancelling, CancellingAsync, CancellingItself])
+@pytest.mark.parametrize(
+    ("cls", "run"), [(Machine, CANCELLED), (AsyncMachine, waits_for_what_is_cancelled), (AsyncMachine, cancels_itself)]
+)
 def test_a_cancelled_error_that_nobody_asked_for_goes_to_handle(
-    stage: Stage, cls: type[Recording], is_started: bool
+    stage: Stage, cls: type[Recording], run: object, is_started: bool
 ) -> None:
     """It is an error of the step's, whatever Python derives it from: no crash, and it is not run again unasked."""
-    fsm = cls(handler=Retry())
+    fsm = cls(run, Done("handled"), handler=Retry())
     engine = stage(fsm)
     target = engine.insert(cls)
     if is_started:
@@ -2109,7 +2109,7 @@ def test_a_cancelled_error_that_nobody_asked_for_goes_to_handle(
 
 def test_a_cancelled_error_out_of_handle_stops_the_instance(play: Play) -> None:
     """As any error of `handle` does."""
-    instance = play(Cancelling(handler=Raising(asyncio.CancelledError("again"))))
+    instance = play(Machine(CANCELLED, handler=Raising(asyncio.CancelledError("again"))))
     assert (instance.status, instance.last_error) == (Status.FAILED, "CancelledError: again")
 
 
@@ -2233,36 +2233,9 @@ def test_every_form_may_be_async(make_engine: MakeEngine, form: str, started: bo
     assert timed_engine.result(target, timeout=30) == "awaited"
 
 
-class Crowd(FSM):
-    """Async jobs that count themselves."""
-
-    def __init__(self) -> None:
-        self.running = self.peak = 0
-        self.threads: set[int] = set()
-
-    async def perform(self, args: Any) -> None:
-        self.threads.add(threading.get_ident())
-        self.running += 1
-        self.peak = max(self.peak, self.running)
-        await asyncio.sleep(0.01)
-        self.running -= 1
-
-
-def test_async_steps_share_one_loop_and_the_queues_width(make_engine: MakeEngine) -> None:
-    """They run on the engine's one event loop and count against the queue's concurrency."""
-    crowd = Crowd()
-    with make_engine(fsms=[crowd], queues={"default": 3}) as timed_engine:
-        targets = timed_engine.insert_all([Insert(Crowd) for _ in range(12)])
-        for target in targets:
-            assert target is not None
-            timed_engine.result(target, timeout=30)
-    assert len(crowd.threads) == 1
-    assert crowd.peak <= 3
-
-
-def test_async_and_plain_steps_share_the_queues_width(make_engine: MakeEngine) -> None:
-    """Three at once are three, whichever they are."""
-    running, peak, lock = [0], [0], threading.Lock()
+def test_async_steps_share_one_loop_and_the_queues_width_with_plain_ones(make_engine: MakeEngine) -> None:
+    """Coroutines run on the engine's one event loop, and three at once are three, whichever they are."""
+    running, peak, lock, loops = [0], [0], threading.Lock(), set[int]()
 
     def come(by: int) -> None:
         with lock:
@@ -2277,13 +2250,14 @@ def test_async_and_plain_steps_share_the_queues_width(make_engine: MakeEngine) -
 
     @durable.job
     async def on_the_loop() -> None:
+        loops.add(threading.get_ident())
         come(1)
         await asyncio.sleep(0.003)
         come(-1)
 
     with make_engine(queues={"default": 3}) as engine:
         assert ended(engine, engine.insert_all([Insert(plain), Insert(on_the_loop)] * 30))
-    assert peak[0] == 3
+    assert (peak[0], len(loops)) == (3, 1)
 
 
 class Sleeper(FSM):
@@ -4165,8 +4139,7 @@ def test_a_file_is_not_migrated_under_engines_that_run_on_it(make_engine: MakeEn
 
 def test_an_engine_whose_file_was_migrated_commits_no_more(make_engine: MakeEngine) -> None:
     """What it would write is not what the later version reads: it says so, and leaves the file as it is."""
-    engine = make_engine(poll_interval=0.01)
-    engine.start()
+    engine = running_engine(make_engine, poll_interval=0.01)
     first = engine.insert(Echo, schedule_in=3600)
     with closing(engine.connect()) as later:
         later.execute("update durable_meta set value = '3' where key = 'schema_version'")
@@ -4201,8 +4174,7 @@ def test_an_engine_that_is_not_started_inserts_but_runs_nothing(engine: Engine) 
 
 def test_an_engine_without_queues_is_a_client_that_runs_nothing(make_engine: MakeEngine) -> None:
     """`queues={}` makes a client that runs nothing, while another engine on the file does the work."""
-    client = make_engine(queues={})
-    client.start()
+    client = running_engine(make_engine, queues={})
     ident = client.insert(Echo, state={"n": 1})
     assert client.wait(ident, timeout=0.2).status is Status.RUNNABLE
     make_engine().start()
@@ -4249,8 +4221,7 @@ def test_of_two_stops_at_once_one_stops_the_engine(engine: Engine, monkeypatch: 
 
 def test_a_second_stop_waits_for_the_first(make_engine: MakeEngine, gate: Gate) -> None:
     """Whoever has called `stop` may rely on the engine being stopped."""
-    engine = make_engine(fsms=[Holds(gate)])
-    engine.start()
+    engine = running_engine(make_engine, fsms=[Holds(gate)])
     ident = engine.insert(Holds)
     assert gate.entered.wait(PATIENCE)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -4361,8 +4332,7 @@ def test_a_pending_future_is_settled_by_the_stop(make_engine: MakeEngine, starte
 
 def test_stop_waits_for_running_steps_to_commit(make_engine: MakeEngine, gate: Gate) -> None:
     """`stop()` waits up to `drain_timeout` for running steps to commit."""
-    engine = make_engine(fsms=[Holds(gate)], drain_timeout=PATIENCE)
-    engine.start()
+    engine = running_engine(make_engine, fsms=[Holds(gate)], drain_timeout=PATIENCE)
     ident = engine.insert(Holds)
     assert gate.entered.wait(PATIENCE)
     stopper = threading.Thread(target=engine.stop)
@@ -4378,8 +4348,7 @@ def test_stop_gives_back_what_is_still_running_when_its_time_is_up(
     make_engine: MakeEngine, gate: Gate, by_option: bool
 ) -> None:
     """After `drain_timeout`, or the timeout given, `stop()` gives back what is left."""
-    engine = make_engine(fsms=[Holds(gate)], drain_timeout=0 if by_option else PATIENCE)
-    engine.start()
+    engine = running_engine(make_engine, fsms=[Holds(gate)], drain_timeout=0 if by_option else PATIENCE)
     ident = engine.insert(Holds)
     assert gate.entered.wait(PATIENCE)
     engine.stop(timeout=None if by_option else 0)
@@ -4727,8 +4696,7 @@ def test_a_constructor_that_takes_long_holds_up_only_its_own_class(make_engine: 
         def perform(self, args: Any) -> str:
             return "made"
 
-    engine = make_engine(lease_ttl=0.4, heartbeat_interval=0.1, queues={"default": 2})
-    engine.start()
+    engine = running_engine(make_engine, lease_ttl=0.4, heartbeat_interval=0.1, queues={"default": 2})
     try:
         slow = engine.insert(SlowToMake)
         assert began.wait(PATIENCE)
@@ -4851,26 +4819,27 @@ def take_threads_away(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(threading.Thread, "start", refuse)
 
 
+@durable.job
+async def on_the_loop() -> str:
+    """Needs the thread of an event loop, and its files."""
+    return "ran"
+
+
 def test_work_goes_on_when_the_system_has_threads_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a thread to be had nothing is lost: inserts are durable, and what needs one waits for it."""
-
-    class Anew(FSM):
-        async def perform(self, args: Any) -> str:
-            return "ran"
-
     engine, client = make_engine(), make_engine(queues={})
     engine.start()
     assert engine.result(engine.insert(Echo, args={"n": 1}), timeout=PATIENCE) == {"n": 1}
     with monkeypatch.context() as patch:
         take_threads_away(patch)
-        ident = engine.insert(Anew)
-        future = client.insert_nowait(Anew)
+        ident = engine.insert(on_the_loop)
+        future = client.insert_nowait(on_the_loop)
         assert engine.get(future.result(PATIENCE)).status == Status.RUNNABLE
         assert engine.wait(ident, timeout=0.2).status != Status.DONE
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
-    assert client.insert_nowait(Anew).result(PATIENCE)
+    assert client.insert_nowait(on_the_loop).result(PATIENCE)
 
 
 @pytest.mark.parametrize("missing", ["worker", "loop", "hub"])
@@ -4879,16 +4848,12 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
 ) -> None:
     """What there is to say about it is said where no lock is held."""
 
-    class Either(FSM):
-        async def step(self, name: str, ctx: Ctx) -> Outcome:
-            return Done("ran")
-
     def use(record: logging.LogRecord) -> None:
         if record.levelno == logging.ERROR:
             used.append(engine.insert(Waits, queue="elsewhere"))
 
     used: list[int] = []
-    engine = make_engine(queues={} if missing == "hub" else {"default": 1}, fsms=[Either()])
+    engine = make_engine(queues={} if missing == "hub" else {"default": 1})
     if missing != "hub":
         engine.start()
     if missing == "loop":
@@ -4898,7 +4863,7 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
             take_threads_away(patch)
             if missing == "hub":
                 engine._core.dispatcher.post_apart(lambda: None)
-            ident = engine.insert(Either)
+            ident = engine.insert(on_the_loop)
             eventually(lambda: used)
         if missing != "hub":
             assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
@@ -4909,20 +4874,15 @@ def test_an_async_step_waits_for_the_files_of_its_event_loop(
 ) -> None:
     """Where no more files may be opened, the worker asks again: it is neither lost nor is its row."""
 
-    class Late(FSM):
-        async def perform(self, args: Any) -> str:
-            return "ran"
-
     def refuse() -> asyncio.AbstractEventLoop:
         refused.set()
         raise OSError(errno.EMFILE, "Too many open files")
 
     refused = threading.Event()
-    engine = make_engine(queues={"default": 1}, fsms=[Late()])
-    engine.start()
+    engine = running_engine(make_engine, queues={"default": 1})
     with monkeypatch.context() as patch:
         patch.setattr(asyncio, "new_event_loop", refuse)
-        ident = engine.insert(Late)
+        ident = engine.insert(on_the_loop)
         assert refused.wait(PATIENCE)
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
 
@@ -4938,10 +4898,6 @@ def test_an_engine_that_closes_asks_for_no_event_loop_any_more(
         raise OSError(errno.EMFILE, "no more files")
 
     monkeypatch.setattr(durable._EventLoop, "__init__", refuse)
-
-    @durable.job
-    async def on_the_loop() -> None: ...
-
     with make_engine() as engine:
         ident = engine.insert(on_the_loop)
         assert asked.wait(PATIENCE)
@@ -5310,8 +5266,7 @@ def test_a_stop_may_wait_as_long_as_it_likes(make_engine: MakeEngine, longest: A
     """`drain_timeout`, or the argument of `stop`: longer than the system can wait is as long as it can."""
     make_engine(drain_timeout=longest).stop()
     make_engine().stop(timeout=longest)
-    started = make_engine(drain_timeout=longest)
-    started.start()
+    started = running_engine(make_engine, drain_timeout=longest)
     started.stop()
 
 
@@ -6597,8 +6552,7 @@ def test_an_engine_without_a_thread_for_its_watch_looks(
 @on_linux
 def test_an_idle_engine_rests_until_another_connection_commits(make_engine: MakeEngine) -> None:
     """Nothing to do costs next to nothing: it looks seldom, since the system tells it of what others write."""
-    engine = make_engine(poll_interval=0.01)
-    engine.start()
+    engine = running_engine(make_engine, poll_interval=0.01)
     peers = engine._core.peers
 
     def rests() -> bool:
@@ -6612,34 +6566,31 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
         assert not rests()
 
 
-@pytest.mark.parametrize("fault", ["no ctypes", "no inotify", "no file"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("no ctypes", "no inotify", "no file"),
+        *(pytest.param(how, marks=on_linux) for how in ("gevent", "eventlet")),
+    ],
+)
 def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Where the system tells nothing, the engine looks every `poll_interval`."""
+    """Where the system tells nothing, the engine looks every `poll_interval`.
+
+    Where coroutines stand in for threads, a read that waits would stop the process: gevent replaces threads, eventlet
+    takes `select.poll` away too.
+    """
 
     def refuse(self: Any, *_: object) -> None:
         raise {"no ctypes": ImportError, "no inotify": AttributeError, "no file": OSError}[fault](fault)
 
-    monkeypatch.setattr(durable._LogWatch, "__init__", refuse)
-    engine = make_engine(poll_interval=0.01)
-    engine.start()
-    assert engine._core.peers._watch is None
-    with closing(engine.connect()) as connection, connection:
-        ident = durable.insert_into(connection, Echo, args={"n": 1})
-    assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
-
-
-@on_linux
-@pytest.mark.parametrize("how", ["gevent", "eventlet"])
-def test_there_is_no_watch_where_coroutines_stand_in_for_threads(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """A read that waits would stop the process: gevent replaces threads, eventlet takes `select.poll` away too."""
-    if how == "gevent":
+    if fault == "gevent":
         monkeypatch.setattr(_thread, "start_new_thread", lambda *_: None)
-    else:
+    elif fault == "eventlet":
         monkeypatch.delattr(select, "poll")
-    engine = make_engine(poll_interval=0.01)
-    engine.start()
+    else:
+        monkeypatch.setattr(durable._LogWatch, "__init__", refuse)
+    engine = running_engine(make_engine, poll_interval=0.01)
+    assert engine._core.peers._watch is None
     assert [thread for thread in threading.enumerate() if thread.name == "durable-watch"] == []
     with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
@@ -7523,9 +7474,7 @@ class Visitor(FSM):
 
 def visited(make_engine: MakeEngine, desk: Desk, **options: Any) -> Engine:
     """An engine that runs, whose visitors go to the desk."""
-    engine = make_engine(fsms=[Visitor(desk)], **options)
-    engine.start()
-    return engine
+    return running_engine(make_engine, fsms=[Visitor(desk)], **options)
 
 
 # ---- Concurrency keys ----------------------------------------------------------------------------
@@ -7764,8 +7713,7 @@ class Summoner(Visitor):
 
 def test_the_more_urgent_of_a_key_goes_first_though_it_was_never_parked(make_engine: MakeEngine, desk: Desk) -> None:
     """Also where it is met in the very beat that frees the key, in a queue that is claimed from after the other."""
-    engine = make_engine(fsms=[Visitor(desk), Summoner(desk)], queues={"a": 5, "b": 5})
-    engine.start()
+    engine = running_engine(make_engine, fsms=[Visitor(desk), Summoner(desk)], queues={"a": 5, "b": 5})
     holder = engine.insert(Summoner, queue="a", concurrency_key="k")
     desk.expect(holder)
     waiting = engine.insert(Visitor, queue="a", concurrency_key="k")
@@ -7806,8 +7754,7 @@ class Starter(Visitor):
 
 def test_slot_is_not_kept_for_a_row_whose_queue_has_just_filled(make_engine: MakeEngine, desk: Desk) -> None:
     """The first of the key can't run for want of room in its queue, so the first of another queue does."""
-    engine = make_engine(fsms=[Visitor(desk), Starter(desk)], queues={"a": 1, "b": 2})
-    engine.start()
+    engine = running_engine(make_engine, fsms=[Visitor(desk), Starter(desk)], queues={"a": 1, "b": 2})
     holder = engine.insert(Starter, queue="b", concurrency_key="k")
     desk.expect(holder)
     first = engine.insert(Visitor, queue="a", concurrency_key="k")
@@ -7938,8 +7885,7 @@ def test_rows_of_an_unknown_class_hold_up_nobody_behind_them(
 
     output = run_script(tmp_path, string.Template(STRANGERS).substitute(limit=limit, queue=queue), database)
     clock.now = time.time() + 3700
-    engine = make_engine(clock=clock, queues={"default": 2, "other": 2})
-    engine.start()
+    engine = running_engine(make_engine, clock=clock, queues={"default": 2, "other": 2})
     assert engine.result(int(output), PATIENCE) == "met"
     assert engine.counts()[queue]["runnable"] == 4
     assert engine.check() == []
@@ -8491,8 +8437,7 @@ def test_inline_step_queues_when_its_key_is_held(make_engine: MakeEngine, desk: 
 def test_inline_step_takes_its_tokens(make_engine: MakeEngine) -> None:
     """Same limits: an inline step is charged like a claim, and queues when the bucket is empty."""
     pair = InlinePair()
-    engine = make_engine(fsms=[pair], rate_limits={"slow": RateLimit(1, per=3600)})
-    engine.start()
+    engine = running_engine(make_engine, fsms=[pair], rate_limits={"slow": RateLimit(1, per=3600)})
     first = engine.insert(InlinePair, state={"rate_limit": "slow"}, correlation_key="a")
     engine.result(first, PATIENCE)
     second = engine.insert(InlinePair, state={"rate_limit": "slow"}, correlation_key="b")
@@ -8598,8 +8543,7 @@ def test_endless_inline_chain_gives_way_when_the_engine_stops(make_engine: MakeE
         def start(self, ctx: Ctx) -> Next:
             return Next("start", {"n": ctx.state["n"] + 1})
 
-    engine = make_engine(drain_timeout=2 * PATIENCE)
-    engine.start()
+    engine = running_engine(make_engine, drain_timeout=2 * PATIENCE)
     who = engine.insert(Endless, state={"n": 0})
     eventually(lambda: engine.get(who).state["n"] > 3)
     begun = time.monotonic()
@@ -8919,6 +8863,15 @@ class Labour:
 
             eventually(stands_still)
 
+    def hold(self, make_engine: MakeEngine) -> tuple[subprocess.Popen[str], Engine, int]:
+        """A worker that has an instance in hand, and an engine that runs beside it."""
+        worker = self.spawn()
+        engine = make_engine(queues={"other": 1})
+        stuck = engine.insert(self.module.Stuck)
+        eventually(lambda: self.traces("stuck"))
+        engine.start()
+        return worker, engine, stuck
+
     def kill(self, process: subprocess.Popen[str]) -> None:
         """Kills a worker, which is noted first."""
         self.killed[process.pid] = time.time()
@@ -8976,12 +8929,8 @@ def labour(tmp_path: Path, make_engine: MakeEngine) -> Iterator[Labour]:
 @posix
 def test_killed_process_loses_its_claims_at_once(make_engine: MakeEngine, labour: Labour) -> None:
     """Its death is seen within a second, long before its lease of a minute is over, by who runs already."""
-    worker = labour.spawn()
-    engine = make_engine(queues={"other": 1})
+    worker, engine, stuck = labour.hold(make_engine)
     heard = Heard(engine, "scheduler.reclaimed", "reaper.reaped")
-    stuck = engine.insert(labour.module.Stuck)
-    eventually(lambda: labour.traces("stuck"))
-    engine.start()
     labour.kill(worker)
     begun = time.monotonic()
     eventually(lambda: engine.get(stuck).status == "runnable")
@@ -9017,8 +8966,7 @@ def test_start_takes_the_claims_of_the_dead(make_engine: MakeEngine, labour: Lab
 def test_lock_files_are_gone_with_their_engines(make_engine: MakeEngine, labour: Labour) -> None:
     """The file that a running engine holds is removed at its stop, and after a death by who finds it."""
     worker = labour.spawn()
-    engine = make_engine()
-    engine.start()
+    engine = running_engine(make_engine)
     assert len(list(labour.folder.glob("durable.db-worker-*"))) == 2
     labour.kill(worker)
     eventually(lambda: len(list(labour.folder.glob("durable.db-worker-*"))) == 1)
@@ -9153,11 +9101,7 @@ def test_the_death_of_another_users_worker_is_seen(
     make_engine: MakeEngine, labour: Labour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading its lock file is enough: neither it nor the folder has to be writable."""
-    worker = labour.spawn()
-    engine = make_engine(queues={"other": 1})
-    stuck = engine.insert(labour.module.Stuck)
-    eventually(lambda: labour.traces("stuck"))
-    engine.start()
+    worker, engine, stuck = labour.hold(make_engine)
     (theirs,) = {path.name for path in lock_files(labour.folder)} - {f"durable.db-worker-{engine._core.worker_id}.lock"}
 
     def is_write(path: object, flags: int = 0, *_: object, **__: object) -> bool:
@@ -9217,11 +9161,7 @@ def test_a_fault_of_a_look_is_told_once_and_hides_no_death(
     make_engine: MakeEngine, labour: Labour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An engine that can't put its own lock file back still sees who has died, and does not fill the log."""
-    worker = labour.spawn()
-    engine = make_engine(queues={"other": 1})
-    stuck = engine.insert(labour.module.Stuck)
-    eventually(lambda: labour.traces("stuck"))
-    engine.start()
+    worker, engine, stuck = labour.hold(make_engine)
     own = Path(durable._LockFile.path_of(str(labour.folder / "durable.db"), engine._core.worker_id))
     looks: list[float] = []
     restore = durable._LockFile.restore
@@ -9253,8 +9193,7 @@ def test_a_lock_file_is_put_back_if_it_is_removed_or_replaced(
     """Whoever looks at its place is to find it locked; one that was moved stays locked, too."""
     # The engine's own looks would put it back as well, at the same time.
     monkeypatch.setattr(durable._Peers, "look", lambda peers, monotonic: setattr(peers, "_looked_at", monotonic))
-    engine = make_engine()
-    engine.start()
+    engine = running_engine(make_engine)
     (path,) = lock_files(tmp_path)
     lock = engine._core.peers._lock_file
     assert lock is not None
@@ -9498,8 +9437,7 @@ def test_an_engine_on_a_sound_file_sets_nothing_right(
 def test_a_bucket_fills_when_the_clock_is_set_back(make_engine: MakeEngine, clock: Clock) -> None:
     """Whoever waits for it waits for as long as it takes to fill, counted from then, also after a restart."""
     limits = {"r": RateLimit(1, per=60)}
-    engine = make_engine(clock=clock, rate_limits=limits)
-    engine.start()
+    engine = running_engine(make_engine, clock=clock, rate_limits=limits)
     for restarts in (False, True):
         engine.result(engine.insert(Visitor, step="end", rate_limit="r"), PATIENCE)
         waiting = engine.insert(Visitor, step="end", rate_limit="r")
@@ -9507,8 +9445,7 @@ def test_a_bucket_fills_when_the_clock_is_set_back(make_engine: MakeEngine, cloc
         if restarts:
             engine.stop()
             clock.advance(-DAY)
-            engine = make_engine(clock=clock, rate_limits=limits)
-            engine.start()
+            engine = running_engine(make_engine, clock=clock, rate_limits=limits)
         else:
             clock.advance(-DAY)
         eventually(lambda: engine.get(waiting).eligible_at <= clock.instant())  # noqa: B023
@@ -9601,13 +9538,13 @@ class Exiting(FSM, max_crashes=3):
     """Leaves by an exception that ends programs, so often as its state says."""
 
     @step
-    def start(self, ctx: Ctx) -> Next:
+    def start(self, ctx: Ctx) -> Any:
         if ctx.attempt < ctx.state["exits"]:
             raise KeyboardInterrupt
         return Next("second")
 
     @step
-    def second(self, ctx: Ctx) -> Done:
+    def second(self, ctx: Ctx) -> Any:
         if ctx.attempt < ctx.state["exits"]:
             raise SystemExit(3)
         return Done()
@@ -9633,41 +9570,30 @@ def test_whatever_is_no_exception_is_a_crash_and_is_told(
     assert "Traceback (most recent call last)" in logging.Formatter().format(warned[0])
 
 
-class AsyncExiting(FSM, max_crashes=3):
+class AsyncExiting(Exiting):
     """The same on the event loop."""
 
     @step
-    async def start(self, ctx: Ctx) -> Next:
+    async def start(self, ctx: Ctx) -> Any:
         await asyncio.sleep(0)
-        if ctx.attempt < ctx.state["exits"]:
-            raise KeyboardInterrupt
-        return Next("second")
+        return super().start(ctx)
 
     @step
-    async def second(self, ctx: Ctx) -> Done:
-        if ctx.attempt < ctx.state["exits"]:
-            raise SystemExit(3)
-        return Done()
+    async def second(self, ctx: Ctx) -> Any:
+        return super().second(ctx)
 
 
 @pytest.mark.parametrize("fsm", [Exiting, AsyncExiting])
-def test_exit_out_of_a_step_is_a_crash_that_the_worker_survives(make_engine: MakeEngine, fsm: type[FSM]) -> None:
-    """The row runs again with `attempt + 1`; a committed outcome begins a new row of crashes."""
-    engine = make_engine(queues={"default": 1})
-    engine.start()
-    row = engine.wait(engine.insert(fsm, state={"exits": 2}), PATIENCE)
-    assert (row.status, row.crashes, row.attempt) == ("done", 0, 2)
+@pytest.mark.parametrize(("exits", "end"), [(2, ("done", 0, 2)), (9, ("failed", 3, 3))])
+def test_exit_out_of_a_step_is_a_crash_that_the_worker_survives(
+    make_engine: MakeEngine, fsm: type[FSM], exits: int, end: tuple[str, int, int]
+) -> None:
+    """The row runs again with `attempt + 1`, up to `max_crashes`; a committed outcome begins a new row of crashes."""
+    engine = running_engine(make_engine, queues={"default": 1})
+    row = engine.wait(engine.insert(fsm, state={"exits": exits}), PATIENCE)
+    assert (row.status, row.crashes, row.attempt) == end
+    assert row.status == "done" or "crash" in str(row.last_error)
     assert engine.check() == []
-
-
-@pytest.mark.parametrize("fsm", [Exiting, AsyncExiting])
-def test_exits_in_a_row_end_as_failed(make_engine: MakeEngine, fsm: type[FSM]) -> None:
-    """`max_crashes` counts exits too."""
-    engine = make_engine(queues={"default": 1})
-    engine.start()
-    row = engine.wait(engine.insert(fsm, state={"exits": 9}), PATIENCE)
-    assert (row.status, row.crashes) == ("failed", 3)
-    assert "crash" in str(row.last_error)
 
 
 def test_job_fails_when_crashes_use_up_its_attempts(make_engine: MakeEngine) -> None:
@@ -9679,8 +9605,7 @@ def test_job_fails_when_crashes_use_up_its_attempts(make_engine: MakeEngine) -> 
         runs.append(1)
         raise SystemExit
 
-    engine = make_engine()
-    engine.start()
+    engine = running_engine(make_engine)
     row = engine.wait(engine.insert(leaves), PATIENCE)
     assert (row.status, row.attempt, len(runs)) == ("failed", 2, 2)
     assert str(row.last_error).startswith("crash: SystemExit")
@@ -9841,8 +9766,7 @@ def test_a_step_that_the_engine_fails_is_run_again_and_nothing_is_counted(
 def test_a_started_engine_runs_a_step_again_that_it_has_failed(disk: Disk, make_engine: MakeEngine) -> None:
     """The same in a worker's thread, which survives it."""
     fsm = CuriousJob(disk)
-    engine = make_engine(fsms=[fsm], queues={"default": 1})
-    engine.start()
+    engine = running_engine(make_engine, fsms=[fsm], queues={"default": 1})
     row = engine.wait(engine.insert(CuriousJob), PATIENCE)
     assert (row.status, fsm.attempts, fsm.errors) == ("done", [0, 0], [])
 
@@ -9869,8 +9793,7 @@ def test_a_log_that_raises_costs_no_outcome(make_engine: MakeEngine, monkeypatch
     logger = logging.getLogger("durable")
     logger.addFilter(refuse)
     try:
-        engine = make_engine(queues={"default": 1})
-        engine.start()
+        engine = running_engine(make_engine, queues={"default": 1})
         assert engine.result(engine.insert(Failing, state={"kind": "exit"}), PATIENCE) == "through"
         assert engine.result(engine.insert(Failing, state={"kind": "error"}), PATIENCE) == "through"
     finally:
@@ -9951,8 +9874,7 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
         def handle(self, error: BaseException, ctx: Ctx) -> Any:
             return Retry() if isinstance(error, TimeoutError) else Stop(error)
 
-    engine = make_engine(queues={"default": 1})
-    engine.start()
+    engine = running_engine(make_engine, queues={"default": 1})
     assert engine.result(engine.insert(Sleeper), PATIENCE) == 1
     assert cancelled.is_set()
 
@@ -10041,8 +9963,7 @@ def test_handle_is_no_part_of_a_steps_timeout(make_engine: MakeEngine) -> None:
             time.sleep(0.7)
             return Done("handled")
 
-    engine = make_engine(queues={"default": 1})
-    engine.start()
+    engine = running_engine(make_engine, queues={"default": 1})
     assert engine.result(engine.insert(SlowlyHandled), PATIENCE) == "handled"
     assert handled == ["in time"]
 
@@ -10481,8 +10402,7 @@ def test_an_engine_whose_start_was_interrupted_can_be_started(make_engine: MakeE
 def test_a_stop_that_was_interrupted_is_gone_on_with(make_engine: MakeEngine, database: Path, stride: int) -> None:
     """By the next: it gives back what is claimed, and closes the file."""
     for interrupter in each_point(stride):
-        engine = make_engine(queues={"default": 1}, prefetch=1)
-        engine.start()
+        engine = running_engine(make_engine, queues={"default": 1}, prefetch=1)
         assert engine.result(engine.insert(Echo), timeout=PATIENCE) == {}
         interrupter.call(engine.stop)
         engine.stop()
@@ -10526,8 +10446,7 @@ def test_a_thread_that_dies_behind_a_step_is_replaced_and_its_claim_has_crashed(
     make_engine: MakeEngine, work: Any, stride: int
 ) -> None:
     """Wherever in the engine's own code it does: the step is done, or has crashed, and the queue keeps its width."""
-    engine = make_engine(queues={"default": 2})
-    engine.start()
+    engine = running_engine(make_engine, queues={"default": 2})
     ended, fired = Counter[str](), 0
     for n in range(1, 250, stride):
         interrupter = Interrupter(n)
@@ -10968,8 +10887,7 @@ def test_clock_that_is_set_back_while_the_disk_is_full_holds_nobody_up(
     disk: Disk, make_engine: MakeEngine, clock: Clock
 ) -> None:
     """Who waits for a bucket is looked at again as soon as the disk is back."""
-    engine = make_engine(clock=clock, rate_limits={"r": RateLimit(1, per=60)})
-    engine.start()
+    engine = running_engine(make_engine, clock=clock, rate_limits={"r": RateLimit(1, per=60)})
     engine.result(engine.insert(Visitor, step="end", rate_limit="r"), PATIENCE)
     waiting = engine.insert(Visitor, step="end", rate_limit="r", schedule_at=clock.instant(-200_000))
     parked(engine, waiting, "rate:r")
@@ -11259,8 +11177,7 @@ def test_no_insert_that_was_acknowledged_is_lost_with_the_log(
 ) -> None:
     """Of what is acknowledged after the log was taken away the file would know nothing, and ids would come twice."""
     monkeypatch.setattr(durable._OpenFiles, "LOOK_S", 0.0)
-    engine = make_engine()
-    engine.start()
+    engine = running_engine(make_engine)
     ids = [engine.insert(Waits) for _ in range(20)]
     take_the_log_away(database)
     with pytest.raises(DurableError, match=r"durable.db-wal was taken away"):
@@ -11274,8 +11191,7 @@ def test_no_insert_that_was_acknowledged_is_lost_with_the_log(
 @posix
 def test_an_engine_at_rest_finds_out_by_itself(make_engine: MakeEngine, database: Path) -> None:
     """It looks with every look at other processes: who waits is told, and `run` ends with the error."""
-    engine = make_engine()
-    engine.start()
+    engine = running_engine(make_engine)
     who = engine.insert(Waits)
     raised: queues.Queue[BaseException] = queues.Queue()
 
@@ -11325,8 +11241,7 @@ def test_files_that_cannot_be_seen_are_no_loss(
 ) -> None:
     """Privileges that were dropped, or a folder that was closed, prove nothing: the work goes on."""
     monkeypatch.setattr(durable._OpenFiles, "LOOK_S", 0.0)
-    engine = make_engine()
-    engine.start()
+    engine = running_engine(make_engine)
     looks: list[object] = []
 
     def is_ours(path: object, *_: object, **__: object) -> bool:
@@ -11408,8 +11323,7 @@ def test_an_engine_that_is_taken_for_dead_while_it_holds_its_lock_stops(
     tmp_path: Path, make_engine: MakeEngine, database: Path
 ) -> None:
     """Then the folder is reached in two ways whose locks do not see each other, and SQLite's do not either."""
-    engine = make_engine(name="alive", poll_interval=0.01)
-    engine.start()
+    engine = running_engine(make_engine, name="alive", poll_interval=0.01)
     assert "alive" not in run_script(tmp_path, BLIND, database)
     eventually(lambda: engine._core.files.loss is not None, BEFORE_A_HEARTBEAT)
     with pytest.raises(DurableError, match="in two ways"):
@@ -11707,8 +11621,7 @@ def test_one_sweep_collects_any_number(make_engine: MakeEngine, clock: Clock) ->
 
 def test_running_engine_collects_by_itself(make_engine: MakeEngine) -> None:
     """A running engine sweeps every `gc_interval`."""
-    engine = make_engine(retention=0.1, gc_interval=0.1)
-    engine.start()
+    engine = running_engine(make_engine, retention=0.1, gc_interval=0.1)
     engine.insert(Visitor, step="end")
     eventually(lambda: engine.find() == [])
 
@@ -12407,11 +12320,7 @@ def test_on_windows_a_killed_process_loses_its_claims_at_once(
     make_engine: MakeEngine, labour: Labour, windows: Msvcrt
 ) -> None:
     """The kernel drops the lock there as well, long before the lease is over."""
-    worker = labour.spawn()
-    engine = make_engine(queues={"other": 1})
-    stuck = engine.insert(labour.module.Stuck)
-    eventually(lambda: labour.traces("stuck"))
-    engine.start()
+    worker, engine, stuck = labour.hold(make_engine)
     labour.kill(worker)
     eventually(lambda: engine.get(stuck).status == "runnable", BEFORE_A_HEARTBEAT)
     assert engine.get(stuck).crashes == 1
@@ -12421,8 +12330,7 @@ def test_on_windows_a_killed_process_loses_its_claims_at_once(
 @on_posix_for_windows
 def test_on_windows_other_processes_commits_are_looked_for(make_engine: MakeEngine, windows: Msvcrt) -> None:
     """There is nothing like inotify; what is asked of the file works as anywhere."""
-    engine = make_engine(poll_interval=0.01)
-    engine.start()
+    engine = running_engine(make_engine, poll_interval=0.01)
     assert engine._core.peers._watch is None
     with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
@@ -12474,8 +12382,7 @@ def test_on_macos_other_processes_commits_are_looked_for(
 
     monkeypatch.setattr(durable, "os", names_of(os, ("eventfd", "eventfd_write"), listdir=listdir))
     monkeypatch.setattr(durable, "sys", names_of(sys, platform="darwin"))
-    engine = make_engine(poll_interval=0.01)
-    engine.start()
+    engine = running_engine(make_engine, poll_interval=0.01)
     assert engine._core.peers._watch is None
     with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
@@ -16535,8 +16442,7 @@ def test_a_claim_that_is_cancelled_before_it_starts_is_in_the_history(make_engin
             go.wait(PATIENCE)
             return Done()
 
-    engine = make_engine(queues={"default": 1}, prefetch=1)
-    engine.start()
+    engine = running_engine(make_engine, queues={"default": 1}, prefetch=1)
     ids = engine.insert_all([Insert(Holding), Insert(Holding)])
     held.wait(PATIENCE)
     ahead = next(cast(int, one) for one in ids if engine.get(cast(int, one)).status == "executing" and one != ids[0])
@@ -17402,8 +17308,7 @@ def test_wait_idle_tells_of_every_change_to_the_last(make_engine: MakeEngine) ->
 def test_a_wait_ends_though_a_test_freezes_time(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever freezes `time` in a process (freezegun does): what an engine's threads wait for goes on by real time."""
     assert re.findall(r"\btime\.(?:monotonic|perf_counter)\(", SOURCE) == []
-    engine = make_engine(queues={"default": 1})
-    engine.start()
+    engine = running_engine(make_engine, queues={"default": 1})
     with monkeypatch.context() as frozen:
         for name in ("monotonic", "perf_counter", "time"):
             frozen.setattr(time, name, lambda: 1000.0)
