@@ -888,7 +888,7 @@ def _read_progress(text: str | None) -> Progress | None:
     return Progress(done, total, note, _instant(at))
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)  # a frozen object with slots takes twice as long to make
 class Instance:
     """One instance as the file has it: every column under its own name, instants as aware UTC datetimes."""
 
@@ -989,7 +989,7 @@ _READS: dict[str, Callable[[Any], Any]] = {
     "Any": _load_value,
     "Cron | Every": _read_when,
     "Progress | None": _read_progress,
-    "Status": Status,
+    "Status": {str(status): status for status in Status}.__getitem__,
     "bool": bool,
     "dict[str, int]": _decode,
     "dt.datetime": _instant,
@@ -1082,7 +1082,7 @@ def _scope_bits(scope: object) -> int:
         raise ValueError(f"correlation_scope must be {allowed}, not {scope!r}") from None
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)  # a frozen object with slots takes twice as long to make
 class Insert:
     """One instance to insert: what `Engine.insert` takes, as a value. Bad options are a `ValueError`.
 
@@ -5121,19 +5121,26 @@ class _Reader(_Looks):
             raise EngineClosedError(f"the engine on {self.path} is closed")
         if self._files is not None:
             self._files.check()
+        connection = self._take()
+        try:
+            yield connection
+        except BaseException as error:
+            self._close(connection)  # what was raised may keep a statement of it half read, and so an old view
+            if isinstance(error, apsw.Error):
+                raise _translated(error, self.path) from error
+            raise
+        self._put_back(connection)
+
+    def _take(self) -> apsw.Connection:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
         with _driver_errors(self.path):
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = self._open()
-                connection.execute("PRAGMA query_only = ON")
-                self._all.add(connection)
-            try:
-                yield connection
-            except BaseException:
-                self._close(connection)  # what was raised may keep a statement of it half read, and so an old view
-                raise
-            self._put_back(connection)
+            connection = self._open()
+            connection.execute("PRAGMA query_only = ON")
+            self._all.add(connection)
+        return connection
 
     def _open(self) -> apsw.Connection:
         return _connect(self.path, apsw.SQLITE_OPEN_READWRITE)
@@ -7060,7 +7067,7 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _future_type() -> type[concurrent.futures.Future[Any]]:
+def _future_type() -> Any:
     """Make the class of the engine's futures: their done-callbacks are the dispatcher's to run, not the beat's."""
     import concurrent.futures  # only users of futures pay for it
 
@@ -7072,7 +7079,7 @@ def _future_type() -> type[concurrent.futures.Future[Any]]:
     class Future(concurrent.futures.Future[Any]):
         def __init__(self, dispatcher: _Dispatcher) -> None:
             super().__init__()
-            self._condition = Condition()
+            self._condition.__class__ = Condition
             self._dispatcher = dispatcher
 
         def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
@@ -9907,7 +9914,7 @@ class _Callers:
         return request.value
 
     def _later(self, action: Callable[[_Beat], Any] | None, row: _NewRow | None = None) -> _Future[Any]:
-        future: _Future[Any] = cast(Any, _future_type())(self._shared.dispatcher)
+        future: _Future[Any] = _future_type()(self._shared.dispatcher)
         request = _Request(action, row, future)
         try:
             self._enqueue(request)
@@ -9964,7 +9971,7 @@ class _Results:
 
     def future_of(self, instance: int) -> _Future[Any]:
         """Return a future of an instance's result."""
-        future: _Future[Any] = cast(Any, _future_type())(self._shared.dispatcher)
+        future: _Future[Any] = _future_type()(self._shared.dispatcher)
         waiter = _ResultWaiter(instance, future, self._look, self._waiters.remove)
         self._waiters.add(waiter)
         self._look(waiter)  # it may have ended before
