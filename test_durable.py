@@ -16604,6 +16604,70 @@ def test_children_of_what_is_rewound_go_on_without_a_parent(make_engine: MakeEng
     assert Counter(child.parent_id for child in engine.find(fsm=kid)) == {ident: 3, None: 3}
 
 
+def test_a_parent_that_waits_can_be_rewound(make_engine: MakeEngine) -> None:
+    """The children that it waited for go on and wake nobody; it waits for those that it then inserts."""
+
+    class Twins(FSM, name="test.twins"):
+        @step
+        def start(self, ctx: Ctx) -> ScheduleChildren:
+            return ScheduleChildren([Insert(Waits), Insert(Waits)], then="join")
+
+        @step
+        def join(self, ctx: Ctx) -> Done:
+            return Done([child.result for child in ctx.children])
+
+    engine = make_engine()
+    ident = engine.insert(Twins)
+    engine.drain()
+    old = engine.find(parent_id=ident)
+    engine.rewind(ident, "start")
+    engine.drain()
+    new = engine.find(parent_id=ident)
+    assert len(new) == 2
+    assert not {one.id for one in new} & {one.id for one in old}
+    for children, payload in ((old, "old"), (new, "new")):
+        assert engine.get(ident).status == "awaiting_children"
+        for child in children:
+            engine.signal(child.id, "go", payload)
+        engine.drain()
+    assert engine.result(ident) == [["new"], ["new"]]
+    assert [one.kind for one in engine.history(ident)] == ["children", "rewind", "children", "done"]
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("limit", ["key", "rate"])
+def test_what_waits_for_a_limit_can_be_rewound(make_engine: MakeEngine, clock: Clock, limit: str) -> None:
+    """It is runnable at once as far as its limits go, and takes its turn again."""
+    limits: dict[str, Any] = {"rate_limit": "api"} if limit == "rate" else {"concurrency_key": "busy"}
+    held, go, begun = threading.Event(), threading.Event(), set[int]()
+
+    class Limited(FSM, name="test.limited"):
+        @step
+        def start(self, ctx: Ctx) -> Next | Done:
+            if ctx.id in begun:
+                return Done()
+            begun.add(ctx.id)
+            return Next("end", **limits)
+
+        @step
+        def end(self, ctx: Ctx) -> Done:
+            held.set()
+            assert go.wait(PATIENCE)
+            return Done()
+
+    with make_engine(clock=clock, rate_limits={"api": RateLimit(1, per=100)}) as engine:
+        ids = [engine.insert(Limited) for _ in range(2)]
+        assert held.wait(PATIENCE)
+        eventually(lambda: any(engine.get(one).parked_on for one in ids))
+        [parked] = [one for one in ids if engine.get(one).parked_on]
+        engine.rewind(parked, "start")
+        go.set()
+        clock.advance(1000)
+        assert ended(engine, ids)
+        assert [one.kind for one in engine.history(parked)] == ["next", "rewind", "done"]
+        assert engine.check() == []
+
+
 def test_rewind_refuses_what_it_cannot_do_and_changes_nothing(order: tuple[Engine, int]) -> None:
     """An unknown run or step, a state that does not fit, a key that is taken, an instance that executes."""
     engine, ident = order
