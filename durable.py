@@ -2998,13 +2998,8 @@ _CLEAN_SLATE = {"last_error": None, "traceback": None, "attempt": 0, "crashes": 
 """What progress makes of the columns that tell of the step before."""
 _NOTHING_LEFT = {"awaits": None, "joining": 0, "progress": None}
 """What a good end makes of those that say what was waited for."""
-_RESET_INLINE: dict[str, Any] = {
-    **{name: value for name, value in _CLEAN_SLATE.items() if name in _Row._fields},
-    "cancel_reason": None,
-    "awaits": None,
-    "joining": 0,
-    "has_inbox": 0,
-}
+_RESET_INLINE: dict[str, Any] = _CLEAN_SLATE | _NOTHING_LEFT | {"cancel_reason": None, "has_inbox": 0}
+del _RESET_INLINE["progress"]  # which a `_Row` does not have
 
 
 def _advanced(row: _Row, change: _Progress) -> _Row:
