@@ -5626,25 +5626,20 @@ def _is_of_step(error: BaseException) -> bool:
 class _Claim:
     """A row in this engine's hands, from its claim to the commit of its outcome."""
 
-    __slots__ = (
-        "began_s",
-        "behaviour",
-        "error",
-        "has_calls",
-        "inbox",
-        "inline_since",
-        "is_disowned",
-        "is_finished",
-        "is_lost",
-        "is_migrated",
-        "is_timed_out",
-        "row",
-        "ruled_at",
-        "seen",
-        "services",
-        "spec",
-        "started_at",
-    )
+    started_at = 0.0
+    began_s = 0.0
+    """When it started, in seconds since the epoch."""
+    ruled_at = 0
+    """When it was said what becomes of the row, in milliseconds since the epoch."""
+    inline_since: float | None = None
+    """Since when it has gone on inline, or was last seen to keep nobody waiting; None for a first step."""
+    is_finished = False
+    is_disowned = False
+    is_timed_out = False
+    is_lost = False
+    """Whether it was seen that another engine has the row by now."""
+    is_migrated = False
+    """Whether the row is one of an earlier version that was brought to this."""
 
     def __init__(
         self,
@@ -5664,21 +5659,7 @@ class _Claim:
         """What the step was shown, also while it is `handle`'s turn."""
         self.error = error
         """What the step failed with; then it is `handle`'s turn, which is shown no signals and no children."""
-        self.started_at = 0.0
-        self.began_s = 0.0
-        """When it started, in seconds since the epoch."""
-        self.ruled_at = 0
-        """When it was said what becomes of the row, in milliseconds since the epoch."""
-        self.inline_since: float | None = None
-        """Since when it has gone on inline, or was last seen to keep nobody waiting; None for a first step."""
-        self.is_finished = False
-        self.is_disowned = False
-        self.is_timed_out = False
-        self.is_lost = False
-        """Whether it was seen that another engine has the row by now."""
         self.has_calls = bool(row.has_calls)
-        self.is_migrated = False
-        """Whether the row is one of an earlier version that was brought to this."""
 
     @property
     def awaited_ids(self) -> tuple[int, ...]:
@@ -6353,14 +6334,11 @@ class _Pool:
                 _hand_over(claims.popleft, len(claims), self._ready.extend)
         self.rouse()
 
-    def withdraw(self) -> list[_Claim]:
-        """Take back what has not started; an attempt that waits for `handle` has."""
-        claims = self.withhold()
-        self.release()
-        return claims
-
     def withhold(self, instance: int | None = None) -> list[_Claim]:
-        """Keep what has not started, or one row of it, from starting, until it is put back or released."""
+        """Keep what has not started, or one row of it, from starting, until it is put back or released.
+
+        An attempt that waits for `handle` has started.
+        """
         with self._lock:
             found = [one for one in self._ready if one.error is None and instance in (None, one.row.id)]
             if found:
@@ -6568,6 +6546,7 @@ class _Pool:
         """Be there to take rows. First commit what was finished by then, in the trust that this thread would."""
         with self._lock:
             self._arriving.discard(worker)
+            self._idle.pop(worker, None)  # it may have been woken without being told so
         if self._outcomes and not self._shared.commit():
             self._shared.wake_up.set()  # whoever is in a beat may have counted on this thread
 
@@ -6583,8 +6562,6 @@ class _Pool:
             claim = worker.claim = self._ready[0]
             self._running.add(claim)  # before it leaves: whoever looks without the lock must not find neither
             self._ready.popleft()
-            if worker in self._idle:  # woken without being told so
-                del self._idle[worker]
             self._taken_at = _Ticks.perf_counter()
             has_more = bool(self._ready) and not self._is_quick and not claim.is_async
         if has_more:
@@ -9306,7 +9283,9 @@ class _Runners:
 
     def withdraw(self) -> list[_Claim]:
         """Take back for good all that has not started."""
-        return [claim for pool in self.pools.values() for claim in pool.withdraw()]
+        claims = [claim for pool in self.pools.values() for claim in pool.withhold()]
+        self.release()
+        return claims
 
     # What is to be looked after
 
