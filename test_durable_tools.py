@@ -2918,6 +2918,7 @@ def test_a_filter_of_many_is_acted_on_piece_by_piece(tmp_path: Path, viewer: Vie
         ({"verb": "retry", "filter": {"status": ["odd"]}, "before": 9}, 400, "runnable"),
         ({"verb": "retry", "filter": {"where": "1=1"}, "before": 9}, 400, "a filter is"),
         ({"verb": "retry", "filter": {}}, 400, "before"),
+        ({"verb": "retry", "filter": {}, "before": 1 << 63}, 400, "before"),
         ([], 400, "object"),
     ],
 )
@@ -3110,6 +3111,9 @@ def test_the_page_is_served_on_the_loopback_interface(shop: Path) -> None:
             assert b"<!doctype html>" in answer.read()
         token = urllib.parse.parse_qs(parts.query)["token"][0]
         data = f"http://{parts.netloc}/api/about"
+        looked = urllib.request.Request(data.replace("about", "overview"), headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(looked, timeout=PATIENCE) as answer:
+            assert "queues" in json.load(answer)
         asked = urllib.request.Request(data, headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
             assert json.load(answer)["file"] == str(shop)
@@ -3119,6 +3123,7 @@ def test_the_page_is_served_on_the_loopback_interface(shop: Path) -> None:
             error.value.close()
             assert error.value.code in (401, 421)
     assert process.returncode == 0
+    assert [path.name for path in shop.parent.glob("shop.db*")] == ["shop.db"]
 
 
 @pytest.mark.parametrize(

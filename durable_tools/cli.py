@@ -1050,6 +1050,7 @@ def _page(options: argparse.Namespace) -> None:
     if options.target is not None:
         _load(options.target)
     server, address = page.make_server(options.file, host=options.host, port=options.port, write=options.write)
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%X")
     with server, contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(address, flush=True)

@@ -1022,7 +1022,7 @@ def _do_to_those(
     source: _Source, act: _Act, options: Mapping[str, Any], meant: _Filter, before: object
 ) -> dict[str, Any]:
     """Do it to some of those that a filter finds, for a second at most; `reached` is from where to go on."""
-    if not isinstance(before, int) or isinstance(before, bool):
+    if not isinstance(before, int) or isinstance(before, bool) or abs(before) > _MAX_ID:
         raise RefusedError(400, "before: the id before which to begin, as the preview had it")
     found = _look_for(source.reader(), meant.narrowed(act.statuses), before=before, limit=200)
     end, done = time.monotonic() + 1, 0
@@ -1472,6 +1472,12 @@ class _Server(socketserver.ThreadingMixIn, simple_server.WSGIServer):
     def service_actions(self) -> None:
         """Let go of the file when nobody has looked for a while."""
         cast(PageApplication, self.get_app()).close(unless_used_for_s=self.IDLE_S)
+
+    def server_close(self) -> None:
+        """End, and let go of the file; a request that still waits for it is not waited for."""
+        super().server_close()
+        if (page := cast("PageApplication | None", self.get_app())) is not None:
+            page.close(unless_used_for_s=1e-9)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a browser that went away."""
