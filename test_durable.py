@@ -775,10 +775,10 @@ Play = Callable[..., Instance]
 
 
 class Recording(FSM, abstract=True):
-    """Plays the runs it is given, one for each call, and keeps what it was shown."""
+    """Comes to the outcomes it is given, one for each call, then to Done, and keeps what it was shown."""
 
-    def __init__(self, *runs: object, handler: object = None) -> None:
-        self.runs = list(runs)
+    def __init__(self, *outcomes: object, handler: object = None) -> None:
+        self.outcomes = list(outcomes)
         self.handler = handler
         self.contexts: list[Ctx] = []
         self.errors: list[BaseException] = []
@@ -786,8 +786,8 @@ class Recording(FSM, abstract=True):
 
     def play(self, ctx: Ctx) -> Any:
         self.contexts.append(ctx)
-        run = self.runs.pop(0) if self.runs else Done()
-        return run(ctx) if callable(run) else run
+        outcome = self.outcomes.pop(0) if self.outcomes else Done()
+        return outcome(ctx) if callable(outcome) else outcome
 
     def handle(self, error: Exception, ctx: Ctx) -> Any:
         self.errors.append(error)
@@ -1955,7 +1955,7 @@ def test_the_retry_rule_agrees_with_a_plain_model(
 ) -> None:
     """Whatever a job does, its attempts and its end are those of the rule."""
     timed_engine, _, job, _ = shared_engine
-    job.runs, job.contexts = [MOVES[move] for move in moves], []
+    job.outcomes, job.contexts = [MOVES[move] for move in moves], []
     target = timed_engine.insert(Job, max_attempts=max_attempts)
     tally = timed_engine.drain()
     attempts, end = expected_of_a_job(moves, max_attempts)
@@ -3007,7 +3007,7 @@ def test_a_plain_state_comes_back_as_it_was_given(
 ) -> None:
     """A dict of JSON values is stored, loaded, returned and shown unchanged."""
     timed_engine, machine, _, _ = shared_engine
-    machine.contexts, machine.runs = [], [lambda ctx: Next("last"), lambda ctx: Done(ctx.state)]
+    machine.contexts, machine.outcomes = [], [lambda ctx: Next("last"), lambda ctx: Done(ctx.state)]
     target = timed_engine.insert(Machine, state=state)
     timed_engine.drain()
     assert [ctx.state for ctx in machine.contexts] == [state, state]
@@ -3581,25 +3581,22 @@ class Holds(FSM):
         return "through"
 
 
-class Scripted(FSM):
-    """A machine that returns the outcomes given, one a step, then Done, and keeps what it was shown."""
+class Scripted(Machine):
+    """The same, which also keeps the children that it had."""
 
-    def __init__(self, *outcomes: object) -> None:
-        self.outcomes = collections.deque(outcomes)
-        self.runs: list[Ctx] = []
+    def __init__(self, *outcomes: object, handler: object = None) -> None:
+        super().__init__(*outcomes, handler=handler)
         self.children: list[tuple[Instance, ...]] = []
 
-    def step(self, name: str, ctx: Ctx) -> object:
-        self.runs.append(ctx)
+    def step(self, name: str, ctx: Ctx) -> Any:
         self.children.append(ctx.children)
-        outcome = self.outcomes.popleft() if self.outcomes else Done()
-        return outcome(ctx) if callable(outcome) else outcome
+        return self.play(ctx)
 
     def awaited(self) -> list[list[Any]]:
-        return [[signal.payload for signal in ctx.awaited] for ctx in self.runs]
+        return [[signal.payload for signal in ctx.awaited] for ctx in self.contexts]
 
     def inboxes(self) -> list[list[Any]]:
-        return [[signal.payload for signal in ctx.inbox] for ctx in self.runs]
+        return [[signal.payload for signal in ctx.inbox] for ctx in self.contexts]
 
 
 class Ticks(FSM, name="test.ticks"):
@@ -5431,9 +5428,9 @@ def test_cancel_fails_what_is_not_running(make_engine: MakeEngine, status: str) 
     row = engine.get(ident)
     awaits = ("go",) if status == "awaiting_signal" else ()
     assert (row.status, row.last_error, row.awaits, row.await_deadline) == (Status.FAILED, "enough", awaits, None)
-    runs = len(machine.runs)
+    runs = len(machine.contexts)
     engine.drain()
-    assert len(machine.runs) == runs
+    assert len(machine.contexts) == runs
     assert engine.check() == []
 
 
@@ -5518,7 +5515,7 @@ def test_a_cancelled_step_that_would_go_on_does_not(make_engine: MakeEngine, gat
         gate.leave.set()
         assert engine.wait(ident, timeout=PATIENCE, until="terminal").status is Status.FAILED
         assert [row.id for row in engine.find()] == [ident]
-    assert len(machine.runs) == 1
+    assert len(machine.contexts) == 1
 
 
 def test_cancel_of_a_claimed_but_unstarted_instance_keeps_it_from_running(make_engine: MakeEngine, gate: Gate) -> None:
@@ -5550,7 +5547,7 @@ def test_retry_runs_a_failed_instance_again_from_its_current_step(make_engine: M
     assert (row.status, row.step, row.attempt) == (Status.RUNNABLE, "second", 0)
     engine.drain()
     assert engine.result(ident) == {"n": 1}
-    assert [(ctx.step, ctx.attempt) for ctx in machine.runs][-1] == ("second", 0)
+    assert [(ctx.step, ctx.attempt) for ctx in machine.contexts][-1] == ("second", 0)
 
 
 def test_retry_shows_the_step_what_it_had_been_shown(make_engine: MakeEngine) -> None:
@@ -5711,7 +5708,7 @@ def test_what_was_cancelled_while_it_waited_can_be_rewound_as_well(make_engine: 
     assert engine.get(ident).await_deadline == clock.instant(30)
     engine.fire_timeouts()
     engine.drain()
-    assert [ctx.step for ctx in machine.runs] == ["start", "start", "end"]
+    assert [ctx.step for ctx in machine.contexts] == ["start", "start", "end"]
 
 
 def test_retry_refuses_what_has_not_failed(engine: Engine) -> None:
@@ -6243,7 +6240,7 @@ def test_work_runs_in_the_order_of_priority_due_time_and_id(rows: list[tuple[int
             for priority, ago in rows
         ]
         engine.drain()
-    assert [ctx.id for ctx in machine.runs] == [ident for _, _, ident in sorted(keys)]
+    assert [ctx.id for ctx in machine.contexts] == [ident for _, _, ident in sorted(keys)]
 
 
 def test_a_started_engine_keeps_the_same_order(make_engine: MakeEngine) -> None:
@@ -6255,7 +6252,7 @@ def test_a_started_engine_keeps_the_same_order(make_engine: MakeEngine) -> None:
     last = engine.insert(Echo, priority=9)
     engine.start()
     engine.result(last, timeout=PATIENCE)
-    assert [ctx.id for ctx in machine.runs] == [ident for _, ident in sorted(zip(priorities, ids, strict=True))]
+    assert [ctx.id for ctx in machine.contexts] == [ident for _, ident in sorted(zip(priorities, ids, strict=True))]
 
 
 def test_a_queue_runs_as_many_steps_at_once_as_it_is_wide(make_engine: MakeEngine) -> None:
@@ -6304,7 +6301,7 @@ def test_what_the_same_process_does_is_seen_without_a_poll(make_engine: MakeEngi
         engine.wait(ident, timeout=BEFORE_A_HEARTBEAT)
         engine.signal(ident, "go", "now")
         assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == ["now"]
-    assert len(machine.runs) == 51
+    assert len(machine.contexts) == 51
 
 
 # ---- Several engines on one file -----------------------------------------------------------------
@@ -6819,7 +6816,7 @@ def test_a_signal_has_an_id_a_name_and_the_instant_it_was_sent(make_engine: Make
     clock.advance(5)
     engine.signal(ident, "go", "second")
     engine.drain()
-    first, second = machine.runs[-1].awaited
+    first, second = machine.contexts[-1].awaited
     assert (first.name, first.payload, first.sent_at) == ("go", "first", clock.instant(-5))
     assert second.sent_at == clock.instant()
     assert first.id != second.id
@@ -6863,7 +6860,7 @@ def test_a_dedup_key_holds_among_racing_threads(make_engine: MakeEngine) -> None
     engine, machine, ident = scripted(make_engine, Await("go", "end"))
     together(*[functools.partial(engine.signal, ident, "go", n, dedup_key="k") for n in range(16)])
     engine.drain()
-    assert len(machine.runs[-1].inbox) == 1
+    assert len(machine.contexts[-1].inbox) == 1
 
 
 def test_thousands_of_signals_racing_with_the_park_are_each_consumed_once(make_engine: MakeEngine) -> None:
@@ -7042,13 +7039,9 @@ def test_an_await_of_handle_is_woken_by_what_came_while_its_step_ran(make_engine
         running.signal(ctx.id, "go", 2)
         raise ValueError("boom")
 
-    class Handling(Scripted):
-        def handle(self, error: Exception, ctx: Ctx) -> Await:
-            return Await("go", "end")
-
-    machine = Handling(Await("go", "next"), fail_late)
+    machine = Scripted(Await("go", "next"), fail_late, handler=Await("go", "end"))
     running = make_engine(fsms=[machine])
-    ident = running.insert(Handling)
+    ident = running.insert(Scripted)
     running.signal(ident, "go", 1)
     running.drain()
     assert machine.awaited() == [[], [1], [1, 2]]
@@ -7083,15 +7076,10 @@ def test_what_the_last_run_was_shown_is_dropped_without_a_word(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also where it is `handle` that ends the instance, which is shown no inbox of its own."""
-
-    class Handling(Scripted):
-        def handle(self, error: Exception, ctx: Ctx) -> Done:
-            return Done("handled")
-
-    machine = Handling(Await("go", "next"), Raising(ValueError("boom")))
+    machine = Scripted(Await("go", "next"), Raising(ValueError("boom")), handler=Done("handled"))
     engine = make_engine(fsms=[machine])
     heard = Heard(engine, "signal.dropped")
-    ident = engine.insert(Handling)
+    ident = engine.insert(Scripted)
     engine.signal(ident, "go")
     engine.signal(ident, "unasked")
     engine.drain()
@@ -7123,7 +7111,7 @@ def test_a_deadline_wakes_with_nothing_and_leaves_the_attempt(make_engine: MakeE
     engine.signal(ident, "other", "shown in the inbox")
     clock.advance(60)
     engine.drain()
-    assert [(ctx.step, ctx.attempt, len(ctx.awaited), len(ctx.inbox)) for ctx in machine.runs] == [
+    assert [(ctx.step, ctx.attempt, len(ctx.awaited), len(ctx.inbox)) for ctx in machine.contexts] == [
         ("start", 0, 0, 0),
         ("end", 0, 0, 1),
     ]
@@ -7324,7 +7312,7 @@ def test_a_parent_may_have_very_many_children(make_engine: MakeEngine, count: in
     )
     with engine:
         assert engine.result(engine.insert(Scripted), timeout=PATIENCE * count / 10_000) == sum(range(count))
-    assert len(machine.runs) == 2
+    assert len(machine.contexts) == 2
 
 
 # ==================================================================================================
@@ -12791,38 +12779,24 @@ def test_a_schedule_is_a_row_that_can_be_looked_at(make_engine: MakeEngine, cloc
     cron = Cron("0 3 * * *", zone=BERLIN)
     engine.schedule("b", Echo, cron, catch_up="all", window=60, overlap=True, jitter=timedelta(seconds=1.5))
     engine.schedule("a", Echo, Every(600, anchor=clock.instant()), args={"customer": 42})
-    expected = [
-        Schedule(
-            name="a",
-            fsm=f"{__name__}.Echo",
-            when=Every(600, anchor=clock.instant()),
-            next_at=clock.instant(600),
-            last_at=None,
-            last_id=None,
-            missed=0,
-            is_paused=False,
-            is_declared=False,
-            catch_up="last",
-            window=DAY,
-            overlap=False,
-            jitter=0,
-        ),
-        Schedule(
-            name="b",
-            fsm=f"{__name__}.Echo",
-            when=cron,
-            next_at=instants(cron, clock.instant(), clock.instant(2 * DAY))[0],
-            last_at=None,
-            last_id=None,
-            missed=0,
-            is_paused=False,
-            is_declared=False,
-            catch_up="all",
-            window=60,
-            overlap=True,
-            jitter=1.5,
-        ),
-    ]
+    first = Schedule(
+        name="a",
+        fsm=f"{__name__}.Echo",
+        when=Every(600, anchor=clock.instant()),
+        next_at=clock.instant(600),
+        last_at=None,
+        last_id=None,
+        missed=0,
+        is_paused=False,
+        is_declared=False,
+        catch_up="last",
+        window=DAY,
+        overlap=False,
+        jitter=0,
+    )
+    next_at = instants(cron, clock.instant(), clock.instant(2 * DAY))[0]
+    policies: dict[str, Any] = {"catch_up": "all", "window": 60, "overlap": True, "jitter": 1.5}
+    expected = [first, attrs.evolve(first, name="b", when=cron, next_at=next_at, **policies)]
     assert engine.schedules() == expected
     engine.stop()
     assert make_engine(queues={}).schedules() == expected
@@ -12850,7 +12824,7 @@ def test_an_occurrence_is_an_ordinary_instance_that_says_what_it_stands_for(
     assert engine.drain()["done"] == 1
     [found] = engine.find(schedule="report:42")
     assert (found.schedule, found.scheduled_at) == ("report:42", written_at + timedelta(seconds=600))
-    assert [ctx.scheduled_at for ctx in machine.runs] == [found.scheduled_at]
+    assert [ctx.scheduled_at for ctx in machine.contexts] == [found.scheduled_at]
     assert (found.inserted_at, found.eligible_at) == (clock.instant(), clock.instant())
     plain = engine.get(engine.insert(Scripted, **{**options, "correlation_key": "other"}))
     for name in ("fsm", "version", "step", "state", "queue", "priority", "concurrency_key", "rate_limit", "weight"):
@@ -13094,8 +13068,7 @@ def test_a_snapshot_has_its_schedules_paused(make_engine: MakeEngine, clock: Clo
     engine.snapshot(tmp_path / "copy.db")
     copy = make_engine(database=tmp_path / "copy.db", clock=clock)
     clock.advance(600)
-    for queue in ("default",):
-        copy.resume(queue)
+    copy.resume("default")
     assert copy.drain()["steps"] == 0
     assert [(one.next_at, one.is_paused) for one in copy.schedules()] == [(None, True)] * 2
     assert copy.check() == []
@@ -16335,16 +16308,8 @@ def test_timeouts_cancels_and_crashes_are_kinds_of_their_own(make_engine: MakeEn
 
 def test_what_handle_answers_with_an_end_stands_in_the_history(make_engine: MakeEngine) -> None:
     """The instance is done and has no last error; what its last run failed with is told all the same."""
-
-    class Soothing(FSM, name="test.soothing"):
-        def step(self, name: str, ctx: Ctx) -> Done:
-            raise ValueError("boom")
-
-        def handle(self, error: Exception, ctx: Ctx) -> Done:
-            return Done("calm")
-
-    engine = make_engine()
-    ident = engine.insert(Soothing)
+    engine = make_engine(fsms=[Machine(Raising(ValueError("boom")), handler=Done("calm"))])
+    ident = engine.insert(Machine)
     engine.drain()
     assert engine.get(ident).last_error is None
     assert past(engine, ident) == [("start", 0, "done", "ValueError: boom", None)]
@@ -16352,33 +16317,21 @@ def test_what_handle_answers_with_an_end_stands_in_the_history(make_engine: Make
 
 def test_a_crash_stands_in_the_history_with_its_cause(make_engine: MakeEngine) -> None:
     """Where it is to run again, with the step that it led to."""
-
-    def leave(ctx: Ctx) -> Done:
-        raise SystemExit(3)
-
-    engine, _, ident = scripted(make_engine, leave, Done())
+    engine, _, ident = scripted(make_engine, Raising(SystemExit(3)), Done())
     with pytest.raises(SystemExit):
         engine.drain()
     [(step_name, attempt, kind, error, to)] = past(engine, ident)
     assert (step_name, attempt, kind, to, "SystemExit" in str(error)) == ("start", 0, "crash", "start", True)
 
 
-def test_a_claim_that_is_cancelled_before_it_starts_is_in_the_history(make_engine: MakeEngine) -> None:
+def test_a_claim_that_is_cancelled_before_it_starts_is_in_the_history(make_engine: MakeEngine, gate: Gate) -> None:
     """As `cancel`, with the reason, as if it had not been claimed."""
-    held, go = threading.Event(), threading.Event()
-
-    class Holding(FSM, name="test.holding"):
-        def step(self, name: str, ctx: Ctx) -> Done:
-            held.set()
-            go.wait(PATIENCE)
-            return Done()
-
-    engine = running_engine(make_engine, queues={"default": 1}, prefetch=1)
-    ids = engine.insert_all([Insert(Holding), Insert(Holding)])
-    held.wait(PATIENCE)
+    engine = running_engine(make_engine, queues={"default": 1}, prefetch=1, fsms=[Holds(gate)])
+    ids = engine.insert_all([Insert(Holds), Insert(Holds)])
+    assert gate.entered.wait(PATIENCE)
     ahead = next(cast(int, one) for one in ids if engine.get(cast(int, one)).status == "executing" and one != ids[0])
     engine.cancel(ahead, "enough")
-    go.set()
+    gate.leave.set()
     assert [row[2:4] for row in past(engine, ahead)] == [("cancel", "enough")]
 
 
@@ -16760,17 +16713,9 @@ def test_each_class_says_how_long_its_instances_are_kept(
     make_engine: MakeEngine, clock: Clock, kept: timedelta | float
 ) -> None:
     """Stored with the row, so that every engine on the file keeps to it; the others go after the engine's retention."""
-
-    class Precious(FSM, name="test.precious", retention=cast(Any, kept)):
-        def perform(self, args: object) -> None:
-            pass
-
-    class Fleeting(FSM, name="test.fleeting", retention=1):
-        def perform(self, args: object) -> None:
-            pass
-
+    kinds = define("Precious", body=PERFORM, retention=kept), define("Fleeting", body=PERFORM, retention=1), Shipment
     engine = make_engine(clock=clock, retention=timedelta(days=7))
-    precious, fleeting, plain = (engine.insert(fsm) for fsm in (Precious, Fleeting, Shipment))
+    precious, _, plain = map(engine.insert, kinds)
     engine.drain()
     engine.cancel(plain)
     clock.advance(2)
@@ -16779,11 +16724,8 @@ def test_each_class_says_how_long_its_instances_are_kept(
     assert (engine.gc(), {one.id for one in engine.find()}) == (1, {precious})
     clock.advance(3651 * 86_400)
     assert engine.gc() == (0 if kept == math.inf else 1)
-    assert fleeting
     with pytest.raises(TypeError, match="retention"):
-        types.new_class(
-            "Bad", (FSM,), {"retention": -1}, lambda space: space.update({"perform": lambda self, args: None})
-        )
+        define("Bad", body=PERFORM, retention=-1)
 
 
 # ---- Calls and progress --------------------------------------------------------------------------
@@ -17770,9 +17712,8 @@ def test_a_migrate_that_fails_is_for_handle(make_engine: MakeEngine) -> None:
 
 def test_a_version_that_is_known_is_not_migrated(make_engine: MakeEngine) -> None:
     """Its instances end on it, though a later one could take them over."""
-    old = types.new_class("Known", (FSM,), {"name": "test.known"}, lambda space: space.update(BODY))
-    body = {"start": step(lambda self, ctx: Done()), "migrate": lambda self, name, state, version: 1 // 0}
-    types.new_class("Known", (FSM,), {"name": "test.known", "version": 2}, lambda space: space.update(body))
+    old = define("Known", body=PERFORM, name="test.known")
+    define("Known", body=STEPS | {"migrate": lambda *_: 1 // 0}, name="test.known", version=2)
     engine = make_engine()
     ident = engine.insert(old)
     engine.drain()
@@ -17783,7 +17724,7 @@ def test_a_version_that_is_known_is_not_migrated(make_engine: MakeEngine) -> Non
 @pytest.mark.parametrize("answer", [None, "start", ("nowhere", {}), ("start", 5), ("start", {}, 1), (1, {}), KeyError])
 def test_what_migrate_cannot_mean_stops_the_instance(make_engine: MakeEngine, answer: Any) -> None:
     """An error of it, or what is no step and state, goes to `handle`; by itself that stops a machine."""
-    old = types.new_class("Moving", (FSM,), {"name": "test.moving"}, lambda space: space.update(BODY))
+    old = define("Moving", body=PERFORM, name="test.moving")
     engine = make_engine()
     ident = engine.insert(old)
     forget("test.moving")
@@ -17807,19 +17748,13 @@ def test_what_migrate_cannot_mean_stops_the_instance(make_engine: MakeEngine, an
 
 def test_two_classes_cannot_claim_one_name() -> None:
     """By an alias as well as by a name; and aliases are names."""
-
-    class First(FSM, name="test.first", aliases=["test.zeroth"]):
-        def perform(self, args: object) -> None:
-            pass
-
+    define("First", body=PERFORM, name="test.first", aliases=["test.zeroth"])
     for options in ({"name": "test.zeroth"}, {"name": "test.second", "aliases": ["test.first"]}):
         with pytest.raises(TypeError, match="taken"):
-            types.new_class("Second", (FSM,), options, lambda space: space.update({"perform": lambda self, args: None}))
+            define("Second", body=PERFORM, **cast(Any, options))
     for bad in ("text", [5], 5):
         with pytest.raises(TypeError, match="aliases"):
-            types.new_class(
-                "Third", (FSM,), {"aliases": bad}, lambda space: space.update({"perform": lambda self, args: None})
-            )
+            define("Third", body=PERFORM, aliases=bad)
     forget("test.first", "test.zeroth")
 
 
@@ -17828,9 +17763,7 @@ def test_check_says_what_the_code_lacks_for_the_file(make_engine: MakeEngine) ->
 
     def define_shop(version: int, **steps: Any) -> type[FSM]:
         body = {name: step(cast(Any, function)) for name, function in steps.items()}
-        return types.new_class(
-            "Shop", (FSM,), {"name": "test.shop", "version": version}, lambda space: space.update(body)
-        )
+        return cast("type[FSM]", define("Shop", body=body, name="test.shop", version=version))
 
     engine = make_engine()
     shop = define_shop(1, start=lambda self, ctx: Await("x", "end"), end=lambda self, ctx: Done())
@@ -17879,15 +17812,11 @@ def test_check_says_once_what_many_states_have_wrong(make_engine: MakeEngine) ->
 def test_check_of_code_that_is_older_than_the_file_says_so(make_engine: MakeEngine) -> None:
     """What migrates goes up only: a row of a later version waits for later code."""
     engine = make_engine()
-    old = types.new_class("Later", (FSM,), {"name": "test.later", "version": 2}, lambda space: space.update(BODY))
-    ident = engine.insert(old, schedule_in=9)
+    ident = engine.insert(define("Later", body=PERFORM, name="test.later", version=2), schedule_in=9)
     forget("test.later")
-    types.new_class("Later", (FSM,), {"name": "test.later", "version": 1}, lambda space: space.update(BODY))
+    define("Later", body=PERFORM, name="test.later", version=1)
     told = f"test.later: no class of version 2, only 1: update the code (1 instance: {ident})"
     assert about(engine, "test.later") == [told]
-
-
-BODY = {"perform": lambda self, args: None}
 
 
 # ==================================================================================================
