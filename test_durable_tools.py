@@ -1222,6 +1222,10 @@ def test_insert_refuses_a_duplicate(command: Command, script: Path, tmp_path: Pa
         ["wait", "x.db", "1", "--timeout", "nan"],
         ["watch", "x.db", "--interval", "inf"],
         ["watch", "x.db", "--interval", "-1"],
+        ["list", "x.db", "--limit", "0"],
+        ["gc", "x.db", "--retention", "-1"],
+        ["insert", "m:C", "--database", "x.db", "--in", "-5"],
+        ["insert", "m:C", "--database", "x.db", "--weight", "0"],
     ],
     ids=lambda words: " ".join(words)[:60],
 )

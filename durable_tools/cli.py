@@ -442,15 +442,15 @@ def _drain(options: argparse.Namespace) -> int:
     _argument("--database", type=Path, metavar="FILE", required=True, help="made if it is missing"),
     _argument("--state", "--args", type=_json_argument, metavar="JSON", help="its state, a job's arguments"),
     _argument("--key", dest="correlation_key", metavar="KEY", help="a business key, unique among the live"),
-    _argument("--in", dest="schedule_in", type=float, metavar="SECONDS", help="not before"),
+    _argument("--in", dest="schedule_in", type=_seconds_argument, metavar="SECONDS", help="not before"),
     _argument("--at", dest="schedule_at", type=_instant_argument, metavar="INSTANT", help="not before"),
     _argument("--queue", help="another queue than its class's"),
     _argument("--priority", type=int, metavar="N", help="lower goes first (0)"),
     _argument("--step", help="another first step"),
     _argument("--concurrency-key", metavar="KEY", help="what it shares its turns with"),
     _argument("--rate-limit", metavar="NAME", help="the bucket that pays for it"),
-    _argument("--weight", type=int, metavar="N", help="how many tokens it costs (1)"),
-    _argument("--max-attempts", type=int, metavar="N", help="of a job (20)"),
+    _argument("--weight", type=_count_argument, metavar="N", help="how many tokens it costs (1)"),
+    _argument("--max-attempts", type=_count_argument, metavar="N", help="of a job (20)"),
 )
 def _insert(options: argparse.Namespace) -> None:
     """Insert an instance and print its id."""
@@ -522,7 +522,7 @@ def _worker_table(screen: Screen, found: Iterable[Worker]) -> Iterator[str]:
     _argument("--status", choices=[str(status) for status in Status], help="only with this status"),
     _argument("--parent", dest="parent_id", type=int, metavar="ID", help="only its children"),
     _argument("--before", type=int, metavar="ID", help="only older ones: the next page"),
-    _argument("--limit", type=int, default=100, metavar="N", help="so many at most (100)"),
+    _argument("--limit", type=_count_argument, default=100, metavar="N", help="so many at most (100)"),
     _JSON,
     opens=tools.Reader,
 )
@@ -864,7 +864,7 @@ def _unschedule(engine: Engine, options: argparse.Namespace) -> None:
 @_verb(
     "durable gc shop.db --retention 3600",
     _FILE,
-    _argument("--retention", type=float, default=86_400.0, metavar="S", help="keep the last S seconds (a day)"),
+    _argument("--retention", type=_seconds_argument, default=86_400.0, metavar="S", help="keep the last S seconds"),
 )
 def _gc(options: argparse.Namespace) -> None:
     """Delete what ended before the retention and print how many rows that were."""
