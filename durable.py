@@ -1014,11 +1014,7 @@ def _maker_of(record: type[_Record]) -> Callable[[Sequence[Any]], _Record]:
     return make
 
 
-_make_signal = _maker_of(Signal)
 _make_instance = _maker_of(Instance)
-_make_worker = _maker_of(Worker)
-_make_schedule = _maker_of(Schedule)
-_make_transition = _maker_of(Transition)
 
 
 @attrs.frozen
@@ -4129,13 +4125,13 @@ class _SharedReads(_Statements):
 
     @_reads(
         f"SELECT {_columns(Signal)} FROM durable_signals WHERE target = ? AND consumed = 0 ORDER BY id",
-        _make_signal,
+        _maker_of(Signal),
         tuple,
     )
     def signals(self, target: int) -> tuple[Signal, ...]:
         """Return an instance's inbox."""
 
-    @_reads(f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id", _make_worker)
+    @_reads(f"SELECT {_columns(Worker)} FROM durable_workers ORDER BY started_at, id", _maker_of(Worker))
     def workers(self) -> list[Worker]: ...
 
 
@@ -5010,7 +5006,9 @@ SELECT queue FROM busy WHERE queue NOT IN (SELECT queue FROM durable_paused)
     def calls(self, instance: int) -> dict[str, tuple[str | None, bool]]:
         """Return the calls that are kept of an instance's step: (value as JSON, whether it was awaited) by name."""
 
-    @_reads(f"SELECT {_columns(Transition)} FROM durable_transitions WHERE instance = ? ORDER BY seq", _make_transition)
+    @_reads(
+        f"SELECT {_columns(Transition)} FROM durable_transitions WHERE instance = ? ORDER BY seq", _maker_of(Transition)
+    )
     def history(self, instance: int) -> list[Transition]: ...
     @_reads_value("""
 SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kind NOT IN ('rewind', 'cancel')
@@ -5020,7 +5018,7 @@ SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kin
 
     @_reads_value("SELECT step FROM durable_transitions WHERE instance = ? AND seq = ?")
     def step_of_run(self, instance: int, seq: int) -> str | None: ...
-    @_reads(f"SELECT {_columns(Schedule)} FROM durable_schedules ORDER BY name", _make_schedule)
+    @_reads(f"SELECT {_columns(Schedule)} FROM durable_schedules ORDER BY name", _maker_of(Schedule))
     def schedules(self) -> list[Schedule]: ...
     @_reads(f"{_SCHEDULE_ROW} ORDER BY name", _ScheduleRow._make)
     def schedule_rows(self) -> list[_ScheduleRow]: ...

@@ -2707,12 +2707,9 @@ def test_an_outcome_is_as_strict_as_an_insert(make_engine: MakeEngine, outcome: 
         Await: lambda: Await("a", "last", state),
         ScheduleChildren: lambda: ScheduleChildren([], "last", state),
     }
-
-    class Ordered(Machine, state=Order): ...
-
-    fsm = Ordered(lambda ctx: makers[outcome]())
+    fsm = define("Ordered", Machine, state=Order)(lambda ctx: makers[outcome]())
     timed_engine = make_engine(fsms=[fsm])
-    target = timed_engine.insert(Ordered, state=Order(1))
+    target = timed_engine.insert(type(fsm), state=Order(1))
     timed_engine.drain()
     assert [type(error) for error in fsm.errors] == [StateError]
     assert timed_engine.get(target).state == {"order": 1, "items": [], "pieces": 1}
@@ -2729,15 +2726,13 @@ class Tally:
 def test_a_state_left_out_is_the_contexts_as_the_step_leaves_it(make_engine: MakeEngine, outcome: Any) -> None:
     """What a step does to a mutable `ctx.state` is kept with its outcome."""
 
-    class Tallied(Machine, state=Tally): ...
-
     def run(ctx: Ctx) -> Any:
         ctx.state.count += 1
         return outcome
 
-    fsm = Tallied(run)
+    fsm = define("Tallied", Machine, state=Tally)(run)
     timed_engine = make_engine(fsms=[fsm])
-    target = timed_engine.insert(Tallied)
+    target = timed_engine.insert(type(fsm))
     timed_engine.drain()
     timed_engine.drain()
     assert fsm.contexts[-1].state == Tally(1)
@@ -2762,18 +2757,13 @@ def test_a_field_that_the_constructor_does_not_take_is_kept_too(make_engine: Mak
 def test_a_state_left_out_is_checked_all_the_same(make_engine: MakeEngine) -> None:
     """A step that leaves `ctx.state` with a value of a wrong type has a `StateError`."""
 
-    class Tallied(Machine, state=Tally): ...
-
     def run(ctx: Ctx) -> Any:
         ctx.state.count = "many"
         return Next("last")
 
-    fsm = Tallied(run)
-    timed_engine = make_engine(fsms=[fsm])
-    target = timed_engine.insert(Tallied)
-    timed_engine.drain()
+    fsm = define("Tallied", Machine, state=Tally)(run)
+    assert finish(make_engine(fsms=[fsm]), type(fsm)).state == {"count": 0}
     assert [type(error) for error in fsm.errors] == [StateError]
-    assert timed_engine.get(target).state == {"count": 0}
 
 
 @pytest.mark.parametrize(
@@ -5336,7 +5326,7 @@ def test_what_was_lost_is_claimed_again_while_its_first_run_goes_on(make_engine:
     """Both runs take up a place until they have ended; the late outcome of the first is stale."""
     second = Gate()
     with make_engine(fsms=[HoldsInTurn(gate, second)], queues={"default": 2}) as engine:
-        stale = Recorder(engine, "outcome.stale")
+        stale = Heard(engine, "outcome.stale")
         ident = engine.insert(HoldsInTurn)
         assert gate.entered.wait(PATIENCE)
         steal(engine, ident, "runnable")
@@ -7376,16 +7366,27 @@ def insert_many(engine: Engine, inserts: Iterable[Insert]) -> list[int]:
 
 
 class Heard:
-    """The events of an engine, which a test can wait for."""
+    """The events of an engine, which a test can wait for, and take one by one."""
 
     def __init__(self, engine: Engine, *names: str) -> None:
         self.events: list[durable.Event] = []
-        engine.subscribe(self.events.append, *names)
+        self.unsubscribe = engine.subscribe(self.events.append, *names)
 
     def wait(self, count: int = 1) -> list[durable.Event]:
         """The events, once there are so many."""
         eventually(lambda: len(self.events) >= count)
         return self.events
+
+    def take(self) -> durable.Event:
+        """The next event, once there is one; its fields must be exactly those that the contract names."""
+        event = self.wait().pop(0)
+        found = (set(event.measurements), set(event.metadata))
+        assert found == FIELDS.get(event.name, found)
+        return event
+
+    def names(self) -> list[str]:
+        """The names of the events that have come so far."""
+        return [self.take().name for _ in range(len(self.events))]
 
 
 PLAIN = hypothesis.settings(
@@ -14147,25 +14148,6 @@ def notes(engine: Engine) -> list[str]:
     return [text for (text,) in ask(engine, "select text from note order by rowid")]
 
 
-class Recorder:
-    """Keeps the events of an engine for the test to take."""
-
-    def __init__(self, engine: Engine, *names: str) -> None:
-        self.events: queues.SimpleQueue[durable.Event] = queues.SimpleQueue()
-        self.unsubscribe = engine.subscribe(self.events.put, *names)
-
-    def take(self) -> durable.Event:
-        """The next event, once there is one; its fields must be exactly those that the contract names."""
-        event = self.events.get(timeout=PATIENCE)
-        found = (set(event.measurements), set(event.metadata))
-        assert found == FIELDS.get(event.name, found)
-        return event
-
-    def names(self) -> list[str]:
-        """The names of the events that have come so far."""
-        return [self.take().name for _ in range(self.events.qsize())]
-
-
 def read_lines(number: int, process: subprocess.Popen[str]) -> None:
     """Waits until a program has printed so many lines."""
     assert process.stdout is not None
@@ -14492,7 +14474,7 @@ def test_inline_steps_write_in_commits_of_their_own(bank: Engine) -> None:
 def test_a_cancelled_or_stale_outcome_is_dropped_whole(make_engine: MakeEngine, fsm: type[Gated]) -> None:
     """Neither the statements nor the inserts and signals of a cancelled or disowned run have any effect."""
     engine = make_engine(fsms=[gated := fsm()])
-    stale = Recorder(engine, "outcome.stale")
+    stale = Heard(engine, "outcome.stale")
     with engine:
         engine.insert(Listener, state={"name": "gated"}, correlation_key="listener")
         engine.wait("listener", PATIENCE)
@@ -15068,7 +15050,7 @@ def test_a_running_engine_sees_the_insert_without_being_told(
 ) -> None:
     """Another connection's commit, in this or another process, is seen within `poll_interval`."""
     running = make_engine(poll_interval=0.02, heartbeat_interval=3600, lease_ttl=9000, gc_interval=3600)
-    steps = Recorder(running, "step.stop")
+    steps = Heard(running, "step.stop")
     with running:
         if process == "this process":
             with connection:
@@ -15733,7 +15715,7 @@ def test_every_name_can_be_subscribed_to_and_no_other(bank: Engine) -> None:
 @pytest.mark.parametrize("outcome", [name for name in ENDINGS if name not in NO_ENDINGS])
 def test_step_stop_tells_how_each_step_ended(bank: Engine, outcome: str) -> None:
     """`step.stop` (duration; id, fsm, step, kind), one for each step that ran."""
-    steps = Recorder(bank, "step.stop")
+    steps = Heard(bank, "step.stop")
     instance = finish(bank, Ends, state={"outcome": outcome})
     event = steps.take()
     kind = "retry" if outcome == "snooze" else outcome
@@ -15743,7 +15725,7 @@ def test_step_stop_tells_how_each_step_ended(bank: Engine, outcome: str) -> None
 
 def test_pick_stop_tells_how_many_were_claimed(make_engine: MakeEngine) -> None:
     """`pick.stop` (count, demand; queue)."""
-    picks = Recorder(engine := make_engine(queues={"post": 3}), "pick.stop")
+    picks = Heard(engine := make_engine(queues={"post": 3}), "pick.stop")
     with engine:
         engine.insert(mail, args=ANN, queue="post")
         while not (event := picks.take()).measurements["count"]:
@@ -15754,9 +15736,9 @@ def test_pick_stop_tells_how_many_were_claimed(make_engine: MakeEngine) -> None:
 
 def test_commit_stop_tells_what_a_commit_carried(bank: Engine) -> None:
     """`commit.stop` (outcomes, inserts, duration)."""
-    commits = Recorder(bank, "commit.stop")
+    commits = Heard(bank, "commit.stop")
     finish(bank, mail, args=ANN)
-    events = [commits.take().measurements for _ in range(commits.events.qsize())]
+    events = [commits.take().measurements for _ in range(len(commits.events))]
     assert [sum(event[key] for event in events) for key in ("outcomes", "inserts")] == [1, 1]
     assert all(event["duration"] >= 0 for event in events)
 
@@ -15764,7 +15746,7 @@ def test_commit_stop_tells_what_a_commit_carried(bank: Engine) -> None:
 def test_the_end_of_an_engine_is_told_for_each_queue(make_engine: MakeEngine) -> None:
     """`scheduler.drain` (released, in_flight; queue): what each queue gave back and what it left running."""
     engine = make_engine(queues={"a": 1, "b": 2}, prefetch=2, fsms=[gated := Gated()])
-    picks, drains = Recorder(engine, "pick.stop"), Recorder(engine, "scheduler.drain")
+    picks, drains = Heard(engine, "pick.stop"), Heard(engine, "scheduler.drain")
     with engine:
         engine.insert_all([Insert(Gated, queue="a")] * 4)
         claimed = 0
@@ -15783,7 +15765,7 @@ def test_the_end_of_an_engine_is_told_for_each_queue(make_engine: MakeEngine) ->
 def test_saturation_is_told_when_a_queue_is_full(make_engine: MakeEngine) -> None:
     """`scheduler.saturation`: every slot is taken and work waits."""
     engine = make_engine(queues={"default": 1}, fsms=[gated := Gated()])
-    saturation = Recorder(engine, "scheduler.saturation")
+    saturation = Heard(engine, "scheduler.saturation")
     with engine:
         engine.insert_all([Insert(Gated), Insert(mail, args=ANN)])
         assert gated.entered.acquire(timeout=PATIENCE)
@@ -15812,7 +15794,7 @@ def test_what_a_dead_worker_held_is_told(
 ) -> None:
     """A running engine reaps within a second (`reaper.reaped`), a starting one reclaims; the log says so."""
     caplog.set_level(logging.INFO, "durable")
-    told = Recorder(engine := make_engine(), name)
+    told = Heard(engine := make_engine(), name)
     if name == "reaper.reaped":
         engine.start()
     kill_after(1, start_script(tmp_path, DYING, database))
@@ -15829,7 +15811,7 @@ def test_what_a_dead_worker_held_is_told(
 
 def test_throttling_by_a_key_is_told(make_engine: MakeEngine) -> None:
     """`concurrency.throttled`: a row was refused because its key is held."""
-    throttled = Recorder(engine := make_engine(fsms=[gated := Gated()]), "concurrency.throttled")
+    throttled = Heard(engine := make_engine(fsms=[gated := Gated()]), "concurrency.throttled")
     with engine:
         ids = engine.insert_all([Insert(Gated, concurrency_key="k")] * 2)
         throttled.take()
@@ -15840,7 +15822,7 @@ def test_throttling_by_a_key_is_told(make_engine: MakeEngine) -> None:
 def test_throttling_by_a_bucket_is_told(make_engine: MakeEngine) -> None:
     """`rate_limit.throttled`: a row was refused because its bucket is empty."""
     engine = make_engine(rate_limits={"api": RateLimit(1, per=3600)}, clock=Clock())
-    throttled = Recorder(engine, "rate_limit.throttled")
+    throttled = Heard(engine, "rate_limit.throttled")
     engine.insert_all([Insert(mail, args=ANN, rate_limit="api")] * 2)
     assert engine.drain()["steps"] == 1
     throttled.take()
@@ -15854,7 +15836,7 @@ def test_an_await_that_ran_out_is_told(bank: Engine) -> None:
         def start(self, ctx: Ctx) -> Await:
             return Await("x", then=Waits.heard, timeout=3600)
 
-    timeouts = Recorder(bank, "await.timeout")
+    timeouts = Heard(bank, "await.timeout")
     finish(bank, Waits)
     assert bank.fire_timeouts() == 1
     timeouts.take()
@@ -15862,7 +15844,7 @@ def test_an_await_that_ran_out_is_told(bank: Engine) -> None:
 
 def test_a_sweep_is_told(make_engine: MakeEngine) -> None:
     """`gc.swept`: rows older than the retention were deleted."""
-    swept = Recorder(engine := make_engine(clock=(clock := Clock()), retention=60), "gc.swept")
+    swept = Heard(engine := make_engine(clock=(clock := Clock()), retention=60), "gc.swept")
     finish(engine, mail, args=ANN)
     clock.now += 61
     assert engine.gc() == 1
@@ -15906,7 +15888,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on_when_it_is_back(tmp_path: Path
 
 def test_an_event_goes_to_those_who_asked_for_its_name(bank: Engine) -> None:
     """`subscribe` hands an `Event` to a callback for the names given, or for all."""
-    some, everything = Recorder(bank, "step.stop", "commit.stop"), Recorder(bank)
+    some, everything = Heard(bank, "step.stop", "commit.stop"), Heard(bank)
     finish(bank, mail, args=ANN)
     names = set(some.names()), set(everything.names())
     assert names[0] == {"step.stop", "commit.stop"}
@@ -15915,7 +15897,7 @@ def test_an_event_goes_to_those_who_asked_for_its_name(bank: Engine) -> None:
 
 def test_who_unsubscribes_hears_no_more(bank: Engine) -> None:
     """`subscribe` returns a function that unsubscribes that callback alone; a second call is nothing."""
-    one, other = Recorder(bank, "step.stop"), Recorder(bank, "step.stop")
+    one, other = Heard(bank, "step.stop"), Heard(bank, "step.stop")
     finish(bank, mail, args=ANN)
     for _ in range(2):
         one.unsubscribe()
@@ -15934,7 +15916,7 @@ def test_a_callback_that_raises_is_logged_and_hurts_nobody(
         raise error
 
     bank.subscribe(fail, "step.stop")
-    steps = Recorder(bank, "step.stop")
+    steps = Heard(bank, "step.stop")
     with bank if started else contextlib.nullcontext():
         target = bank.insert(mail, args=ANN)
         if not started:
