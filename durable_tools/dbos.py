@@ -2273,7 +2273,8 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
     """Runs durable's classes on PostgreSQL, on any number of machines; the methods are those of `durable.Engine`.
 
     `url` is PostgreSQL's: `postgresql://user:password@host/database`. The tables, in the schemas `durable` and `dbos`,
-    are made when they are missing. Options are those of `durable.Engine`, but for `clock`, `prefetch` and
+    are made when they are missing. A pooler in between must pool sessions, not transactions: an engine that lives holds
+    a lock of its session. Options are those of `durable.Engine`, but for `clock`, `prefetch` and
     `synchronous`. A started engine is one per process, since DBOS is. What differs is in the README's table; above all:
     what is dated is on time to a second, a queue's width is what the engine that was started last has said, for each
     process, and `subscribe` and `snapshot` are refused. Placeholders in `ctx.execute` are `?` or `:name`, as ever;
