@@ -3932,6 +3932,20 @@ def test_of_two_processes_one_is_killed_and_nothing_is_lost_or_doubled(
     assert trial.check() == []
 
 
+@pytest.mark.postgres
+def test_processes_that_start_at_once_make_the_tables_once(
+    server: Server, url: str, fleet: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """One makes them, the others wait, and none for the other."""
+    server.execute(name_of(url), "DROP SCHEMA durable CASCADE; DROP SCHEMA dbos CASCADE")
+    with ThreadPoolExecutor(3) as threads:
+        started = [threads.submit(fleet, url) for _ in range(3)]
+        for one in started:
+            one.result(LONG)
+    with closing_engine(DBOSEngine(url, queues={})) as engine:
+        assert len(engine.workers()) == 3
+
+
 MORTAL = f"""
 {WORKERS}
 import os, signal

@@ -1457,7 +1457,9 @@ class _Core:
         """Make durable's tables and DBOS's, or refuse those of another version."""
         try:
             with psycopg.connect(self.url, autocommit=True) as setup:
-                setup.execute("SELECT pg_advisory_lock(%s)", (_SETUP_LOCK,))
+                # Not waited for in a statement: DBOS's migrations wait in their turn until none runs any more.
+                while setup.execute("SELECT pg_try_advisory_lock(%s)", (_SETUP_LOCK,)).fetchone() == (False,):
+                    time.sleep(0.05)
                 if setup.execute(_HAS_TABLES).fetchone() == (False,):
                     _Dispatcher.migrate(self.url)
                     setup.execute(cast(Any, f"BEGIN; {_SCHEMA} COMMIT"))
