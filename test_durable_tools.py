@@ -3762,7 +3762,6 @@ SAME = [
     "test_progress_of_a_running_step_is_read_by_others",
     "test_a_step_may_have_a_rule_of_its_own",
     "test_exit_out_of_a_step_is_a_crash_that_the_worker_survives",
-    "test_exits_in_a_row_end_as_failed",
     "test_job_fails_when_crashes_use_up_its_attempts",
     "test_exit_out_of_drain_is_raised_on_after_its_commit",
     "test_overdue_coroutine_is_cancelled",
