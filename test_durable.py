@@ -18592,7 +18592,8 @@ class EngineModel:
         is_failed = kind == "stop" or (kind == "retry" and verdict.outcome.counted)
         if is_failed or not row.is_job:
             to = None if kind in ("done", "stop") else row.step
-            error = verdict.error if kind == "stop" else verdict.answered
+            is_answer = kind != "stop" or (verdict.is_last_word and verdict.outcome is verdict.cue.on_error)
+            error = verdict.answered if is_answer else verdict.error
             self.note(row, verdict.twin, verdict.twin.claim, kind, error, to)
 
     def move(self, row: Twin, verdict: Verdict) -> None:
