@@ -238,7 +238,7 @@ class _Tally:
     QUICK_S, SHARE, MOST_LIVE = 0.01, 20, 10_000
     SMALL = 4_000_000
     """A file of so few bytes is counted at once, the first time, too."""
-    SETTLED_MS = 2_000
+    SETTLED_MS = 1_000
     """What ended so long ago is settled: of later instants a commit may still come."""
 
     def __init__(self, source: _Source) -> None:
