@@ -4395,6 +4395,25 @@ def test_limits_hold_over_all_processes_on_postgres(
 
 
 @pytest.mark.postgres
+def test_a_queue_that_is_resumed_while_a_turn_finds_it_paused_loses_no_turn(
+    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn looks once more: the resume, which went first, did not see its row."""
+    hold = machines._Claims._hold
+    with DBOSEngine(url) as engine:
+
+        def resumed_meanwhile(*arguments: Any) -> bool:
+            engine.resume("default")
+            return hold(*arguments)
+
+        monkeypatch.setattr(machines._Claims, "_hold", resumed_meanwhile)
+        server.execute(name_of(url), "INSERT INTO durable.paused (queue) VALUES ('default')")
+        instance = engine.insert(cli_add, args={"a": 1})
+        assert engine.result(instance, PATIENCE) == 2
+        assert server.execute(name_of(url), "SELECT turn FROM durable.instances") == [(1,)]
+
+
+@pytest.mark.postgres
 def test_an_application_awaits_its_fleet(url: str) -> None:
     """`async with` runs coroutines on the caller's loop; its futures can be awaited, and are settled at the stop."""
     loops: list[Any] = []

@@ -991,8 +991,9 @@ class _Claims(_Records):
         found = self.first(_CLAIM, bindings)
         if found is None and is_again:
             found = self.first(_CLAIMED, bindings)
+        if found is None and not self._hold(instance, number):
+            found = self.first(_CLAIM, bindings)  # the queue may have been resumed since it was found paused
         if found is None:
-            self._hold(instance, number)
             return None
         row, is_paid = tools.Row._make(found[:-1]), found[-1]
         if not self._core.steps.knows(row):
@@ -1006,12 +1007,14 @@ class _Claims(_Records):
     def inbox(self, row: tools.Row) -> tuple[Signal, ...]:
         return tuple(tools.record(Signal, one) for one in self.rows(_INBOX, (row.id,)))
 
-    def _hold(self, instance: int, number: int) -> None:
-        """See why a row was not claimed: that of a paused queue is held until it is resumed."""
+    def _hold(self, instance: int, number: int) -> bool:
+        """See why a row was not claimed: that of a paused queue is held until it is resumed. Whether it is paused."""
         if self.first(_PAUSED, (instance,)) is not None:
             self.rows(_HOLD, (instance, number))
-        elif self.first(_IS_REGISTERED, (self.worker,)) is None:
+            return True
+        if self.first(_IS_REGISTERED, (self.worker,)) is None:
             raise _NotRegisteredError
+        return False
 
     def _admit(self, row: tools.Row, *, is_paid: bool) -> bool:
         """Ask the row's limits; refused by its key it is parked, by its bucket it is put back until that has tokens."""
