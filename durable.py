@@ -76,19 +76,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Final,
-    Generic,
-    NamedTuple,
-    Self,
-    TypedDict,
-    Unpack,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Self, TypedDict, Unpack, cast, overload
 
 import apsw
 import attrs
@@ -3778,9 +3766,7 @@ class _Patience:
 
 
 def _connect(
-    path: str,
-    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
-    patience: _Patience | None = None,
+    path: str, flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE, patience: _Patience | None = None
 ) -> apsw.Connection:
     # apsw puts a statement back after each use, of `executemany` after each row, and the oldest goes for it: with room
     # for 128 a beat of a hundred rows threw out all the others, which cost 4 us a job. And it looks through all the
@@ -9011,12 +8997,7 @@ class _Beat:
 
 def _log_failure(row: _Row, change: _Finish) -> None:
     _log.error(
-        "instance %d (%s) failed in step %r: %s",
-        row.id,
-        row.fsm,
-        row.step,
-        change.last_error,
-        extra=_log_details(row),
+        "instance %d (%s) failed in step %r: %s", row.id, row.fsm, row.step, change.last_error, extra=_log_details(row)
     )
 
 

@@ -3105,10 +3105,7 @@ FROZEN: dict[str, tuple[Callable[[Frozen], Any], list[tuple[str, str | None]]]] 
     "elsewhere": (lambda state: Frozen("a", inner=state.by_name["k"]), [("a", "for a"), ("e", "for e")]),
 }
 MUTABLE: dict[str, tuple[Callable[[Mutable], Any], list[tuple[str, str | None]]]] = {
-    "the whole": (
-        lambda state: setattr(state, "name", "x"),
-        [("x", "for a"), ("b", "for b"), ("c", "for c")],
-    ),
+    "the whole": (lambda state: setattr(state, "name", "x"), [("x", "for a"), ("b", "for b"), ("c", "for c")]),
     "one less": (lambda state: state.items.remove(state.items[0]), [("a", "for a"), ("c", "for c")]),
     "around": (rotate, [("a", "for a"), ("c", "for c"), ("x", "for b")]),
     "elsewhere": (spare_last, [("a", "for a"), ("b", "for b"), ("y", "for c")]),
@@ -3672,15 +3669,7 @@ BAD_OPTIONS: dict[str, list[object]] = {
     "retention": [-1, timedelta(days=-1)],
     "gc_interval": [-1],
     "synchronous": ["sometimes"],
-    "clock": [
-        5,
-        lambda: "noon",
-        lambda: None,
-        lambda zone: 0.0,
-        lambda: float("nan"),
-        lambda: 1.7e12,
-        lambda: -1e11,
-    ],
+    "clock": [5, lambda: "noon", lambda: None, lambda zone: 0.0, lambda: float("nan"), lambda: 1.7e12, lambda: -1e11],
 }
 
 
@@ -6508,10 +6497,7 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        *("no ctypes", "no inotify", "no file"),
-        *(pytest.param(how, marks=on_linux) for how in ("gevent", "eventlet")),
-    ],
+    [*("no ctypes", "no inotify", "no file"), *(pytest.param(how, marks=on_linux) for how in ("gevent", "eventlet"))],
 )
 def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Where the system tells nothing, the engine looks every `poll_interval`.
@@ -11381,8 +11367,7 @@ ADDITIONS: dict[str, Callable[[Path], None]] = {
         " begin insert into seen values (new.id); end"
     ),
     "a check that names what it is": rewrite(
-        "durable_signals",
-        lambda sql: sql.replace(") STRICT", ", CONSTRAINT sent CHECK (sent_at IS NOT NULL)) STRICT"),
+        "durable_signals", lambda sql: sql.replace(") STRICT", ", CONSTRAINT sent CHECK (sent_at IS NOT NULL)) STRICT")
     ),
     "a check": rewrite("durable_signals", lambda sql: sql.replace(") STRICT", ", CHECK (sent_at > 0)) STRICT")),
     "other quotes": rewrite("durable_instances", quoted),
@@ -19629,19 +19614,13 @@ class Theatre(RuleBasedStateMachine):
             {"correlation_key": key},
         )
         self.perform(
-            hand,
-            lambda: hand.engine.schedule(name, fsm, when, **options),
-            lambda: self.model.write_plan(plan),
+            hand, lambda: hand.engine.schedule(name, fsm, when, **options), lambda: self.model.write_plan(plan)
         )
 
     @rule(number=any_hand, name=plan_names)
     def unschedule(self, number: int, name: str) -> None:
         hand = self.hand(number)
-        self.perform(
-            hand,
-            lambda: hand.engine.unschedule(name),
-            lambda: self.model.plans.pop(name, None) is not None,
-        )
+        self.perform(hand, lambda: hand.engine.unschedule(name), lambda: self.model.plans.pop(name, None) is not None)
 
     @rule(number=any_hand, name=plan_names, verb=st.sampled_from(["trigger", "pause", "resume", "resume"]))
     def rule_schedule(self, number: int, name: str, verb: str) -> None:
@@ -21169,7 +21148,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
     "one line over queues": {
         "the urgent wait for their turn at limits": replaced(
             durable, "_order", lambda row: (0, row.eligible_at, row.id)
-        ),
+        )
     },
     "failing jobs": {
         "a job has an attempt too many": bent(FSM, "_retry", tried_once_more(is_job=True)),
@@ -21251,7 +21230,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
     "a clock that is set back under a claim": {
         "what is given back after that stays in the future": reworded(
             "_GIVE_BACK", "min(eligible_at, ?1)", "eligible_at"
-        ),
+        )
     },
     "full disks and bad statements": {
         "a refused outcome is half written": replaced(durable._Store, "undo", durable._Store.release),
@@ -21260,7 +21239,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
     "correlation keys and their scopes": {
         "an ended instance occupies its key for ever": bent(
             durable, "_scope_bits", lambda read: lambda scope: 7 if read(scope) else 0
-        ),
+        )
     },
     "inline steps": {
         "rows of paused queues are waited for": replaced(durable._Transaction, "is_paused", nothing),
@@ -21277,7 +21256,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
     "a drain": {
         "what handle has answered is not told": bent(
             durable, "_entry", lambda make: lambda commit, *a: make(commit._replace(error=None), *a)
-        ),
+        )
     },
     "what happened": {
         "a snooze of a job is entered in the history": replaced(durable._Commit, "is_kept", property(lambda _: True)),
@@ -21338,9 +21317,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         "kept calls outlive the progress of their step": replaced(durable._Store, "drop_calls", nothing),
         "handle is not given what was kept": bent(durable._Claim, "failed_with", forgetting_calls),
         "a call's name may be used again": bent(
-            durable.Context,
-            "_begin_call",
-            lambda begin: lambda self, *a: (self._called.clear(), begin(self, *a))[1],
+            durable.Context, "_begin_call", lambda begin: lambda self, *a: (self._called.clear(), begin(self, *a))[1]
         ),
         "handle hears of who was cancelled": bent(
             durable, "_recover", lambda recover: lambda claim, error: recover(blind_to_cancels(claim), error)
@@ -21356,9 +21333,7 @@ PLANTED_FAULTS: dict[str, dict[str, Planting]] = {
         "who has ended shows how far it had come": kept_as_it_is("_FINISH", "progress"),
         "who was cancelled shows how far it had come": kept_as_it_is("end", "progress"),
     },
-    "rules of steps": {
-        "a step has an attempt too many": bent(FSM, "_retry", tried_once_more(is_job=False)),
-    },
+    "rules of steps": {"a step has an attempt too many": bent(FSM, "_retry", tried_once_more(is_job=False))},
     "cancelling a tree": {
         "only the instance itself is cancelled": replaced(durable._Store, "children_ids", lambda *_: []),
         "nobody below who has ended is cancelled": replaced(
