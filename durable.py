@@ -2901,7 +2901,7 @@ class _Waiting(NamedTuple):
 # them is kept, or cleared by the statement.
 
 
-class _Progress(NamedTuple):
+class _Advance(NamedTuple):
     """A row that comes to another step, with a clean slate: no error, no attempts, no limits but those given."""
 
     status: str
@@ -2931,7 +2931,7 @@ class _Again(NamedTuple):
         return Status.RUNNABLE
 
 
-class _Finish(NamedTuple):
+class _End(NamedTuple):
     """A row that ends."""
 
     status: str
@@ -2942,22 +2942,20 @@ class _Finish(NamedTuple):
     crashes: int
 
 
-_Change = _Progress | _Again | _Finish
+_Change = _Advance | _Again | _End
 
 
-def _done(row: _Row, result: str | None) -> _Finish:
+def _done(row: _Row, result: str | None) -> _End:
     """End the row well; its attempt stays as it was, its crashes are forgotten."""
-    return _Finish(Status.DONE, result, None, None, row.attempt, 0)
+    return _End(Status.DONE, result, None, None, row.attempt, 0)
 
 
-def _failed(row: _Row, last_error: str, traceback: str | None = None) -> _Finish:
+def _failed(row: _Row, last_error: str, traceback: str | None = None) -> _End:
     """End the row as failed, likewise."""
-    return _Finish(Status.FAILED, None, last_error, traceback, row.attempt, 0)
+    return _End(Status.FAILED, None, last_error, traceback, row.attempt, 0)
 
 
-def _transition(
-    row: _Row, outcome: Next | Retry | Await | ScheduleChildren, state: str, now: int
-) -> _Progress | _Again:
+def _transition(row: _Row, outcome: Next | Retry | Await | ScheduleChildren, state: str, now: int) -> _Advance | _Again:
     """Say what an outcome that goes on makes of a row. Pure: no SQL, no clock."""
     key = row.concurrency_key
     match outcome:
@@ -2965,16 +2963,16 @@ def _transition(
             if outcome.concurrency_key is not KEEP:
                 key = _limit_key(outcome.concurrency_key, "concurrency_key")
             rate = None if outcome.rate_limit is None else _limit_key(outcome.rate_limit, "rate_limit")
-            return _Progress(Status.RUNNABLE, outcome.step, state, now, key, rate, outcome.weight, None, None, 0)
+            return _Advance(Status.RUNNABLE, outcome.step, state, now, key, rate, outcome.weight, None, None, 0)
         case Retry():
             eligible_at, attempt = _later(now, outcome.delay, "delay"), row.attempt + outcome.counted
             return _Again(state, attempt, 0, eligible_at, row.last_error, row.traceback)
         case Await():
             deadline = None if outcome.timeout is None else _later(now, outcome.timeout, "timeout")
             names = _json(outcome.names)
-            return _Progress(Status.AWAITING_SIGNAL, outcome.then, state, now, key, None, 1, names, deadline, 0)
+            return _Advance(Status.AWAITING_SIGNAL, outcome.then, state, now, key, None, 1, names, deadline, 0)
         case ScheduleChildren():
-            return _Progress(Status.AWAITING_CHILDREN, outcome.then, state, now, key, None, 1, None, None, 1)
+            return _Advance(Status.AWAITING_CHILDREN, outcome.then, state, now, key, None, 1, None, None, 1)
 
 
 _KEPT_INLINE = ("step", "state", "eligible_at", "concurrency_key", "rate_limit", "weight")
@@ -2986,13 +2984,13 @@ _RESET_INLINE: dict[str, Any] = _CLEAN_SLATE | _NOTHING_LEFT | {"cancel_reason":
 del _RESET_INLINE["progress"]  # which a `_Row` does not have
 
 
-def _advanced(row: _Row, change: _Progress) -> _Row:
+def _advanced(row: _Row, change: _Advance) -> _Row:
     """Say how the row stands when it goes on inline: under the next claim, at the new step."""
     kept = {name: getattr(change, name) for name in _KEPT_INLINE}
     return row._replace(claim=row.claim + 1, **kept, **_RESET_INLINE)
 
 
-def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _Again | _Finish:
+def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _Again | _End:
     """Say what becomes of a row whose step crashed: it runs again, unless it has crashed or been tried too often."""
     if row.cancel_reason is not None:
         return _failed(row, row.cancel_reason)
@@ -3227,8 +3225,8 @@ class _OpenFiles:
         found = {name: _file_id(name) for name in (self.path + suffix for suffix in _SUFFIXES)}
         self._identities = {name: identity for name, identity in found.items() if identity is not None}
 
-    def watch(self) -> None:
-        """Look after them from now on: they are open."""
+    def look_after(self) -> None:
+        """See to it from now on that they stay the files that they are: they are open."""
         self.note()
         self._root = _file_id("/")
         self._descriptors = _descriptors_of(self._identities.values())
@@ -4254,7 +4252,7 @@ _HELD_CLAIM = "id = ? AND status = 'executing' AND claim = ?"
 _UNDER_CLAIM = f"WHERE {_HELD_CLAIM} AND cancel_reason IS ?"
 # A failed row, ?1 being the status, keeps what it waited for: `retry` goes back to it.
 _FINISH = f"""
-UPDATE durable_instances SET {_settings(_Finish)}, updated_at = ?,
+UPDATE durable_instances SET {_settings(_End)}, updated_at = ?,
     awaits = iif(?1 = 'failed', awaits, NULL), joining = iif(?1 = 'failed', joining, 0),
     worker = NULL, cancel_reason = NULL, progress = NULL
 {_UNDER_CLAIM}"""
@@ -4266,12 +4264,12 @@ UPDATE durable_instances SET status = 'runnable', {_settings(_Again)}, updated_a
 _SET_CLEAN_SLATE = ", ".join(f"{name} = {'NULL' if value is None else value}" for name, value in _CLEAN_SLATE.items())
 _PROGRESS = f"""
 UPDATE durable_instances SET
-    {_settings(_Progress)}, updated_at = ?, {_SET_CLEAN_SLATE}, worker = NULL, cancel_reason = NULL
+    {_settings(_Advance)}, updated_at = ?, {_SET_CLEAN_SLATE}, worker = NULL, cancel_reason = NULL
 {_UNDER_CLAIM}"""
 # An inline step goes on under the next claim number, so that a late outcome of the step before it is stale. Its status
 # is not written, not even as it is: that would have every index that depends on it looked at.
 _ADVANCE = f"""
-UPDATE durable_instances SET {_settings(_Progress, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
+UPDATE durable_instances SET {_settings(_Advance, "status", "awaits", "await_deadline", "joining")}, updated_at = ?,
     {_SET_CLEAN_SLATE}, awaits = NULL, joining = 0, claim = claim + 1
 {_UNDER_CLAIM}"""
 
@@ -4281,7 +4279,7 @@ class _OutcomeTable(_Table):
 
     def settle(self, row: _Row, change: _Change, now: int, cancel_reason: str | None = None) -> bool:
         """Write an outcome under the claim that produced it; False if that claim holds no more."""
-        sql = _FINISH if isinstance(change, _Finish) else _PROGRESS if isinstance(change, _Progress) else _AGAIN
+        sql = _FINISH if isinstance(change, _End) else _PROGRESS if isinstance(change, _Advance) else _AGAIN
         self.db.execute(sql, (*change, now, row.id, row.claim, cancel_reason))
         return bool(self.db.changes())
 
@@ -4290,28 +4288,28 @@ class _OutcomeTable(_Table):
 
         Rows that end alike, as jobs without a result do, are one statement.
         """
-        rows: dict[type[_Change], list[tuple[Any, ...]]] = {_Finish: [], _Progress: [], _Again: []}
+        rows: dict[type[_Change], list[tuple[Any, ...]]] = {_End: [], _Advance: [], _Again: []}
         alike: dict[tuple[_Change, int], list[int]] = {}
         for one in commits:
             row = one.claim.row
-            if isinstance(one.change, _Finish):
+            if isinstance(one.change, _End):
                 alike.setdefault((one.change, row.claim), []).append(row.id)
             else:
                 rows[type(one.change)].append((*one.change, now, row.id, row.claim, None))
         for (change, claim), ids in alike.items():
             if len(ids) < _FEW:
-                rows[_Finish].extend((*change, now, instance, claim, None) for instance in ids)
+                rows[_End].extend((*change, now, instance, claim, None) for instance in ids)
             elif not self._change_alike(_FINISH_MANY, ids, (*change, now), (claim, None)):
                 return False
         return (
-            self._change_each(_FINISH, rows[_Finish])
-            and self._change_each(_PROGRESS, rows[_Progress])
+            self._change_each(_FINISH, rows[_End])
+            and self._change_each(_PROGRESS, rows[_Advance])
             and self._change_each(_AGAIN, rows[_Again])
         )
 
     def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
-        first, end = _Progress._fields.index("step"), _Progress._fields.index("awaits")
+        first, end = _Advance._fields.index("step"), _Advance._fields.index("awaits")
         rows = []
         for one in commits:
             row = one.claim.row
@@ -5774,10 +5772,10 @@ class _Commit(NamedTuple):
     def brought_back(self, now: int) -> _Commit:
         """Return it as ruled on now: the clock was set back since then."""
         change, ruled_at = self.change, self.claim.ruled_at
-        if isinstance(change, _Finish):
+        if isinstance(change, _End):
             return self
         change = change._replace(eligible_at=_brought_back(change.eligible_at, ruled_at, now))
-        if isinstance(change, _Progress) and change.await_deadline is not None:
+        if isinstance(change, _Advance) and change.await_deadline is not None:
             change = change._replace(await_deadline=_brought_back(change.await_deadline, ruled_at, now))
         return self._replace(change=change)
 
@@ -5790,7 +5788,7 @@ class _Commit(NamedTuple):
     @property
     def is_asking(self) -> bool:
         """Whether it would go on inline with limits that it does not hold yet."""
-        change = cast(_Progress, self.change)
+        change = cast(_Advance, self.change)
         is_new_key = change.concurrency_key is not None and change.concurrency_key != self.claim.row.concurrency_key
         return is_new_key or change.rate_limit is not None
 
@@ -5815,11 +5813,11 @@ def _reason_of(error: str | BaseException) -> str | BaseException:
 def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     """Say how a run stands in the history of its instance."""
     claim, row, change, error = commit.claim, commit.claim.row, commit.change, commit.error
-    to = change.step if isinstance(change, _Progress) else row.step if isinstance(change, _Again) else None
+    to = change.step if isinstance(change, _Advance) else row.step if isinstance(change, _Again) else None
     text, traceback = None, None
     if error is not None:
         text, traceback = _error_text(_reason_of(error)), _traceback_text(error)
-    elif isinstance(change, _Finish) or (isinstance(change, _Again) and commit.kind == _CRASH):
+    elif isinstance(change, _End) or (isinstance(change, _Again) and commit.kind == _CRASH):
         text, traceback = change.last_error, change.traceback
     kind = "timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind
     return _Entry(
@@ -5875,7 +5873,7 @@ def _elapsed(claim: _Claim) -> float:
     return _Ticks.perf_counter() - claim.started_at
 
 
-def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Progress | _Again:
+def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Advance | _Again:
     """Apply an outcome that goes on, with the state as the step leaves it."""
     if claim.row.version != claim.spec.version and outcome.state is not None:  # `handle`'s, in place of `migrate`'s
         claim.row, claim.is_migrated = claim.row._replace(version=claim.spec.version), True
@@ -6277,7 +6275,7 @@ class _Pool:
     is finished, and goes on with what that beat claims.
 
     After a run of quick steps no other thread is roused, since waking one costs more than several such steps; if one
-    blocks after all, the scheduler notices within `WATCH_S`.
+    blocks after all, the scheduler notices within `LOOK_S`.
 
     Who runs what is kept as sets: so nothing is counted twice or not at all, wherever a thread is interrupted or dies.
     """
@@ -6367,7 +6365,7 @@ class _Pool:
             was_quick = self._is_quick
             self._count_step(commit.duration)
             is_last = not self._ready
-            # The scheduler watches a pool that it has seen quick: one that turns so has to be shown to it.
+            # The scheduler looks at a pool that it has seen quick: one that turns so has to be shown to it.
             is_minded = bool(self._arriving) or (was_quick and self._is_quick)
             if is_last:
                 self._arriving.add(worker)
@@ -6411,13 +6409,13 @@ class _Pool:
         return bool(self._arriving) or (self._is_quick and bool(self._running))
 
     @property
-    def is_to_be_watched(self) -> bool:
+    def may_be_blocked(self) -> bool:
         """Whether rows, or outcomes, may come to wait behind a step that blocks after quick ones."""
         running = len(self._running)
         is_behind = running > 1 or bool(self._ready) or (running > 0 and bool(self._outcomes))
         return self._is_quick and (is_behind or bool(self._arriving))
 
-    def watch(self) -> None:
+    def look(self) -> None:
         """See whether a thread that was to take one row after the other has come to a step that blocks."""
         if self._is_quick and _Ticks.perf_counter() - self._taken_at > self.BLOCKED_S:
             self._quick_steps, self._is_quick = 0, False
@@ -6782,7 +6780,7 @@ class _Waiter:
         self.instance = instance
         self.until = until
         self.wake_up = _WakeUp()
-        self.done: _Finish | None = None
+        self.done: _End | None = None
         """How it is done, if this engine's commit did it: nobody has to read that. One that failed may run again."""
 
 
@@ -6795,7 +6793,7 @@ class _ResultWaiter:
         self.instance = instance
         self.until = _TERMINAL
         self.wake_up = self
-        self.done: _Finish | None = None
+        self.done: _End | None = None
         self.future = weakref.ref(future, lambda _: forget(self))
         self._look = look
 
@@ -6843,7 +6841,7 @@ class _Waiters:
         with self._lock:
             return list(self._of)
 
-    def notify(self, settled: Iterable[tuple[int, str, _Finish | None]]) -> None:
+    def notify(self, settled: Iterable[tuple[int, str, _End | None]]) -> None:
         for instance, status, done in settled:
             for waiter in tuple(self._of.get(instance, ())):  # who wakes leaves the list
                 if status in waiter.until:
@@ -7298,13 +7296,13 @@ class _Report:
         """Claims that were taken back unstarted: they are to be put back if the beat comes to nothing."""
         self.cancelled: list[int] = []
         """Instances that are to end, and whose step runs, here or elsewhere."""
-        self.settled: list[tuple[int, str, _Finish | None]] = []
+        self.settled: list[tuple[int, str, _End | None]] = []
         """Rows that a waiter may wait for, and how they are done."""
         self.after: list[Callable[[], None]] = []
         """What those who have asked for something do after the commit."""
         self.events: list[Event] = []
         self.logs: list[Callable[[], None]] = []
-        self.failures: list[tuple[_Row, _Finish]] = []
+        self.failures: list[tuple[_Row, _End]] = []
         self.unknown: dict[tuple[str, int], str] = {}
         """Classes, with their versions, that nothing here can run, and a queue in which one was met."""
         self.left_schedules: set[tuple[str, str]] = set()
@@ -7404,7 +7402,7 @@ class _Transaction:
         if change is None or change.status == Status.RUNNABLE:
             return
         done = None
-        if isinstance(change, _Finish):
+        if isinstance(change, _End):
             if row.parent_id is not None:
                 self.parents.add(row.parent_id)
             if change.status == Status.DONE:
@@ -8063,7 +8061,7 @@ class _Inline:
         is_held_up = transaction.given.is_stopping or transaction.is_paused(row.queue) or self._keeps_waiting(commit)
         if not is_held_up and (not commit.is_asking or self._admits(commit)):
             return True
-        metadata = {"id": row.id, "fsm": row.fsm, "step": cast(_Progress, commit.change).step}
+        metadata = {"id": row.id, "fsm": row.fsm, "step": cast(_Advance, commit.change).step}
         transaction.report.tell("inline.yield", {}, metadata)
         return False
 
@@ -8076,7 +8074,7 @@ class _Inline:
         since = claim.started_at if claim.inline_since is None else claim.inline_since
         if instant - since < self._transaction.given.inline_s:
             return False
-        key, kept = claim.row.concurrency_key, cast(_Progress, commit.change).concurrency_key
+        key, kept = claim.row.concurrency_key, cast(_Advance, commit.change).concurrency_key
         is_same_key = key is not None and key == kept
         if self._has_due(claim.row.queue) or (is_same_key and self._store.line_queues(f"key:{key}")):
             return True
@@ -8092,7 +8090,7 @@ class _Inline:
 
     def _admits(self, commit: _Commit) -> bool:
         """Ask the limits that an inline step names; a key that it keeps is held already."""
-        row, change = commit.claim.row, cast(_Progress, commit.change)
+        row, change = commit.claim.row, cast(_Advance, commit.change)
         is_kept = change.concurrency_key == row.concurrency_key
         asking = row._replace(
             concurrency_key=None if is_kept else change.concurrency_key,
@@ -8154,7 +8152,7 @@ class _Settlement:
         for commit in leaving:
             self._let_go(commit, commit.change)
         for commit in staying:
-            self._go_on(commit, cast(_Progress, commit.change))
+            self._go_on(commit, cast(_Advance, commit.change))
 
     def _settle(self, commit: _Commit) -> None:
         """Commit an outcome, whole or not at all."""
@@ -8198,7 +8196,7 @@ class _Settlement:
         if commit.is_inline and self._inline.may_go_on(commit):
             if not self._store.advance_many([commit], self._now):
                 return None
-            change = cast(_Progress, change)._replace(status=Status.EXECUTING)
+            change = cast(_Advance, change)._replace(status=Status.EXECUTING)
         else:
             if commit.children:
                 first_child = next(filter(None, self._inserts.write(commit.children)), None)
@@ -8206,7 +8204,7 @@ class _Settlement:
             if not self._store.settle(row, change, self._now):
                 return None
         self._history.record_all((commit,), first_child)
-        if isinstance(change, _Progress):
+        if isinstance(change, _Advance):
             if commit.claim.has_calls:
                 self._store.drop_calls(row.id)
             if commit.shown and commit.change.status != Status.AWAITING_SIGNAL:
@@ -8216,7 +8214,7 @@ class _Settlement:
     def _parked(self, commit: _Commit, first_child: int | None) -> _Change:
         """Look whether there is anything to park for."""
         change = commit.change
-        if not isinstance(change, _Progress):
+        if not isinstance(change, _Advance):
             return change
         if change.status == Status.AWAITING_CHILDREN and first_child is None:
             return change._replace(status=Status.RUNNABLE)
@@ -8248,11 +8246,11 @@ class _Settlement:
         if change is None:
             self._lose(commit)
         elif change.status == Status.EXECUTING:
-            self._go_on(commit, cast(_Progress, change))
+            self._go_on(commit, cast(_Advance, change))
         else:
             self._let_go(commit, change)
 
-    def _go_on(self, commit: _Commit, change: _Progress) -> None:
+    def _go_on(self, commit: _Commit, change: _Advance) -> None:
         """Claim a row anew, at its next step, for whoever has run this one."""
         claim, row = commit.claim, commit.claim.row
         if row.concurrency_key is not None and row.concurrency_key != change.concurrency_key:
@@ -8372,7 +8370,7 @@ class _Withdrawals:
         elif (reason := self._store.cancel_reason(row)) is not None:
             self._rule(row, _failed(row, reason), reason)
 
-    def _rule(self, row: _Row, change: _Again | _Finish, cancel_reason: str | None, worker: str | None = None) -> None:
+    def _rule(self, row: _Row, change: _Again | _End, cancel_reason: str | None, worker: str | None = None) -> None:
         """Write what becomes of a claimed row whose step has no say in it: it has crashed, or was cancelled."""
         self._store.settle(row, change, self._now, cancel_reason)
         kind = "crash" if worker is not None and cancel_reason is None else "cancel"
@@ -8995,7 +8993,7 @@ class _Beat:
             self.lines.release()
 
 
-def _log_failure(row: _Row, change: _Finish) -> None:
+def _log_failure(row: _Row, change: _End) -> None:
     _log.error(
         "instance %d (%s) failed in step %r: %s", row.id, row.fsm, row.step, change.last_error, extra=_log_details(row)
     )
@@ -9187,7 +9185,7 @@ class _Held:
 class _Runners:
     """Those who run what is claimed: pools of threads and an event loop, or a thread that drains."""
 
-    WATCH_S = 0.005
+    LOOK_S = 0.005
     """How often to look for rows that wait behind a step that takes long: as often as threads take turns anyway."""
 
     def __init__(self, shared: _Shared, prefetch: int) -> None:
@@ -9273,17 +9271,17 @@ class _Runners:
         """Whether a thread is about to run a beat, unless its step blocks."""
         return any(pool.will_beat for pool in self.pools.values())
 
-    def watch(self, monotonic: float) -> float:
+    def look(self, monotonic: float) -> float:
         """See whether threads have come to steps that block; return when to look again."""
         for pool in self.pools.values():
-            pool.watch()
-        return self.watch_at(monotonic)
+            pool.look()
+        return self.next_look_at(monotonic)
 
-    def watch_at(self, monotonic: float) -> float:
+    def next_look_at(self, monotonic: float) -> float:
         """When to look at the pools again."""
         for pool in self.pools.values():
-            if pool.is_to_be_watched:
-                return monotonic + self.WATCH_S
+            if pool.may_be_blocked:
+                return monotonic + self.LOOK_S
         return math.inf
 
     def expire(self, monotonic: float) -> float:
@@ -9509,12 +9507,12 @@ class _Committer:
             return due_at
         if self.failure is not None or not self._runners.will_commit:
             return monotonic
-        return min(due_at, self.beat_at + self._runners.WATCH_S)  # who was counted on may be held up
+        return min(due_at, self.beat_at + self._runners.LOOK_S)  # who was counted on may be held up
 
     def _wake_if_needed(self) -> None:
         """Wake the scheduler's thread if a beat in another has brought on what it must wake up for earlier."""
         monotonic = _Ticks.monotonic()
-        needed_at = monotonic if self.requests else self._runners.watch_at(monotonic)
+        needed_at = monotonic if self.requests else self._runners.next_look_at(monotonic)
         if self._outcomes or self.due_at is not None:
             needed_at = min(needed_at, max(self.retry_at, self._due_at(monotonic)))
         if needed_at < self._shared.wakes_at - self.SLACK_S:
@@ -10647,6 +10645,25 @@ class _Declarations:
         return declare
 
 
+def _open_store(path: str, synchronous: str, files: _OpenFiles) -> _Store:
+    """Open the file, and keep others in this process from it, already while it is being opened."""
+    try:
+        store = _Store(path, synchronous, files)
+    except BaseException:
+        files.close()
+        raise
+    files.look_after()
+    return store
+
+
+def _drain_events(unstarted: Iterable[_Claim], runners: _Runners) -> Iterator[Event]:
+    """What an engine that stops has given back, and has not, of each queue."""
+    released = collections.Counter(claim.row.queue for claim in unstarted)
+    for queue in runners.pools:
+        measurements = {"released": released[queue], "in_flight": runners.held.count(queue)}
+        yield Event("scheduler.drain", measurements, {"queue": queue})
+
+
 class _Scheduler:
     """An engine's parts, put together: starts and stops them, and runs their duties in a thread of its own."""
 
@@ -10660,14 +10677,15 @@ class _Scheduler:
         self.path = path
         self.worker_id = os.urandom(8).hex()
         self.files = _OpenFiles(path)
-        self.store = self._open()
+        self.store = _open_store(path, options.synchronous, self.files)
         self.reader = _Reader(path, files=self.files)
         self.services = _Services(self.reader, options.clock)
         self.dispatcher = _Dispatcher(self.services.fork_guard)
         self.behaviours = behaviours
         self.shared = _Shared(path, self.services, behaviours, self.dispatcher)
         self.shared.give_back = self._give_back
-        self.store.patience.tell = self._tell_wait
+        # Told while it lasts, but not by the thread that waits, which holds a lock of ours.
+        self.store.patience.tell = lambda text: self.dispatcher.post_apart(functools.partial(_log.warning, "%s", text))
         self._life_lock = threading.Lock()
         self._stop_lock = threading.RLock()
         self._build_committer()
@@ -10715,23 +10733,9 @@ class _Scheduler:
             self._look_at_others,
             self.collection.go_on,
             self.committer.commit_due,
-            self.runners.watch,  # last: what a beat has claimed is to be watched
+            self.runners.look,  # last: what a beat has claimed is to be looked at
         )
         self._duties = _Duties(duties, self.shared.log_soon)
-
-    def _open(self) -> _Store:
-        """Open the file, and keep others in this process from it, already while it is being opened."""
-        try:
-            store = _Store(self.path, self.options.synchronous, self.files)
-        except BaseException:
-            self.files.close()
-            raise
-        self.files.watch()
-        return store
-
-    def _tell_wait(self, text: str) -> None:
-        """Log a long wait for the lock while it lasts, but not in the thread that waits, which holds a lock of ours."""
-        self.dispatcher.post_apart(functools.partial(_log.warning, "%s", text))
 
     def _give_back(self, claim: _Claim) -> None:
         self.callers.post(lambda beat: beat.withdrawals.give_back([claim]))
@@ -10883,7 +10887,7 @@ class _Scheduler:
         while self.runners.held and (left_s := deadline - _Ticks.monotonic()) > 0:
             self.runners.is_empty.wait(left_s)
         self.runners.close()
-        self._tell_drain(collections.Counter(claim.row.queue for claim in unstarted))
+        self.dispatcher.publish(_drain_events(unstarted, self.runners))
         self._sign_off()
         _log.info("engine %s stopped on %s", self.options.name, self.path)
         self.close()
@@ -10906,12 +10910,6 @@ class _Scheduler:
         else:
             self._end_drain()  # if one was interrupted before its end
         self.close()
-
-    def _tell_drain(self, released: collections.Counter[str]) -> None:
-        if self.dispatcher.wants("scheduler.drain"):
-            for queue in self.runners.pools:
-                measurements = {"released": released[queue], "in_flight": self.runners.held.count(queue)}
-                self.dispatcher.publish([Event("scheduler.drain", measurements, {"queue": queue})])
 
     def _sign_off(self) -> None:
         """Give everything back, and leave."""
@@ -12131,7 +12129,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         @property
         def advanced(self) -> _Row:
             """The row as it goes on inline, under the next claim."""
-            return _advanced(self.claim.row, cast(_Progress, self._commit.change))
+            return _advanced(self.claim.row, cast(_Advance, self._commit.change))
 
         def entry(self, worker: str, first_child: int | None = None) -> _Entry | None:
             """Say how the run stands in the history, unless its class keeps none."""
@@ -12319,7 +12317,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
                 columns |= {"version": commit.claim.row.version, "step": columns.get("step", commit.claim.row.step)}
-            is_asking = isinstance(commit.change, _Progress) and commit.is_asking
+            is_asking = isinstance(commit.change, _Advance) and commit.is_asking
             return tools.Outcome(
                 commit.claim,
                 commit.kind,
@@ -12337,9 +12335,9 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     def _columns(change: _Change) -> dict[str, Any]:
         """All columns that a change sets, also those which are only cleared."""
         columns = {**change._asdict(), "status": Status(change.status), "worker": None, "cancel_reason": None}
-        if isinstance(change, _Progress):
+        if isinstance(change, _Advance):
             columns |= _CLEAN_SLATE
-        elif isinstance(change, _Finish):
+        elif isinstance(change, _End):
             columns |= {"progress": None} if change.status == Status.FAILED else _NOTHING_LEFT
         return columns
 

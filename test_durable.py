@@ -4905,7 +4905,7 @@ class Promising:
     """A pool with a thread that is about to run a beat, and does not."""
 
     will_beat = True
-    is_to_be_watched = False
+    may_be_blocked = False
 
 
 def test_outcomes_are_left_to_a_worker_only_for_a_moment(engine: Engine) -> None:
@@ -4914,8 +4914,8 @@ def test_outcomes_are_left_to_a_worker_only_for_a_moment(engine: Engine) -> None
     core.runners.pools = cast(Any, {"default": Promising()})
     core.shared.outcomes.append(cast(Any, None))
     core.committer.beat_at = now = time.monotonic()
-    assert now < core.committer.next_at(now) <= now + core.runners.WATCH_S
-    core.committer.beat_at = now - core.runners.WATCH_S
+    assert now < core.committer.next_at(now) <= now + core.runners.LOOK_S
+    core.committer.beat_at = now - core.runners.LOOK_S
     assert core.committer.next_at(now) <= now
     core.shared.outcomes.clear()
     core.runners.pools = {}
@@ -4952,9 +4952,9 @@ def test_a_row_that_is_just_being_taken_after_quick_ones_is_watched(engine: Engi
     """Between the end of one step and the start of the next nothing runs, and the next may block."""
     pool = NoPool(1, engine._core.shared)
     pool._is_quick = True
-    assert not pool.is_to_be_watched
+    assert not pool.may_be_blocked
     pool.submit(collections.deque([cast(Any, object())]))
-    assert pool.is_to_be_watched
+    assert pool.may_be_blocked
 
 
 def test_a_call_that_comes_during_a_beat_that_fails_is_answered(
