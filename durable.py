@@ -9710,6 +9710,8 @@ class _Committer:
         if batch.failure is not None:
             self._report_failure(batch.failure, batch.requests)
         else:
+            # In a storm of interrupts those of callers that are gone would be looked through by each beat.
+            batch.requests = [request for request in batch.requests if not request.is_cancelled]
             for request in batch.requests:
                 request.error = None  # of this try
             _hand_over(batch.requests.pop, len(batch.requests), self.requests.extendleft)

@@ -10293,6 +10293,14 @@ def test_a_call_that_is_interrupted_is_done_once_or_not_at_all(
     assert engine.check() == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
+def test_calls_that_are_interrupted_one_after_the_other_leave_no_pile(engine: Engine) -> None:
+    """What nobody waits for any more is let go of by the next beat, also where that is interrupted as well."""
+    for n in range(1, 401):
+        Interrupter(n).call(lambda: engine.insert(Echo))
+    assert len(engine._core.committer.requests) < 20
+
+
 @strides(quick=307)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 def test_an_interrupt_of_a_drain_repeats_nothing_that_is_committed(make_engine: MakeEngine, stride: int) -> None:
