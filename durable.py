@@ -5766,8 +5766,8 @@ class _Commit(NamedTuple):
     children: tuple[_NewRow, ...] = ()
     is_inline: bool = False
     duration: float = 0.0
-    error: BaseException | None = None
-    """What `handle` has answered, for the history."""
+    error: tuple[str, str | None] | None = None
+    """What the step failed with, for the history: its text and traceback, as they were then."""
 
     def brought_back(self, now: int) -> _Commit:
         """Return it as ruled on now: the clock was set back since then."""
@@ -5816,7 +5816,7 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     to = change.step if isinstance(change, _Advance) else row.step if isinstance(change, _Again) else None
     text, traceback = None, None
     if error is not None:
-        text, traceback = _error_text(_reason_of(error)), _traceback_text(error)
+        text, traceback = error
     elif isinstance(change, _End) or (isinstance(change, _Again) and commit.kind == _CRASH):
         text, traceback = change.last_error, change.traceback
     kind = "timeout" if claim.is_timed_out and commit.kind != "cancel" else commit.kind
@@ -5863,10 +5863,15 @@ def _log_late(row: _Row, error: BaseException) -> None:
     _log.info(message, row.id, row.fsm, row.step, _error_text(error), exc_info=error, extra=_log_details(row))
 
 
-def _describe_stop(outcome: Stop, error: BaseException | None) -> tuple[str, str | None]:
-    reason = outcome.reason
-    source = reason if isinstance(reason, BaseException) and reason.__traceback__ is not None else error
-    return _error_text(_reason_of(reason)), None if source is None else _traceback_text(source)
+def _describe(error: BaseException) -> tuple[str, str | None]:
+    """Say what a step failed with. Once, and not in the commit: that takes half a millisecond, and runs user code."""
+    return _error_text(_reason_of(error)), _traceback_text(error)
+
+
+def _describe_stop(reason: str | BaseException, failure: tuple[str, str | None] | None) -> tuple[str, str | None]:
+    if isinstance(reason, BaseException) and reason.__traceback__ is not None:
+        return _describe(reason)
+    return _error_text(_reason_of(reason)), None if failure is None else failure[1]
 
 
 def _elapsed(claim: _Claim) -> float:
@@ -5899,6 +5904,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
     """Hold an outcome against the class and its limits and apply it to the row; `error` is what it answers."""
     row, spec = claim.row, claim.spec
     effects, shown = ctx._close(), _shown(ctx)
+    failure = None if error is None else _describe(error)
     change: _Change
     children: tuple[_NewRow, ...] = ()
     is_inline = False
@@ -5914,9 +5920,8 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
         case Retry():
             kind = "retry"
             change = _move(claim, ctx, outcome)
-            if error is not None:
-                reason = _error_text(_reason_of(error))
-                change = cast(_Again, change)._replace(last_error=reason, traceback=_traceback_text(error))
+            if failure is not None:
+                change = cast(_Again, change)._replace(last_error=failure[0], traceback=failure[1])
         case Await():
             kind = "await"
             spec.code(outcome.then)
@@ -5929,8 +5934,9 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
             change = _move(claim, ctx, outcome)
         case Stop():
             kind = "stop"
-            change = _failed(row, *_describe_stop(outcome, error))
-    return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim), error)
+            said = failure if outcome.reason is error else None
+            change = _failed(row, *(said or _describe_stop(outcome.reason, failure)))
+    return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim), failure)
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:

@@ -16290,6 +16290,34 @@ def test_what_handle_answers_with_an_end_stands_in_the_history(make_engine: Make
     assert past(engine, ident) == [("start", 0, "done", "ValueError: boom", None)]
 
 
+@pytest.mark.parametrize("answer", [None, Retry(9), Done(), Stop("no")], ids=lambda one: type(one).__name__)
+def test_what_a_step_failed_with_is_told_as_it_was_then(make_engine: MakeEngine, answer: Any) -> None:
+    """Never in the commit, with the lock held: to write an error runs code of the user's, and takes long."""
+    engine = make_engine()
+    told: list[bool] = []
+
+    class TellingError(Exception):
+        def __str__(self) -> str:
+            told.append(engine._core.committer.lock.locked())
+            return f"told {len(told)} times"
+
+    class Failing(FSM, name="test.telling"):
+        def step(self, name: str, ctx: Ctx) -> Done:
+            raise TellingError
+
+        def handle(self, error: Exception, ctx: Ctx) -> Any:
+            return Stop(error) if answer is None else answer
+
+    ident = engine.insert(Failing)
+    engine.drain(with_scheduled=False)
+    [run] = engine.history(ident)
+    assert told
+    assert not any(told)
+    row = engine.get(ident)
+    if not isinstance(answer, Done | Stop):
+        assert (run.error, run.traceback) == (row.last_error, row.traceback)
+
+
 def test_a_crash_stands_in_the_history_with_its_cause(make_engine: MakeEngine) -> None:
     """Where it is to run again, with the step that it led to."""
     engine, _, ident = scripted(make_engine, Raising(SystemExit(3)), Done())
