@@ -10887,8 +10887,8 @@ class _Scheduler:
     def _stop_started(self, drain_s: float) -> None:
         with self.committer.lock:  # what a beat under way claims is in the pools before they are emptied
             self.shared.is_stopping = True
+            unstarted = self.runners.withdraw()  # nor may one come to nothing meanwhile, and put them back
         self.shared.wake_up.set()
-        unstarted = self.runners.withdraw()
         if unstarted:
             self._try(lambda beat: beat.withdrawals.give_back(unstarted))
         deadline = _Ticks.monotonic() + drain_s

@@ -4300,6 +4300,29 @@ def test_stop_gives_back_what_is_still_running_when_its_time_is_up(
     assert (instance.status, instance.worker, instance.attempt) == (Status.RUNNABLE, None, 0)
 
 
+def test_a_beat_that_comes_to_nothing_starts_nothing_that_stop_gives_back(make_engine: MakeEngine, gate: Gate) -> None:
+    """None is under way while the pools are emptied: it would put back what it finds taken out, and that would run."""
+    job = Holds(gate)
+    engine = make_engine(fsms=[job], queues={"default": 1}, prefetch=1, drain_timeout=PATIENCE)
+    engine.insert_all([Insert(Holds), Insert(Holds)])
+    engine.start()
+    core = engine._core
+    release, beat_lock = core.runners.release, core.committer.lock
+
+    def meet_a_failing_beat() -> None:
+        if not beat_lock.locked():
+            core.runners.put_back()  # as a beat does whose transaction is undone
+        gate.leave.set()
+        release()
+
+    assert gate.entered.wait(PATIENCE)
+    eventually(lambda: engine.counts() == {"default": {"executing": 2}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.runners, "release", meet_a_failing_beat)
+        engine.stop()
+    assert job.runs == 1
+
+
 def test_stop_gives_back_what_it_claimed_but_did_not_start(make_engine: MakeEngine, gate: Gate) -> None:
     """`stop()` gives claimed but unstarted instances back at once: another engine has them meanwhile."""
     engine = make_engine(fsms=[Holds(gate)], queues={"default": 1}, prefetch=4, drain_timeout=PATIENCE)
