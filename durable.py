@@ -330,7 +330,7 @@ def _text(value: object, name: str, error: type[Exception] = ValueError) -> str:
 
 def _integer(value: object, name: str, least: int, error: type[Exception] = ValueError) -> int:
     """Check a whole number that SQLite can hold."""
-    if not isinstance(value, int) or value.__class__ is bool or not least <= value <= _MAX_INTEGER:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MAX_INTEGER:
         allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
         raise error(f"{name} must be an integer {allowed}, not {value!r}")
     return int(value)
@@ -4152,6 +4152,13 @@ class _Table(_Statements):
             changed += self.db.changes()
         return changed == len(ids)
 
+    def _change_all(self, one: str, many: str, ids: list[int], before: Sequence[Any]) -> None:
+        """Run a statement for the rows of these ids, one by one if they are few, without a look at what it changes."""
+        if len(ids) < _FEW:
+            self.db.executemany(one, [(*before, instance) for instance in ids])
+        else:
+            self._change_alike(many, ids, before)
+
 
 def _for_many(sql: str) -> str:
     """Have a statement for one row change `_BULK` of them."""
@@ -4418,10 +4425,7 @@ WHERE queue = ? AND priority = ? AND eligible_at > ? AND status = 'runnable' AND
     def next_due(self, queue: str, priority: int, horizon: int) -> int | None: ...
 
     def claim_many(self, worker: str, claims: Sequence[_Claim], now: int) -> None:
-        if len(claims) < _FEW:
-            self.db.executemany(_CLAIM, [(worker, now, claim.row.id) for claim in claims])
-        else:
-            self._change_alike(_CLAIM_MANY, [claim.row.id for claim in claims], (worker, now))
+        self._change_all(_CLAIM, _CLAIM_MANY, [claim.row.id for claim in claims], (worker, now))
 
     @_reads_value("""
 SELECT min(queue) FROM durable_instances WHERE queue > ? AND status = 'runnable' AND parked_on IS NULL
@@ -4466,11 +4470,7 @@ GROUP BY concurrency_key
     def park_many(self, parked: Iterable[tuple[str, int]]) -> None:
         """Park rows on something, (parked_on, id) each; those that come one after the other on the same together."""
         for parked_on, run in itertools.groupby(parked, _only):
-            ids = [instance for _, instance in run]
-            if len(ids) < _FEW:
-                self.db.executemany(_PARK, [(parked_on, instance) for instance in ids])
-            else:
-                self._change_alike(_PARK_MANY, ids, (parked_on,))
+            self._change_all(_PARK, _PARK_MANY, [instance for _, instance in run], (parked_on,))
 
     @_reads(
         f"""
@@ -5959,7 +5959,7 @@ def _is_shortage(error: BaseException) -> bool:
 
 def _stop(claim: _Claim, error: BaseException) -> _Commit:
     """End an instance as failed for an error that nobody is left to ask about."""
-    change = _failed(claim.row, _error_text(_reason_of(error)), _traceback_text(error))
+    change = _failed(claim.row, *_describe(error))
     return _Commit(claim, "stop", change, duration=_elapsed(claim))
 
 
@@ -7039,7 +7039,7 @@ def _future_type() -> Any:
     class Future(concurrent.futures.Future[Any]):
         def __init__(self, dispatcher: _Dispatcher) -> None:
             super().__init__()
-            self._condition.__class__ = Condition
+            self._condition = Condition()
             self._dispatcher = dispatcher
 
         def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:

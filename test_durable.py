@@ -3628,6 +3628,21 @@ def scripted(make_engine: MakeEngine, *outcomes: object, **options: Any) -> tupl
     return engine, machine, engine.insert(Scripted)
 
 
+def parent_of(name: str, children: list[Insert]) -> type[FSM]:
+    """Define a machine that inserts these children, waits for them, and is done with their results."""
+
+    class Parent(FSM, name=name):
+        @step
+        def start(self, ctx: Ctx) -> ScheduleChildren:
+            return ScheduleChildren(children, then="join")
+
+        @step
+        def join(self, ctx: Ctx) -> Done:
+            return Done([child.result for child in ctx.children])
+
+    return Parent
+
+
 def together(*calls: Callable[[], object]) -> None:
     """Make the calls at the same time, each in a thread of its own."""
     barrier = threading.Barrier(len(calls))
@@ -16493,17 +16508,9 @@ def test_children_of_what_is_rewound_go_on_without_a_parent(make_engine: MakeEng
     def kid(n: int) -> int:
         return n
 
-    class Family(FSM, name="test.family"):
-        @step
-        def start(self, ctx: Ctx) -> ScheduleChildren:
-            return ScheduleChildren([Insert(kid, args={"n": n}) for n in range(3)], then="join")
-
-        @step
-        def join(self, ctx: Ctx) -> Done:
-            return Done([child.result for child in ctx.children])
-
+    family = parent_of("test.family", [Insert(kid, args={"n": n}) for n in range(3)])
     engine = make_engine()
-    ident = engine.insert(Family)
+    ident = engine.insert(family)
     engine.drain()
     engine.rewind(ident, "join")
     engine.drain()
@@ -16516,18 +16523,9 @@ def test_children_of_what_is_rewound_go_on_without_a_parent(make_engine: MakeEng
 
 def test_a_parent_that_waits_can_be_rewound(make_engine: MakeEngine) -> None:
     """The children that it waited for go on and wake nobody; it waits for those that it then inserts."""
-
-    class Twins(FSM, name="test.twins"):
-        @step
-        def start(self, ctx: Ctx) -> ScheduleChildren:
-            return ScheduleChildren([Insert(Waits), Insert(Waits)], then="join")
-
-        @step
-        def join(self, ctx: Ctx) -> Done:
-            return Done([child.result for child in ctx.children])
-
+    twins = parent_of("test.twins", [Insert(Waits), Insert(Waits)])
     engine = make_engine()
-    ident = engine.insert(Twins)
+    ident = engine.insert(twins)
     engine.drain()
     old = engine.find(parent_id=ident)
     engine.rewind(ident, "start")
@@ -16669,17 +16667,9 @@ def test_a_rewound_child_is_waited_for_again(make_engine: MakeEngine) -> None:
         def start(self, ctx: Ctx) -> Done | Stop:
             return Done("well") if Kid.is_mended else Stop("broken")
 
-    class Elder(FSM, name="test.elder"):
-        @step
-        def start(self, ctx: Ctx) -> ScheduleChildren:
-            return ScheduleChildren([Insert(Kid), Insert(Kid, queue="later")], then="join")
-
-        @step
-        def join(self, ctx: Ctx) -> Done:
-            return Done([child.result for child in ctx.children])
-
+    elder_machine = parent_of("test.elder", [Insert(Kid), Insert(Kid, queue="later")])
     engine = make_engine()
-    elder = engine.insert(Elder)
+    elder = engine.insert(elder_machine)
     engine.drain(queue="default")
     [broken] = engine.find(parent_id=elder, status="failed")
     Kid.is_mended = True

@@ -1933,30 +1933,30 @@ class _Results:
     def __init__(self, core: _Core) -> None:
         self._core = core
         self._waiting: dict[int, list[_Future]] = {}
-        self._bell = threading.Condition()
+        self._changed = threading.Condition()
         self._is_closed = False
         threading.Thread(target=self._serve, name="durable-results", daemon=True).start()
 
     def add(self, instance: int) -> _Future:
         future = _Future()
-        with self._bell:
+        with self._changed:
             self._waiting.setdefault(instance, []).append(future)
-            self._bell.notify()
+            self._changed.notify()
         return future
 
     def close(self) -> None:
-        with self._bell:
+        with self._changed:
             self._is_closed = True
             left, self._waiting = self._waiting, {}
-            self._bell.notify()
+            self._changed.notify()
         for futures in left.values():
             self._settle(futures, EngineClosedError(f"the engine on {self._core.shown_url} was stopped"))
 
     def _serve(self) -> None:
         while True:
-            with self._bell:
+            with self._changed:
                 while not self._waiting and not self._is_closed:
-                    self._bell.wait()
+                    self._changed.wait()
                 if self._is_closed:
                     return
                 ids = list(self._waiting)
@@ -1970,7 +1970,7 @@ class _Results:
             status, result, last_error = found.get(instance, (None, None, None))
             if status is not None and status not in _TERMINAL:
                 continue
-            with self._bell:
+            with self._changed:
                 futures = self._waiting.pop(instance, [])
             if status == Status.DONE:
                 self._settle(futures, None if result is None else json.loads(result))

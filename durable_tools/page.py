@@ -126,10 +126,10 @@ class _Source:
                 self._looked_at = time.monotonic()
             return self._generation, self._version
 
-    def close(self, *, unless_used_for_s: float = 0) -> None:
-        """Let go of the file, as far as nobody has asked for so long."""
-        if not self._turns.lock.acquire(blocking=not unless_used_for_s):
-            return  # somebody uses it, or waits for it: who only tidies up does not
+    def close(self, *, unless_used_for_s: float = 0, waits: bool = True) -> None:
+        """Let go of the file, as far as nobody has asked for so long; not, unless it waits, while somebody is at it."""
+        if not self._turns.lock.acquire(blocking=waits):
+            return
         try:
             if time.monotonic() - self._used_at >= unless_used_for_s:
                 self._close()
@@ -1242,9 +1242,9 @@ class PageApplication:
             "/api/target": self._target,
         }
 
-    def close(self, *, unless_used_for_s: float = 0) -> None:
-        """Let go of the file, as far as nobody has asked for so many seconds."""
-        self._source.close(unless_used_for_s=unless_used_for_s)
+    def close(self, *, unless_used_for_s: float = 0, waits: bool = True) -> None:
+        """Let go of the file, as far as nobody has asked for so many seconds; unless it waits, not while it is used."""
+        self._source.close(unless_used_for_s=unless_used_for_s, waits=waits)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
@@ -1471,13 +1471,13 @@ class _Server(socketserver.ThreadingMixIn, simple_server.WSGIServer):
 
     def service_actions(self) -> None:
         """Let go of the file when nobody has looked for a while."""
-        cast(PageApplication, self.get_app()).close(unless_used_for_s=self.IDLE_S)
+        cast(PageApplication, self.get_app()).close(unless_used_for_s=self.IDLE_S, waits=False)
 
     def server_close(self) -> None:
         """End, and let go of the file; a request that still waits for it is not waited for."""
         super().server_close()
         if (page := cast("PageApplication | None", self.get_app())) is not None:
-            page.close(unless_used_for_s=1e-9)
+            page.close(waits=False)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a browser that went away."""
