@@ -3095,10 +3095,15 @@ def _is_engines(identity: _Identity | None) -> bool:
     return identity is not None and any(files.has(identity) for files in tuple(_process.open_files))
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """Refuse to open an engine's files by another road than apsw. Python calls it for all that it reports."""
-    refusal = _REFUSALS.get(event)
-    if refusal is None or not _process.open_files:
+def _audit(
+    event: str, arguments: tuple[Any, ...], *, refusals: Mapping[str, str] = _REFUSALS, process: _Process = _process
+) -> None:
+    """Refuse to open an engine's files by another road than apsw. Python calls it for all that it reports.
+
+    It is called to the interpreter's very end, when the module's names are gone: those that it needs each time it keeps.
+    """
+    refusal = refusals.get(event)
+    if refusal is None or not process.open_files:
         return
     path = _sqlite3_path(arguments[0]) if event == "sqlite3.connect" else arguments[0]
     if path and isinstance(path, str | bytes | os.PathLike) and _is_engines(_file_id(path)):
@@ -4637,12 +4642,18 @@ ON CONFLICT (key) DO UPDATE SET
     @_writes(
         """
 DELETE FROM durable_buckets WHERE key IN (
-    SELECT key FROM durable_buckets WHERE full_at <= ? AND ready_at IS NULL LIMIT ?)
+    SELECT key FROM durable_buckets AS bucket WHERE full_at <= ? AND ready_at IS NULL AND NOT EXISTS (
+        SELECT 1 FROM durable_instances
+        WHERE rate_limit = bucket.key AND status = 'runnable' AND parked_on IS NULL)
+    LIMIT ?)
 """,
         int,
     )
     def collect_buckets(self, now: int, count: int) -> int:
-        """Drop full buckets: a cold one is full."""
+        """Drop full buckets that nobody waits for: a cold one is full.
+
+        What has overflowed counts for who passes a waiting row, and it goes with the bucket.
+        """
 
 
 class _InboxTable(_Table):

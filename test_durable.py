@@ -8260,6 +8260,26 @@ def test_whoever_passes_a_row_of_a_full_queue_leaves_it_its_tokens(
     assert engine.drain(queue="a")["done"] == 1
 
 
+def test_a_full_bucket_is_kept_while_somebody_waits_for_it(
+    make_engine: MakeEngine, clock: Clock, desk: Desk, spender: Spender
+) -> None:
+    """What a bucket of three was given counts for who passes a heavy row, also when it is swept in between."""
+    options: dict[str, Any] = {"clock": clock, "rate_limits": {"stripe": RateLimit(1, per=60, burst=3)}}
+    other = make_engine(fsms=[spender, Visitor(desk)], queues={"b": 1}, lease_ttl=10**6, **options)
+    insert_many(other, spenders(3, queue="b"))
+    assert other.drain(queue="b")["done"] == 3
+    other.start()
+    desk.expect(other.insert(Visitor, queue="b", priority=-2))
+    insert_many(other, spenders(1, 3, queue="b", priority=-1))
+    clock.now += 239
+    other.gc()
+    engine = make_engine(fsms=[spender], queues={"a": 1}, **options)
+    insert_many(engine, spenders(1, queue="a"))
+    assert engine.drain(queue="a")["done"] == 0
+    clock.now += 1
+    assert engine.drain(queue="a")["done"] == 1
+
+
 def test_waiting_for_a_queue_that_is_full_costs_no_beats(make_engine: MakeEngine, desk: Desk) -> None:
     """A row whose tokens are there and whose queue is full is looked at when there is room, not all the time."""
     limits = {"stripe": RateLimit(50, per=1, burst=2)}
