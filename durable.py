@@ -3100,7 +3100,7 @@ def _audit(
 ) -> None:
     """Refuse to open an engine's files by another road than apsw. Python calls it for all that it reports.
 
-    It is called to the interpreter's very end, when the module's names are gone: those that it needs each time it keeps.
+    It is called to the interpreter's very end, when the module's names are gone; those of each time it keeps.
     """
     refusal = refusals.get(event)
     if refusal is None or not process.open_files:
@@ -5889,6 +5889,18 @@ def _elapsed(claim: _Claim) -> float:
     return _Ticks.perf_counter() - claim.started_at
 
 
+def _timeout_error(claim: _Claim) -> TimeoutError:
+    claim.is_timed_out = True
+    return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
+
+
+def _on_time(claim: _Claim, verdict: _Commit | BaseException) -> _Commit | BaseException:
+    """Hold a step against its timeout, where nobody has noticed before it returned that it is over it."""
+    timeout_s = claim.timeout_s
+    is_late = claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s
+    return _timeout_error(claim) if is_late else verdict
+
+
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Advance | _Again:
     """Apply an outcome that goes on, with the state as the step leaves it."""
     if claim.row.version != claim.spec.version and outcome.state is not None:  # `handle`'s, in place of `migrate`'s
@@ -6568,17 +6580,20 @@ class _Pool:
         return claim
 
     def _run(self, claim: _Claim) -> _Commit | None:
-        """Run a step; None if it has come to an error too late, which is nothing to `handle`."""
+        """Run a step; None if it was disowned: whatever it has come to, an error too, is nothing to `handle`."""
         try:
-            if claim.spec.has_timeouts and claim.timeout_s is not None and claim.error is None:
+            is_timed = claim.spec.has_timeouts and claim.timeout_s is not None and claim.error is None
+            if is_timed:
                 self._shared.timeouts.add(claim, self)
             verdict = _execute(claim)
-            if isinstance(verdict, _Commit):
+            if isinstance(verdict, _Commit) and not is_timed:
                 return verdict
             if not self._has_ended_in_time(claim):
-                _log_late(claim.row, verdict)
+                if isinstance(verdict, BaseException):
+                    _log_late(claim.row, verdict)
                 return None
-            return _recover(claim, verdict)
+            verdict = _on_time(claim, verdict)
+            return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like: the thread survives
             return _crash(claim, error)
 
@@ -6740,7 +6755,7 @@ class _EventLoop:
             return  # whoever started it was interrupted, and has started another
         result: _Commit | BaseException
         try:
-            result = await _execute_async(claim)
+            result = _on_time(claim, await _execute_async(claim))
         except BaseException as error:
             if self._is_closing:
                 raise  # the row is given back, its step was cancelled and not abandoned
@@ -9109,11 +9124,6 @@ class _Options:
             )
 
 
-def _timeout_error(claim: _Claim) -> TimeoutError:
-    claim.is_timed_out = True
-    return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
-
-
 def _call_in_thread(call: Callable[[], Any], cancel: Callable[[], None]) -> Any:
     """Call something in a thread with this one's context variables, and return what it returns or raise.
 
@@ -10439,10 +10449,8 @@ class _Drain:
         return cast("_Commit | BaseException", result)
 
     def _rule(self, claim: _Claim, context: contextvars.Context, verdict: _Commit | BaseException) -> _Commit:
-        """Hold a step against its timeout, which is noticed only now that it has returned, and ask `handle`."""
-        timeout_s = claim.timeout_s
-        if claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s:
-            verdict = _timeout_error(claim)
+        """Ask `handle` about an error; that a step is over its timeout is noticed only now that it has returned."""
+        verdict = _on_time(claim, verdict)
         return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
 
 

@@ -7000,8 +7000,10 @@ def test_an_await_after_awaiting_something_else_is_woken_by_what_was_shown_long_
 class Picky(FSM, timeout=0.5):
     """Can make nothing of its signals, and awaits better ones in `handle`."""
 
-    def __init__(self, fault: str) -> None:
+    def __init__(self, fault: str, *, patience: float) -> None:
         self.fault = fault
+        self.patience = patience
+        self.is_handled = threading.Event()
         self.awaited: list[list[Any]] = []
 
     @step
@@ -7015,7 +7017,8 @@ class Picky(FSM, timeout=0.5):
         if "good" in payloads:
             return Done(payloads)
         if self.fault == "timeout":
-            time.sleep(0.7)
+            self.is_handled.clear()
+            self.is_handled.wait(self.patience)
         elif self.fault == "statement":
             ctx.execute("insert into nowhere values (1)")
         elif self.fault == "raise":
@@ -7023,6 +7026,7 @@ class Picky(FSM, timeout=0.5):
         return Done(Unwritable() if self.fault == "result" else None)
 
     def handle(self, error: Exception, ctx: Ctx) -> Await:
+        self.is_handled.set()
         return Await(["pay", "bye"], then="check")
 
 
@@ -7032,7 +7036,7 @@ def test_an_await_of_handle_is_not_woken_by_what_its_step_was_shown(
     make_engine: MakeEngine, fault: str, is_started: bool
 ) -> None:
     """A bad signal is one run, not one after the other for ever; it stays in the inbox, beside what comes then."""
-    picky = Picky(fault)
+    picky = Picky(fault, patience=PATIENCE if is_started else 0.7)  # a drain looks at the time when the step returns
     engine = make_engine(fsms=[picky])
     ident = engine.insert(Picky)
     if is_started:
@@ -9867,14 +9871,17 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
     assert cancelled.is_set()
 
 
+class LatePlain(FSM, name="late plain", timeout=0.01):
+    """Takes longer than it may."""
+
+    def step(self, name: str, ctx: Ctx) -> Done:
+        time.sleep(0.05)
+        return Done()
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_step_over_its_timeout_is_noticed_by_a_drain(make_engine: MakeEngine, is_async: bool) -> None:
     """A plain step when it returns, a coroutine on the instant; its outcome is dropped."""
-
-    class LatePlain(FSM, name="late plain", timeout=0.01):
-        def step(self, name: str, ctx: Ctx) -> Done:
-            time.sleep(0.05)
-            return Done()
 
     class LateAsync(FSM, name="late async", timeout=0.01):
         async def step(self, name: str, ctx: Ctx) -> Done:
@@ -9885,6 +9892,23 @@ def test_a_step_over_its_timeout_is_noticed_by_a_drain(make_engine: MakeEngine, 
     ident = engine.insert(LateAsync if is_async else LatePlain)
     assert engine.drain() == {"steps": 1, "stop": 1}
     assert str(engine.get(ident).last_error).startswith("TimeoutError: ")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_step_over_its_timeout_is_noticed_at_its_end_at_the_latest(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    """Where the engine's own thread is held up, and can't disown it in time, its outcome is dropped all the same."""
+    monkeypatch.setattr(durable._Timeouts, "take_expired", lambda self, monotonic: [])
+
+    class LateAsync(FSM, name="late, and holds up its loop", timeout=0.01):
+        async def step(self, name: str, ctx: Ctx) -> Done:
+            time.sleep(0.05)  # noqa: ASYNC251 - on purpose
+            return Done()
+
+    engine = running_engine(make_engine)
+    row = engine.wait(engine.insert(LateAsync if is_async else LatePlain), PATIENCE)
+    assert (row.status, row.last_error) == ("failed", "TimeoutError: step 'start' took over 0.01 s")
 
 
 class LateError(FSM, name="late error", timeout=0.2):
