@@ -9840,7 +9840,8 @@ class _Callers:
                 f"this engine on {self._shared.path} was opened in process {self._pid}, before the fork. {_FORK_ADVICE}"
             )
         if self._shared.is_closed:
-            raise EngineClosedError(f"the engine on {self._shared.path} is stopped")
+            why = "" if self._files.loss is None else f" ({self._files.loss})"
+            raise EngineClosedError(f"the engine on {self._shared.path} is stopped{why}")
         if self._files.loss is not None:
             raise _LostFileError(self._files.loss)
 

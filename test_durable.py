@@ -11145,6 +11145,8 @@ def test_commits_stop_when_a_file_is_taken_away(
     if started:
         engine.start()
     waiting = engine.insert(Waits)
+    if started:
+        engine.wait(waiting, PATIENCE)  # so that nobody writes while it is taken away
     with closing(engine.connect()) as own:
         TAKEN_AWAY[how](database)
 
@@ -11188,6 +11190,7 @@ def test_no_insert_that_was_acknowledged_is_lost_with_the_log(
     monkeypatch.setattr(durable._OpenFiles, "LOOK_S", 0.0)
     engine = running_engine(make_engine)
     ids = [engine.insert(Waits) for _ in range(20)]
+    eventually(lambda: engine.counts() == {"default": {"awaiting_signal": 20}})  # nobody is to write meanwhile
     take_the_log_away(database)
     with pytest.raises(DurableError, match=r"durable.db-wal was taken away"):
         engine.insert(Waits)
@@ -11202,6 +11205,7 @@ def test_an_engine_at_rest_finds_out_by_itself(make_engine: MakeEngine, database
     """It looks with every look at other processes: who waits is told, and `run` ends with the error."""
     engine = running_engine(make_engine)
     who = engine.insert(Waits)
+    engine.wait(who, PATIENCE)
     raised: queues.Queue[BaseException] = queues.Queue()
 
     def collect(call: Callable[[], object]) -> None:
@@ -11221,7 +11225,8 @@ def test_an_engine_at_rest_finds_out_by_itself(make_engine: MakeEngine, database
     for thread in threads:
         thread.join(PATIENCE)
     assert [str(raised.get_nowait()).count("was taken away") for _ in threads] == [1] * 3
-    assert engine._core.is_closed
+    with pytest.raises(EngineClosedError, match="was taken away"):  # for who waited, and woke after the stop
+        engine.get(who)
 
 
 def test_a_drain_on_a_file_that_was_taken_away_raises(make_engine: MakeEngine, database: Path) -> None:
@@ -12093,7 +12098,7 @@ def survive_power_cut(synchronous: str, workload: list[tuple[Any, ...]], cuts: l
                 assert ledger_of(engine) == {who: count for who, count in counts.items() if count}
                 engine.start()
                 for who in rows:
-                    engine.result(who, 20)
+                    engine.result(who, PATIENCE)
                 assert ledger_of(engine) == {who: row.state["last"] + 1 for who, row in rows.items()}
 
 
@@ -12288,8 +12293,11 @@ def test_on_windows_engines_tell_each_other_apart_by_its_locks(
     assert not watcher._core.peers.look_for_dead()
     stuck = other.insert(Echo, args={"n": 1}, queue="other")
     assert other.result(stuck, PATIENCE) == {"n": 1}
-    cast(Any, other._core.peers._lock_file).close()  # what the kernel does when the process dies
-    eventually(lambda: [one.id for one in watcher.workers()] == [watcher._core.worker_id])
+    with other._core.committer.lock:  # else it might look just now, and put its lock file back
+        lock, other._core.peers._lock_file = other._core.peers._lock_file, None
+        cast(Any, lock).close()  # what the kernel does when the process dies
+    assert [one.id for one in watcher.workers()] == [watcher._core.worker_id]
+    eventually(lambda: len(lock_files(tmp_path)) == 1)  # whoever reaps it removes its file
     other.stop()
     watcher.stop()
     assert lock_files(tmp_path) == []
@@ -13862,7 +13870,7 @@ def test_a_clock_that_was_ahead_is_set_right(
     make_engine: MakeEngine, clock: Clock, catch_up: str, is_running: bool
 ) -> None:
     """At the next start, or when it goes back while an engine runs: the grid's next counts, and nothing comes twice."""
-    engine, begun = make_engine(clock=clock), Clock(clock.now)
+    engine, begun = make_engine(clock=clock, retention=math.inf), Clock(clock.now)
     engine.schedule("s", Echo, Every(600), catch_up=catch_up, overlap=catch_up == "all", window=10 * 365 * DAY)
     if is_running:
         engine.start()
@@ -13916,8 +13924,7 @@ def test_an_engine_wakes_for_the_instant_itself(make_engine: MakeEngine) -> None
     engine = make_engine(poll_interval=NEVER_POLL, heartbeat_interval=NEVER_POLL, lease_ttl=2 * NEVER_POLL)
     with heard(engine, "schedule.fired") as events, engine:
         engine.schedule("s", Echo, Every(0.3), overlap=True)
-        eventually(lambda: len(events) >= 3)
-    assert min(event.measurements["late"] for event in events) < 0.1
+        eventually(lambda: any(event.measurements["late"] < 0.1 for event in events))
 
 
 def test_a_machine_that_slept_catches_up_when_it_wakes(make_engine: MakeEngine, clock: Clock) -> None:
@@ -14045,7 +14052,7 @@ def test_an_idle_engine_wakes_only_for_the_next(make_engine: MakeEngine, tmp_pat
                 engine.result(engine.insert(Waits), timeout=2)
             sleeps.append(counts)
     assert sleeps[0]["looks"] == sleeps[1]["looks"] == 0
-    assert sleeps[1]["beats"] <= sleeps[0]["beats"] + 4
+    assert sleeps[1]["beats"] <= sleeps[0]["beats"] + 15, "a look at each poll would be 40"
 
 
 def test_many_schedules_that_are_due_together_are_one_beat(make_engine: MakeEngine, clock: Clock) -> None:
@@ -16015,7 +16022,7 @@ def call(_):
         engine.insert(mail, args={"to": "callback"})
         done.set()
 
-faulthandler.dump_traceback_later(30, exit=True)
+faulthandler.dump_traceback_later(90, exit=True)
 calls, done = itertools.count(), threading.Event()
 database, what, started = sys.argv[1:]
 engine = durable.Engine(database, synchronous="normal")
@@ -16414,9 +16421,11 @@ def test_a_claim_that_is_cancelled_before_it_starts_is_in_the_history(make_engin
     engine = running_engine(make_engine, queues={"default": 1}, prefetch=1, fsms=[Holds(gate)])
     ids = engine.insert_all([Insert(Holds), Insert(Holds)])
     assert gate.entered.wait(PATIENCE)
-    ahead = next(cast(int, one) for one in ids if engine.get(cast(int, one)).status == "executing" and one != ids[0])
+    ahead = cast(int, ids[1])
+    eventually(lambda: engine.get(ahead).status == "executing")
     engine.cancel(ahead, "enough")
     gate.leave.set()
+    assert engine.wait(ahead, PATIENCE).status == "failed"
     assert [row[2:4] for row in past(engine, ahead)] == [("cancel", "enough")]
 
 
@@ -16902,6 +16911,7 @@ def test_calls_that_cannot_be_meant_are_refused(make_engine: MakeEngine) -> None
 def test_coroutines_that_are_called_side_by_side_share_commits(make_engine: MakeEngine) -> None:
     """In an `async def` step they are awaited; a plain function runs where it is called, and so does its awaitable."""
     made: list[int] = []
+    go = threading.Event()
 
     async def ask(n: int) -> int:
         await asyncio.sleep(0)
@@ -16910,6 +16920,7 @@ def test_coroutines_that_are_called_side_by_side_share_commits(make_engine: Make
 
     @durable.job(name="test.asking")
     async def asking(ctx: Ctx) -> object:
+        assert await asyncio.to_thread(go.wait, PATIENCE)
         answers = await asyncio.gather(*(ctx.call(f"ask:{n}", ask, n) for n in range(20)))
         plain = ctx.call("plain", lambda: 7)
         awaited = await cast(Any, ctx.call("awaitable", lambda: ask(99)))
@@ -16921,6 +16932,9 @@ def test_coroutines_that_are_called_side_by_side_share_commits(make_engine: Make
     heard = Heard(engine, "commit.stop")
     with engine:
         ident = engine.insert(asking)
+        with engine._core.committer.lock:  # whatever stalls, all are asked for before the next commit
+            go.set()
+            eventually(lambda: len(engine._core.committer.requests) == 20)
         assert engine.result(ident, PATIENCE) == [list(range(20)), 7, 99]
         assert made == [*range(20), 99]
     assert len(heard.events) < 20
@@ -17464,7 +17478,7 @@ def test_one_of_two_that_await_a_future_may_be_cancelled(make_engine: MakeEngine
         late = engine.insert(Shipment)
         for _ in range(100):
             engine.result_nowait(late)
-        assert engine._core.waiters.futures() == []
+        eventually(lambda: engine._core.waiters.futures() == [])
 
 
 def test_a_future_can_be_awaited_in_several_loops(make_engine: MakeEngine) -> None:
