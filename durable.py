@@ -12315,6 +12315,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                     if not isinstance(verdict, _Commit):
                         _log_late(claim.row, verdict)
                     return None
+                verdict = _on_time(claim, verdict)
                 return self._outcome(verdict if isinstance(verdict, _Commit) else _recover(claim, verdict))
             except BaseException as error:  # noqa: BLE001 - SystemExit and the like out of a step: a crash of it
                 return self._outcome(_crash(claim, error), None if isinstance(error, Exception) else error)

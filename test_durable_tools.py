@@ -526,6 +526,20 @@ def test_a_step_elsewhere_that_is_over_its_timeout_is_disowned() -> None:
     assert steps.time_out(claim) is None
 
 
+def test_a_step_elsewhere_that_nobody_has_disowned_in_time_is_over_its_timeout_all_the_same() -> None:
+    """At the latest when it returns: what it returns then is dropped."""
+
+    class Late(FSM, name="tools.Late", timeout=0.01):
+        def perform(self, args: dict[str, Any]) -> str:
+            time.sleep(0.05)
+            return "late"
+
+    steps = tools.Steps(Elsewhere())
+    claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(Late, {}))))
+    left = cast(tools.Outcome, steps.run(claim, asyncio.run))
+    assert left.columns["last_error"] == "TimeoutError: step 'perform' took over 0.01 s"
+
+
 def test_an_async_step_elsewhere_runs_where_its_host_says() -> None:
     """A coroutine goes to the host's loop and keeps to its timeout there; `handle` is asked in the calling thread."""
 
