@@ -4641,7 +4641,7 @@ def test_a_futures_callback_that_raises_is_logged(engine: Engine, caplog: pytest
     engine.insert_nowait(Waits).add_done_callback(lambda _: 1 / 0)
     engine.insert_nowait(Waits).add_done_callback(lambda _: called.set())
     assert called.wait(PATIENCE)
-    assert "ZeroDivisionError" in caplog.text
+    eventually(lambda: "ZeroDivisionError" in caplog.text)  # the other may be done already, and called in this thread
 
 
 def test_a_futures_callback_added_when_it_is_done_is_called_at_once(engine: Engine) -> None:
@@ -5376,11 +5376,21 @@ def test_who_waits_for_what_nobody_runs_is_told_in_the_log(
 ) -> None:
     """A queue that no engine was given is the likeliest mistake; who is merely slow is not complained of."""
     monkeypatch.setattr(Engine, "_WARN_S", 0.01)
-    with make_engine() as engine, pytest.raises(TimeoutError):
-        engine.result(engine.insert(Echo, queue=queue, schedule_in=60), timeout=0.1)
-    told = [record.getMessage() for record in caplog.records if "is waited for" in record.getMessage()]
-    assert len(told) == (queue == "checkout")
-    assert all("no running engine serves its queue 'checkout'" in one for one in told)
+    is_served = queue == "default"
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "is waited for" in record.getMessage()]
+
+    def has_waited() -> bool:
+        with pytest.raises(TimeoutError):
+            engine.result(ident, timeout=0.1)
+        return is_served or bool(told())
+
+    with make_engine() as engine:
+        ident = engine.insert(Echo, queue=queue, schedule_in=60)
+        eventually(has_waited)
+    assert len(told()) == (not is_served)
+    assert all("no running engine serves its queue 'checkout'" in one for one in told())
 
 
 def test_many_waiters_get_their_own_answers(make_engine: MakeEngine) -> None:
@@ -6527,10 +6537,12 @@ def test_an_idle_engine_rests_until_another_connection_commits(make_engine: Make
 
     for n in range(2):
         eventually(rests)
+        changed_at = peers._changed_at
         with closing(engine.connect()) as connection, connection:
             ident = durable.insert_into(connection, Echo, args={"n": n})
         assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": n}
-        assert not rests()
+        eventually(lambda: peers._changed_at > changed_at)  # noqa: B023
+        assert peers._look_interval_s(peers._changed_at) < peers.DEAD_LOOK_S
 
 
 @pytest.mark.parametrize(
@@ -7004,6 +7016,7 @@ class Picky(FSM, timeout=0.5):
         self.fault = fault
         self.patience = patience
         self.is_handled = threading.Event()
+        self.handled = 0
         self.awaited: list[list[Any]] = []
 
     @step
@@ -7025,9 +7038,14 @@ class Picky(FSM, timeout=0.5):
             raise ValueError("bad")
         return Done(Unwritable() if self.fault == "result" else None)
 
+    @step(timeout=PATIENCE)
+    def last(self, ctx: Ctx) -> Done:
+        return self.check(ctx)
+
     def handle(self, error: Exception, ctx: Ctx) -> Await:
+        self.handled += 1
         self.is_handled.set()
-        return Await(["pay", "bye"], then="check")
+        return Await(["pay", "bye"], then="check" if self.handled == 1 else "last")
 
 
 @pytest.mark.parametrize("is_started", [False, True], ids=["drain", "started"])
@@ -9133,6 +9151,8 @@ def test_a_folder_that_cannot_be_seen_makes_no_worker_dead(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """After dropped privileges or a chroot no lock file is to be seen, one's own neither: nobody is gone for that."""
+    # A look of the engine's own that begins before the folder is gone would see its own file, and not the other's.
+    monkeypatch.setattr(durable._Peers, "look", lambda peers, monotonic: setattr(peers, "_looked_at", monotonic))
     watcher, other = make_engine(), make_engine()
     other.start()
     watcher.start()
@@ -9335,8 +9355,7 @@ def test_what_was_due_runs_when_the_clock_is_set_back(make_engine: MakeEngine, c
     assert [engine.get(key).eligible_at for key in FAR] == dates
     for seconds, keys in ((1, {"again", "in a second"}), (1, {"await"}), (1, {"hold"}), (57, {"in a minute"})):
         clock.advance(seconds)
-        eventually(lambda: len(dated.ended) >= 5 + len(keys))  # noqa: B023
-        assert set(dated.ended[5:]) >= keys
+        eventually(lambda: keys.issubset(dated.ended[5:]))  # noqa: B023
         del dated.ended[5:]
     assert engine.check() == []
 
@@ -9805,7 +9824,6 @@ class Slow(FSM, timeout=0.5):
 
     @step
     def start(self, ctx: Ctx) -> Done:
-        self.told.append(ctx.cancelled)
         self.desk.visit(ctx.id)
         self.told.append(ctx.cancelled)
         ctx.insert(Visitor, queue="nobody")
@@ -9813,7 +9831,7 @@ class Slow(FSM, timeout=0.5):
 
     @step(timeout=PATIENCE)
     def end(self, ctx: Ctx) -> Done:
-        return Done("in time")
+        return Done("late" if ctx.cancelled else "in time")
 
     def handle(self, error: BaseException, ctx: Ctx) -> Stop:
         return Stop(f"{type(error).__name__} in {ctx.step}")
@@ -9835,7 +9853,7 @@ def test_overdue_thread_is_disowned_and_replaced(make_engine: MakeEngine, desk: 
     assert [(row.status, row.last_error) for row in rows] == [("failed", "TimeoutError in start")] * 2
     desk.close()
     heard.wait(2)
-    assert sorted(slow.told) == [False, False, True, True]
+    assert slow.told == [True, True]
     assert engine.counts() == {"default": {"failed": 2, "done": 1}}
     assert engine.check() == []
 
@@ -9857,7 +9875,7 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
         @step
         async def start(self, ctx: Ctx) -> Done:
             try:
-                await asyncio.sleep(PATIENCE if ctx.attempt == 0 else 0)
+                await asyncio.sleep(0 if cancelled.is_set() else PATIENCE)
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
@@ -9867,7 +9885,7 @@ def test_overdue_coroutine_is_cancelled(make_engine: MakeEngine) -> None:
             return Retry() if isinstance(error, TimeoutError) else Stop(error)
 
     engine = running_engine(make_engine, queues={"default": 1})
-    assert engine.result(engine.insert(Sleeper), PATIENCE) == 1
+    assert engine.result(engine.insert(Sleeper), PATIENCE) >= 1
     assert cancelled.is_set()
 
 
@@ -9942,7 +9960,7 @@ def test_a_late_error_of_a_disowned_step_is_nothing_to_handle(
     heard.wait()
     assert late.handled == ["step 'start' took over 0.2 s"]
     assert row.last_error == "TimeoutError: step 'start' took over 0.2 s"
-    assert ["ValueError: late" in record.getMessage() for record in caplog.records if record.exc_info][-1:] == [True]
+    eventually(lambda: "ValueError: late" in caplog.text)
     assert engine.get(row.id) == row
     assert engine.check() == []
 
@@ -9952,7 +9970,13 @@ def test_a_late_error_in_a_drain_is_a_timeout_and_asks_handle_once(make_engine: 
     late = LateError(desk)
     engine = make_engine(fsms=[late])
     who = engine.insert(LateError)
-    threading.Timer(0.3, desk.close).start()
+
+    def close_late() -> None:
+        desk.expect(who)
+        time.sleep(0.3)
+        desk.close()
+
+    threading.Thread(target=close_late).start()
     assert engine.drain() == {"steps": 1, "stop": 1}
     assert late.handled == ["step 'start' took over 0.2 s"]
     assert engine.get(who).last_error == "TimeoutError: step 'start' took over 0.2 s"
@@ -9966,7 +9990,9 @@ def test_handle_is_no_part_of_a_steps_timeout(make_engine: MakeEngine) -> None:
         def step(self, name: str, ctx: Ctx) -> Done:
             raise ValueError("in time")
 
-        def handle(self, error: Exception, ctx: Ctx) -> Done:
+        def handle(self, error: Exception, ctx: Ctx) -> Any:
+            if isinstance(error, TimeoutError) and not handled:
+                return Retry()  # the machine stood still before the step had raised
             handled.append(str(error))
             time.sleep(0.7)
             return Done("handled")
