@@ -11120,12 +11120,17 @@ def drop_locks(database: Path) -> None:
 
 
 def take_the_log_away(database: Path) -> None:
-    """What another process does that closes the file after the locks were lost."""
-    drop_locks(database)
-    look = (
-        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('pragma user_version').fetchall(); c.close()"
-    )
-    subprocess.run([sys.executable, "-c", look.replace("user_version", "table_list"), str(database)], check=True)
+    """What another process does that closes the file after the locks were lost.
+
+    It empties the log's index first: no engine may look into it at that instant, which nothing survives (SIGBUS).
+    """
+    look = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('pragma table_list').fetchall(); c.close()"
+    with contextlib.ExitStack() as held:
+        for scheduler in durable._process.schedulers:
+            if scheduler.path == str(database):
+                held.enter_context(scheduler.committer.lock)
+        drop_locks(database)
+        subprocess.run([sys.executable, "-c", look, str(database)], check=True)
     assert not Path(f"{database}-wal").exists()
 
 
