@@ -7228,10 +7228,10 @@ class _Request:
         self.is_cancelled = future.cancelled()  # first: those who wait for it can be told only once
         return future.set_running_or_notify_cancel()
 
-    def wait(self) -> None:
-        self._wake_up = _WakeUp()
-        if not self.is_settled:
-            self._wake_up.wait()
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is done, for so long at most; whether it is."""
+        self._wake_up = self._wake_up or _WakeUp()
+        return self.is_settled or self._wake_up.wait(timeout_s)
 
 
 class _StaleError(Exception):
@@ -9824,6 +9824,8 @@ _Value = typing.TypeVar("_Value")
 class _Callers:
     """What callers want done: they wait for the beat that does it, run one themselves, or have a future of it."""
 
+    PATIENCE_S = 0.1
+    """For how long a caller leaves it to the thread that is at it, before it looks again."""
     _flusher: threading.Thread | None = None
     """The thread that commits what was asked for without waiting, on an engine that no thread beats for."""
 
@@ -9882,8 +9884,9 @@ class _Callers:
             self._enqueue(request)
             if self._has_committer():
                 self._committer.commit_in_place()
-                if not request.is_settled:
-                    request.wait()
+                # Whoever was to do it may wait for what this thread holds: a lock of the user's log handler.
+                while not (request.is_settled or request.wait(self.PATIENCE_S)):
+                    self._committer.commit_in_place()
             else:
                 while not request.is_settled:
                     self._committer.commit_for_callers()

@@ -4841,6 +4841,32 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
             assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
 
 
+def test_a_caller_does_not_wait_for_a_scheduler_that_waits_for_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that calls a log handler whose lock the caller holds: it commits what it wants by itself."""
+    engine = running_engine(make_engine, queues={"default": 1})
+    committer, is_held, let_go = engine._core.committer, threading.Event(), threading.Event()
+    do_due = engine._core._duties.do_due
+
+    def hold(monotonic: float) -> float:
+        is_held.set()
+        let_go.wait(PATIENCE)
+        return do_due(monotonic)
+
+    monkeypatch.setattr(engine._core._duties, "do_due", hold)
+    engine._core.shared.wake_up.set()
+    assert is_held.wait(PATIENCE)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        try:
+            with committer.lock:  # as of a beat that has looked for what is wanted before
+                inserting = threads.submit(engine.insert, Waits, queue="elsewhere")
+                eventually(lambda: committer.requests and committer.requests[0]._wake_up)
+            assert inserting.result(PATIENCE) == 1
+        finally:
+            let_go.set()
+
+
 def test_an_async_step_waits_for_the_files_of_its_event_loop(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
