@@ -7172,6 +7172,7 @@ class _Shared:
         """Log an error, but not under a lock: what handlers of the log do is not for a beat's time."""
         text = _error_text(error)
         self.dispatcher.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
+        self.wake_up.set()  # where no thread can be had for that, the scheduler's calls it
 
     def drop(self, claim: _Claim) -> None:
         """Tell that a step which was disowned has ended after all: its outcome is stale."""
@@ -9558,7 +9559,7 @@ class _Committer:
                 if self._shared.is_closed:
                     return math.inf
                 self.beat()
-            self._dispatcher.flush()
+        self._dispatcher.flush()
         return self.next_at(_Ticks.monotonic())
 
     def commit_outcomes(self) -> bool:
@@ -10854,7 +10855,7 @@ class _Scheduler:
                 shared.wake_up.wait(max(0.0, next_at - _Ticks.monotonic()))
             except BaseException as error:  # noqa: BLE001 - without it callers would wait for ever
                 shared.log_soon("the scheduler failed; it goes on", error, exc_info=error)
-                shared.wake_up.wait(0.1)
+                time.sleep(0.1)
 
     def _look_at_clock(self, _: float) -> float:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""

@@ -4836,7 +4836,7 @@ def test_a_log_handler_may_use_the_engine_while_the_system_has_no_threads(
             if missing == "hub":
                 engine._core.dispatcher.post_apart(lambda: None)
             ident = engine.insert(on_the_loop)
-            eventually(lambda: used)
+            eventually(lambda: used, BEFORE_A_HEARTBEAT)
         if missing != "hub":
             assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == "ran"
 
