@@ -1806,7 +1806,7 @@ def napping(tmp_path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
 
 
 WINDOWS = """
-import os, signal, sys, threading, types
+import os, signal, subprocess, sys, types
 import durable
 from durable_tools import cli
 
@@ -1826,10 +1826,15 @@ def worker(database):
     with durable.Engine(database, queues={}) as engine:
         print(engine.counts())
 
+class Told(subprocess.Popen):  # while it is started: as early as may be
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
 def fleet(database):
+    cli.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Told})
     fleet = cli._Fleet(types.SimpleNamespace(target="", log_level="", database=None, queue=None, processes=2))
     fleet._command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     print(fleet.run() == signal.SIGUSR1, fleet._workers)
 
 if __name__ == "__main__":

@@ -317,6 +317,8 @@ class _Fleet:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._started_at: dict[int, float] = {}
         self._pause_s = 0.25
+        self._signals: list[int] = []
+        """Those that have come and are not passed on yet: not by their handler, which a worker may be missing then."""
         self._is_stopping = False
 
     def run(self) -> int:
@@ -324,17 +326,19 @@ class _Fleet:
         # Windows sends SIGBREAK for Ctrl-Break and a closed console; unheard, the workers would outlive their parent.
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._pass_on)
-        while len(self._workers) < self._count:
+                signal.signal(getattr(signal, name), lambda number, _: self._signals.append(number))
+        while len(self._workers) < self._count and not self._signals:
             self._start()
         statuses: list[int] = []
         while self._workers:
             time.sleep(0.05)
+            while self._signals:
+                self._pass_on(self._signals.pop(0))
             for worker in [one for one in self._workers if one.poll() is not None]:
                 self._workers.remove(worker)
                 statuses.append(worker.returncode)
                 if not self._is_stopping and not self._replace(worker):
-                    self._pass_on(signal.SIGTERM, None)
+                    self._pass_on(signal.SIGTERM)
         return next((abs(status) for status in statuses[-self._count :] if status), 0)
 
     def _start(self) -> None:
@@ -354,13 +358,13 @@ class _Fleet:
         self._pause_s = min(2 * self._pause_s, self.LONGEST_S) if lived_s < self.QUICK_S else 0.25
         _complain(f"worker {dead.pid} has died (status {dead.returncode}): another starts in {self._pause_s:g} s")
         end = time.monotonic() + self._pause_s
-        while time.monotonic() < end and not self._is_stopping:
+        while time.monotonic() < end and not self._signals:
             time.sleep(0.05)
-        if not self._is_stopping:
+        if not self._signals:
             self._start()
         return True
 
-    def _pass_on(self, number: int, _frame: object) -> None:
+    def _pass_on(self, number: int) -> None:
         self._is_stopping = True
         meant = getattr(signal, "CTRL_BREAK_EVENT", number) if os.name == "nt" else number
         for worker in self._workers:
