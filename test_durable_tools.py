@@ -1892,7 +1892,7 @@ def test_several_runs_share_a_file(command: Command, script: Path, tmp_path: Pat
             eventually(lambda: pids() == {one.pid, two.pid})
             one.kill()
             command("insert", f"{script}:Greet", "--database", database, "--state", '{"name": "you"}', "--key", "g")
-            assert command("wait", database, "g", "--timeout", "20").json == "hello you"
+            assert command("wait", database, "g", "--timeout", PATIENCE).json == "hello you"
             eventually(lambda: pids() == {two.pid})
         finally:
             one.kill()
@@ -1912,21 +1912,21 @@ def test_watch_in_a_real_terminal(shop: Path) -> None:
     def screen() -> str:
         return subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True).stdout
 
+    def shows_all(text: str) -> bool:  # a frame comes piece by piece
+        drawn = ("orders", "the disk is on fire", "1 awaiting_signal", "█")
+        return "before" not in text and all(part in text for part in drawn)
+
     def type_in(*keys: str) -> None:
         subprocess.run([*tmux, "send-keys", *keys], check=True)
 
     try:
         type_in(f'echo before; {sys.executable} -c "{code}"', "Enter")
-        eventually(lambda: "orders" in screen() and "before" not in screen())
-        seen = screen()
+        seen = seen_at_last(lambda: next((it for it in [screen()] if shows_all(it)), None))
         type_in("C-c")
         eventually(lambda: "before" in screen())
     finally:
         subprocess.run([*tmux, "kill-server"], check=True)
     assert all(len(line) <= 80 for line in seen.splitlines())
-    assert "the disk is on fire" in seen
-    assert "1 awaiting_signal" in seen
-    assert "█" in seen
 
 
 def test_demo_survives_a_real_kill(tmp_path: Path) -> None:
@@ -2298,7 +2298,7 @@ def test_what_is_tried_again_and_again_is_told_before_it_fails(tmp_path: Path, v
         def perform(self, args: Any) -> None:
             raise ConnectionError("the mail server is away")
 
-    with client(tmp_path / "flaky.db") as engine:
+    with client(tmp_path / "flaky.db", clock=Clock()) as engine:  # by which no retry becomes due
         ids = engine.insert_all(Insert(Flaky) for _ in range(3))
         engine.drain(with_scheduled=False)
     (trouble,) = viewer(tmp_path / "flaky.db").get("overview")["attention"]
@@ -2636,7 +2636,7 @@ def test_no_statement_of_the_page_reads_all_rows(family: Path, viewer: View, mon
         connection.trace_v2(apsw.SQLITE_TRACE_STMT, note)
 
     monkeypatch.setattr(apsw, "connection_hooks", [*apsw.connection_hooks, trace])
-    with client(family) as engine:  # what is tried again
+    with client(family, clock=Clock()) as engine:  # what is tried again, later
         engine.insert(Picky, args={"n": 0}, max_attempts=2, queue="again")
         engine.drain(queue="again", with_scheduled=False)
     asked.clear()
@@ -3206,7 +3206,7 @@ def start_chromium(opened: ExitStack) -> Any:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     running = opened.enter_context(playwright.sync_playwright())
     try:
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=1000 * PATIENCE)
     except playwright.Error as error:
         pytest.skip(f"no Chromium: apt install chromium, or playwright install chromium ({str(error)[:80]})")
     opened.callback(browser.close)
@@ -3238,12 +3238,22 @@ def in_browser(test: Callable[..., None]) -> Callable[..., None]:
     return cast("Callable[..., None]", run)
 
 
+KEEPS_WHAT_IS_SAID = """
+window.said = [];
+addEventListener('DOMContentLoaded', () => {
+    const line = document.getElementById('said');
+    new MutationObserver(() => said.push(line.textContent)).observe(line, { childList: true });
+});
+"""
+
+
 class Screened:
     """A page in a browser: what it said on its console, what it asked of whom."""
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.context.set_default_timeout(1000 * PATIENCE)
+        self.context.add_init_script(KEEPS_WHAT_IS_SAID)
         self.page = self.context.new_page()
         self.trouble: list[str] = []
         self.asked: set[str] = set()
@@ -3254,9 +3264,18 @@ class Screened:
         self.page.goto(address)
 
     def go(self, place: str, waits_for: str = "h1") -> Any:
+        """Go to a view, and wait for it: until it is drawn, what is waited for may stand in the one before."""
+        kind, _, id_ = place.removeprefix("#/").partition("?")[0].partition("/")
+        title = re.compile(rf"(\(\d+\) )?{f'#{id_}' if id_ else kind.title() or 'Overview'} · ")
         self.page.evaluate("place => { location.hash = place; }", place)
+        eventually(lambda: title.match(self.page.title()) or self.page.wait_for_timeout(50))
         self.page.wait_for_selector(f"main >> {waits_for}")
         return self.page
+
+    def hears(self, text: str) -> None:
+        """Wait until the page has said that; its line is taken away after some seconds, however late one looks."""
+        said = "text => window.said.some(one => one.includes(text))"
+        eventually(lambda: self.page.evaluate(said, text) or self.page.wait_for_timeout(50))
 
 
 @pytest.fixture
@@ -3362,6 +3381,7 @@ def test_nothing_of_the_users_is_taken_as_html(tmp_path: Path, screened: Show) -
         assert "\\u202e" in shown.locator("main").inner_text()
         assert "\u202e" not in shown.locator("main").inner_text()
     one.page.get_by_role("button", name="Cancel…").click()
+    one.page.wait_for_selector("dialog[open]")
     assert one.page.locator("dialog img").count() == 0
 
 
@@ -3386,7 +3406,7 @@ def test_the_keyboard_is_enough(family: Path, screened: Show) -> None:
     one.page.wait_for_selector("dialog[open]")
     press("Tab")
     press("Enter")
-    one.page.wait_for_selector("#said >> text=Retried #2")
+    one.hears("Retried #2")
     assert get(family, 2).status == Status.RUNNABLE
     for key in "/order:2":
         press(key)
@@ -3467,7 +3487,7 @@ def test_a_filter_is_acted_on_after_a_preview_of_how_many(family: Path, screened
         assert engine.counts()["default"]["failed"] == 62
     one.page.get_by_role("button", name="Retry those…").click()
     one.page.get_by_role("button", name="Retry 60").click()
-    one.page.wait_for_selector("#said >> text=Retried 60.")
+    one.hears("Retried 60.")
     with client(family) as engine:
         assert engine.counts()["default"] == {"failed": 2, "runnable": 60}
 
@@ -3482,7 +3502,7 @@ def test_each_verb_asks_once_and_says_what_it_did(family: Path, screened: Show) 
         for name, value in fields.items():
             one.page.locator(f"dialog [name={name}]").fill(value)
         one.page.locator("dialog").get_by_role("button", name=confirm, exact=True).click()
-        one.page.wait_for_selector(f"#said >> text={said}")
+        one.hears(said)
         one.page.wait_for_selector("dialog", state="detached")
 
     one.go("#/", "text=nightly")
@@ -3496,7 +3516,7 @@ def test_each_verb_asks_once_and_says_what_it_did(family: Path, screened: Show) 
     one.page.locator("dialog select").select_option("1")
     one.page.locator("dialog textarea").fill('{"again": true}')
     one.page.get_by_role("button", name="Rewind", exact=True).click()
-    one.page.wait_for_selector("#said >> text=Rewound #3")
+    one.hears("Rewound #3")
     with client(family) as engine:
         it = engine.get(3)
         assert (it.status, it.step, it.state) == ("runnable", "start", {"again": True})
@@ -3524,6 +3544,7 @@ def test_axe_finds_no_serious_fault(family: Path, screened: Show, scheme: str, w
         check(place)
     one.go("#/instance/2", "text=Last error")
     one.page.get_by_role("button", name="Rewind…").click()
+    one.page.wait_for_selector("dialog[open]")
     check("dialog")
 
 
@@ -3599,7 +3620,7 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix="durable-postgres-", dir="/tmp" if is_root else None))
         if is_root:
             shutil.chown(self.folder, "postgres")
-        self.port = free_port()
+        self.port = 0
         self._count = itertools.count(1)
 
     def start(self) -> None:
@@ -3608,7 +3629,13 @@ class Server:
         self._run("initdb", "-D", self.folder / "data", *how)
         with (self.folder / "data" / "pg_hba.conf").open("a") as access:
             access.write("host all all 10.0.0.0/8 trust\n")
-        self._start()
+        for _ in range(9):  # between a port's being found and its being bound another process may take it
+            with suppress(subprocess.CalledProcessError):
+                self.port = free_port()
+                self._start()
+                break
+        else:
+            raise AssertionError((self.folder / "log").read_text(encoding="utf-8"))
         self.execute("postgres", "CREATE DATABASE template_durable")
         DBOSEngine(self.url("template_durable"), queues={}).stop()
 
@@ -3961,7 +3988,7 @@ def test_processes_that_start_at_once_make_the_tables_once(
         for one in started:
             one.result(LONG)
     with closing_engine(DBOSEngine(url, queues={})) as engine:
-        assert len(engine.workers()) == 3
+        eventually(lambda: len(engine.workers()) == 3)
 
 
 MORTAL = f"""
@@ -4036,7 +4063,7 @@ def test_workers_are_those_that_live(
 ) -> None:
     """One that died is none as soon as its connection is gone, one that froze when its lease is over; nobody helps."""
     killed, frozen = fleet(url), fleet(url, 3)
-    assert len(trial.workers()) == 2
+    eventually(lambda: len(trial.workers()) == 2)
     frozen.send_signal(signal.SIGSTOP)
     killed.kill()
     eventually(lambda: trial.workers() == [])
