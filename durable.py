@@ -5869,9 +5869,11 @@ def _log_attempt(row: _Row, what: str, error: BaseException) -> None:
         threading.excepthook(threading.ExceptHookArgs((type(refusal), refusal, refusal.__traceback__, None)))
 
 
-def _log_late(row: _Row, error: BaseException) -> None:
-    message = "instance %d (%s): step %r, over its timeout, has come to an error, which counts no more: %s"
-    _log.info(message, row.id, row.fsm, row.step, _error_text(error), exc_info=error, extra=_log_details(row))
+def _log_late(row: _Row, verdict: _Commit | BaseException) -> None:
+    """Tell of an error that a disowned step has come to; an outcome is told of where it is dropped."""
+    if isinstance(verdict, BaseException):
+        message = "instance %d (%s): step %r, over its timeout, has come to an error, which counts no more: %s"
+        _log.info(message, row.id, row.fsm, row.step, _error_text(verdict), exc_info=verdict, extra=_log_details(row))
 
 
 def _describe(error: BaseException) -> tuple[str, str | None]:
@@ -6030,6 +6032,12 @@ def _recover(claim: _Claim, error: BaseException) -> _Commit:
         if _is_shortage(second):
             raise
         return _stop(claim, second)
+
+
+def _commit_of(claim: _Claim, verdict: _Commit | BaseException) -> _Commit:
+    """Hold what a step has come to against its timeout, and ask `handle` about an error."""
+    verdict = _on_time(claim, verdict)
+    return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
 
 
 def _read_returned(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseException:
@@ -6589,11 +6597,9 @@ class _Pool:
             if isinstance(verdict, _Commit) and not is_timed:
                 return verdict
             if not self._has_ended_in_time(claim):
-                if isinstance(verdict, BaseException):
-                    _log_late(claim.row, verdict)
+                _log_late(claim.row, verdict)
                 return None
-            verdict = _on_time(claim, verdict)
-            return verdict if isinstance(verdict, _Commit) else _recover(claim, verdict)
+            return _commit_of(claim, verdict)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like: the thread survives
             return _crash(claim, error)
 
@@ -7172,7 +7178,6 @@ class _Shared:
         """Log an error, but not under a lock: what handlers of the log do is not for a beat's time."""
         text = _error_text(error)
         self.dispatcher.post(functools.partial(_log.error, "%s: %s: %s", self.path, what, text, exc_info=exc_info))
-        self.wake_up.set()  # where no thread can be had for that, the scheduler's calls it
 
     def drop(self, claim: _Claim) -> None:
         """Tell that a step which was disowned has ended after all: its outcome is stale."""
@@ -9559,7 +9564,7 @@ class _Committer:
                 if self._shared.is_closed:
                     return math.inf
                 self.beat()
-        self._dispatcher.flush()
+        self._dispatcher.flush()  # also what no thread could be had for, whoever has asked for it
         return self.next_at(_Ticks.monotonic())
 
     def commit_outcomes(self) -> bool:
@@ -10421,7 +10426,7 @@ class _Drain:
                 return
             self.steps += claim.error is None
             run = self._run_async if claim.is_async else self._run_plain
-            self._shared.outcomes.append(self._rule(claim, context, run(claim, context)))
+            self._shared.outcomes.append(context.run(_commit_of, claim, run(claim, context)))
         except BaseException as error:
             self._shared.outcomes.append(_crash(claim, error))
             self._commit()
@@ -10452,11 +10457,6 @@ class _Drain:
         except asyncio.CancelledError as error:  # by nobody here: an interrupt comes as KeyboardInterrupt
             return error
         return cast("_Commit | BaseException", result)
-
-    def _rule(self, claim: _Claim, context: contextvars.Context, verdict: _Commit | BaseException) -> _Commit:
-        """Ask `handle` about an error; that a step is over its timeout is noticed only now that it has returned."""
-        verdict = _on_time(claim, verdict)
-        return verdict if isinstance(verdict, _Commit) else context.run(_recover, claim, verdict)
 
 
 def _cancelling_unstarted(row: _Row, reason: str) -> Callable[[_Beat], bool]:
@@ -10855,7 +10855,7 @@ class _Scheduler:
                 shared.wake_up.wait(max(0.0, next_at - _Ticks.monotonic()))
             except BaseException as error:  # noqa: BLE001 - without it callers would wait for ever
                 shared.log_soon("the scheduler failed; it goes on", error, exc_info=error)
-                time.sleep(0.1)
+                shared.wake_up.wait(0.1)
 
     def _look_at_clock(self, _: float) -> float:
         """Notice a suspended machine, or a clock that was set: nobody's lease is judged before all could renew."""
@@ -12316,11 +12316,9 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 with self._lock:
                     claim.is_finished = not claim.is_disowned
                 if claim.is_disowned:
-                    if not isinstance(verdict, _Commit):
-                        _log_late(claim.row, verdict)
+                    _log_late(claim.row, verdict)
                     return None
-                verdict = _on_time(claim, verdict)
-                return self._outcome(verdict if isinstance(verdict, _Commit) else _recover(claim, verdict))
+                return self._outcome(_commit_of(claim, verdict))
             except BaseException as error:  # noqa: BLE001 - SystemExit and the like out of a step: a crash of it
                 return self._outcome(_crash(claim, error), None if isinstance(error, Exception) else error)
 

@@ -3643,6 +3643,11 @@ def parent_of(name: str, children: list[Insert]) -> type[FSM]:
     return Parent
 
 
+def has_ended(name: str) -> bool:
+    """Whether no thread of that name runs."""
+    return all(thread.name != name for thread in threading.enumerate())
+
+
 def together(*calls: Callable[[], object]) -> None:
     """Make the calls at the same time, each in a thread of its own."""
     barrier = threading.Barrier(len(calls))
@@ -6497,7 +6502,7 @@ def test_a_watch_of_the_log_calls_once_until_it_is_armed_again(tmp_path: Path) -
             for _ in range(10):
                 log.write_bytes(b"3")
         assert heard.qsize() <= 2  # the end of an armed watch is an event as well
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "durable-watch"])
+    eventually(lambda: has_ended("durable-watch"))
 
 
 @on_linux
@@ -6526,7 +6531,7 @@ def test_a_watch_of_a_log_that_is_gone_ends_with_its_thread(tmp_path: Path, monk
     monkeypatch.setattr(threading.Thread, "join", lambda thread, seconds: join(thread, PATIENCE))
     watch.close()
     monkeypatch.undo()
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "durable-watch"])
+    eventually(lambda: has_ended("durable-watch"))
 
 
 @on_linux
@@ -6593,7 +6598,7 @@ def test_an_engine_without_a_watch_looks(make_engine: MakeEngine, monkeypatch: p
         monkeypatch.setattr(durable._LogWatch, "__init__", refuse)
     engine = running_engine(make_engine, poll_interval=0.01)
     assert engine._core.peers._watch is None
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "durable-watch"])
+    eventually(lambda: has_ended("durable-watch"))
     with closing(engine.connect()) as connection, connection:
         ident = durable.insert_into(connection, Echo, args={"n": 1})
     assert engine.result(ident, timeout=BEFORE_A_HEARTBEAT) == {"n": 1}
@@ -10260,7 +10265,7 @@ def test_forgotten_engine_that_is_collected_within_its_own_beat_stops(
         scheduler.shared.wake_up.set()
         eventually(lambda: scheduler.is_closed)
     assert any("was not stopped" in str(one.message) for one in warned)
-    eventually(lambda: [thread for thread in threading.enumerate() if thread.name == "durable-stop"] == [])
+    eventually(lambda: has_ended("durable-stop"))
 
 
 def test_engine_left_running_at_exit_warns(database: Path) -> None:
