@@ -3161,7 +3161,7 @@ def _is_mount_point(path: str) -> bool:
 
 
 def _refuse_second_name(path: str) -> None:
-    """Refuse what is no file, or one that can be reached by a name which leads to another log."""
+    """Refuse what is no file, no database's, or one that can be reached by a name which leads to another log."""
     try:
         status = os.stat(path)
     except OSError:  # there is none yet, or SQLite will say what is wrong with it
@@ -3170,6 +3170,8 @@ def _refuse_second_name(path: str) -> None:
         return
     if not stat.S_ISREG(status.st_mode):
         raise DurableError(f"{path} is no file, but a device, a pipe or a socket")
+    if status.st_size == 1:  # SQLite takes it for an empty one, and would write over it
+        raise SchemaError(f"{path} is damaged or no database: it holds one byte")
     if status.st_nlink > 1:
         advice = "Remove the other hard link, or make a copy of the file in its place"
         raise DurableError(_SECOND_NAME.format(path=path, how=f"has {status.st_nlink} names", advice=advice))

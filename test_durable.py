@@ -11454,6 +11454,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "text": lambda path: path.write_text("no database, but somebody's letters\n" * 200),
     "noise": lambda path: path.write_bytes(random.Random(1).randbytes(20_000)),
     "short": lambda path: path.write_bytes(b"SQLite for"),
+    "one byte": lambda path: path.write_bytes(b"S"),
     "newer": make_newer,
     "magic": lambda path: overwrite(path, 0, b"SQLite format 2\0"),
     "page size": lambda path: overwrite(path, 16, b"\x00\x07"),
