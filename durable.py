@@ -1697,10 +1697,20 @@ def _unstructured(value: Any) -> Any:
         raise _refusal(f"{path}: can't be written ({_error_text(error)})" for path, _ in found) from error
 
 
+def _came_back(given: Any, again: Any) -> bool:
+    """Whether it is the same; what can't be compared at all, as a signaling NaN, is not."""
+    try:
+        return _is_same(given, again)
+    except RecursionError:
+        raise
+    except Exception:  # noqa: BLE001 - the value's own, from its `==` or its truth: it is refused with its path
+        return False
+
+
 def _refuse_changes(given: Any, again: Any) -> None:
     """Refuse what did not come back from JSON as it was given."""
-    if not _is_same(given, again):
-        found = _failing(_is_same, given, again)
+    if not _came_back(given, again):
+        found = _failing(_came_back, given, again)
         raise _refusal(f"{path}: {_brief(one)} would come back as {_brief(other)}" for path, one, other in found)
 
 

@@ -2518,6 +2518,20 @@ class Noted:
         self.notes.append("made")
 
 
+class Vague(int):
+    """A number that compares as arrays do: with an answer that is neither true nor false."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, _: object) -> Any:
+        return Unanswered()
+
+
+class Unanswered:
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value is ambiguous")
+
+
 CHANGED: list[tuple[Any, Any, str]] = [
     (list[str], "urgent", "value: not a valid list, 'urgent'"),
     (list[int], (1, 2), "value: (1, 2) would come back as [1, 2]"),
@@ -2531,6 +2545,8 @@ CHANGED: list[tuple[Any, Any, str]] = [
     (Literal["a", "b"], "c", "value: not a valid Literal['a', 'b'], 'c'"),
     (float, 2**60 + 1, "value: "),
     (Decimal, Decimal("NaN"), "value: "),
+    (list[Decimal], [Decimal(1), Decimal("sNaN")], "value[1]: Decimal('sNaN') would come back as Decimal('sNaN')"),
+    (dict[str, Any], {"a": [1, Vague(2)]}, "value.a[1]: "),
     (timedelta, timedelta(days=400_000_000, microseconds=1), "value: "),
     (str | datetime, NOON, "value: "),
     (Account, Savings(1), "value: not a JSON value, Savings(amount=1, rate=0.5)"),
