@@ -2560,7 +2560,9 @@ class FSM:
     * `name` (`module.QualName`), `version` (1): what the row stores
     * `queue` ("default"): queue of its instances
     * `initial` ("start"): first step of a machine
-    * `state`: attrs class of the state, a nested `State` unless given; none: a plain dict
+    * `state`: attrs class of the state, a nested `State` unless given; none: a plain dict. A step gets what was given,
+      of the same types, or giving it is a `StateError`; only a scalar of a subclass, as a StrEnum's member in a field
+      of type `str`, comes back as its equal of the base, unless the field has its own type
     * `max_attempts` (20): of a job
     * `max_crashes` (20): crashes in a row after which an instance fails
     * `timeout` (none): seconds that one run of a step may take. A coroutine is cancelled then; a thread can't be: its

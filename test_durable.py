@@ -2629,6 +2629,50 @@ def test_what_json_has_no_form_for_comes_back_all_the_same(make_engine: MakeEngi
         assert getattr(loaded, detail, None) == getattr(value, detail, None)
 
 
+class Weekday(enum.StrEnum):
+    MONDAY = "monday"
+
+
+class Grade(enum.IntEnum):
+    GOOD = 2
+
+
+class Name(str):
+    """What some libraries return for a string."""
+
+    __slots__ = ()
+
+
+SUBCLASSED: list[tuple[Any, Any]] = [
+    (str, Weekday.MONDAY),
+    (str | None, Name("ada")),
+    (int, Grade.GOOD),
+    (dict[str, list[int]], {Weekday.MONDAY: [Grade.GOOD]}),
+    (Any, {Weekday.MONDAY: [Name("ada"), Grade.GOOD]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), SUBCLASSED, ids=str)
+def test_a_scalar_of_a_subclass_comes_back_as_its_equal(make_engine: MakeEngine, kind: Any, value: Any) -> None:
+    """Members of a StrEnum compare with what they are stored as, so that one may be given for a string."""
+    for state in (state_of(kind), None):
+        job = job_of(state)()
+        finish(make_engine(fsms=[job]), type(job), state={"value": value})
+        loaded = job.contexts[0].state
+        loaded = loaded["value"] if state is None else loaded.value
+        assert (loaded, type(loaded)) == (value, type(json.loads(json.dumps(value))))
+
+
+@pytest.mark.parametrize("value", [Weekday.MONDAY, Grade.GOOD, Name("ada")])
+def test_a_field_of_a_scalars_subclass_keeps_it(make_engine: MakeEngine, value: Any) -> None:
+    """Where the field has its own type, it comes back as that."""
+    state = state_of(type(value))
+    job = job_of(state)()
+    finish(make_engine(fsms=[job]), type(job), state=state(value))
+    loaded = job.contexts[0].state.value
+    assert (loaded, type(loaded)) == (value, type(value))
+
+
 def test_a_number_that_is_two_keys_is_refused(timed_engine: Engine) -> None:
     """A dict by numbers may be given as JSON has it, by strings, but not in both ways at once."""
     job = job_of(state_of(dict[int, str]))
