@@ -1227,6 +1227,12 @@ def _check_due(value: object, name: str, *, error: type[Exception]) -> None:
         raise error(f"{name} must be a duration or a timezone-aware instant, not the naive {value!r}")
 
 
+def _check_state(value: object) -> None:
+    """Check that a value may be a state at all; it is held against its class's schema when it is written."""
+    if value is not None and not isinstance(value, dict) and not attrs.has(type(value)):
+        raise OutcomeError(f"state must be a dict or an object of an attrs class, or be left out, not {_brief(value)}")
+
+
 _check_outcome = functools.partial(_validator, error=OutcomeError)
 
 
@@ -1247,7 +1253,9 @@ class Next:
     inline: bool | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        # Only what was given is looked at: most steps give nothing, and four validators take as long as the rest.
+        # Only what was given is looked at: most steps give nothing, and five validators take as long as the rest.
+        if self.state is not None:
+            _check_state(self.state)
         if self.rate_limit is not None:
             _limit_key(self.rate_limit, "rate_limit", OutcomeError)
         if self.weight != 1 or self.weight is True:
@@ -1266,6 +1274,9 @@ class Retry:
     state: Any = None
     counted: bool = attrs.field(default=True, kw_only=True, validator=_check_outcome(_boolean))
 
+    def __attrs_post_init__(self) -> None:
+        _check_state(self.state)
+
 
 @attrs.frozen
 class Await:
@@ -1282,6 +1293,9 @@ class Await:
         default=None, kw_only=True, validator=attrs.validators.optional(_check_outcome(_check_due))
     )
 
+    def __attrs_post_init__(self) -> None:
+        _check_state(self.state)
+
 
 @attrs.frozen
 class ScheduleChildren:
@@ -1291,10 +1305,16 @@ class ScheduleChildren:
     then: str = attrs.field(converter=_step_name)
     state: Any = None
 
+    def __attrs_post_init__(self) -> None:
+        _check_state(self.state)
+
 
 @attrs.frozen
 class Done:
-    """End well; `result` is anything that JSON or cattrs can write."""
+    """End well; `result` is anything that JSON or cattrs can write.
+
+    That shows when it is written, after the step: what can't be goes to `handle`.
+    """
 
     result: Any = None
 
