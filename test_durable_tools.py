@@ -1570,6 +1570,38 @@ def test_a_target_that_no_process_can_run_is_refused_once(tmp_path: Path) -> Non
     assert (parent.returncode, "has died" in err) == (1, False), err
 
 
+SLOW_STARTS = {
+    "loading": "begin()",
+    "starting": """
+class Slow(durable.Engine):
+    def run(self):
+        begin()
+
+engine = Slow(__file__ + ".db")
+""",
+}
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("where", SLOW_STARTS)
+def test_processes_that_are_stopped_before_they_run_anything_have_not_failed(
+    tmp_path: Path, where: str, number: signal.Signals
+) -> None:
+    """Their parent ends with status 0, and no traceback is seen."""
+    script = tmp_path / "cli_slow.py"
+    begin = f"def begin():\n    open({str(tmp_path)!r} + f'/{{os.getpid()}}.mark', 'x').close()\n    time.sleep(600)\n"
+    script.write_text(f"import os, time, durable\n{begin}{SLOW_STARTS[where]}", encoding="utf-8")
+    with start("run", script, "--processes", "2") as parent:
+        try:
+            eventually(lambda: len(list(tmp_path.glob("*.mark"))) == 2)
+            parent.send_signal(number)
+            said = parent.communicate(timeout=2 * PATIENCE)
+        finally:
+            parent.kill()
+    assert (parent.returncode, said) == (0, ("", ""))
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
 def test_a_number_of_processes_is_a_number(command: Command, script: Path, count: str) -> None:
     """Exit status 2, naming what was given."""
@@ -1835,7 +1867,7 @@ def fleet(database):
     cli.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Told})
     fleet = cli._Fleet(types.SimpleNamespace(target="", log_level="", database=None, queue=None, processes=2))
     fleet._command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    print(fleet.run() == signal.SIGUSR1, fleet._workers)
+    print(fleet.run() == 128 + signal.SIGUSR1, fleet._workers)
 
 if __name__ == "__main__":
     {"worker": worker, "fleet": fleet}[sys.argv[1]](sys.argv[2])

@@ -320,6 +320,8 @@ class _Fleet:
         self._signals: list[int] = []
         """Those that have come and are not passed on yet: not by their handler, which a worker may be missing then."""
         self._is_stopping = False
+        self._stopped: frozenset[int] = frozenset()
+        """What workers end with that a signal has met before they ran anything: no fault, if it was the only one."""
 
     def run(self) -> int:
         """Keep the workers alive until a signal has come and all have ended; return the first status that is not 0."""
@@ -336,10 +338,11 @@ class _Fleet:
                 self._pass_on(self._signals.pop(0))
             for worker in [one for one in self._workers if one.poll() is not None]:
                 self._workers.remove(worker)
-                statuses.append(worker.returncode)
+                statuses.append(0 if worker.returncode in self._stopped else worker.returncode)
                 if not self._is_stopping and not self._replace(worker):
                     self._pass_on(signal.SIGTERM)
-        return next((abs(status) for status in statuses[-self._count :] if status), 0)
+        failed = next((status for status in statuses[-self._count :] if status), 0)
+        return failed if failed >= 0 else 128 - failed  # killed: as shells say it
 
     def _start(self) -> None:
         # A group of its own: the terminal's Ctrl-C reaches the parent alone, who passes it on once.
@@ -365,8 +368,14 @@ class _Fleet:
         return True
 
     def _pass_on(self, number: int) -> None:
+        if os.name == "nt":
+            meant = getattr(signal, "CTRL_BREAK_EVENT", number)
+            endings = 128 + signal.SIGINT, 0xC000013A  # as `run` leaves, and STATUS_CONTROL_C_EXIT
+        else:  # to one that is still loading its target SIGINT is a traceback; else the two mean the same
+            meant = signal.SIGTERM if number == signal.SIGINT else number
+            endings = 128 + meant, -meant
+        self._stopped = frozenset() if self._is_stopping else frozenset(endings)
         self._is_stopping = True
-        meant = getattr(signal, "CTRL_BREAK_EVENT", number) if os.name == "nt" else number
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.send_signal(meant)
