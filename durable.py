@@ -11994,8 +11994,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 raise DurableError(f"{file}: {'that is no file' if os.path.exists(file) else 'no such file'}")
             super().__init__(_database_path(file))
             try:
-                with self.reading() as connection:
-                    version = _file_version(connection, self.path)
+                version = self._patiently(self._version)
                 if version == 0:
                     raise SchemaError(f"{file} is no database of durable's")
                 if version < _SCHEMA_VERSION:
@@ -12020,6 +12019,22 @@ class tools:  # noqa: N801 - a namespace, named as a module is
                 yield connection
             if self._lies_still() != seen:
                 raise DurableError(f"{self.path} was written to while it was read: look again")
+
+        def _patiently(self, look: Callable[[], _Value]) -> _Value:
+            """Look again, a few times, where who may not write is refused: an engine may just be starting or ending."""
+            for pause_s in () if self._may_write() else (0.01, 0.05, 0.25):
+                try:
+                    return look()
+                except DurableError:  # even damage may be what was read of a page that was being written
+                    time.sleep(pause_s)
+            return look()
+
+        def _version(self) -> int:
+            with self.reading() as connection:
+                return _file_version(connection, self.path)
+
+        def _select(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+            return self._patiently(functools.partial(super()._select, sql, bindings))
 
         def _lies_still(self) -> tuple[int, int] | None:
             """By what to see whether a file changes that can't be read but as one that does not; None for others.

@@ -896,6 +896,30 @@ def test_a_file_that_changes_while_it_is_read_as_unchanging_is_refused(
             engine.insert(Broken)
 
 
+@pytest.mark.parametrize("words", [["counts"], ["watch", "--until-idle"]], ids=lambda words: words[0])
+def test_a_look_that_a_writer_was_in_the_way_of_is_taken_again(
+    command: Command, shop: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """Who may not write, and meets somebody who writes for a moment, sees what that one has left."""
+    with client(shop) as engine:
+        engine.cancel(3)
+        engine.cancel(4)
+    connect, queues = durable._connect, ["first", "second"]
+
+    def meanwhile(path: str, *given: Any, **options: Any) -> apsw.Connection:
+        if "immutable" in path and queues:
+            queue = queues.pop(0)
+            with client(shop) as engine:
+                engine.cancel(engine.insert(Broken, queue=queue))
+        return connect(path, *given, **options)
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(durable, "_connect", meanwhile)
+    said = command(words[0], shop, *words[1:])
+    assert (said.status, said.err, queues) == (0, "", [])
+    assert ("second" if words == ["counts"] else "5 failed") in said.out
+
+
 @posix
 def test_a_log_that_cannot_be_read_says_what_helps(readable: Path, tmp_path: Path) -> None:
     """A log that a crash has left, in a folder that can't be written: one line, not an answer without its commits."""
