@@ -1996,7 +1996,8 @@ class Context(Generic[_State]):
         """Add a statement to the step's commit: it happens exactly once, or not at all.
 
         It runs when the step's outcome is committed, so it returns nothing. If it fails, the step failed with
-        that error. Transaction control and writing to `durable_*` tables are refused.
+        that error. Transaction control, ATTACH, pragmas other than `user_version` and a few as harmless, temporary
+        objects, and writing to `durable_*` tables are refused.
         """
         _text(sql, "sql")
         if isinstance(bindings, str | bytes) or not isinstance(bindings, Sequence | Mapping):
