@@ -328,9 +328,10 @@ def _text(value: object, name: str, error: type[Exception] = ValueError) -> str:
     return str(value)
 
 
-def _integer(value: object, name: str, least: int, error: type[Exception] = ValueError) -> int:
+def _integer(value: Any, name: str, least: int, error: type[Exception] = ValueError) -> int:
     """Check a whole number that SQLite can hold."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MAX_INTEGER:
+    is_whole = type(value) is int or (isinstance(value, int) and not isinstance(value, bool))
+    if not is_whole or not least <= value <= _MAX_INTEGER:
         allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
         raise error(f"{name} must be an integer {allowed}, not {value!r}")
     return int(value)
@@ -2317,7 +2318,7 @@ class _Spec(NamedTuple):
         return self.steps.get(name, self.any_step)
 
     def code(self, name: str) -> _Code:
-        code = self.find(name)
+        code = self.steps.get(name, self.any_step)
         if code is None:
             raise OutcomeError(f"{self.name} has no step {name!r}; it has {', '.join(map(repr, self.steps))}")
         return code
@@ -2336,12 +2337,13 @@ class _Spec(NamedTuple):
         if rate_limit is not None:
             _check_rate(rate_limit, insert.weight, policy_of(_limit_name(rate_limit)))
         state = insert.state if insert.args is None else insert.args
+        is_empty = state is None and self.state in (None, _NO_ARGUMENTS)
         key = insert.correlation_key
         return _NewRow(
             self.name,
             self.version,
             self.initial if insert.step is None else _step_name(insert.step),
-            _dump_state(self.state, {} if state is None else state, "{}" if self.state is _NO_ARGUMENTS else None),
+            "{}" if is_empty else _dump_state(self.state, {} if state is None else state),
             self.max_attempts if insert.max_attempts is None else _count(insert.max_attempts, "max_attempts"),
             self.max_crashes,
             self.queue if insert.queue is None else _text(insert.queue, "queue"),
@@ -4092,8 +4094,8 @@ def _writes_all(sql: str) -> Callable[[_Method], _Method]:
 class _Statements:
     """Methods that run a statement each, which stands above them as static text."""
 
-    def _select(self, sql: str, bindings: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
-        raise NotImplementedError
+    _select: Callable[[str, Sequence[Any]], Iterable[Any]]
+    """Runs a statement and returns its rows."""
 
 
 _ROW = ", ".join(f"i.{name}" for name in _Row._fields).replace(
@@ -4169,9 +4171,6 @@ class _Table(_Statements):
     """Statements of a beat, on the write connection."""
 
     db: apsw.Connection
-
-    def _select(self, sql: str, bindings: Sequence[Any] = ()) -> apsw.Cursor:
-        return self.db.execute(sql, bindings)
 
     def _write_in_bulk(self, one: str, many: str, rows: Sequence[Sequence[Any]]) -> None:
         """Run a statement for rows, `_BULK` at once where it goes.
@@ -4321,13 +4320,17 @@ UPDATE durable_instances SET {_settings(_Advance, "status", "awaits", "await_dea
 {_UNDER_CLAIM}"""
 
 
+def _settling(kind: type[_Change]) -> str:
+    """Return the statement that writes a change of that kind."""
+    return _FINISH if kind is _End else _PROGRESS if kind is _Advance else _AGAIN
+
+
 class _OutcomeTable(_Table):
     """What steps have come to, and what is kept of them while they run: only under the claim that produced it."""
 
     def settle(self, row: _Row, change: _Change, now: int, cancel_reason: str | None = None) -> bool:
         """Write an outcome under the claim that produced it; False if that claim holds no more."""
-        sql = _FINISH if isinstance(change, _End) else _PROGRESS if isinstance(change, _Advance) else _AGAIN
-        self.db.execute(sql, (*change, now, row.id, row.claim, cancel_reason))
+        self.db.execute(_settling(type(change)), (*change, now, row.id, row.claim, cancel_reason))
         return bool(self.db.changes())
 
     def settle_many(self, commits: Sequence[_Commit], now: int) -> bool:
@@ -4335,7 +4338,7 @@ class _OutcomeTable(_Table):
 
         Rows that end alike, as jobs without a result do, are one statement.
         """
-        rows: dict[type[_Change], list[tuple[Any, ...]]] = {_End: [], _Advance: [], _Again: []}
+        rows: collections.defaultdict[type[_Change], list[tuple[Any, ...]]] = collections.defaultdict(list)
         alike: dict[tuple[_Change, int], list[int]] = {}
         for one in commits:
             row = one.claim.row
@@ -4345,14 +4348,10 @@ class _OutcomeTable(_Table):
                 rows[type(one.change)].append((*one.change, now, row.id, row.claim, None))
         for (change, claim), ids in alike.items():
             if len(ids) < _FEW:
-                rows[_End].extend((*change, now, instance, claim, None) for instance in ids)
+                rows[_End] += [(*change, now, instance, claim, None) for instance in ids]
             elif not self._change_alike(_FINISH_MANY, ids, (*change, now), (claim, None)):
                 return False
-        return (
-            self._change_each(_FINISH, rows[_End])
-            and self._change_each(_PROGRESS, rows[_Advance])
-            and self._change_each(_AGAIN, rows[_Again])
-        )
+        return all(self._change_each(_settling(kind), lot) for kind, lot in rows.items())
 
     def advance_many(self, commits: Sequence[_Commit], now: int) -> bool:
         """Go on with the next steps under the same hold of their rows; False if one of these claims holds no more."""
@@ -4375,8 +4374,7 @@ class _OutcomeTable(_Table):
                 yield row
                 changes.append(self.db.changes())
 
-        if rows:
-            self.db.executemany(sql, bindings())
+        self.db.executemany(sql, bindings())
         return all(changes)
 
     _CANCEL_REASON = f"SELECT cancel_reason FROM durable_instances WHERE {_HELD_CLAIM} AND cancel_reason IS NOT NULL"
@@ -5461,6 +5459,7 @@ class _Store(
         self._files = files
         self.patience = _Patience(path)
         self.db = _open_database(path, synchronous, self.patience)
+        self._select = self.db.execute
         _Space.__init__(self)
         _UserStatements.__init__(self)
 
@@ -7090,7 +7089,25 @@ if TYPE_CHECKING:
     class _Future(concurrent.futures.Future[_Settled]):
         """The engine's futures: those of `concurrent.futures`, which can also be awaited."""
 
+        def settle(self, value: _Settled, error: BaseException | None) -> None: ...
         def __await__(self) -> Generator[Any, None, _Settled]: ...
+
+
+class _Condition(threading.Condition):
+    """A condition that no interrupt leaves locked: as functions in Python these would let one in between."""
+
+    __enter__ = property(operator.attrgetter("_lock.__enter__"))
+    __exit__ = property(operator.attrgetter("_lock.__exit__"))
+
+
+def _go_on(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
+
+
+def _tell_waiting(loop: asyncio.AbstractEventLoop, waiting: asyncio.Future[None], _: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+        loop.call_soon_threadsafe(_go_on, waiting)
 
 
 @functools.cache
@@ -7098,15 +7115,11 @@ def _future_type() -> Any:
     """Make the class of the engine's futures: their done-callbacks are the dispatcher's to run, not the beat's."""
     import concurrent.futures  # only users of futures pay for it
 
-    class Condition(threading.Condition):
-        # As functions in Python they would let an interrupt in between taking the lock and the block that releases it.
-        __enter__ = property(operator.attrgetter("_lock.__enter__"))
-        __exit__ = property(operator.attrgetter("_lock.__exit__"))
-
     class Future(concurrent.futures.Future[Any]):
         def __init__(self, dispatcher: _Dispatcher) -> None:
             super().__init__()
-            self._condition = Condition()
+            made, self._condition = self._condition, _Condition.__new__(_Condition)
+            self._condition.__dict__ = made.__dict__  # to make a second one would take as long as all the rest
             self._dispatcher = dispatcher
 
         def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
@@ -7118,11 +7131,19 @@ def _future_type() -> Any:
                 call: collections.deque[Callable[[], object]] = collections.deque([functools.partial(self._call, fn)])
                 super().add_done_callback(lambda _: self._dispatcher.take_over(call, is_apart=True))
 
-        def tell_again(self) -> None:
-            """Tell whoever waits that it is done: whoever settled it may have been interrupted before he did."""
-            with self._condition:  # no public call does this for a future that is settled
-                self._condition.notify_all()
-            cast(Any, self)._invoke_callbacks()
+        def settle(self, value: Any, error: BaseException | None) -> None:
+            """Tell whoever waits how it has ended. May be done twice."""
+            try:
+                if error is None:
+                    self.set_result(value)
+                else:
+                    self.set_exception(error)
+            except concurrent.futures.InvalidStateError:
+                # By somebody whom it does not belong to, or here, where an interrupt came before all were told: no
+                # public call does that for a future that is settled.
+                with self._condition:
+                    self._condition.notify_all()
+                cast(Any, self)._invoke_callbacks()
 
         def _call(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
             self._dispatcher.pinned.discard(self)
@@ -7135,15 +7156,7 @@ def _future_type() -> Any:
             loop = asyncio.get_running_loop()
             waiting = loop.create_future()
 
-            def settle() -> None:
-                if not waiting.done():
-                    waiting.set_result(None)
-
-            def tell(_: object) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                    loop.call_soon_threadsafe(settle)
-
-            super().add_done_callback(tell)
+            super().add_done_callback(functools.partial(_tell_waiting, loop, waiting))
             yield from waiting
             return self.result()
 
@@ -7229,13 +7242,13 @@ class _Shared:
 class _Request:
     """Something that a caller wants done in the next beat, and the answer to it."""
 
-    __slots__ = ("_wake_up", "action", "error", "future", "is_cancelled", "is_settled", "row", "value")
+    __slots__ = ("_wake_up", "action", "error", "future", "is_cancelled", "is_settled", "is_taken_up", "row", "value")
 
     def __init__(
         self,
         action: Callable[[_Beat], Any] | None,
         row: _NewRow | None = None,
-        future: concurrent.futures.Future[Any] | None = None,
+        future: _Future[Any] | None = None,
     ) -> None:
         self.action = action
         self.row = row
@@ -7243,29 +7256,26 @@ class _Request:
         self.future = future
         self.value: Any = None
         self.error: BaseException | None = None
-        self.is_settled = self.is_cancelled = False
+        self.is_taken_up = self.is_settled = self.is_cancelled = False
         self._wake_up: _WakeUp | None = None
         """Of a caller that sleeps until another thread has done it: most callers run the beat themselves."""
 
     def settle(self) -> None:
         """Tell the caller: what it asked for is committed, or has failed. It may be told twice."""
-        is_again, self.is_settled = self.is_settled, True
-        if self.future is None:
-            if self._wake_up is not None:  # looked at last: who is about to sleep makes it first
-                self._wake_up.set()
-        elif self.future.done():  # by somebody whom it does not belong to, or here, where an interrupt came before all
-            if is_again:
-                cast(Any, self.future).tell_again()
-        elif self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.value)
+        self.is_settled = True
+        if self.future is not None:
+            self.future.settle(self.value, self.error)
+        elif self._wake_up is not None:  # looked at last: who is about to sleep makes it first
+            self._wake_up.set()
 
     def is_wanted(self) -> bool:
         """Take the request up; False if its caller was interrupted, or its future cancelled, before that."""
         future = self.future
-        if future is None or self.is_cancelled or future.running():
+        if future is None or self.is_cancelled:
             return not self.is_cancelled
+        is_again, self.is_taken_up = self.is_taken_up, True
+        if is_again and future.running():
+            return True
         self.is_cancelled = future.cancelled()  # first: those who wait for it can be told only once
         return future.set_running_or_notify_cancel()
 
@@ -7358,7 +7368,8 @@ class _Report:
     inserted = 0
 
     def __init__(self, wanted: Container[str], fired_until: int) -> None:
-        self._wanted = wanted
+        self.wanted = wanted
+        """The events that somebody has subscribed to."""
         self.claims: list[_Claim] = []
         self.left: list[_Claim] = []
         """Claims of this engine that are over."""
@@ -7395,11 +7406,8 @@ class _Report:
         is_told = self.events or self.logs or self.failures
         return bool(is_told or self.unknown or self.left_schedules or self.saturated)
 
-    def is_wanted(self, event: str) -> bool:
-        return event in self._wanted
-
     def tell(self, name: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
-        if name in self._wanted:
+        if name in self.wanted:
             self.events.append(Event(name, measurements, metadata))
 
     def log(
@@ -7408,9 +7416,10 @@ class _Report:
         """Have something logged once the beat is committed; what handlers of the log do is not for its time."""
         self.logs.append(functools.partial(log, message, *arguments, extra=extra))
 
-    def note_due(self, instant: int | None) -> None:
-        if instant is not None and (self.next_at is None or instant < self.next_at):
-            self.next_at = instant
+    def note_due(self, *instants: int | None) -> None:
+        for instant in instants:
+            if instant is not None and (self.next_at is None or instant < self.next_at):
+                self.next_at = instant
 
 
 _Found = tuple[_Spec, object]
@@ -7933,8 +7942,7 @@ class _Lines:
             parked_on = self._store.next_line(parked_on)
 
 
-def _has_key(row: _NewRow) -> bool:
-    return row.correlation_key is not None
+_correlation_key_of = operator.attrgetter("correlation_key")
 
 
 class _Inserts:
@@ -7950,9 +7958,12 @@ class _Inserts:
         if max(map(_inserted_at, rows), default=0) > transaction.ahead_from:
             rows = [row.brought_back(transaction.now) for row in rows]
         ids: list[int | None] = []
-        for has_key, run in itertools.groupby(rows, _has_key) if len(rows) > 1 else ((True, rows),):
-            lot = list(run)
-            ids.extend(map(self._store.insert, lot) if has_key else self._store.insert_many(lot))
+        if len(rows) == 1:
+            ids.append(self._store.insert(rows[0]))
+        else:
+            for key, run in itertools.groupby(rows, _correlation_key_of):
+                lot = list(run)
+                ids.extend(self._store.insert_many(lot) if key is None else map(self._store.insert, lot))
         transaction.report.inserted += len(ids) - ids.count(None)
         return ids
 
@@ -8193,8 +8204,7 @@ class _Settlement:
         self._inserts = inserts
         self._inboxes = inboxes
         self._history = history
-        self._inline = _Inline(transaction, admission)
-        self._wants_steps = transaction.report.is_wanted("step.stop")
+        self._wants_steps = "step.stop" in transaction.report.wanted
 
     def settle_all(self, commits: Iterable[_Commit]) -> None:
         """Commit outcomes in the order in which they came, runs of simple ones together."""
@@ -8217,15 +8227,18 @@ class _Settlement:
         leaving: list[_Commit] = []
         staying: list[_Commit] = []
         for commit in run:
-            (staying if commit.is_inline and self._inline.may_go_on(commit) else leaving).append(commit)
-        is_held = self._store.settle_many(leaving, self._now) and self._store.advance_many(staying, self._now)
-        if not is_held:
+            (staying if commit.is_inline and self._may_go_on(commit) else leaving).append(commit)
+        is_held = self._store.settle_many(leaving, self._now)
+        if not is_held or (staying and not self._store.advance_many(staying, self._now)):
             raise _StaleError
         self._history.record_all(run)
         for commit in leaving:
             self._let_go(commit, commit.change)
         for commit in staying:
             self._go_on(commit, cast(_Advance, commit.change))
+
+    def _may_go_on(self, commit: _Commit) -> bool:
+        return _Inline(self._transaction, self._admission).may_go_on(commit)
 
     def _settle(self, commit: _Commit) -> None:
         """Commit an outcome, whole or not at all."""
@@ -8266,7 +8279,7 @@ class _Settlement:
         row, change, first_child = commit.claim.row, commit.change, None
         if commit.claim.is_migrated:
             self._store.migrate(row)
-        if commit.is_inline and self._inline.may_go_on(commit):
+        if commit.is_inline and self._may_go_on(commit):
             if not self._store.advance_many([commit], self._now):
                 return None
             change = cast(_Advance, change)._replace(status=Status.EXECUTING)
@@ -8337,7 +8350,7 @@ class _Settlement:
         )
         following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
         self._report.claims.append(following)
-        if self._report.is_wanted("inline.continue"):
+        if "inline.continue" in self._report.wanted:
             self._report.tell("inline.continue", {}, {"id": row.id, "fsm": row.fsm, "step": change.step})
 
     def _let_go(self, commit: _Commit, change: _Change) -> None:
@@ -8772,7 +8785,7 @@ class _Picker:
         slots = {queue: self._transaction.free_slots(queue) for queue in queues}
         horizon = self._transaction.now if demand.horizon is None else demand.horizon
         self._claim({queue: count for queue, count in slots.items() if count}, horizon, at_most)
-        if self._report.is_wanted("scheduler.saturation"):
+        if "scheduler.saturation" in self._report.wanted:
             self._report.saturated = [queue for queue, count in slots.items() if not count]
 
     def _runnable_queues(self) -> Iterator[str]:
@@ -8792,7 +8805,8 @@ class _Picker:
         for pick in picks.values():
             pick.rows = self._go_through(pick, takes_any=at_most == _MAX_INTEGER)
         count = parked = 0
-        for one in heapq.merge(*filter(None, [pick.rows for pick in picks.values()])):
+        met = [pick.rows for pick in picks.values() if pick.rows is not None]
+        for one in met[0] if len(met) == 1 else heapq.merge(*met):
             if self._take_or_park(*one):
                 count += 1
             else:
@@ -8803,7 +8817,7 @@ class _Picker:
         for pick in picks.values():
             pick.stop_reading()
             self._write(pick)
-            if self._report.is_wanted("pick.stop"):
+            if "pick.stop" in self._report.wanted:
                 measurements = {"count": len(pick.taken), "demand": pick.slots}
                 self._report.tell("pick.stop", measurements, {"queue": pick.queue})
         self._transaction.picks = {}
@@ -9035,15 +9049,13 @@ class _Beat:
             self.schedules.fire(report.fired_until)
             report.fired_until = now  # it is not asked again and again for those that it has left
             _, _, fires_at = self.store.timers(now)
-        report.note_due(fires_at)
         if deadline is not None and deadline <= now:
             self._fire_awaits(now)
             deadline, _, _ = self.store.timers(now)
-        report.note_due(deadline)
         if ready_at is not None and ready_at <= now:
             self._transaction.poked_buckets.update(self.store.ready_buckets(now))
             ready_at = self.store.next_ready(now)
-        report.note_due(ready_at)
+        report.note_due(deadline, ready_at, fires_at)
 
     def _fire_awaits(self, until: int) -> int:
         count = 0
@@ -9492,7 +9504,7 @@ class _Reporter:
 
 
 class _StandingDuty(NamedTuple):
-    """Something that each beat has to do, whoever runs it, when it is due, until a commit has done it."""
+    """Something to be done in a beat when it is due, until a commit has done it: by the thread that wakes up for it."""
 
     next_at: Callable[[float], float]
     """Says when it is due, at that instant; monotonic seconds both."""
@@ -9620,7 +9632,7 @@ class _Committer:
         try:
             with self.lock:
                 if self.failure is None and not self._shared.is_closed:
-                    self.beat()
+                    self.beat(minds_clock=False)
             self._wake_if_needed()
         except BaseException:
             self._shared.wake_up.set()  # for what came meanwhile, and what was put back
@@ -9647,8 +9659,10 @@ class _Committer:
 
     # The beat
 
-    def beat(self, demand: _Demand | None = None) -> bool:
+    def beat(self, demand: _Demand | None = None, *, minds_clock: bool = True) -> bool:
         """Run one transaction and tell everybody who waits for it; True if it has left something for the next.
+
+        It does the standing duties that are due, unless that is left to the scheduler's thread.
 
         The caller holds the lock. What is raised from outside, at whatever point, is raised on when what is committed
         has been told, and what is not has been put back.
@@ -9658,7 +9672,7 @@ class _Committer:
         batch = self._batch
         try:
             self._take_up(batch)
-            self._transact(batch, demand or self._runners.demand())
+            self._transact(batch, demand or self._runners.demand(), self._due_duties() if minds_clock else [])
         finally:
             self.conclude()
         if batch.failure is not None:
@@ -9677,11 +9691,13 @@ class _Committer:
             _hand_over(self.requests.popleft, count, batch.requests.extend)
             batch.requests = [request for request in batch.requests if request.is_wanted()]
 
-    def _transact(self, batch: _Batch, demand: _Demand) -> None:
+    def _due_duties(self) -> list[_Request]:
+        monotonic = _Ticks.monotonic()
+        return [_Request(one.action) for one in self.standing if one.next_at(monotonic) <= monotonic]
+
+    def _transact(self, batch: _Batch, demand: _Demand, duties: list[_Request]) -> None:
         """Run the beat's transaction; what spoils it alone is set apart and the rest tried again."""
-        commits, monotonic = list(batch.commits), _Ticks.monotonic()
-        due = [_Request(one.action) for one in self.standing if one.next_at(monotonic) <= monotonic]
-        requests = batch.requests + due
+        commits, requests = list(batch.commits), batch.requests + duties
         refused: list[tuple[_Commit, Exception]] = []
         is_careful, doubt = False, None
         while True:
@@ -9737,7 +9753,7 @@ class _Committer:
             if not isinstance(error, Exception):
                 raise
             return error
-        if (batch.commits or report.inserted) and report.is_wanted("commit.stop"):
+        if (batch.commits or report.inserted) and "commit.stop" in report.wanted:
             duration = _Ticks.perf_counter() - started
             measurements = {"outcomes": len(batch.commits), "inserts": report.inserted, "duration": duration}
             report.tell("commit.stop", measurements, {})
