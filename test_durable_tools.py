@@ -2025,7 +2025,7 @@ class DrawnSteps(FSM, name="drawn.Steps"):
         return Retry(5) if ctx.attempt else Done()
 
     def handle(self, error: Exception, ctx: Ctx) -> Any:
-        return Next("close")
+        return Retry(5) if ctx.attempt < 3 else Next("close")
 
 
 class DrawnNames(FSM, name="drawn.Names"):
@@ -2045,7 +2045,7 @@ def drawn_job(n: int) -> int:
 
 
 def test_a_machine_of_step_methods_is_drawn_from_their_text(command: Command) -> None:
-    """A line for each outcome: where it stands, where it leads, what it is; `?` for a name that is computed."""
+    """A line for each outcome: where it stands and leads; `?` for a computed name, and what `handle` repeats."""
     said = command("diagram", f"{__name__}:DrawnSteps")
     assert (said.status, said.err) == (0, "")
     assert said.out.splitlines() == [
@@ -2060,6 +2060,7 @@ def test_a_machine_of_step_methods_is_drawn_from_their_text(command: Command) ->
         "    ship --> [*] : Stop",
         "    close --> close : Retry",
         "    close --> [*] : Done",
+        "    handle --> s3 : Retry",
         "    handle --> close : Next",
     ]
 
@@ -2158,7 +2159,7 @@ class Traveller(FSM, name="test.traveller"):
         return Await(["call", "letter"], then="start") if ctx.state else self._rest(ctx)
 
     def handle(self, error: Exception, ctx: Ctx) -> Any:
-        return Stop(error)
+        return Retry(1) if ctx.attempt < 3 else Stop(error)
 
 
 class Matcher(FSM, name="test.matcher"):
@@ -2188,7 +2189,7 @@ def edges_of(cls: type[FSM]) -> list[tuple[str | None, str, str | None]]:
 
 
 def test_the_text_of_a_class_shows_which_outcomes_lead_where() -> None:
-    """Of all outcomes, through methods of its own; a computed name is `?`, an end None, `handle` no step's."""
+    """Of all outcomes, through methods of its own; `?` is computed, or what `handle` repeats, an end None."""
     assert edges_of(Traveller) == [
         ("start", "Retry", "start"),
         ("start", "Next", "pack"),
@@ -2197,6 +2198,7 @@ def test_the_text_of_a_class_shows_which_outcomes_lead_where() -> None:
         ("pack", "Await", "start"),
         ("leave", "Next", "?"),
         ("leave", "Done", None),
+        (None, "Retry", "?"),
         (None, "Stop", None),
     ]
 

@@ -21,7 +21,7 @@ class Edge(NamedTuple):
     outcome: str
     """"Next", "Retry", "Await", "ScheduleChildren", "Done" or "Stop"."""
     to: str | None
-    """"?" for a name that is computed, None at an end."""
+    """"?" for a name that is computed and for the step that failed, None at an end."""
     line: int
     """Where it stands in the file of the class."""
 
@@ -91,7 +91,7 @@ class _TextReader:
         elif name in self._ENDS:
             yield Edge(step, name, None, call.lineno)
         elif name == "Retry":
-            yield Edge(step, name, step, call.lineno)
+            yield Edge(step, name, "?" if step is None else step, call.lineno)  # `handle`'s: whichever failed
         elif name in self._TARGETS:
             named = [one.value for one in call.keywords if one.arg in ("step", "then")]
             given = [*call.args[self._TARGETS[name] :], *named][:1]
