@@ -3230,6 +3230,15 @@ def test_the_page_of_a_missing_file_is_not_served(command: Command, tmp_path: Pa
     assert "no such file" in answer.err
 
 
+def test_a_port_that_is_taken_is_named(command: Command, shop: Path) -> None:
+    """The page is not served, and what is said has the address."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        answer = command("page", shop, "--port", port)
+    assert (answer.status, answer.out) == (1, "")
+    assert f"at 127.0.0.1, port {port}: " in answer.err
+
+
 def test_what_is_exposed_answers_to_addresses_and_its_own_names(shop: Path) -> None:
     """No name of another's: an address can't be made to mean another machine."""
     server, address = page.make_server(shop, host="0.0.0.0")

@@ -1500,7 +1500,10 @@ def make_server(
     """
     token = secrets.token_urlsafe(24)
     server_class = type("_Server6", (_Server,), {"address_family": socket.AF_INET6}) if ":" in host else _Server
-    server = cast(simple_server.WSGIServer, server_class((host, port), _Handler))
+    try:
+        server = cast(simple_server.WSGIServer, server_class((host, port), _Handler))
+    except OSError as error:
+        raise OSError(error.errno, f"the page can't be served at {host}, port {port}: {error.strerror}") from error
     names = {"localhost", "127.0.0.1", "[::1]"}
     if not is_loopback(host):
         names |= {host.lower(), socket.gethostname().lower()}
