@@ -1110,6 +1110,10 @@ class Insert:
             return _instant_ms(self.schedule_at, "schedule_at")
         return now if self.schedule_in is None else _later(now, self.schedule_in, "schedule_in")
 
+    def _check_attempts(self, fsm: str, *, is_job: bool) -> None:
+        if self.max_attempts is not None and not is_job:
+            raise TypeError(f"max_attempts is for jobs only, and {fsm} is a machine: leave it out")
+
 
 class _InsertOptions(TypedDict, total=False):
     """The options of `Insert`, for the methods that pass them on."""
@@ -2329,8 +2333,7 @@ class _Spec(NamedTuple):
 
     def new_row(self, insert: Insert, now: int, policy_of: Callable[[str], _Policy | None]) -> _NewRow:
         """Make the row of an instance to insert; whatever is wrong with it is raised, before anything is written."""
-        if insert.max_attempts is not None and not self.is_job:
-            raise TypeError(f"max_attempts is for jobs only, and {self.name} is a machine: leave it out")
+        insert._check_attempts(self.name, is_job=self.is_job)
         if insert.step is not None:
             self.code(_step_name(insert.step))
         rate_limit = None if insert.rate_limit is None else _limit_key(insert.rate_limit, "rate_limit")
@@ -5508,6 +5511,7 @@ def _new_row(insert: Insert, now: int, policy_of: Callable[[str], _Policy | None
 
 def _forked_row(old: Instance, insert: Insert, services: _Services) -> _NewRow:
     """Make the row of a fork: the options that are given, and for the rest what the old instance has."""
+    insert._check_attempts(old.fsm, is_job=old.max_attempts is not None)
     now = services.now()
     rate_limit = _limit_key(insert.rate_limit, "rate_limit")
     if rate_limit is not None:
@@ -11234,9 +11238,9 @@ def _statuses(value: object, name: str) -> str:
         raise ValueError(f"{name} must be one or several of {', '.join(Status)}, not {value!r}") from None
 
 
-def _class_names(value: object, _: str) -> str:
+def _class_names(value: object, name: str) -> str:
     """Read a class, or a name, as the names under which its rows stand, likewise."""
-    return _encode(_names_of(value) if isinstance(value, str) else _spec_of(value).names)
+    return _encode(_names_of(_text(value, name)) if isinstance(value, str) else _spec_of(value).names)
 
 
 _FILTER_CHECKS: dict[str, Callable[[Any, str], Any]] = {
@@ -11995,6 +11999,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `Ticks`: the clocks that measure waits, which no test that freezes time stops
     * `filters`: those of `find`, checked, as columns have them
     * `record`: makes an `Instance`, a `Signal` and the like of its columns
+    * `Checks`: those of arguments, as the methods of `Engine` make them
     """
 
     class Reader(_Reader):
@@ -12465,6 +12470,14 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     def record(kind: type[_Record], columns: Sequence[Any]) -> _Record:
         """Make an `Instance`, a `Signal`, or another of these records, of its columns in the order of its fields."""
         return cast(_Record, _maker_of(kind)(columns))
+
+    class Checks:
+        """Take a value and its name, and return the value as it is kept; a `ValueError` says what is allowed."""
+
+        text = staticmethod(_text)
+        boolean = staticmethod(_boolean)
+        count = staticmethod(_count)
+        duration_ms = staticmethod(_duration_ms)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5944,6 +5944,57 @@ def test_a_started_engine_is_not_drained(make_engine: MakeEngine) -> None:
         engine.drain()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("find", {"fsm": "\ud800"}),
+        ("find", {"limit": 2**63}),
+        ("wait", {"until": []}),
+        ("wait", {"timeout": -1}),
+        ("result", {"timeout": True}),
+        ("cancel", {"reason": "\ud800"}),
+        ("cancel", {"children": 1}),
+        ("wait_idle", {"queue": ["default"]}),
+        ("wait_idle", {"queue": ""}),
+        ("wait_idle", {"timeout": math.inf}),
+        ("drain", {"queue": 5}),
+        ("drain", {"with_scheduled": 1}),
+        ("drain", {"max_steps": 0}),
+        ("check", {"code": 1}),
+        ("pause", {"queue": "\ud800"}),
+        ("resume", {"queue": "\ud800"}),
+        ("trigger", {"name": "\ud800"}),
+        ("unschedule", {"name": "\ud800"}),
+        ("pause_schedule", {"name": "\ud800"}),
+        ("resume_schedule", {"name": "\ud800"}),
+        ("stop", {"timeout": math.nan}),
+    ],
+    ids=lambda it: it if isinstance(it, str) else next(f"{name}={value!a}" for name, value in it.items()),
+)
+def test_an_argument_that_cannot_be_meant_is_named(
+    make_engine: MakeEngine, method: str, options: dict[str, Any]
+) -> None:
+    """A `ValueError` says which it is and what is allowed, and nothing has changed."""
+    engine = make_engine()
+    target = (engine.insert(Echo),) if method in ("wait", "result", "cancel") else ()
+    before = engine.find()
+    [name] = options
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        getattr(engine, method)(*target, **options)
+    assert engine.find() == before
+
+
+@pytest.mark.parametrize("timeout", [10**400, Decimal(60), timedelta.max])
+def test_a_timeout_is_any_number_of_seconds(make_engine: MakeEngine, timeout: Any) -> None:
+    """Also one that is longer than the calendar."""
+    engine = make_engine()
+    ident = engine.insert(Echo)
+    engine.drain()
+    assert engine.wait(ident, timeout).status is Status.DONE
+    assert engine.wait_idle(timeout=timeout)
+    engine.result(ident, timeout)
+
+
 def test_drain_makes_a_class_also_while_a_callback_takes_long(engine: Engine, gate: Gate) -> None:
     """Objects are made by whoever drains, not by the thread of the callbacks, which may be busy."""
 
@@ -16821,6 +16872,8 @@ def test_a_fork_goes_on_from_a_run_of_another(order: tuple[Engine, int]) -> None
     for options in refused:
         with pytest.raises(ValueError, match=next(iter(options))):
             engine.fork(ident, "ship", **cast(Any, options))
+    with pytest.raises(TypeError, match="max_attempts is for jobs only"):
+        engine.fork(ident, "ship", max_attempts=3)
 
 
 def test_what_is_rewound_keeps_its_queue_its_key_and_its_limits(make_engine: MakeEngine) -> None:

@@ -3831,6 +3831,8 @@ SAME = [
     "test_drain_does_not_fire_deadlines_before_the_clock_does",
     "test_drain_runs_all_queues_but_paused_ones_or_the_one_named",
     "test_a_started_engine_is_not_drained",
+    "test_an_argument_that_cannot_be_meant_is_named",
+    "test_a_timeout_is_any_number_of_seconds",
     "test_async_steps_of_a_drain_share_no_context_variables",
     "test_a_wider_scope_reserves_the_key_until_the_row_is_collected",
     "test_a_signal_of_another_name_is_stored_and_wakes_nobody",

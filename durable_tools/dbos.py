@@ -1896,6 +1896,7 @@ _UNTIL = {
     "terminal": _TERMINAL,
 }
 _LOCAL = "_local_"
+_checks = tools.Checks
 
 
 def _checked_options(options: Mapping[str, Any]) -> tools.Options:
@@ -1909,20 +1910,9 @@ def _checked_options(options: Mapping[str, Any]) -> tools.Options:
         raise TypeError(f"DBOSEngine: {error}") from None
 
 
-def _seconds(value: object, name: str) -> float:
-    """Read a duration as seconds; None is for ever."""
-    if value is None:
-        return math.inf
-    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
-        raise ValueError(f"{name} must be seconds or a timedelta, not negative, not {value!r}")
-    return seconds
-
-
-def _checked_name(value: object, name: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a string that is not empty, not {value!r}")
-    return value
+def _wait_s(timeout: object) -> float:
+    """Read how many seconds something is waited for; None is for ever."""
+    return math.inf if timeout is None else _checks.duration_ms(timeout, "timeout") / 1000
 
 
 class _Results:
@@ -2075,18 +2065,18 @@ class _Looking(_Client):
         found = self._core.look(_GET if isinstance(checked, int) else _GET_BY_KEY, (checked,))
         if not found:
             raise NotFoundError(
-                f"no instance has the id {checked}" if isinstance(checked, int) else f"no instance carries {checked!r}"
+                f"no instance has the id {checked}"
+                if isinstance(checked, int)
+                else f"no instance carries the key {checked!r}"
             )
         return tools.record(Instance, found[0])
 
     def find(self, *, limit: Any = 100, **filters: Any) -> list[Instance]:
         """Return the newest instances that pass all filters, newest first; `before=id` pages."""
         self._core.check_open()
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"limit must be an integer of at least 1, not {limit!r}")
         given = tools.filters(**filters)
         where = "".join(_FIND_BY[name] for name in given)
-        found = self._core.look(_FIND + where + _FIND_END, (*given.values(), limit))
+        found = self._core.look(_FIND + where + _FIND_END, (*given.values(), _checks.count(limit, "limit")))
         return [tools.record(Instance, one) for one in found]
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -2103,7 +2093,7 @@ class _Looking(_Client):
 
     def wait(self, target: int | str, timeout: _Duration | None = 5, *, until: str = "settled") -> Instance:
         """Wait until an instance is done, failed or parked (`until="terminal"`: done or failed), and return it."""
-        if until not in _UNTIL:
+        if until not in tuple(_UNTIL):  # looked through: what can't be hashed is none, either
             raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
         instance = self.get(target).id
         self._wait(instance, _UNTIL[until], timeout)
@@ -2127,7 +2117,7 @@ class _Looking(_Client):
         return self._results.add(instance)
 
     def _wait(self, instance: int, until: Sequence[str], timeout: _Duration | None) -> tuple[Any, ...]:
-        deadline = tools.Ticks.monotonic() + _seconds(timeout, "timeout")
+        deadline = tools.Ticks.monotonic() + _wait_s(timeout)
         pause_s = 0.002
         while True:
             found = self._core.look(_ENDING, (instance,))
@@ -2147,9 +2137,11 @@ class _Looking(_Client):
         on_change: Callable[[dict[str, dict[str, int]]], object] | None = None,
     ) -> bool:
         """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout."""
+        if queue is not None:
+            _checks.text(queue, "queue")
         if on_change is not None and not callable(on_change):
             raise ValueError(f"on_change must be callable, not {on_change!r}")
-        deadline = tools.Ticks.monotonic() + _seconds(timeout, "timeout")
+        deadline = tools.Ticks.monotonic() + _wait_s(timeout)
         told: dict[str, dict[str, int]] | None = None
         while True:
             busy = self._busy(queue)
@@ -2184,9 +2176,8 @@ class _Steering(_Looking):
 
     def cancel(self, target: int | str, reason: str = "cancelled", *, children: bool = False) -> bool:
         """Fail an instance for a reason; True if it is failed now, or will be when its running step ends."""
-        _checked_name(reason, "reason")
-        if type(children) is not bool:
-            raise ValueError(f"children must be True or False, not {children!r}")
+        _checks.text(reason, "reason")
+        _checks.boolean(children, "children")
         instance = self.get(target).id
         cancel = _Transaction.cancel_tree if children else _Transaction.cancel
         return self._core.perform(lambda transaction: cancel(transaction, instance, reason))
@@ -2198,13 +2189,13 @@ class _Steering(_Looking):
 
     def pause(self, queue: str) -> None:
         """Keep every engine from claiming from a queue, until `resume`."""
-        _checked_name(queue, "queue")
+        _checks.text(queue, "queue")
         self._core.perform(lambda transaction: transaction.rows(_PAUSE, (queue,)))
         self._core.dispatcher.set_width(queue, 0)
 
     def resume(self, queue: str) -> None:
         """Let a paused queue run again."""
-        _checked_name(queue, "queue")
+        _checks.text(queue, "queue")
         self._core.perform(lambda transaction: transaction.resume(queue))
         widths = [worker.queues[queue] for worker in self._leases() if queue in worker.queues]
         self._core.dispatcher.set_width(queue, widths[-1] if widths else self._core.options.queues.get(queue, 10))
@@ -2241,7 +2232,7 @@ class _Scheduling(_Client):
 
     def unschedule(self, name: str) -> bool:
         """Remove a schedule; True if there was one."""
-        return cast(bool, self._on_schedules(lambda schedules: schedules.remove(_checked_name(name, "name"))))
+        return cast(bool, self._on_schedules(lambda schedules: schedules.remove(_checks.text(name, "name"))))
 
     def schedules(self) -> list[Schedule]:
         """Return the schedules of the database, by name."""
@@ -2249,15 +2240,15 @@ class _Scheduling(_Client):
 
     def trigger(self, name: str) -> int:
         """Insert an instance of a schedule now, and return its id."""
-        return cast(int, self._on_schedules(lambda schedules: schedules.trigger(_checked_name(name, "name"))))
+        return cast(int, self._on_schedules(lambda schedules: schedules.trigger(_checks.text(name, "name"))))
 
     def pause_schedule(self, name: str) -> None:
         """Keep a schedule from firing until `resume_schedule`."""
-        self._on_schedules(lambda schedules: schedules.pause(_checked_name(name, "name")))
+        self._on_schedules(lambda schedules: schedules.pause(_checks.text(name, "name")))
 
     def resume_schedule(self, name: str) -> None:
         """Let a paused schedule fire again, from now on."""
-        self._on_schedules(lambda schedules: schedules.resume(_checked_name(name, "name")))
+        self._on_schedules(lambda schedules: schedules.resume(_checks.text(name, "name")))
 
     def _on_schedules(self, call: Callable[[Any], Any]) -> Any:
         def go(transaction: _Transaction) -> Any:
@@ -2293,7 +2284,7 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
         self._is_started = False
         try:
             for name, limit in checked.rate_limits.items():
-                row = (name, limit.allowed, math.ceil(_seconds(limit.per, "per") * 1000), limit.burst)
+                row = (name, limit.allowed, _checks.duration_ms(limit.per, "per"), limit.burst)
                 self._core.perform(lambda transaction, row=row: transaction.rows(_SAVE_LIMIT, row))  # type: ignore[misc]
         except BaseException:
             self._core.close()
@@ -2335,7 +2326,7 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
         What has not ended by then is given back: it runs again elsewhere. A second call does nothing.
         """
         core = self._core
-        timeout_s = core.options.drain_s if timeout is None else _seconds(timeout, "timeout")
+        timeout_s = core.options.drain_s if timeout is None else _wait_s(timeout)
         if core.is_closed or os.getpid() != core.pid:
             return
         if self._is_started:
@@ -2420,6 +2411,10 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
         core.check_open()
         if self._is_started:
             raise DurableError("this engine is started: its queues run by themselves, and can't be drained")
+        if queue is not None:
+            _checks.text(queue, "queue")
+        _checks.boolean(with_scheduled, "with_scheduled")
+        _checks.count(max_steps, "max_steps")
         tally: collections.Counter[str] = collections.Counter()
         with core.telling():
             self._watch.register({}, self._DRAIN_LEASE_MS)
@@ -2465,6 +2460,7 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
 
     def check(self, *, code: bool = False) -> list[str]:
         """Audit the rows against their invariants; with `code` hold them against the classes that are known here."""
+        _checks.boolean(code, "code")
         problems = []
         for problem, sql in _AUDITS.items():
             if ids := [str(one) for (one,) in self._core.look(sql)]:
