@@ -1263,7 +1263,7 @@ class Next:
             _check_state(self.state)
         if self.rate_limit is not None:
             _limit_key(self.rate_limit, "rate_limit", OutcomeError)
-        if self.weight != 1 or self.weight is True:
+        if self.weight != 1 or type(self.weight) is not int:
             _integer(self.weight, "weight", 1, OutcomeError)
         if self.concurrency_key is not KEEP:
             _limit_key(self.concurrency_key, "concurrency_key", OutcomeError)

@@ -3301,6 +3301,7 @@ OUTCOMES: list[Any] = [
         pytest.param(Next, [python], {}, id="a function that is no step"),
         pytest.param(Next, ["a"], {"weight": -1}, id="a negative weight"),
         pytest.param(Next, ["a"], {"weight": "1"}, id="a weight that is no number"),
+        pytest.param(Next, ["a"], {"weight": 1.0}, id="a weight of one that is no integer"),
         pytest.param(Next, ["a"], {"rate_limit": 5}, id="a limit that is no key"),
         pytest.param(Next, ["a"], {"concurrency_key": 5}, id="a key that is no key"),
         pytest.param(Next, ["a"], {"inline": "yes"}, id="an inline that is no bool"),
