@@ -58,6 +58,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, cast
 from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
 
 import apsw
 import attrs
@@ -2269,14 +2270,21 @@ class Viewer:
     def ask(self, path: str, query: Any = None, *, method: str = "GET", body: Any = None, **extra: Any) -> Answer:
         text = urllib.parse.urlencode({name: value for name, value in (query or {}).items() if value is not None})
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": text}
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": path,
+            "QUERY_STRING": text,
+        }
         if body is not None:
             environ |= {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(data)), "HTTP_X_DURABLE": "page"}
         environ |= {"wsgi.input": io.BytesIO(data)} | extra
         setup_testing_defaults(environ)
         started: list[Any] = []
-        chunks = list(self.app(environ, cast(Any, lambda *given: started.extend(given[:2]))))
-        return Answer(int(started[0].split()[0]), dict(started[1]), b"".join(chunks))
+        answer = self.app(environ, cast(Any, lambda *given: started.extend(given[:2])))
+        body = b"".join(answer)
+        getattr(answer, "close", bytes)()
+        return Answer(int(started[0].split()[0]), dict(started[1]), body)
 
     def get(self, name: str, **query: Any) -> Any:
         answer = self.ask(f"/api/{name}", query)
@@ -3163,9 +3171,36 @@ def test_an_application_mounts_the_page_under_a_prefix(shop: Path, viewer: View)
     assert (led.status, led.headers["Location"]) == (308, "/ops/jobs/?a=1")
     led = eye.ask("", SCRIPT_NAME="/ops/jobs")
     assert (led.status, led.headers["Location"]) == (308, "/ops/jobs/")
-    for prefix in ("jobs", "/jobs/", "/", "/a?b"):
+    for prefix in ("jobs", "/jobs/", "/", "/a?b", None):
         with pytest.raises(ValueError, match="prefix must be"):
-            page.make_app(shop, prefix=prefix)
+            page.make_app(shop, prefix=cast(str, prefix))
+
+
+def test_the_application_keeps_to_wsgi(shop: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it answers, as the checker of the standard library has it."""
+    eye = viewer(shop, write=True, prefix="/jobs")
+    monkeypatch.setattr(eye, "app", validator(cast(Any, eye.app)))
+    etag = eye.ask("/api/instances").headers["ETag"]
+    found = [
+        eye.ask("/jobs").status,
+        eye.ask("/jobs/").status,
+        eye.ask("/jobs/", method="HEAD").status,
+        eye.ask("/api/instances", HTTP_IF_NONE_MATCH=etag).status,
+        eye.ask("/api/instance", {"id": "x"}).status,
+        eye.ask("/api/none").status,
+        eye.ask("/", method="DELETE").status,
+        eye.do(verb="pause", queue="orders").status,
+    ]
+    assert found == [308, 200, 200, 304, 400, 404, 405, 200]
+
+
+def test_a_prefix_may_have_any_letters(shop: Path, viewer: View) -> None:
+    """WSGI has the bytes of a path as a string's letters; the address that leads there is spelled with codes."""
+    given, led_to = "/auftr\u00e4ge".encode().decode("latin-1"), "/auftr%C3%A4ge/"
+    eye = viewer(shop, prefix="/auftr\u00e4ge")
+    assert eye.ask(f"{given}/api/about").status == 200
+    assert eye.ask(given).headers["Location"] == led_to
+    assert viewer(shop).ask("", SCRIPT_NAME=given).headers["Location"] == led_to
 
 
 @contextmanager

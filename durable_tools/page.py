@@ -1216,11 +1216,11 @@ class PageApplication:
         token: str | None,
         is_own_host: Callable[[str], bool],
     ) -> None:
-        if prefix and not re.fullmatch("(/[^/?#]+)+", prefix):
+        if prefix != "" and not re.fullmatch("(/[^/?#]+)+", str(prefix)):
             raise ValueError(f"prefix must be '' or a path like '/jobs', not {prefix!r}")
         self._source = _Source(file)
         self._write = write
-        self._prefix = prefix
+        self._prefix = prefix.encode().decode("latin-1")  # as WSGI has the bytes of a path
         self._token = token
         self._is_own_host = is_own_host
         self._tally = _Tally(self._source)
@@ -1286,9 +1286,10 @@ class PageApplication:
             raise RefusedError(405, "the page is only read here")
         headers = {"Content-Type": "text/html; charset=utf-8"}
         if asked.path == "":
-            where = urllib.parse.quote(str(asked.environ.get("SCRIPT_NAME") or "")) + self._prefix_given(asked) + "/"
-            query = asked.environ.get("QUERY_STRING")
-            return _Response(308, b"", {"Location": f"{where}?{query}" if query else where})
+            path = str(asked.environ.get("SCRIPT_NAME") or "") + self._prefix_given(asked) + "/"
+            where, query = urllib.parse.quote(path, encoding="latin-1"), asked.environ.get("QUERY_STRING")
+            headers["Location"] = f"{where}?{query}" if query else where
+            return _Response(308, b"", headers)
         if self._token is not None:
             self._check_page_token(asked)
             headers["Set-Cookie"] = f"{self._cookie_name(asked)}={self._half_token()}; Path=/; HttpOnly; SameSite=Lax"
