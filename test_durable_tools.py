@@ -4417,12 +4417,16 @@ def test_a_steps_own_sql_is_part_of_its_commit_on_postgres(server: Server, url: 
         for forbidden in (
             "COMMIT",
             "/* x */ ROLLBACK",
+            "/* /* x */ y -- */ ; COMMIT",
+            "-- x\rCOMMIT",
             "CREATE TEMP TABLE t (a int)",
             "SELECT 1 INTO TEMPORARY t",
             "DELETE FROM durable.signals",
             "UPDATE dbos.workflow_status SET name = ''",
         ):
             assert "ctx.execute may not" in str(outcome(taken, (forbidden, []))), forbidden
+        for second in ("COMMIT", "ROLLBACK", "SELECT 1"):
+            assert "multiple commands" in str(outcome(taken, (f"UPDATE account SET balance = 4; {second}", [])))
         assert "placeholders" in str(outcome(taken, ("UPDATE account SET balance = ?", [])))
         assert server.execute(name_of(url), "SELECT id, balance FROM account") == [(1, 5)]
 

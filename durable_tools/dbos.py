@@ -724,11 +724,14 @@ _CONTROL = (
 )
 _TOKEN = re.compile(
     r"""
-    '(?:[^'\\]|''|\\.)*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/ | (?P<tag>\$\w*\$).*?(?P=tag)   # left as they are
+    '(?:[^'\\]|''|\\.)*' | "(?:[^"]|"")*" | --[^\n\r]* | /\*.*?\*/ | (?P<tag>\$\w*\$).*?(?P=tag)   # left as they are
     | \?\? | \?(?P<number>\d*) | (?<![:\w]):(?P<name>[A-Za-z_]\w*)
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+
+_LEAD, _COMMENT_MARK = re.compile(r"[\s;]+|--[^\n\r]*|/\*"), re.compile(r"/\*|\*/")
 
 
 def _numbered(sql: str, bindings: Sequence[Any] | Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -758,10 +761,21 @@ def _numbered(sql: str, bindings: Sequence[Any] | Mapping[str, Any]) -> tuple[st
 
 
 def _refuse_control(sql: str) -> None:
-    """Refuse what would end or change the transaction; PostgreSQL takes one statement at a time here."""
-    bare = re.sub(r"--[^\n]*|/\*.*?\*/", " ", sql, flags=re.DOTALL)
-    if re.match(rf"[\s;]*({_CONTROL})\b", bare, re.IGNORECASE):
+    """Refuse what would end or change the transaction; the protocol takes one statement at a time."""
+    if re.match(rf"({_CONTROL})\b", _without_lead(sql), re.IGNORECASE):
         raise DurableError(f"ctx.execute may not control the transaction or its settings: {sql}")
+
+
+def _without_lead(sql: str) -> str:
+    """Cut off what may stand before a statement: blanks and comments, which PostgreSQL nests."""
+    at = 0
+    while found := _LEAD.match(sql, at):
+        at, depth = found.end(), int(found[0] == "/*")
+        while depth and (mark := _COMMENT_MARK.search(sql, at)):
+            at, depth = mark.end(), depth + (1 if mark[0] == "/*" else -1)
+        if depth:  # it does not end, which PostgreSQL refuses
+            return ""
+    return sql[at:]
 
 
 class _Session:
@@ -1144,7 +1158,8 @@ class _Outcomes(_Claims):
         try:
             for one in statements:
                 _refuse_control(one.sql)
-                cursor.execute(cast(Any, _numbered(one.sql, one.bindings)[0]), _numbered(one.sql, one.bindings)[1])
+                sql, values = _numbered(one.sql, one.bindings)
+                cursor.execute(cast(Any, sql), values, binary=True)  # by the protocol that takes no second statement
             cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
             if found := cursor.execute(_TRESPASS).fetchone():
                 raise DurableError(f"ctx.execute may not write to {found[0]}")
