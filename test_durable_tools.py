@@ -4425,6 +4425,8 @@ def test_a_steps_own_sql_is_part_of_its_commit_on_postgres(server: Server, url: 
             "UPDATE dbos.workflow_status SET name = ''",
         ):
             assert "ctx.execute may not" in str(outcome(taken, (forbidden, []))), forbidden
+        assert outcome(("SELECT set_config('search_path', 'nowhere', false)", [])) is None
+        assert "violates check" in str(outcome(("UPDATE account SET balance = -1", [])))
         for second in ("COMMIT", "ROLLBACK", "SELECT 1"):
             assert "multiple commands" in str(outcome(taken, (f"UPDATE account SET balance = 4; {second}", [])))
         assert "placeholders" in str(outcome(taken, ("UPDATE account SET balance = ?", [])))

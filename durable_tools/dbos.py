@@ -1160,7 +1160,8 @@ class _Outcomes(_Claims):
                 _refuse_control(one.sql)
                 sql, values = _numbered(one.sql, one.bindings)
                 cursor.execute(cast(Any, sql), values, binary=True)  # by the protocol that takes no second statement
-            cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            # What they have set would be there for other steps, on this connection.
+            cursor.execute("SET CONSTRAINTS ALL IMMEDIATE; RESET ALL")
             if found := cursor.execute(_TRESPASS).fetchone():
                 raise DurableError(f"ctx.execute may not write to {found[0]}")
         except (DurableError, ValueError) as error:
