@@ -4386,11 +4386,11 @@ class _OutcomeTable(_Table):
         """Why the row was cancelled, if it is still held by that claim."""
         return cast("str | None", self.db.execute(self._CANCEL_REASON, (row.id, row.claim)).get)
 
-    _MIGRATE = f"UPDATE durable_instances SET version = ?, step = ? WHERE {_HELD_CLAIM}"
+    _MIGRATE = f"UPDATE durable_instances SET version = ?, step = ?, state = ? WHERE {_HELD_CLAIM}"
 
     def migrate(self, row: _Row) -> None:
-        """Write the version and the step that a row was brought to, ahead of its outcome."""
-        self.db.execute(self._MIGRATE, (row.version, row.step, row.id, row.claim))
+        """Write the version, step and state that a row was brought to, ahead of its outcome: an end writes none."""
+        self.db.execute(self._MIGRATE, (row.version, row.step, row.state, row.id, row.claim))
 
     _NOTE_CALLS = f"UPDATE durable_instances SET has_calls = 1 WHERE {_HELD_CLAIM}"
     _KEEP_CALL = "INSERT OR REPLACE INTO durable_calls (instance, name, value, is_awaited) VALUES (?, ?, ?, ?)"
@@ -12418,7 +12418,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
-                columns |= {"version": commit.claim.row.version, "step": columns.get("step", commit.claim.row.step)}
+                row = commit.claim.row
+                columns = {"version": row.version, "step": row.step, "state": row.state} | columns
             is_asking = isinstance(commit.change, _Advance) and commit.is_asking
             return tools.Outcome(
                 commit.claim,

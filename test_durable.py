@@ -17976,6 +17976,44 @@ def test_a_migrate_that_fails_is_for_handle(make_engine: MakeEngine) -> None:
     forget("test.early")
 
 
+@pytest.mark.parametrize("end", ["stop", "cancel", "crash", "done"])
+def test_what_ends_right_after_a_migrate_has_the_state_of_its_version(make_engine: MakeEngine, end: str) -> None:
+    """An end writes no state: what `migrate` made of the old one is written with the version, and `retry` finds it."""
+    old = define("Priced", body=PERFORM, name="test.priced", max_crashes=1)
+    engine = make_engine()
+    ident = engine.insert(old, state={"sum": 5})
+    forget("test.priced")
+
+    class New(FSM, name="test.priced", version=2, max_crashes=1, initial="pay"):
+        @attrs.frozen
+        class State:
+            total: int
+
+        @step
+        def pay(self, ctx: Context[Any]) -> Done | Stop:
+            ends.append(end)
+            if end == "crash" and len(ends) == 1:
+                raise SystemExit
+            if end == "cancel" and len(ends) == 1:
+                engine.cancel(ident)
+            return Stop("no money") if end == "stop" and len(ends) == 1 else Done(ctx.state.total)
+
+        def migrate(self, step: str, state: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:
+            return "pay", {"total": state["sum"]}
+
+    ends: list[str] = []
+    engine = make_engine()
+    with contextlib.suppress(SystemExit):
+        engine.drain()
+    found = engine.get(ident)
+    assert (found.version, found.step, found.state) == (2, "pay", {"total": 5})
+    if end != "done":
+        engine.retry(ident)
+        engine.drain()
+    assert engine.result(ident) == 5
+    forget("test.priced")
+
+
 def test_a_version_that_is_known_is_not_migrated(make_engine: MakeEngine) -> None:
     """Its instances end on it, though a later one could take them over."""
     old = define("Known", body=PERFORM, name="test.known")
