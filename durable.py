@@ -12418,8 +12418,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
-                row = commit.claim.row
-                columns = {"version": row.version, "step": row.step, "state": row.state} | columns
+                columns = tools._as_it_stands(commit.claim.row) | columns
             is_asking = isinstance(commit.change, _Advance) and commit.is_asking
             return tools.Outcome(
                 commit.claim,
@@ -12453,9 +12452,14 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         return tools._columns(_crashed(row, cause, now))
 
     @staticmethod
+    def _as_it_stands(row: _Row) -> dict[str, Any]:
+        """Return the columns that `migrate` brings to the version of the class."""
+        return {"version": row.version, "step": row.step, "state": row.state}
+
+    @staticmethod
     def cancelled(row: _Row, reason: str) -> dict[str, Any]:
         """Say what the columns of a row become whose step has left, and that somebody has cancelled."""
-        return tools._columns(_failed(row, reason))
+        return tools._as_it_stands(row) | tools._columns(_failed(row, reason))
 
     @staticmethod
     def check_code(rows: Any) -> list[str]:
