@@ -5999,6 +5999,8 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
             kind = "stop"
             said = failure if outcome.reason is error else None
             change = _failed(row, *(said or _describe_stop(outcome.reason, failure)))
+    if claim.error is not None and error is not claim.error:  # `handle` has answered it by another
+        failure = _describe(claim.error)
     return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim), failure)
 
 

@@ -16569,6 +16569,38 @@ def test_what_handle_answers_with_an_end_stands_in_the_history(make_engine: Make
     assert past(engine, ident) == [("start", 0, "done", "ValueError: boom", None)]
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_raised"),
+    [(Fail("no"), False), (Fail("no"), True), (Cancel("no"), False), (Cancel("no"), True), (Next("perform"), False)],
+)
+def test_what_a_job_failed_with_stands_in_the_history_whatever_handle_makes_of_it(
+    make_engine: MakeEngine, answer: Any, is_raised: bool
+) -> None:
+    """`last_error` is what `handle` says, also where that is read as from `perform` or is no answer of a job's."""
+
+    class Answering(FSM, name="test.answered", max_attempts=2):
+        def perform(self, args: Any) -> None:
+            raise ValueError("boom")
+
+        def backoff(self, attempt: int) -> int:
+            return 0
+
+        def handle(self, error: Exception, ctx: Ctx) -> Any:
+            if is_raised:
+                raise answer
+            return answer
+
+    engine = make_engine()
+    ident = engine.insert(Answering)
+    engine.drain()
+    runs = engine.history(ident)
+    kinds = ["retry", "stop"] if isinstance(answer, Fail) else ["stop"]
+    assert [(run.kind, run.error) for run in runs] == [(kind, "ValueError: boom") for kind in kinds]
+    assert all("ValueError: boom" in str(run.traceback) for run in runs)
+    last_error = str(engine.get(ident).last_error)
+    assert "may not return Next" in last_error if isinstance(answer, Next) else last_error == "no"
+
+
 @pytest.mark.parametrize("answer", [None, Retry(9), Done(), Stop("no")], ids=lambda one: type(one).__name__)
 def test_what_a_step_failed_with_is_told_as_it_was_then(make_engine: MakeEngine, answer: Any) -> None:
     """Never in the commit, with the lock held: to write an error runs code of the user's, and takes long."""
