@@ -1995,7 +1995,8 @@ class Context(Generic[_State]):
     @property
     def cancelled(self) -> bool:
         """Whether somebody has asked to cancel the instance by now, or the step is over its `timeout`."""
-        return self._claim.is_disowned or self._claim.services.is_cancelled(self.id)
+        claim = self._claim
+        return claim.is_disowned or claim.is_late or claim.services.is_cancelled(self.id)
 
     def execute(self, sql: str, bindings: Sequence[Any] | Mapping[str, Any] = ()) -> None:
         """Add a statement to the step's commit: it happens exactly once, or not at all.
@@ -5722,6 +5723,12 @@ class _Claim:
         return None if code is None else code.timeout_s
 
     @property
+    def is_late(self) -> bool:
+        """Whether the step is over its timeout, also where nobody has noticed; `handle` has none."""
+        timeout_s = self.timeout_s if self.error is None else None
+        return timeout_s is not None and _Ticks.perf_counter() - self.started_at > timeout_s
+
+    @property
     def needs_migration(self) -> bool:
         """Whether its row is one of an earlier version."""
         return self.row.version != self.spec.version and self.error is None
@@ -5936,9 +5943,7 @@ def _timeout_error(claim: _Claim) -> TimeoutError:
 
 def _on_time(claim: _Claim, verdict: _Commit | BaseException) -> _Commit | BaseException:
     """Hold a step against its timeout, where nobody has noticed before it returned that it is over it."""
-    timeout_s = claim.timeout_s
-    is_late = claim.error is None and timeout_s is not None and _elapsed(claim) > timeout_s
-    return _timeout_error(claim) if is_late else verdict
+    return _timeout_error(claim) if claim.is_late else verdict
 
 
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Advance | _Again:

@@ -10056,6 +10056,36 @@ class LatePlain(FSM, name="late plain", timeout=0.01):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
+def test_a_step_of_a_drain_is_told_that_it_is_over_its_timeout(make_engine: MakeEngine, is_async: bool) -> None:
+    """`ctx.cancelled` is true from then on, though nobody else looks at the clock; in `handle` it is not."""
+    told: list[bool] = []
+
+    def look(ctx: Ctx) -> None:
+        end = durable.tools.Ticks.monotonic() + PATIENCE
+        while not ctx.cancelled and durable.tools.Ticks.monotonic() < end:
+            time.sleep(0.003)
+        told.append(ctx.cancelled)
+
+    class Looking(FSM, timeout=0.01, abstract=True):
+        def handle(self, error: Exception, ctx: Ctx) -> Stop:
+            told.append(ctx.cancelled)
+            return Stop(error)
+
+    async def perform(self: FSM, args: Any, ctx: Ctx) -> None:
+        look(ctx)
+
+    def perform_plainly(self: FSM, args: Any, ctx: Ctx) -> None:
+        look(ctx)
+
+    body = {"perform": perform if is_async else perform_plainly}
+    engine = make_engine()
+    ident = engine.insert(define("Told", Looking, body=body))
+    engine.drain()
+    assert told == [True, False]
+    assert str(engine.get(ident).last_error).startswith("TimeoutError")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
 def test_a_step_over_its_timeout_is_noticed_by_a_drain(make_engine: MakeEngine, is_async: bool) -> None:
     """A plain step when it returns, a coroutine on the instant; its outcome is dropped."""
 
