@@ -10396,6 +10396,25 @@ class _Peers:
         beat.report.tell("scheduler.reclaimed", {"count": count}, {"worker": worker.id})
 
 
+@contextlib.contextmanager
+def _cancelling(task: asyncio.Task[Any], is_cancelled: Callable[[], bool], every_s: float) -> Iterator[None]:
+    """Cancel a task, from its own loop, once that is so: what it runs meanwhile has nobody else to look."""
+    loop = task.get_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def look() -> None:
+        if is_cancelled():
+            task.cancel()
+        else:
+            timers[:] = [loop.call_later(every_s, look)]
+
+    timers.append(loop.call_later(every_s, look))
+    try:
+        yield
+    finally:
+        timers.pop().cancel()
+
+
 class _Drain:
     """Runs what is runnable in the calling thread, in place of pools: claims a row, runs it, commits with the next."""
 
@@ -10403,7 +10422,14 @@ class _Drain:
     """It can't renew while a step runs; its lock file tells whether it lives."""
 
     def __init__(
-        self, committer: _Committer, callers: _Callers, shared: _Shared, queue: str | None, *, with_scheduled: bool
+        self,
+        committer: _Committer,
+        callers: _Callers,
+        shared: _Shared,
+        queue: str | None,
+        *,
+        with_scheduled: bool,
+        poll_s: float,
     ) -> None:
         self.steps = 0
         self.kinds: list[str] = []
@@ -10415,6 +10441,7 @@ class _Drain:
         self._shared = shared
         self._queue = queue
         self._with_scheduled = with_scheduled
+        self._poll_s = poll_s
         self._ready: collections.deque[_Claim] = collections.deque()
         self._runner: asyncio.Runner | None = None
         self._is_over = False
@@ -10503,9 +10530,11 @@ class _Drain:
         running: list[asyncio.Task[Any] | None] = []
 
         async def run() -> _Commit | BaseException:
-            running.append(asyncio.current_task())
+            task = cast("asyncio.Task[Any]", asyncio.current_task())
+            running.append(task)
             try:
-                return await asyncio.wait_for(_execute_async(claim), claim.timeout_s)
+                with _cancelling(task, lambda: claim.services.is_cancelled(claim.row.id), self._poll_s):
+                    return await asyncio.wait_for(_execute_async(claim), claim.timeout_s)
             except TimeoutError:
                 return _timeout_error(claim)
 
@@ -10516,7 +10545,7 @@ class _Drain:
         runner = self._runner = self._runner or asyncio.Runner()
         try:
             result = _run_outside_loop(lambda: runner.run(run(), context=context), cancel)
-        except asyncio.CancelledError as error:  # by nobody here: an interrupt comes as KeyboardInterrupt
+        except asyncio.CancelledError as error:  # its own, or its instance was cancelled; an interrupt is no such
             return error
         return cast("_Commit | BaseException", result)
 
@@ -11062,7 +11091,8 @@ class _Scheduler:
 
     def drain(self, queue: str | None, with_scheduled: bool, max_steps: int) -> collections.Counter[str]:
         """Run what is runnable in this thread."""
-        drain = _Drain(self.committer, self.callers, self.shared, queue, with_scheduled=with_scheduled)
+        poll_s = self.options.poll_s
+        drain = _Drain(self.committer, self.callers, self.shared, queue, with_scheduled=with_scheduled, poll_s=poll_s)
 
         def run() -> None:
             self.runners.drain = drain

@@ -17477,6 +17477,38 @@ def test_a_cancel_reaches_a_running_coroutine(make_engine: MakeEngine, is_elsewh
         assert heard == ["cancelled"]
 
 
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_cancel_reaches_a_coroutine_of_a_drain(make_engine: MakeEngine, is_elsewhere: bool) -> None:
+    """Likewise, within the `poll_interval`, from another thread or engine; the drain goes on with what else is due."""
+    heard: list[str] = []
+    running = threading.Event()
+
+    class Waits(FSM, name="test.waits in a drain"):
+        async def perform(self, args: dict[str, Any]) -> str:
+            if args:
+                return "next"
+            running.set()
+            try:
+                await asyncio.sleep(PATIENCE)
+            except asyncio.CancelledError:
+                heard.append("cancelled")
+                raise
+            return "late"
+
+        def handle(self, error: BaseException, ctx: Ctx) -> Stop:
+            heard.append("handled")
+            return Stop(error)
+
+    engine = make_engine()
+    other = make_engine(queues={}) if is_elsewhere else engine
+    ident, following = (engine.insert(Waits, args=args) for args in ({}, {"is": "next"}))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: running.wait(PATIENCE) and other.cancel(ident, "enough"))
+        assert engine.drain() == {"steps": 2, "stop": 1, "done": 1}
+        assert asked.result(PATIENCE)
+    assert (heard, engine.get(ident).last_error, engine.result(following)) == (["cancelled"], "enough", "next")
+
+
 def test_cancel_with_children_takes_the_live_descendants_along(make_engine: MakeEngine) -> None:
     """Those of an ended instance too, in one transaction; without it nothing cascades."""
 
