@@ -4387,11 +4387,13 @@ class _OutcomeTable(_Table):
         """Why the row was cancelled, if it is still held by that claim."""
         return cast("str | None", self.db.execute(self._CANCEL_REASON, (row.id, row.claim)).get)
 
-    _MIGRATE = f"UPDATE durable_instances SET version = ?, step = ?, state = ? WHERE {_HELD_CLAIM}"
+    _MIGRATE = f"""
+UPDATE durable_instances SET version = ?, step = ?, state = ?, max_attempts = ? WHERE {_HELD_CLAIM}
+"""
 
     def migrate(self, row: _Row) -> None:
-        """Write the version, step and state that a row was brought to, ahead of its outcome: an end writes none."""
-        self.db.execute(self._MIGRATE, (row.version, row.step, row.state, row.id, row.claim))
+        """Write the version that a row was brought to, with what goes with it, ahead of its outcome."""
+        self.db.execute(self._MIGRATE, (row.version, row.step, row.state, row.max_attempts, row.id, row.claim))
 
     _NOTE_CALLS = f"UPDATE durable_instances SET has_calls = 1 WHERE {_HELD_CLAIM}"
     _KEEP_CALL = "INSERT OR REPLACE INTO durable_calls (instance, name, value, is_awaited) VALUES (?, ?, ?, ?)"
@@ -5762,8 +5764,14 @@ class _Claim:
                 raise
             self.error = error
         else:
-            self.row = self.row._replace(step=step_name, state=text, version=self.spec.version)
-            self.is_migrated = True
+            self.bring_to_version(self.row._replace(step=step_name, state=text))
+
+    def bring_to_version(self, row: _Row) -> None:
+        """Have the row carry the version of its class; as a machine it has no attempts to run out of, as a job some."""
+        keeps_its_own = self.spec.is_job and row.max_attempts is not None
+        max_attempts = row.max_attempts if keeps_its_own else self.spec.max_attempts
+        self.row = row._replace(version=self.spec.version, max_attempts=max_attempts)
+        self.is_migrated = True
 
     def check_held(self) -> None:
         """Raise if the step no longer counts, as far as that is known."""
@@ -5949,7 +5957,7 @@ def _on_time(claim: _Claim, verdict: _Commit | BaseException) -> _Commit | BaseE
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Advance | _Again:
     """Apply an outcome that goes on, with the state as the step leaves it."""
     if claim.row.version != claim.spec.version and outcome.state is not None:  # `handle`'s, in place of `migrate`'s
-        claim.row, claim.is_migrated = claim.row._replace(version=claim.spec.version), True
+        claim.bring_to_version(claim.row)
     state = ctx.state if outcome.state is None else outcome.state
     text = _dump_state(claim.spec.state, state, claim.row.state, ctx._loaded)
     claim.ruled_at = claim.services.now()
@@ -12491,7 +12499,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     @staticmethod
     def _as_it_stands(row: _Row) -> dict[str, Any]:
         """Return the columns that `migrate` brings to the version of the class."""
-        return {"version": row.version, "step": row.step, "state": row.state}
+        return {"version": row.version, "step": row.step, "state": row.state, "max_attempts": row.max_attempts}
 
     @staticmethod
     def cancelled(row: _Row, reason: str) -> dict[str, Any]:

@@ -18108,6 +18108,40 @@ def test_what_ends_right_after_a_migrate_has_the_state_of_its_version(make_engin
     forget("test.priced")
 
 
+@pytest.mark.parametrize("is_job", [False, True])
+def test_a_migrate_from_job_to_machine_or_back_brings_the_rule_of_its_kind(
+    make_engine: MakeEngine, is_job: bool
+) -> None:
+    """Attempts are a job's to run out of: a machine that was one has no limit, and a job that was none its class's."""
+    kept = {"max_attempts": 2} if not is_job else {}
+    old = define("Turning", body=STEPS if is_job else PERFORM, name="test.turning", **kept)
+    engine = make_engine()
+    ident = engine.insert(old)
+    forget("test.turning")
+    runs: list[int] = []
+
+    def run(self: FSM, name: Any, ctx: Ctx) -> Done:
+        runs.append(ctx.attempt)
+        if ctx.attempt < 2:
+            raise SystemExit if not is_job and ctx.attempt else ValueError
+        return Done()
+
+    body: dict[str, Any] = {
+        "backoff": lambda self, attempt: 0,
+        "migrate": lambda self, name, state, version: ("perform" if is_job else "start", state),
+        "perform" if is_job else "step": run,
+    }
+    if not is_job:
+        body["handle"] = lambda self, error, ctx: Retry()
+    define("Turning", body=body, name="test.turning", version=2)
+    for _ in range(2):
+        with contextlib.suppress(SystemExit):
+            engine.drain()
+    found = engine.get(ident)
+    assert (found.status, runs, found.max_attempts) == ("done", [0, 1, 2], 20 if is_job else None)
+    forget("test.turning")
+
+
 def test_a_version_that_is_known_is_not_migrated(make_engine: MakeEngine) -> None:
     """Its instances end on it, though a later one could take them over."""
     old = define("Known", body=PERFORM, name="test.known")

@@ -3919,6 +3919,7 @@ SAME = [
     "test_new_code_takes_over_what_old_code_has_left",
     "test_a_migrate_that_fails_is_for_handle",
     "test_what_ends_right_after_a_migrate_has_the_state_of_its_version",
+    "test_a_migrate_from_job_to_machine_or_back_brings_the_rule_of_its_kind",
     "test_check_of_code_that_is_older_than_the_file_says_so",
 ]
 """Tests of the engine on a file that hold on PostgreSQL word by word."""
