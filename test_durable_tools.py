@@ -3916,6 +3916,8 @@ SAME = [
     "test_exit_out_of_drain_is_raised_on_after_its_commit",
     "test_overdue_coroutine_is_cancelled",
     "test_a_cancel_reaches_a_running_coroutine",
+    "test_a_step_of_a_drain_is_told_that_it_is_over_its_timeout",
+    "test_what_a_job_failed_with_stands_in_the_history_whatever_handle_makes_of_it",
     "test_new_code_takes_over_what_old_code_has_left",
     "test_a_migrate_that_fails_is_for_handle",
     "test_what_ends_right_after_a_migrate_has_the_state_of_its_version",
