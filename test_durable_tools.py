@@ -1258,6 +1258,8 @@ def test_insert_refuses_a_duplicate(command: Command, script: Path, tmp_path: Pa
         ["insert", "m:C", "--database", "x.db", "--at", "tomorrow"],
         ["insert", "m:C", "--database", "x.db", "--state", "[" * 90_000],
         ["signal", "x.db", "1", "paid", "[" * 90_000 + "]" * 90_000],
+        ["signal", "x.db", "1", "paid", "NaN"],
+        ["insert", "m:C", "--database", "x.db", "--state", '{"a": [-Infinity]}'],
         ["wait", "x.db", "1", "--timeout", "nan"],
         ["watch", "x.db", "--interval", "inf"],
         ["watch", "x.db", "--interval", "-1"],
