@@ -2054,8 +2054,10 @@ class Context(Generic[_State]):
         kept = self._kept_calls().get(name)
         if kept is not None:
             value = _load_value(kept[0])
-            return _ready(value) if kept[1] else value
+            return _ready(value) if kept[1] and self._claim.is_async else value
         with self._naming(name):
+            if _is_coroutine_function(function) and not self._claim.is_async:
+                raise TypeError(f"call {name!r} is of a coroutine function: that needs an `async def` step")
             returned = function(*args, **kwargs)
             if self._claim.is_async and inspect.isawaitable(returned):
                 return self._finish_call(name, returned)
@@ -2068,8 +2070,6 @@ class Context(Generic[_State]):
         _text(name, "a call's name")
         if not callable(function):
             raise TypeError(f"call {name!r}: function must be callable, not {_brief(function)}")
-        if _is_coroutine_function(function) and not self._claim.is_async:
-            raise TypeError(f"call {name!r} is of a coroutine function: that needs an `async def` step")
         if self._effects is None:
             raise DurableError(f"the step {self.step!r} of instance {self.id} has ended: it can't call {name!r}")
         if name in self._called:

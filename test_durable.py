@@ -17194,6 +17194,29 @@ def test_coroutines_that_are_called_side_by_side_share_commits(make_engine: Make
     assert len(heard.events) < 20
 
 
+def test_handle_is_given_the_values_that_an_async_step_has_kept(make_engine: MakeEngine) -> None:
+    """As they are, for it can await nothing; a coroutine function of which nothing is kept is refused there."""
+
+    async def ask() -> int:
+        return 42
+
+    class Asking(FSM):
+        @step
+        async def start(self, ctx: Ctx) -> Done:
+            await ctx.call("asked", ask)
+            raise ValueError("boom")
+
+        def handle(self, error: Exception, ctx: Ctx) -> Done:
+            with pytest.raises(TypeError, match="coroutine function"):
+                ctx.call("new", ask)
+            return Done([ctx.call("asked", ask), ctx.call("new", lambda: 7)])
+
+    engine = make_engine()
+    ident = engine.insert(Asking)
+    engine.drain()
+    assert engine.result(ident) == [42, 7]
+
+
 def test_a_step_whose_claim_was_lost_makes_no_call(make_engine: MakeEngine, database: Path) -> None:
     """`call` raises, without calling where that is known, and the step ends stale: `handle` hears nothing."""
     handled: list[Exception] = []
