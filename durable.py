@@ -6128,9 +6128,9 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
     User code runs here, in `_execute_async` and in `_ask_handle`; what else is raised is the engine's own, and a crash.
     The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
     """
-    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.services.clock()
     if claim.error is not None:
         return _recover(claim, claim.error)
+    claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.services.clock()
     try:
         code = claim.spec.code(claim.row.step)
         ctx = claim.open()
@@ -6453,7 +6453,8 @@ class _Pool:
             self._outcomes.append(commit)  # first: from here on, a thread that dies leaves an outcome and no crash
             self._end(claim)
             was_quick = self._is_quick
-            self._count_step(commit.duration)
+            if claim.error is None:  # else the step ran elsewhere, and only `handle` here
+                self._count_step(commit.duration)
             is_last = not self._ready
             # The scheduler looks at a pool that it has seen quick: one that turns so has to be shown to it.
             is_minded = bool(self._arriving) or (was_quick and self._is_quick)

@@ -16543,6 +16543,33 @@ def test_an_error_that_handle_has_answered_stands_in_the_history(
     assert engine.get(ident).last_error == ("no" if kind == "stop" else None)
 
 
+@pytest.mark.parametrize("ends", ["error", "timeout", "timeout of a thread"])
+def test_a_run_that_handle_is_asked_about_later_is_told_from_its_start(
+    make_engine: MakeEngine, gate: Gate, ends: str
+) -> None:
+    """What it took, in the history and in `step.stop`, is the step's time also where `handle` has a turn of its own."""
+
+    async def on_the_loop() -> None:
+        await asyncio.sleep(0.2 if ends == "error" else PATIENCE)
+        raise ValueError("boom")
+
+    def in_a_thread() -> None:
+        gate.hold()
+
+    timeout = None if ends == "error" else 0.2
+    make = durable.job(max_attempts=1, timeout=timeout)
+    engine = make_engine()
+    steps = Heard(engine, "step.stop")
+    with engine:
+        ident = engine.insert(make(cast(Any, in_a_thread if ends == "timeout of a thread" else on_the_loop)))
+        ended = engine.wait(ident, PATIENCE, until="terminal")
+        (run,) = engine.history(ident)
+        assert steps.take().measurements["duration"] > 0.15
+        gate.leave.set()
+    assert run.duration > 0.15
+    assert (ended.updated_at - run.started_at).total_seconds() > 0.15
+
+
 def test_a_job_keeps_only_its_failed_attempts(make_engine: MakeEngine) -> None:
     """The last one, too; no success, and no uncounted snooze: its row says the rest."""
     engine = make_engine()
