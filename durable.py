@@ -11777,7 +11777,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         previous = [(number, signal.signal(number, lambda *_: wake_up.set())) for number in numbers]
         try:
-            if not self._core.is_started:
+            if not self._is_running():
                 self.start()
             while not self._core.is_closed and not wake_up.wait(0.5):
                 self._core.files.check()
@@ -11790,7 +11790,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         """Start without blocking the running loop, and run `async def` steps on that loop."""
         import asyncio
 
-        if not self._core.is_started:
+        if not self._is_running():
             await asyncio.to_thread(self._core.start, asyncio.get_running_loop())
         return self
 
@@ -11810,12 +11810,17 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
             raise cancelled
 
     def __enter__(self) -> Engine:
-        if not self._core.is_started:
+        if not self._is_running():
             self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _is_running(self) -> bool:
+        """Whether it was started before; one that was stopped since is refused, as by all other verbs."""
+        self._core.callers.check_open()
+        return self._core.is_started
 
     # Drain
 

@@ -4299,6 +4299,9 @@ def test_an_engine_that_is_stopped_by_its_own_step_or_callback_stops_behind_it(
 
 VERBS: dict[str, Callable[[Engine], object]] = {
     "start": lambda engine: engine.start(),
+    "with": lambda engine: engine.__enter__(),
+    "async with": lambda engine: asyncio.run(engine.__aenter__()),
+    "run": lambda engine: engine.run(),
     "insert": lambda engine: engine.insert(Echo),
     "insert_all": lambda engine: engine.insert_all([Insert(Echo)]),
     "insert_nowait": lambda engine: engine.insert_nowait(Echo).result(PATIENCE),
