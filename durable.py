@@ -6811,7 +6811,8 @@ class _EventLoop:
     async def _run(self, claim: _Claim, pool: _Pool) -> None:
         import asyncio
 
-        if self._tasks.get(claim) is not asyncio.current_task():
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        if self._tasks.setdefault(claim, task) is not task:  # not there yet: an eager task, which is being made
             return  # whoever started it was interrupted, and has started another
         result: _Commit | BaseException
         try:

@@ -17916,6 +17916,34 @@ def test_an_engine_runs_its_steps_on_uvloop(make_engine: MakeEngine) -> None:
     assert uvloop.run(main()) == [f"uvloop{n}" for n in range(50)]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio has eager tasks since Python 3.12")
+def test_an_engine_runs_its_steps_on_a_loop_with_eager_tasks(make_engine: MakeEngine) -> None:
+    """A task may have run, and even ended, before the loop hands it out."""
+
+    @durable.job
+    async def eager(n: int, ctx: Ctx) -> int:
+        if n % 2:
+            await asyncio.sleep(0.001)
+        assert Context.current() is ctx
+        return n
+
+    @durable.job(timeout=0.1, max_attempts=1)
+    async def endless() -> None:
+        await asyncio.sleep(PATIENCE)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(cast(Any, asyncio).eager_task_factory)
+        async with make_engine() as engine:
+            ids = [await cast(Any, engine.insert_nowait(eager, args={"n": n})) for n in range(20)]
+            late = await cast(Any, engine.insert_nowait(endless))
+            assert await asyncio.gather(*(cast(Any, engine.result_nowait(one)) for one in ids)) == list(range(20))
+            with pytest.raises(FailedError, match="took over"):
+                await cast(Any, engine.result_nowait(late))
+            assert {engine.get(one).attempt for one in ids} == {0}
+
+    asyncio.run(main())
+
+
 def test_an_engine_leaves_the_callers_loop_to_the_caller(make_engine: MakeEngine) -> None:
     """While a thousand steps run on it, what else runs there has its turn, again and again."""
     ran: list[int] = []
