@@ -11323,11 +11323,12 @@ def _find_past(runs: _Runs, old: Instance, to: Any, state: Any) -> _Past:
         step_name = runs.step_of_run(old.id, _integer(to, "to (a run's seq)", 0))
         if step_name is None:
             raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {to!r}")
-        return _Past(to, step_name, text)
-    step_name = _step_name(to)
+        seq: int | None = to
+    else:
+        step_name = _step_name(to)
+        seq = runs.latest_run(old.id, step_name)
     if spec is not None:
         spec.code(step_name)
-    seq = runs.latest_run(old.id, step_name)
     if seq is None and text is None:
         raise ValueError(f"step {step_name!r} is not in the history of instance {old.id}: give the state, too")
     return _Past(seq, step_name, text)

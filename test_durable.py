@@ -16932,6 +16932,36 @@ def test_rewind_refuses_what_it_cannot_do_and_changes_nothing(order: tuple[Engin
     assert engine.get(ident) == before
 
 
+def test_a_run_of_a_step_that_the_class_no_longer_has_is_not_gone_back_to(make_engine: MakeEngine) -> None:
+    """By its `seq` no more than by its name: nothing could run it."""
+
+    def define(*, has_first: bool) -> type[FSM]:
+        class Shrinking(FSM, initial="first" if has_first else "last"):
+            if has_first:
+
+                @step
+                def first(self, ctx: Ctx) -> Next:
+                    return Next("last")
+
+            @step
+            def last(self, ctx: Ctx) -> Done:
+                return Done()
+
+        return Shrinking
+
+    engine = make_engine()
+    ident = engine.insert(define(has_first=True))
+    engine.drain()
+    define(has_first=False)
+    before = engine.get(ident)
+    for to in ("first", engine.history(ident)[0].seq):
+        with pytest.raises(ValueError, match="has no step 'first'"):
+            engine.rewind(ident, to)
+        with pytest.raises(ValueError, match="has no step 'first'"):
+            engine.fork(ident, to)
+    assert engine.find() == [before]
+
+
 def test_a_running_instance_cannot_be_rewound_but_forked(make_engine: MakeEngine) -> None:
     """Its step may still commit; a fork leaves it alone."""
     forks: list[int] = []
