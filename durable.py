@@ -5598,6 +5598,8 @@ class _Services:
     """What running steps may ask for: the time, and what is committed. They never touch the write connection."""
 
     _POLICY_AGE_S = 1.0
+    waits_out_failures = False
+    """Whether what a step has done is to be kept in memory until the storage is back; an engine that runs does so."""
 
     def __init__(self, reader: _Reader, clock: Callable[[], float]) -> None:
         self._reader = reader
@@ -5780,15 +5782,35 @@ class _Claim:
                 f"step {self.row.step!r} of instance {self.row.id} no longer counts: it was taken from here"
             )
 
+    _STORE_PAUSE_S = 0.2
+    """After so long a call that storage did not keep is kept again."""
+
     def keep(self, call: _Kept) -> None:
-        """Commit what a call returned."""
-        self._note_kept(self.services.perform(lambda beat: self._keep_in(beat, call)))
+        """Commit what a call returned; where storage fails, once it is back, like an outcome: its effect is done."""
+        while True:
+            try:
+                return self._note_kept(self.services.perform(lambda beat: self._keep_in(beat, call)))
+            except DurableError as error:
+                self._wait_out(error)
+                time.sleep(self._STORE_PAUSE_S)
 
     async def keep_soon(self, call: _Kept) -> None:
         """Do so without blocking the event loop; many share a commit."""
         import asyncio
 
-        self._note_kept(await asyncio.wrap_future(self.services.perform_soon(lambda beat: self._keep_in(beat, call))))
+        while True:
+            try:
+                kept = self.services.perform_soon(lambda beat: self._keep_in(beat, call))
+                return self._note_kept(await asyncio.wrap_future(kept))
+            except DurableError as error:
+                self._wait_out(error)
+                await asyncio.sleep(self._STORE_PAUSE_S)
+
+    def _wait_out(self, error: DurableError) -> None:
+        """Raise what another try can't mend, and in a drain, whose caller is told of the storage's failure."""
+        self.check_held()
+        if not (self.services.waits_out_failures and _is_of_storage(error)):
+            raise error
 
     def _keep_in(self, beat: Any, call: _Kept) -> bool:
         return not self.is_disowned and beat.store.keep_call(self.row, call)
@@ -10914,6 +10936,7 @@ class _Scheduler:
 
     def _start(self, loop: asyncio.AbstractEventLoop | None) -> None:
         _load_what_steps_need()
+        self.services.waits_out_failures = True
         self.shared.context = contextvars.copy_context()
         self.peers.join_and_watch(self._join)
         try:

@@ -10952,6 +10952,38 @@ def test_outcomes_wait_in_memory_until_the_disk_is_back(disk: Disk, make_engine:
     assert engine.check() == []
 
 
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_a_call_that_a_full_disk_did_not_keep_is_kept_when_it_is_back(
+    disk: Disk, make_engine: MakeEngine, kind: str
+) -> None:
+    """Nothing runs twice for it: what the call returned waits in its step."""
+    made: list[int] = []
+
+    def effect() -> int:
+        disk.fail(*FULL)
+        made.append(1)
+        return len(made)
+
+    async def effect_soon() -> int:
+        return effect()
+
+    def plain(ctx: Ctx) -> int:
+        return ctx.call("effect", effect)
+
+    async def soon(ctx: Ctx) -> int:
+        return await ctx.call("effect", effect_soon)
+
+    engine = make_engine()
+    heard = Heard(engine, "store.error")
+    with engine:
+        ident = engine.insert(durable.job(cast(Any, plain if kind == "plain" else soon)))
+        heard.wait(2)
+        assert engine.get(ident).status == "executing"
+        disk.heal()
+        assert engine.result(ident, PATIENCE) == 1
+        assert (made, engine.get(ident).attempt, engine.check()) == ([1], 0, [])
+
+
 def test_stop_ends_though_the_disk_is_full(disk: Disk, make_engine: MakeEngine, desk: Desk) -> None:
     """What could not be committed runs again after the next start."""
     engine = visited(make_engine, desk, drain_timeout=0.3)
