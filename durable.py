@@ -7564,6 +7564,13 @@ class _Transaction:
         coming = operator.countOf(map(_queue_of, self.report.claims), queue)
         return max(0, slots[queue] + leaving - coming)
 
+    def has_due(self, queue: str) -> bool:
+        """Whether a row of the queue could run if there were room for it."""
+        head = self.store.next_priority(queue, -_MAX_INTEGER - 1)
+        while head is not None and head[1] > self.now:
+            head = self.store.next_priority(queue, head[0])
+        return head is not None
+
     @property
     def elsewhere(self) -> frozenset[str]:
         """The queues that other engines serve."""
@@ -8203,17 +8210,10 @@ class _Inline:
             return False
         key, kept = claim.row.concurrency_key, cast(_Advance, commit.change).concurrency_key
         is_same_key = key is not None and key == kept
-        if self._has_due(claim.row.queue) or (is_same_key and self._store.line_queues(f"key:{key}")):
+        if self._transaction.has_due(claim.row.queue) or (is_same_key and self._store.line_queues(f"key:{key}")):
             return True
         claim.inline_since = instant
         return False
-
-    def _has_due(self, queue: str) -> bool:
-        """Whether a row of the queue could run if there were room for it."""
-        head = self._store.next_priority(queue, -_MAX_INTEGER - 1)
-        while head is not None and head[1] > self._transaction.now:
-            head = self._store.next_priority(queue, head[0])
-        return head is not None
 
     def _admits(self, commit: _Commit) -> bool:
         """Ask the limits that an inline step names; a key that it keeps is held already."""
@@ -8829,7 +8829,8 @@ class _Picker:
         horizon = self._transaction.now if demand.horizon is None else demand.horizon
         self._claim({queue: count for queue, count in slots.items() if count}, horizon, at_most)
         if "scheduler.saturation" in self._report.wanted:
-            self._report.saturated = [queue for queue, count in slots.items() if not count]
+            full = [queue for queue in slots if not self._transaction.free_slots(queue)]
+            self._report.saturated = [queue for queue in full if self._transaction.has_due(queue)]
 
     def _runnable_queues(self) -> Iterator[str]:
         queue = self._store.next_queue("")

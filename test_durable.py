@@ -6778,10 +6778,12 @@ def test_a_beat_claims_as_many_rows_as_there_are_free_slots(by_hand: BeatByHand)
     ids = by_hand.insert(late, soon, urgent, by_hand.row(Echo, queue="mail"))
     report = by_hand.run({"default": 2}, wanted=["scheduler.saturation"])
     assert [claim.row.id for claim in report.claims] == [ids[2], ids[1]]
-    assert not report.saturated
+    assert report.saturated == ["default"], "one row more is due"
     assert not by_hand.run({"default": 0}, wanted=["scheduler.saturation"]).claims
     assert by_hand.run({"default": 0}, wanted=["scheduler.saturation"]).saturated == ["default"]
-    assert [claim.row.queue for claim in by_hand.run({"default": 1, "mail": 1}).claims] == ["default", "mail"]
+    report = by_hand.run({"default": 1, "mail": 1}, wanted=["scheduler.saturation"])
+    assert [claim.row.queue for claim in report.claims] == ["default", "mail"]
+    assert not report.saturated, "both are full, and nothing waits"
 
 
 def test_a_slot_that_an_outcome_sets_free_is_filled_by_the_same_beat(by_hand: BeatByHand) -> None:
@@ -16100,15 +16102,15 @@ def test_the_end_of_an_engine_is_told_for_each_queue(make_engine: MakeEngine) ->
 
 
 def test_saturation_is_told_when_a_queue_is_full(make_engine: MakeEngine) -> None:
-    """`scheduler.saturation`: every slot is taken and work waits."""
+    """`scheduler.saturation`: every slot is taken and work waits, from the claim on that has taken the last slot."""
     engine = make_engine(queues={"default": 1}, fsms=[gated := Gated()])
     saturation = Heard(engine, "scheduler.saturation")
     with engine:
-        engine.insert_all([Insert(Gated), Insert(mail, args=ANN)])
-        assert gated.entered.acquire(timeout=PATIENCE)
-        engine.insert(mail, args=ANN)
-        saturation.take()
+        engine.insert_all([Insert(Gated), *(Insert(mail, args=ANN) for _ in range(2))])
+        first = saturation.take()  # though no other transaction meets a full queue
         gated.gate.set()
+        events = [first, saturation.take()]
+    assert {(event.measurements["in_flight"], event.metadata["queue"]) for event in events} == {(1, "default")}
 
 
 DYING = """
