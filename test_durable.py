@@ -5113,8 +5113,8 @@ def test_a_call_that_comes_during_a_beat_that_fails_is_answered(
             raise ZeroDivisionError
 
     monkeypatch.setattr(engine._core.committer, "_publish", fail_once)
-    engine.insert(Echo)
-    assert inside.wait(PATIENCE)
+    # Now and then the scheduler's thread is the first to commit what a worker held up has come to.
+    eventually(lambda: engine.insert(Echo) and inside.wait(0.5))
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         call = threads.submit(engine.insert, Echo, queue="nobody")
         eventually(lambda: engine._core.committer.requests)
