@@ -1994,9 +1994,15 @@ class Context(Generic[_State]):
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody has asked to cancel the instance by now, or the step is over its `timeout`."""
+        """Whether somebody has asked to cancel the instance by now, or the step is over its `timeout`.
+
+        True, too, where the engine was stopped and has not waited for the step, which no longer counts.
+        """
         claim = self._claim
-        return claim.is_disowned or claim.is_late or claim.services.is_cancelled(self.id)
+        try:
+            return claim.is_disowned or claim.is_late or claim.services.is_cancelled(self.id)
+        except EngineClosedError:
+            return True
 
     def execute(self, sql: str, bindings: Sequence[Any] | Mapping[str, Any] = ()) -> None:
         """Add a statement to the step's commit: it happens exactly once, or not at all.

@@ -4389,6 +4389,24 @@ def test_stop_gives_back_what_is_still_running_when_its_time_is_up(
     assert (instance.status, instance.worker, instance.attempt) == (Status.RUNNABLE, None, 0)
 
 
+def test_a_step_that_stop_has_left_behind_is_told_that_it_counts_no_more(make_engine: MakeEngine, gate: Gate) -> None:
+    """`ctx.cancelled` is true for it, so that its loop ends like that of a cancelled one."""
+    seen: list[bool] = []
+
+    class Looks(FSM):
+        def perform(self, _: Any, ctx: Context[Any]) -> None:
+            seen.append(ctx.cancelled)
+            gate.hold()
+            seen.append(ctx.cancelled)
+
+    engine = running_engine(make_engine, drain_timeout=0)
+    engine.insert(Looks)
+    assert gate.entered.wait(PATIENCE)
+    engine.stop()
+    gate.leave.set()
+    eventually(lambda: seen == [False, True])
+
+
 def test_a_beat_that_comes_to_nothing_starts_nothing_that_stop_gives_back(make_engine: MakeEngine, gate: Gate) -> None:
     """None is under way while the pools are emptied: it would put back what it finds taken out, and that would run."""
     job = Holds(gate)
