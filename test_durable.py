@@ -18793,6 +18793,8 @@ class Verdict:
     """Whether it is `handle`'s: if it is refused, the instance ends."""
     answered: str | None = None
     """The error that `handle`, or a rule of the step, has answered."""
+    is_answer: bool = False
+    """Whether `handle` has answered with it: then the history keeps what the step failed with."""
 
     @property
     def is_repeated(self) -> bool:
@@ -19205,8 +19207,7 @@ class EngineModel:
         is_failed = kind == "stop" or (kind == "retry" and verdict.outcome.counted)
         if is_failed or not row.is_job:
             to = None if kind in ("done", "stop") else row.step
-            is_answer = kind != "stop" or (verdict.is_last_word and verdict.outcome is verdict.cue.on_error)
-            error = verdict.answered if is_answer else verdict.error
+            error = verdict.answered if kind != "stop" or verdict.is_answer else verdict.error
             self.note(row, verdict.twin, verdict.twin.claim, kind, error, to)
 
     def move(self, row: Twin, verdict: Verdict) -> None:
@@ -19559,7 +19560,7 @@ class EngineModel:
                 verdict = self.handled(twin, cue, error)
             except LostError:
                 verdict = Verdict(twin, self.now, Stop("lost"))
-            verdict.answered = verdict.answered or error
+            verdict.answered = error
         verdict.is_last_word = True
         return verdict
 
@@ -19574,16 +19575,21 @@ class EngineModel:
             if twin.is_job and twin.attempt + 1 < cast(int, twin.max_attempts):
                 return self.verdict(twin, cue, Retry(2.0**twin.attempt), effects, twin.state, error)
             return Verdict(twin, self.now, Stop("error"), error=error, effects=effects, cue=cue)
-        if twin.is_job and isinstance(act, Fail | Cancel):
-            return self.rule_on_job(twin, cue, act)
-        if isinstance(act, BaseException):
+        is_ruling = twin.is_job and isinstance(act, Fail | Cancel)
+        if isinstance(act, BaseException) and not is_ruling:
             return Verdict(twin, self.now, Stop("error"), error=error_text(act), cue=cue)
-        if twin.is_job and isinstance(act, Next | Await | ScheduleChildren):
-            return self.forbidden(twin, act)
-        fault = self.fault_of(twin, act)
+        is_forbidden = twin.is_job and isinstance(act, Next | Await | ScheduleChildren)
+        fault = "" if is_ruling or is_forbidden else self.fault_of(twin, act)
         if fault:
             return Verdict(twin, self.now, Stop("error"), error=fault, cue=cue)
-        return self.verdict(twin, cue, act, effects, twin.state, error if isinstance(act, Retry) else None)
+        if is_ruling:
+            verdict = self.rule_on_job(twin, cue, act)
+        elif is_forbidden:
+            verdict = self.forbidden(twin, act)
+        else:
+            verdict = self.verdict(twin, cue, act, effects, twin.state, error if isinstance(act, Retry) else None)
+        verdict.is_answer = True
+        return verdict
 
     def fault_of(self, twin: Twin, act: Any) -> str:
         """What is wrong with an outcome; an empty text if nothing is."""
