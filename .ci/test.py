@@ -3,7 +3,7 @@
     python3 .ci/test.py [--python PYTHON ...] [pytest arguments ...]
 
 It needs Python 3.11 or newer with venv, and works from any directory. What it installs goes to `.venvs/` in
-the checkout and is used again until pyproject.toml changes.
+the checkout and is used again until pyproject.toml changes. The tests run in two processes, or in one with `-n0`.
 
 With DURABLE_TEST_PROFILE=long in the environment the tests include the slow ones and the README's recipes, and
 unless `--python` says otherwise, they run on the oldest and the newest Python found here. Of several Pythons,
@@ -29,6 +29,8 @@ _PROFILE = "DURABLE_TEST_PROFILE"
 _LONG = os.environ.get(_PROFILE) == "long"
 _POSTGRES = "DURABLE_TEST_POSTGRES"
 _OLDEST = (3, 11)
+_TWO_AT_ONCE = ("--numprocesses=2", "--dist=worksteal")
+"""Two tests at a time: many wait for processes of their own, or for a time to pass, more than they work."""
 _PIP_INSTALL = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
 
 # Succeeds on a released CPython with its lock and with venv; prints its version and where it is installed.
@@ -60,7 +62,7 @@ def main() -> None:
     _run(python, "-m", "ruff", "check")
     _run(python, "-m", "mypy")
     for other in others:
-        _run(_environment(other, lowest=True), "-m", "pytest", *pytest_arguments, profile="quick")
+        _run(_environment(other, lowest=True), "-m", "pytest", *_TWO_AT_ONCE, *pytest_arguments, profile="quick")
     if not _LONG:
         print(
             "left out: slow tests, and those against a PostgreSQL server; DURABLE_TEST_PROFILE=long has them",
@@ -69,7 +71,7 @@ def main() -> None:
     elif _has_postgres():
         os.environ[_POSTGRES] = "1"
     slow = ["-m", "not long"] if _LONG else []
-    _run(python, "-m", "pytest", *slow, *pytest_arguments)
+    _run(python, "-m", "pytest", *_TWO_AT_ONCE, *slow, *pytest_arguments)
 
 
 def _has_postgres() -> bool:
