@@ -47,6 +47,7 @@ import errno
 import functools
 import heapq
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -262,6 +263,15 @@ class _Ticks:
     perf_counter = time.perf_counter
 
 
+def _brief(value: object, width: int = 80) -> str:
+    """Show a value in an error message, cut where it is long."""
+    try:
+        shown = repr(value)
+    except Exception:  # noqa: BLE001 - nested too deep, or not able to say what it is: still to be refused by its name
+        shown = f"<{type(value).__name__}>"
+    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
 def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) -> int:
     """Read a duration, seconds or a timedelta, as whole milliseconds, rounded up so that nothing fires early."""
     seconds: Any = value.total_seconds() if isinstance(value, dt.timedelta) else value
@@ -270,7 +280,7 @@ def _duration_ms(value: object, name: str, error: type[Exception] = ValueError) 
     except (AttributeError, TypeError, ValueError, OverflowError):  # the latter: of what is not finite
         above, below = -1, 1
     if above < 0:
-        raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {value!r}")
+        raise error(f"{name} must be seconds or a timedelta, finite and not negative, not {_brief(value)}")
     # A float's own error (0.1 * 3 = 0.30000000000000004) must not cost a millisecond: hence the rounding.
     return _END_OF_TIME if above * 1000 > _END_OF_TIME * below else math.ceil(round(above * 1000 / below, 6))
 
@@ -279,7 +289,7 @@ def _positive_ms(value: object, name: str, error: type[Exception] = ValueError) 
     """Read a duration of at least a millisecond."""
     milliseconds = _duration_ms(value, name, error)
     if milliseconds == 0:
-        raise error(f"{name} must be more than 0 seconds, not {value!r}")
+        raise error(f"{name} must be more than 0 seconds, not {_brief(value)}")
     return milliseconds
 
 
@@ -291,9 +301,9 @@ def _timeout_s(value: object, name: str, error: type[Exception] = ValueError) ->
 def _instant_ms(value: object, name: str) -> int:
     """Read a timezone-aware datetime as milliseconds since the epoch, rounded up, within what can be shown in UTC."""
     if not isinstance(value, dt.datetime):
-        raise ValueError(f"{name} must be a timezone-aware datetime, not {value!r}")
+        raise ValueError(f"{name} must be a timezone-aware datetime, not {_brief(value)}")
     if value.utcoffset() is None:
-        raise ValueError(f"{name} must be timezone-aware, not the naive {value!r}")
+        raise ValueError(f"{name} must be timezone-aware, not the naive {_brief(value)}")
     return max(_START_OF_TIME, min(-((_EPOCH - value) // _MILLISECOND), _END_OF_TIME))
 
 
@@ -319,12 +329,12 @@ def _instant_or_none(milliseconds: int | None) -> dt.datetime | None:
 def _text(value: object, name: str, error: type[Exception] = ValueError) -> str:
     """Check a name or a key: a string, not empty, that UTF-8 can write."""
     if not isinstance(value, str) or not value:
-        raise error(f"{name} must be a string that is not empty, not {value!r}")
+        raise error(f"{name} must be a string that is not empty, not {_brief(value)}")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise error(f"{name} must be text that UTF-8 can write, not {value!r}") from None
+            raise error(f"{name} must be text that UTF-8 can write, not {_brief(value)}") from None
     return str(value)
 
 
@@ -333,18 +343,18 @@ def _integer(value: Any, name: str, least: int, error: type[Exception] = ValueEr
     is_whole = type(value) is int or (isinstance(value, int) and not isinstance(value, bool))
     if not is_whole or not least <= value <= _MAX_INTEGER:
         allowed = f"of at least {least}" if least > -_MAX_INTEGER else "of at most 64 bits"
-        raise error(f"{name} must be an integer {allowed}, not {value!r}")
+        raise error(f"{name} must be an integer {allowed}, not {_brief(value)}")
     return int(value)
 
 
 def _number(value: object, name: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+        raise ValueError(f"{name} must be a finite number, not {_brief(value)}")
 
 
 def _boolean(value: object, name: str, error: type[Exception] = ValueError) -> bool:
     if not isinstance(value, bool):
-        raise error(f"{name} must be True or False, not {value!r}")
+        raise error(f"{name} must be True or False, not {_brief(value)}")
     return value
 
 
@@ -380,7 +390,7 @@ def _limit_key(value: object, name: str, error: type[Exception] = ValueError) ->
     if isinstance(value, str):
         return _text(value, name, error)
     allowed = "a string, a pair such as ('stripe', tenant) with no ':' in its first part, or None"
-    raise error(f"{name} must be {allowed}, not {value!r}")
+    raise error(f"{name} must be {allowed}, not {_brief(value)}")
 
 
 def _limit_name(key: str) -> str:
@@ -430,15 +440,6 @@ def _json(value: object) -> str:
         except UnicodeEncodeError:
             return _encode_ascii(value)
     return text
-
-
-def _brief(value: object, width: int = 80) -> str:
-    """Show a value in an error message, cut where it is long."""
-    try:
-        shown = repr(value)
-    except Exception:  # noqa: BLE001 - nested too deep, or not able to say what it is: still to be refused by its name
-        shown = f"<{type(value).__name__}>"
-    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
 
 
 def _printable(text: str) -> str:
@@ -581,7 +582,7 @@ def _zone(name: object) -> dt.tzinfo:
         return zoneinfo.ZoneInfo(cast(str, name))
     except (ValueError, TypeError, AttributeError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
         raise ValueError(
-            f"zone must be an IANA name such as 'Europe/Berlin', 'UTC' or 'local', not {name!r}"
+            f"zone must be an IANA name such as 'Europe/Berlin', 'UTC' or 'local', not {_brief(name)}"
         ) from error
 
 
@@ -621,7 +622,7 @@ def _count_cron_instants(expression: str, zone: dt.tzinfo, first: int, latest: i
 
 def _check_cron(expression: object, name: str) -> None:
     allowed = f"five fields (minute, hour, day, month, weekday) or one of {', '.join(_CRON_ALIASES)}"
-    refusal = f"{name} must have {allowed}, not {expression!r}"
+    refusal = f"{name} must have {allowed}, not {_brief(expression)}"
     if not isinstance(expression, str):
         raise ValueError(refusal)
     if len(expression.split()) != 5 and expression.lower() not in _CRON_ALIASES:
@@ -631,7 +632,7 @@ def _check_cron(expression: object, name: str) -> None:
     except ImportError:
         raise
     except StopIteration:
-        raise ValueError(f"{name} must name an instant that comes, not {expression!r}") from None
+        raise ValueError(f"{name} must name an instant that comes, not {_brief(expression)}") from None
     except Exception as error:
         raise ValueError(f"{refusal}: {error}") from error
 
@@ -1064,7 +1065,7 @@ def _scope_bits(scope: object) -> int:
         return _SCOPES[frozenset(cast(Any, [scope] if isinstance(scope, str) else scope))]
     except (TypeError, KeyError):
         allowed = "[], LIVE, or LIVE with Status.DONE, Status.FAILED or both"
-        raise ValueError(f"correlation_scope must be {allowed}, not {scope!r}") from None
+        raise ValueError(f"correlation_scope must be {allowed}, not {_brief(scope)}") from None
 
 
 @attrs.frozen(slots=False)  # a frozen object with slots takes twice as long to make
@@ -1203,7 +1204,7 @@ def _signal_names(value: object) -> tuple[str, ...]:
     """Read the names that `Await` waits for: one string, or several."""
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, Iterable):
-        raise OutcomeError(f"names must be a string or several, not {value!r}")
+        raise OutcomeError(f"names must be a string or several, not {_brief(value)}")
     names = tuple(dict.fromkeys(_text(name, "a signal's name", OutcomeError) for name in names))
     if not names:
         raise OutcomeError("names must hold at least one signal's name")
@@ -1229,7 +1230,7 @@ def _check_due(value: object, name: str, *, error: type[Exception]) -> None:
     if not isinstance(value, dt.datetime):
         _duration_ms(value, name, error)
     elif value.utcoffset() is None:
-        raise error(f"{name} must be a duration or a timezone-aware instant, not the naive {value!r}")
+        raise error(f"{name} must be a duration or a timezone-aware instant, not the naive {_brief(value)}")
 
 
 def _check_state(value: object) -> None:
@@ -1263,7 +1264,7 @@ class Next:
             _check_state(self.state)
         if self.rate_limit is not None:
             _limit_key(self.rate_limit, "rate_limit", OutcomeError)
-        if self.weight != 1 or type(self.weight) is not int:
+        if type(self.weight) is not int or self.weight != 1:
             _integer(self.weight, "weight", 1, OutcomeError)
         if self.concurrency_key is not KEEP:
             _limit_key(self.concurrency_key, "concurrency_key", OutcomeError)
@@ -1644,6 +1645,13 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _members(value: Any) -> Mapping[Any, Any]:
+    """Return what a set, or a mapping or collection that is none of JSON's, is made of; nothing for a scalar."""
+    if isinstance(value, Mapping):
+        return value
+    return dict(enumerate(value)) if _form_of(value.__class__) is list else {}
+
+
 def _is_same(given: Any, again: Any) -> bool:
     """Whether a value came back as it was given: equal, and of the same types, if not of a scalar's own."""
     kind = again.__class__
@@ -1681,10 +1689,12 @@ def _failing(is_good: Callable[..., bool], *values: Any, path: str = "") -> Iter
 
 
 def _has_other_keys(value: Any) -> bool:
-    """Whether a dict somewhere has a key that is no string, which JSON would turn into one."""
-    is_dict = isinstance(value, dict)
-    for key, part in (value if is_dict else _parts(value) or {}).items():
-        if is_dict and not isinstance(key, str):
+    """Whether a mapping somewhere has a key that is no string, which JSON would turn into one."""
+    parts, is_mapping = value, isinstance(value, dict)
+    if not is_mapping and (parts := _parts(value)) is None:
+        is_mapping, parts = isinstance(value, Mapping), _members(value)
+    for key, part in parts.items():
+        if is_mapping and not isinstance(key, str):
             return True
         if part.__class__ not in _ATOMS and _has_other_keys(part):
             return True
@@ -1922,13 +1932,28 @@ async def _ready(value: Any) -> Any:
     return value
 
 
+_NEEDS_ASYNC = "that needs an `async def` step"
+
+
 def _is_coroutine_function(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _refuse_awaitable(returned: object, message: str, error: type[Exception]) -> None:
+    """Refuse what nobody will await."""
+    if inspect.isawaitable(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()  # else Python warns that it never was
+        raise error(message)
 
 
 def _column(name: str, meaning: str) -> Any:
     """Make a read-only attribute of a Context: a column of its row."""
     return property(operator.attrgetter(f"_claim.row.{name}"), doc=meaning)
+
+
+_NOTE_CHARACTERS = 1_000_000
+"""How long a note of a progress may be: it is written beside the step, where no error could go to `handle`."""
 
 
 class Context(Generic[_State]):
@@ -2053,8 +2078,8 @@ class Context(Generic[_State]):
         `name` is unique within the step. A coroutine function is for `async def` steps: `await ctx.call("model:3",
         client.ask, messages)`; a plain one runs where it is called, and an awaitable that it returns is to be awaited.
 
-        Raises `ValueError` for a name that this run has used, or a value that can't be written, `TypeError` for a
-        coroutine function in a plain step, and `DurableError` if the engine has lost the instance to another.
+        Raises `ValueError` for a name that this run has used, or a value that can't be written, `TypeError` for what
+        would have to be awaited in a plain step, and `DurableError` if the engine has lost the instance to another.
         """
         self._begin_call(name, function)
         kept = self._kept_calls().get(name)
@@ -2063,10 +2088,11 @@ class Context(Generic[_State]):
             return _ready(value) if kept[1] and self._claim.is_async else value
         with self._naming(name):
             if _is_coroutine_function(function) and not self._claim.is_async:
-                raise TypeError(f"call {name!r} is of a coroutine function: that needs an `async def` step")
+                raise TypeError(f"call {name!r} is of a coroutine function: {_NEEDS_ASYNC}")
             returned = function(*args, **kwargs)
             if self._claim.is_async and inspect.isawaitable(returned):
                 return self._finish_call(name, returned)
+            _refuse_awaitable(returned, f"call {name!r} returned an awaitable: {_NEEDS_ASYNC}", TypeError)
             call = _Kept(name, _dump_value(returned, f"what call {name!r} returned"), is_awaited=False)
         self._claim.keep(call)
         return _load_value(call.value)
@@ -2109,13 +2135,15 @@ class Context(Generic[_State]):
 
         `Instance.progress` shows the latest, in every process; it is written at most five times a second, and the
         event `step.progress` tells of each in this process. It survives a retry, and goes when the step progresses.
-        Raises `ValueError` for what is no number.
+        Raises `ValueError` for what is no number, and for a note of over a million characters.
         """
         _number(done, "done")
         if total is not None:
             _number(total, "total")
         if note is not None:
             note = _printable(_text(note, "note"))
+            if len(note) > _NOTE_CHARACTERS:
+                raise ValueError(f"note must be of at most {_NOTE_CHARACTERS:,} characters, not {len(note):,}")
         if self._effects is not None:
             self._claim.services.report_progress(self._claim, (done, total, note))
 
@@ -2136,6 +2164,21 @@ class Context(Generic[_State]):
 
     def __repr__(self) -> str:
         return f"<Context of instance {self.id}: {self.fsm}, step {self.step!r}, attempt {self.attempt}>"
+
+
+def _is_generator(function: object) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _must_be_driven(function: object) -> bool:
+    """Whether a call of it comes to nothing unless somebody awaits it or goes through what it yields."""
+    return _is_coroutine_function(function) or _is_generator(function)
+
+
+def _check_callback(value: object, name: str) -> None:
+    """Check what is called back, in whatever thread: nobody awaits it."""
+    if not callable(value) or _must_be_driven(value):
+        raise ValueError(f"{name} must be a plain function, or another callable, not {_brief(value)}")
 
 
 @overload
@@ -2163,6 +2206,8 @@ def step(method: Any = None, /, **options: Any) -> Any:
         raise TypeError("@step: backoff is for a step that is tried again: give max_attempts, too")
     if backoff is not None and not callable(backoff):
         _duration_ms(backoff, "@step: backoff", TypeError)
+    if _must_be_driven(backoff):
+        raise TypeError("@step: backoff must be a plain function, which returns its delay")
     rule: dict[str, Any] = {"max_attempts": max_attempts, "backoff": backoff}
     if timeout is not KEEP:
         rule["timeout_s"] = _timeout_s(timeout, "@step: timeout", TypeError)
@@ -2201,9 +2246,9 @@ def _plan(
 ) -> _Plan:
     """Check what a schedule is given; the options of the insert are looked at when its row is made."""
     if not isinstance(when, Cron | Every):
-        raise ValueError(f"when must be a Cron(...) or an Every(...), not {when!r}")
+        raise ValueError(f"when must be a Cron(...) or an Every(...), not {_brief(when)}")
     if catch_up not in ("last", "none", "all"):
-        raise ValueError(f"catch_up must be 'last', 'none' or 'all', not {catch_up!r}")
+        raise ValueError(f"catch_up must be 'last', 'none' or 'all', not {_brief(catch_up)}")
     if catch_up == "all" and overlap is False:
         raise ValueError(
             "catch_up='all' needs overlap=True: else each would be skipped while the one before it is live"
@@ -2220,7 +2265,7 @@ def _declared_plan(declared: object, where: str) -> _Plan | None:
     if declared is None:
         return None
     if not isinstance(declared, Cron | Every | dict):
-        raise TypeError(f"{where}: schedule must be a Cron, an Every, or a dict with `when`, not {declared!r}")
+        raise TypeError(f"{where}: schedule must be a Cron, an Every, or a dict with `when`, not {_brief(declared)}")
     options = declared if isinstance(declared, dict) else {"when": declared}
     _refuse_unknown(options, [*_PLAN_OPTIONS, *_InsertOptions.__annotations__], f"{where}: schedule: ")
     try:
@@ -2249,13 +2294,13 @@ class _FSMOptions(TypedDict, total=False):
 
 def _aliases(given: object, name: str, error: type[Exception]) -> tuple[str, ...]:
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise error(f"{name} must be several names, such as ('old.Name',), not {given!r}")
+        raise error(f"{name} must be several names, such as ('old.Name',), not {_brief(given)}")
     return tuple(_text(one, f"a name in {name}", error) for one in given)
 
 
 def _retention_ms(value: object, name: str, error: type[Exception] = TypeError) -> int:
     """Read how long ended rows are kept; `math.inf` is for ever."""
-    return _END_OF_TIME if value == math.inf else _duration_ms(value, name, error)
+    return _END_OF_TIME if isinstance(value, float) and value == math.inf else _duration_ms(value, name, error)
 
 
 def _retention_or_none(value: object, name: str, error: type[Exception]) -> int | None:
@@ -2333,6 +2378,10 @@ class _Spec(NamedTuple):
         if code is None:
             raise OutcomeError(f"{self.name} has no step {name!r}; it has {', '.join(map(repr, self.steps))}")
         return code
+
+    def attempts_of(self, kept: int | None) -> int | None:
+        """Return how many attempts a row of it has that had so many: a machine none to run out of, a job some."""
+        return kept if self.is_job and kept is not None else self.max_attempts
 
     def has_ceased_to_declare(self, schedule: _ScheduleRow) -> bool:
         """Whether a schedule came from the code of this class, which does not declare it any more."""
@@ -2440,15 +2489,11 @@ def _read_state_class(cls: type[FSM]) -> type | None:
     if state is None:
         return None
     if not isinstance(state, type) or not attrs.has(state):
-        raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {state!r}")
+        raise TypeError(f"{cls.__qualname__}: its state must be an attrs class (@attrs.frozen), not {_brief(state)}")
     function = _job_function(cls)
     is_arguments = function is not None and state is vars(cls).get("State")
     _resolve_annotations(state, cls, inspect.unwrap(function).__globals__ if is_arguments else {}, set())
     return state
-
-
-def _is_generator(function: object) -> bool:
-    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _hides_step(member: object) -> bool:
@@ -2500,9 +2545,7 @@ def _refuse_misfits(cls: type[FSM], marked: Collection[str], initial: str, *, is
         " abstract=True (a shared base)"
     )
     hooks = [
-        name
-        for name in ("handle", "backoff")
-        if name in marked or inspect.iscoroutinefunction(getattr(cls, name)) or _is_generator(getattr(cls, name))
+        name for name in ("handle", "backoff", "migrate") if name in marked or _must_be_driven(getattr(cls, name, None))
     ]
     under = [name for base in cls.__mro__ for name, one in vars(base).items() if _hides_step(one)]
     both, known = "defines both steps and perform", ", ".join(map(repr, marked))
@@ -2690,16 +2733,21 @@ def _spec_of(fsm: object) -> _Spec:
     return cls._spec
 
 
+def _known_versions(fsm: str) -> list[int]:
+    """List the versions of the classes of a name that are known here, in order."""
+    return sorted(version for name, version in list(_registry) if name == fsm)
+
+
 def _resolve(fsm: object) -> _Spec:
     """Find what is meant by a class, a function job, or a registered name (its highest version)."""
     if isinstance(fsm, str):
-        versions = [version for name, version in list(_registry) if name == fsm]
+        versions = _known_versions(fsm)
         if not versions:
             raise UnknownFSMError(f"no class is registered as {fsm!r}; import the module that defines it")
-        return _registry[fsm, max(versions)]
+        return _registry[fsm, versions[-1]]
     spec = _spec_of(fsm)
     known = _registry.get((spec.name, spec.version))
-    if known not in (None, spec) and "<" in spec.cls.__qualname__ and spec.cls not in _replaced:
+    if known is not None and known is not spec and "<" in spec.cls.__qualname__ and spec.cls not in _replaced:
         _replaced.add(spec.cls)
         _log.warning(
             "%s was defined anew since, and that is what will run: give what a function or a lambda defines more than"
@@ -2832,6 +2880,8 @@ class _Entry(NamedTuple):
 
     instance: int
     seq: int
+    version: int
+    """Of the class of which its step and its state are."""
     step: str
     attempt: int
     kind: str
@@ -2848,6 +2898,14 @@ class _Entry(NamedTuple):
     joining: int
     first_child: int | None
     """Id of the first child that it inserted; the others come after it."""
+
+
+class _Run(NamedTuple):
+    """Which run of an instance is meant; a step that never ran has no number."""
+
+    seq: int | None
+    version: int
+    step: str
 
 
 class _ScheduleRow(NamedTuple):
@@ -2892,32 +2950,38 @@ class _ScheduleRow(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What the engine reads of an instance to run and to move it."""
+    """What the engine reads of an instance to run and to move it.
+
+    In three parts: what stays as it is; what an `_Advance` sets, in the order that it has there; and the claim, with
+    what progress clears.
+    """
 
     id: int
     fsm: str
     version: int
-    step: str
-    state: str
-    last_error: str | None
-    traceback: str | None
-    attempt: int
     max_attempts: int | None
-    crashes: int
     max_crashes: int
     queue: str
     priority: int
-    eligible_at: int
-    claim: int
-    cancel_reason: str | None
-    concurrency_key: str | None
-    rate_limit: str | None
-    weight: int
-    awaits: str | None
-    joining: int
     parent_id: int | None
     correlation_key: str | None
     scheduled_at: int | None
+
+    step: str
+    state: str
+    eligible_at: int
+    concurrency_key: str | None
+    rate_limit: str | None
+    weight: int
+
+    claim: int
+    last_error: str | None
+    traceback: str | None
+    attempt: int
+    crashes: int
+    cancel_reason: str | None
+    awaits: str | None
+    joining: int
     has_calls: int
     has_inbox: int
 
@@ -3020,19 +3084,20 @@ def _transition(row: _Row, outcome: Next | Retry | Await | ScheduleChildren, sta
             return _Advance(Status.AWAITING_CHILDREN, outcome.then, state, now, key, None, 1, None, None, 1)
 
 
-_KEPT_INLINE = ("step", "state", "eligible_at", "concurrency_key", "rate_limit", "weight")
 _CLEAN_SLATE = {"last_error": None, "traceback": None, "attempt": 0, "crashes": 0, "progress": None, "has_calls": 0}
 """What progress makes of the columns that tell of the step before."""
 _NOTHING_LEFT = {"awaits": None, "joining": 0, "progress": None}
 """What a good end makes of those that say what was waited for."""
-_RESET_INLINE: dict[str, Any] = _CLEAN_SLATE | _NOTHING_LEFT | {"cancel_reason": None, "has_inbox": 0}
-del _RESET_INLINE["progress"]  # which a `_Row` does not have
+_CLEARED = _CLEAN_SLATE | _NOTHING_LEFT | {"cancel_reason": None, "has_inbox": 0}
+_AT_STEP, _AT_CLAIM = map(_Row._fields.index, ("step", "claim"))
+_AT_AWAITS = _Advance._fields.index("awaits")
+_AS_CLEARED = tuple(_CLEARED[name] for name in _Row._fields[_AT_CLAIM + 1 :])
 
 
 def _advanced(row: _Row, change: _Advance) -> _Row:
     """Say how the row stands when it goes on inline: under the next claim, at the new step."""
-    kept = {name: getattr(change, name) for name in _KEPT_INLINE}
-    return row._replace(claim=row.claim + 1, **kept, **_RESET_INLINE)
+    _, *moved = change[:_AT_AWAITS]
+    return _Row._make((*row[:_AT_STEP], *moved, row.claim + 1, *_AS_CLEARED))
 
 
 def _crashed(row: _Row, cause: str, now: int, traceback: str | None = None) -> _Again | _End:
@@ -3348,56 +3413,87 @@ _HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
 """What the system says of a lock that somebody else holds; all else means that there is no locking."""
 
 
+def _try_to_lock(file: io.FileIO) -> bool:
+    """Lock an open file; False if somebody else holds the lock, a DurableError if it can't be locked."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise DurableError(f"{file.name} can't be locked, which a running engine needs: {error}") from error
+    return True
+
+
 class _LockFile:
     """A file beside the database that a running engine holds locked; the kernel drops the lock when it dies.
 
     Locks of the whole open file (flock), not of the process: two engines of one process tell each other apart, and
     in containers, where every process is number 1, they work as well.
+
+    Whoever makes one keeps it before it is locked, so that an interrupt leaves no lock that nobody can let go of.
     """
 
     CREATE_S = 10.0
     """For how long a clean-up may hold a file that is being made."""
 
-    def __init__(self, descriptor: int, path: str) -> None:
-        self._descriptor = descriptor
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._moved: list[int] = []
-        """Descriptors of files that are still somewhere, but no longer at their path."""
+        self._files: list[io.FileIO] = []
+        """What is open at the path; before it what is still somewhere, but no longer at its path.
+
+        Objects, not descriptors: one call in C opens and keeps one, or closes it, and closing it again is nothing.
+        """
 
     @staticmethod
     def path_of(database: str, worker: str) -> str:
         return f"{database}-worker-{worker}.lock"
 
-    @classmethod
-    def create(cls, path: str, database: str) -> _LockFile:
+    def create(self, database: str) -> None:
         """Create the file and lock it; again, if a clean-up took it for a dead worker's in between."""
-        deadline = _Ticks.monotonic() + cls.CREATE_S
+        deadline = _Ticks.monotonic() + self.CREATE_S
         while _Ticks.monotonic() < deadline:
-            lock = cls._open_new(path, database)
-            if lock._take() and lock.is_in_place():
-                return lock
-            lock.close()
+            self._open_new(database)
+            try:
+                if _try_to_lock(self._files[-1]) and self.is_in_place():
+                    return
+            except BaseException:
+                self._remove_newest()
+                raise
+            self._files.pop().close()
             time.sleep(0.001)
-        raise DurableError(f"{path} is held by somebody else")
+        raise DurableError(f"{self._path} is held by somebody else")
 
-    @classmethod
-    def _open_new(cls, path: str, database: str) -> _LockFile:
+    def _open_new(self, database: str) -> None:
         """Open the file, with the database's mode and group: who works on that may judge this worker."""
         try:
             like = os.stat(database)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, like.st_mode & 0o666)
+            opener = functools.partial(os.open, mode=like.st_mode & 0o666)
+            self._files.append(io.FileIO(self._path, "a+", opener=opener))
         except OSError as error:
             message = f"a running engine needs a lock file beside its database, and it can't be made: {error}"
             if error.errno == errno.ENAMETOOLONG:
-                longest = 255 - len(os.fsencode(path)) + len(os.fsencode(database))
+                longest = 255 - len(os.fsencode(self._path)) + len(os.fsencode(database))
                 message += f" (the database's name may have {longest} bytes at most)"
             raise DurableError(message) from error
+        descriptor = self._files[-1].fileno()
         if hasattr(os, "fchown"):
             with contextlib.suppress(OSError):  # not in that group, or no such thing here: others wait for the lease
                 os.fchown(descriptor, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, like.st_mode & 0o666)  # whatever the umask
-        return cls(descriptor, path)
+
+    def _remove_newest(self) -> None:
+        """Remove what was made and can't be locked; what was moved stays as it is."""
+        self._files.pop().close()  # first, for Windows
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
 
     @classmethod
     def remove_stale(cls, database: str, living: Iterable[str]) -> None:
@@ -3411,44 +3507,52 @@ class _LockFile:
             _log.debug("%s: no look for lock files left behind: %s", database, error)
             return
         for path in (os.path.join(folder, name) for name in names if name.startswith(start) and name.endswith(end)):
-            lock = None if path in known else cls.take_from_dead(path)
-            if lock is not None:
-                lock.remove()
+            if path not in known:
+                cls._remove_of_dead(path)
+
+    @staticmethod
+    def _remove_of_dead(path: str) -> None:
+        is_dead = False
+        with contextlib.suppress(OSError, DurableError), io.FileIO(path, opener=os.open) as file:
+            is_dead = _try_to_lock(file)
+            if is_dead:
+                os.unlink(path)
+        if is_dead:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # again: Windows removes no open file
 
     @classmethod
     def is_dropped(cls, path: str) -> bool:
         """Whether the worker whose file it is has died, as far as the file tells."""
-        lock = cls.take_from_dead(path)
-        if lock is not None:
-            lock.close()
-        return lock is not None
+        try:
+            with io.FileIO(path, opener=os.open) as file:
+                return _try_to_lock(file)
+        except (OSError, DurableError):
+            return False
 
     @classmethod
     def is_held(cls, path: str) -> bool:
         """Whether the worker whose file it is lives, as far as there is one that tells."""
         return os.path.exists(path) and not cls.is_dropped(path)
 
-    @classmethod
-    def take_from_dead(cls, path: str) -> _LockFile | None:
-        """Take the lock of a worker that has died; None if it lives, or as far as the file does not tell."""
-        try:
-            lock = cls(os.open(path, os.O_RDONLY), path)
-        except OSError:
-            return None
-        try:
-            if lock._take():
-                return lock
-        except DurableError:  # one's own could be locked, and this one can't: then its lease tells
-            pass
-        lock.close()
-        return None
+    def take_from_dead(self) -> bool:
+        """Take the lock of a worker that has died; False if it lives, or as far as the file does not tell."""
+        # One's own could be locked, and where this one can't, its lease tells.
+        with contextlib.suppress(OSError, DurableError):
+            self._files.append(io.FileIO(self._path, opener=os.open))
+            if _try_to_lock(self._files[-1]):
+                return True
+        self.close()
+        return False
 
     def is_in_place(self) -> bool:
         """Whether the file is where others look for it, as far as this process can see.
 
         What was removed, some FUSE file systems know no more.
         """
-        return _file_id(self._path) == _file_id(self._descriptor) is not None
+        with contextlib.suppress(IndexError, ValueError):  # not open yet, or no more
+            return _file_id(self._path) == _file_id(self._files[-1].fileno()) is not None
+        return False
 
     def restore(self, database: str) -> None:
         """Make the file anew if somebody has removed or replaced it, so that others do not take its worker for dead.
@@ -3457,32 +3561,12 @@ class _LockFile:
         """
         if self.is_in_place():
             return
-        former, self._descriptor = self._descriptor, type(self).create(self._path, database)._release()
-        self._moved.append(former)
-        with contextlib.suppress(OSError):
-            if not os.fstat(former).st_nlink:
-                os.close(self._moved.pop())
-
-    def _release(self) -> int:
-        descriptor, self._descriptor = self._descriptor, -1
-        return descriptor
-
-    def _take(self) -> bool:
-        """Lock the file; False if somebody else holds it, a DurableError if it can't be locked."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD:
-                return False
-            raise DurableError(f"{self._path} can't be locked, which a running engine needs: {error}") from error
-        return True
+        self.create(database)
+        for former in self._files[:-1]:
+            with contextlib.suppress(OSError, ValueError):  # closed before
+                if not os.fstat(former.fileno()).st_nlink:
+                    self._files.remove(former)
+                    former.close()
 
     def remove(self) -> None:
         """Remove the file and drop the lock. Windows removes no open file, hence the second try."""
@@ -3493,11 +3577,9 @@ class _LockFile:
             os.unlink(self._path)
 
     def close(self) -> None:
-        descriptor = self._release()  # first: two threads may be at it
-        if descriptor >= 0:
-            os.close(descriptor)
-        while self._moved:
-            os.close(self._moved.pop())
+        """Drop the lock; may be done twice, also by two threads."""
+        for file in self._files:
+            file.close()
 
     def __del__(self) -> None:
         self.close()  # a reaping that storage refused drops the lock for the next try
@@ -3508,9 +3590,16 @@ def _living(path: str, workers: Iterable[Worker]) -> list[Worker]:
     return [one for one in workers if not _LockFile.is_dropped(_LockFile.path_of(path, one.id))]
 
 
-def _has_threads() -> bool:
-    """Whether threads are the system's: where a library has put coroutines in their place, one that reads stops all."""
-    return isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
+def _has_threads_that_poll() -> bool:
+    """Whether threads, and `select.poll`, are the system's.
+
+    Where a library has put coroutines in place of threads, one that reads stops all; where it has only put a `poll` of
+    its own there, that needs the library's loop.
+    """
+    import select  # only a running engine pays for it
+
+    poll = getattr(select, "poll", None)
+    return all(isinstance(one, types.BuiltinFunctionType) for one in (_thread.start_new_thread, poll))
 
 
 class _LogWatch:
@@ -3539,9 +3628,7 @@ class _LogWatch:
     @classmethod
     def open(cls, path: str, call: Callable[[], object]) -> _LogWatch | None:
         """Return an armed watch, or None where there is no such thing."""
-        import select
-
-        if sys.platform != "linux" or not hasattr(select, "poll") or not _has_threads():
+        if sys.platform != "linux" or not _has_threads_that_poll():
             return None
         try:
             watch = cls(path, call)
@@ -3562,31 +3649,42 @@ class _LogWatch:
             return False
         os.read(self._descriptor, 4096)
         self._events.register(self._end, select.POLLIN)
-        thread = threading.Thread(target=self._serve, name="durable-watch", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="durable-watch", daemon=True)
         try:
-            thread.start()
+            self._thread.start()  # an interrupt in it may leave a thread that runs: `close` has to know of it
         except RuntimeError as error:  # the system has no more
             _log.debug("no inotify: %s", error)
             return False
-        self._thread = thread
         return True
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread is there to hear."""
+        return self._thread is not None and self._thread.is_alive()
 
     def arm(self) -> bool:
         flags = self._IN_MODIFY | self._IN_ONESHOT
         return bool(self._add_watch(self._descriptor, self._path, flags) >= 0)
 
     def close(self) -> None:
-        self._is_closing = True
-        if self._thread is not None:
-            os.eventfd_write(self._end, 1)
-            self._thread.join(1)
-        if self._thread is None or not self._thread.is_alive():
-            for descriptor in (self._end, self._descriptor):
-                if descriptor >= 0:
-                    os.close(descriptor)
+        """End the thread, and close what is open, also where that was interrupted."""
+        self._is_closing = True  # first: a thread that has no `ident` yet finds it
+        thread = self._thread
+        if thread is not None and thread.ident is not None:
+            if self._end >= 0:
+                os.eventfd_write(self._end, 1)
+            thread.join(1)
+            if thread.is_alive():
+                return
+        if self._end >= 0:
+            descriptor, self._end = self._end, -1
+            os.close(descriptor)
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
     def _serve(self) -> None:
-        while self._events.poll() and not self._is_closing:
+        while not self._is_closing and self._events.poll() and not self._is_closing:
             os.read(self._descriptor, 4096)
             self._call()
 
@@ -3695,9 +3793,10 @@ CREATE TABLE durable_calls (
     instance INTEGER NOT NULL, name TEXT NOT NULL, value TEXT, is_awaited INTEGER NOT NULL, PRIMARY KEY (instance, name)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE durable_transitions (
-    instance INTEGER NOT NULL, seq INTEGER NOT NULL, step TEXT NOT NULL, attempt INTEGER NOT NULL, kind TEXT NOT NULL,
-    started_at INTEGER NOT NULL, duration REAL NOT NULL, worker TEXT, error TEXT, traceback TEXT,
-    state TEXT NOT NULL, signals TEXT, "to" TEXT, awaits TEXT, joining INTEGER NOT NULL, first_child INTEGER,
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL, version INTEGER NOT NULL, step TEXT NOT NULL,
+    attempt INTEGER NOT NULL, kind TEXT NOT NULL, started_at INTEGER NOT NULL, duration REAL NOT NULL,
+    worker TEXT, error TEXT, traceback TEXT, state TEXT NOT NULL, signals TEXT, "to" TEXT, awaits TEXT,
+    joining INTEGER NOT NULL, first_child INTEGER,
     PRIMARY KEY (instance, seq)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO durable_meta (key, value) VALUES ('file_id', lower(hex(randomblob(16))));
@@ -3767,6 +3866,9 @@ def _opening_trouble(path: str) -> str:
     return f"{path} is a folder" if os.path.isdir(path) else path
 
 
+_READ_ONLY = "{path} can only be read: durable needs to write"
+
+
 def _translated(error: apsw.Error, path: str) -> DurableError:
     """Say in the module's own errors what the driver said."""
     trouble = _reading_error(path) if isinstance(error, _DAMAGE_ERRORS) else None
@@ -3777,6 +3879,9 @@ def _translated(error: apsw.Error, path: str) -> DurableError:
     elif isinstance(error, apsw.BusyError):
         held = f"another process held the write lock for over {_LOCK_TIMEOUT_S:g} s"
         translated = DurableError(f"{path}: {held}: {error}")
+    elif isinstance(error, apsw.ReadOnlyError):
+        where = ", in its folder, too" if getattr(error, "extendedresult", 0) == apsw.SQLITE_READONLY_DIRECTORY else ""
+        translated = DurableError(_READ_ONLY.format(path=path) + where)
     else:
         named = _opening_trouble(path) if isinstance(error, apsw.CantOpenError) else path
         translated = DurableError(f"{named}: {_error_text(error)}")
@@ -3846,7 +3951,7 @@ def _configure(connection: apsw.Connection, synchronous: str) -> apsw.Connection
 def _database_path(database: str | os.PathLike[str]) -> str:
     path: object = os.fspath(database) if isinstance(cast(object, database), str | os.PathLike) else None
     if not isinstance(path, str) or path in ("", ":memory:"):
-        raise ValueError(f"database must be the path of a file, not {database!r}")
+        raise ValueError(f"database must be the path of a file, not {_brief(database)}")
     try:
         path = os.path.realpath(path)
         path.encode()
@@ -3951,6 +4056,16 @@ def _one_view(connection: apsw.Connection) -> Iterator[None]:
         _roll_back(connection)
 
 
+def _read_version(rows: Sequence[Any]) -> int:
+    """Return the schema version that was found in `durable_meta`, else raise a ValueError that says what is there."""
+    if not rows:
+        raise ValueError("durable_meta has no schema_version")
+    try:
+        return int(rows[0][0])
+    except ValueError:
+        raise ValueError(f"schema_version in durable_meta is {rows[0][0]!r}") from None
+
+
 def _file_version(connection: apsw.Connection, path: str) -> int:
     """Return the file's schema version, 0 for one without durable's tables; refuse what is damaged or newer."""
     try:
@@ -3959,8 +4074,8 @@ def _file_version(connection: apsw.Connection, path: str) -> int:
             if not schema:
                 return 0
             rows = list(connection.execute("SELECT value FROM durable_meta WHERE key = 'schema_version'"))
-        version = int(cast(str, rows[0][0]))
-    except (apsw.SQLError, LookupError, ValueError) as error:
+        version = _read_version(rows)
+    except (apsw.SQLError, ValueError) as error:
         raise SchemaError(f"{path} is damaged, or no database of durable's: {error}") from error
     if version > _SCHEMA_VERSION:
         raise SchemaError(f"{path} has schema version {version}, this durable knows up to {_SCHEMA_VERSION}: update it")
@@ -4028,7 +4143,7 @@ def _open_database(path: str, synchronous: str, patience: _Patience) -> apsw.Con
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             _file_version(connection, path)
             if connection.readonly("main"):
-                raise DurableError(f"{path} can only be read: durable needs to write")
+                raise DurableError(_READ_ONLY.format(path=path))
             if connection.pragma("page_count") == 0:  # else it is too late, or the application's to say
                 connection.pragma("auto_vacuum", "incremental")
             _configure(connection, synchronous)
@@ -4290,12 +4405,14 @@ WHERE id = ?1 AND status = 'failed'
 UPDATE durable_instances SET
     status = 'runnable', step = ?2, state = ?3, awaits = ?4, joining = ?5, eligible_at = ?6, updated_at = ?6,
     attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
-    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1, progress = NULL, has_calls = 0
+    failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1, progress = NULL, has_calls = 0,
+    version = ?7, max_attempts = ?8
 WHERE id = ?1 AND status <> 'executing'
 """
 
-    def rewind(self, entry: _Entry, state: str, now: int) -> None:
-        self.db.execute(self._REWIND, (entry.instance, entry.step, state, entry.awaits, entry.joining, now))
+    def rewind(self, entry: _Entry, max_attempts: int | None, now: int) -> None:
+        past = (entry.instance, entry.step, entry.state, entry.awaits, entry.joining)
+        self.db.execute(self._REWIND, (*past, now, entry.version, max_attempts))
 
 
 def _settings(change: type[_Change], *left_out: str) -> str:
@@ -4729,9 +4846,10 @@ WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
         return self.db.execute(self._UNSEEN, (target, names, _encode(list(seen)))).get is not None
 
     # A consumed signal that has a dedup_key leaves it behind, so that a redelivery stays a no-op while the instance
-    # lives. With a history each stays, marked with the number of the claim that consumed it, so that it can come back.
+    # lives. With a history each stays, marked with the number of the claim that consumed it, so that it can come back;
+    # without one it has no payload any more, and a mark that is below all of these.
     _CONSUME = "DELETE FROM durable_signals WHERE id = ? AND dedup_key IS NULL"
-    _CONSUME_KEYED = "UPDATE durable_signals SET consumed = 1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
+    _CONSUME_KEYED = "UPDATE durable_signals SET consumed = -1, payload = NULL WHERE id = ? AND dedup_key IS NOT NULL"
     _KEEP_CONSUMED = "UPDATE durable_signals SET consumed = ? WHERE id = ? AND consumed = 0"
 
     def consume(self, ids: Iterable[int], kept_by: int | None) -> None:
@@ -4755,8 +4873,7 @@ WHERE target = ? AND consumed = 0 AND name IN (SELECT value FROM json_each(?))
         taken = cast("Iterable[tuple[int, str, int]]", self.db.execute(sql, bindings))
         return [(signal, name) for signal, name, is_consumed in taken if not is_consumed]
 
-    # What was consumed without a history has lost its payload.
-    @_writes("UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ? AND payload IS NOT NULL")
+    @_writes("UPDATE durable_signals SET consumed = 0 WHERE target = ? AND consumed >= ?")
     def bring_back(self, target: int, seq: int) -> bool:
         """Put back into the inbox what that run and later ones have consumed."""
 
@@ -5050,14 +5167,24 @@ SELECT queue FROM busy WHERE queue NOT IN (SELECT queue FROM durable_paused)
         f"SELECT {_columns(Transition)} FROM durable_transitions WHERE instance = ? ORDER BY seq", _maker_of(Transition)
     )
     def history(self, instance: int) -> list[Transition]: ...
-    @_reads_value("""
-SELECT max(seq) FROM durable_transitions WHERE instance = ? AND step = ? AND kind NOT IN ('rewind', 'cancel')
-""")
-    def latest_run(self, instance: int, step_name: str) -> int | None:
-        """Return the number of the latest run of a step, if there is one in the history."""
+    @_reads_one(f"SELECT {_columns(_Run)} FROM durable_transitions WHERE instance = ? AND seq = ?", _Run._make)
+    def run(self, instance: int, seq: int) -> _Run | None:
+        """Return the run of that number, if it is in the history."""
 
-    @_reads_value("SELECT step FROM durable_transitions WHERE instance = ? AND seq = ?")
-    def step_of_run(self, instance: int, seq: int) -> str | None: ...
+    @_reads_one(
+        f"""
+SELECT {_columns(_Run)} FROM durable_transitions
+WHERE instance = ? AND step = ? AND kind <> 'rewind' AND (kind <> 'cancel' OR worker IS NOT NULL)
+ORDER BY seq DESC LIMIT 1
+""",
+        _Run._make,
+    )
+    def latest_run(self, instance: int, step_name: str) -> _Run | None:
+        """Return the latest run of a step, if there is one in the history.
+
+        One that was cancelled while it ran has its worker; to cancel an instance that waits is no run.
+        """
+
     @_reads(f"SELECT {_columns(Schedule)} FROM durable_schedules ORDER BY name", _maker_of(Schedule))
     def schedules(self) -> list[Schedule]: ...
     @_reads(f"{_SCHEDULE_ROW} ORDER BY name", _ScheduleRow._make)
@@ -5198,11 +5325,11 @@ class _Reader(_Looks):
         """Return the id that a target means: by key, the occupant's, else that of the newest that carries the key."""
         if isinstance(_target(target), int):
             if abs(cast(int, target)) > _MAX_INTEGER:
-                raise NotFoundError(f"no instance has the id {target!r}")
+                raise NotFoundError(f"no instance has the id {_brief(target)}")
             return cast(int, target)
         carrier = self.occupant(cast(str, target)) or self.last_carrier(cast(str, target))
         if carrier is None:
-            raise NotFoundError(f"no instance carries the key {target!r}")
+            raise NotFoundError(f"no instance carries the key {_brief(target)}")
         return carrier[0]
 
     def identify(self, target: int | str) -> int:
@@ -5220,7 +5347,7 @@ class _Reader(_Looks):
 
     def _found(self, found: _One | None, target: int | str) -> _One:
         if found is None:
-            raise NotFoundError(f"no instance has the id {target!r}")
+            raise NotFoundError(f"no instance has the id {_brief(target)}")
         return found
 
     def find(self, filters: Mapping[str, Any], limit: int) -> list[Instance]:
@@ -5547,22 +5674,6 @@ def _forked_row(old: Instance, insert: Insert, services: _Services) -> _NewRow:
     )
 
 
-def _new_rows(inserts: object, new_row: Callable[[Insert], _NewRow]) -> list[_NewRow]:
-    """Make the rows of many instances; an error has a note which of them it is about."""
-    if not isinstance(inserts, Iterable):
-        raise ValueError(f"inserts must be several Insert(...)s, not {_brief(inserts)}")
-    rows = []
-    for index, one in enumerate(inserts):
-        if not isinstance(one, Insert):
-            raise ValueError(f"inserts must be Insert(...)s, not {_brief(one)}")
-        try:
-            rows.append(new_row(one))
-        except Exception as error:
-            error.add_note(f"in inserts[{index}], {_brief(one)}")
-            raise
-    return rows
-
-
 class _ForkGuard:
     """Stands around the user's code in threads of the engine's: they leave a process that was forked off there.
 
@@ -5626,6 +5737,23 @@ class _Services:
     def new_row(self, insert: Insert) -> _NewRow:
         return _new_row(insert, self.now(), self.policy)
 
+    def new_rows(self, inserts: object) -> list[_NewRow]:
+        """Make the rows of many instances, inserted at one instant; an error has a note which of them it is about."""
+        if not isinstance(inserts, Iterable):
+            raise ValueError(f"inserts must be several Insert(...)s, not {_brief(inserts)}")
+        given = tuple(inserts)  # which may take its time
+        now = self.now()
+        rows = []
+        for index, one in enumerate(given):
+            if not isinstance(one, Insert):
+                raise ValueError(f"inserts must be Insert(...)s, not {_brief(one)}")
+            try:
+                rows.append(_new_row(one, now, self.policy))
+            except Exception as error:
+                error.add_note(f"in inserts[{index}], {_brief(one)}")
+                raise
+        return rows
+
     def open(
         self,
         perform: Callable[[Callable[[Any], Any]], Any],
@@ -5680,8 +5808,10 @@ class _Claim:
     is_timed_out = False
     is_lost = False
     """Whether it was seen that another engine has the row by now."""
+    is_cancelled = False
+    """Whether its coroutine was told that the instance is cancelled."""
     is_migrated = False
-    """Whether the row is one of an earlier version that was brought to this."""
+    """Whether the row, of an earlier version, is brought to this: by `migrate`, or by what `handle` answers for it."""
 
     def __init__(
         self,
@@ -5733,10 +5863,15 @@ class _Claim:
         return None if code is None else code.timeout_s
 
     @property
+    def elapsed_s(self) -> float:
+        """Seconds since the step was begun."""
+        return _Ticks.perf_counter() - self.started_at
+
+    @property
     def is_late(self) -> bool:
         """Whether the step is over its timeout, also where nobody has noticed; `handle` has none."""
         timeout_s = self.timeout_s if self.error is None else None
-        return timeout_s is not None and _Ticks.perf_counter() - self.started_at > timeout_s
+        return timeout_s is not None and self.elapsed_s > timeout_s
 
     @property
     def needs_migration(self) -> bool:
@@ -5760,26 +5895,28 @@ class _Claim:
         self.started_at, self.began_s = _Ticks.perf_counter(), self.services.clock()
         try:
             with self.services.fork_guard:
-                state = _decode(self.row.state)
-                returned = cast(Any, self.behaviour).migrate(self.row.step, state, self.row.version)
-            if not isinstance(returned, tuple) or len(returned) != 2:
-                raise OutcomeError(f"migrate must return (step, state), not {_brief(returned)}")
-            step_name = _step_name(returned[0])
-            self.spec.code(step_name)
-            text = _dump_state(self.spec.state, returned[1])
+                step_name, text = self._migrated()
         except BaseException as error:
             if not _is_of_step(error):
                 raise
             self.error = error
         else:
-            self.bring_to_version(self.row._replace(step=step_name, state=text))
+            self.row = self.in_version(step_name, text)
+            self.is_migrated = True
 
-    def bring_to_version(self, row: _Row) -> None:
-        """Have the row carry the version of its class; as a machine it has no attempts to run out of, as a job some."""
-        keeps_its_own = self.spec.is_job and row.max_attempts is not None
-        max_attempts = row.max_attempts if keeps_its_own else self.spec.max_attempts
-        self.row = row._replace(version=self.spec.version, max_attempts=max_attempts)
-        self.is_migrated = True
+    def _migrated(self) -> tuple[str, str]:
+        """Return the step and the state, as text, that `migrate` makes of the row."""
+        returned = cast(Any, self.behaviour).migrate(self.row.step, _decode(self.row.state), self.row.version)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise OutcomeError(f"migrate must return (step, state), not {_brief(returned)}")
+        step_name = _step_name(returned[0])
+        self.spec.code(step_name)
+        return step_name, _dump_state(self.spec.state, returned[1])
+
+    def in_version(self, step_name: str, state: str) -> _Row:
+        """Return the row as it stands in the version of its class, at that step and with that state."""
+        version, max_attempts = self.spec.version, self.spec.attempts_of(self.row.max_attempts)
+        return self.row._replace(version=version, step=step_name, state=state, max_attempts=max_attempts)
 
     def check_held(self) -> None:
         """Raise if the step no longer counts, as far as that is known."""
@@ -5878,6 +6015,17 @@ class _Commit(NamedTuple):
         return is_alone and self.change.status not in _PARKED and not (self.is_inline and self.is_asking)
 
     @property
+    def migrated_row(self) -> _Row:
+        """The row as the outcome finds it: in the version of its class also where `handle` has answered for `migrate`.
+
+        What ends such a row leaves it in the version that it had, so that `retry` has it migrated.
+        """
+        claim, row, change = self.claim, self.claim.row, self.change
+        if not claim.is_migrated or row.version == claim.spec.version or isinstance(change, _End):
+            return row
+        return claim.in_version(row.step, change.state)
+
+    @property
     def is_asking(self) -> bool:
         """Whether it would go on inline with limits that it does not hold yet."""
         change = cast(_Advance, self.change)
@@ -5915,6 +6063,7 @@ def _entry(commit: _Commit, worker: str, first_child: int | None) -> _Entry:
     return _Entry(
         row.id,
         row.claim,
+        row.version,
         row.step,
         row.attempt,
         kind,
@@ -5968,10 +6117,6 @@ def _describe_stop(reason: str | BaseException, failure: tuple[str, str | None] 
     return _error_text(_reason_of(reason)), None if failure is None else failure[1]
 
 
-def _elapsed(claim: _Claim) -> float:
-    return _Ticks.perf_counter() - claim.started_at
-
-
 def _timeout_error(claim: _Claim) -> TimeoutError:
     claim.is_timed_out = True
     return TimeoutError(f"step {claim.row.step!r} took over {claim.timeout_s:g} s")
@@ -5982,12 +6127,28 @@ def _on_time(claim: _Claim, verdict: _Commit | BaseException) -> _Commit | BaseE
     return _timeout_error(claim) if claim.is_late else verdict
 
 
+def _answered_state(claim: _Claim, ctx: Context[Any], given: Any) -> str:
+    """Write the state that `handle` answers with where `migrate` has failed: one of the version of the class.
+
+    One that it neither gives nor changes stays as it is stored, in the version that it is of.
+    """
+    cls, known = claim.spec.state, claim.row.state
+    if given is None:
+        left, stored = (_dump_state(cls, one.state, known, one._loaded) for one in (ctx, claim.open_for_handle()))
+        if left == stored:
+            return known
+    text = _dump_state(cls, ctx.state if given is None else given)
+    claim.is_migrated = True
+    return text
+
+
 def _move(claim: _Claim, ctx: Context[Any], outcome: Next | Retry | Await | ScheduleChildren) -> _Advance | _Again:
     """Apply an outcome that goes on, with the state as the step leaves it."""
-    if claim.row.version != claim.spec.version and outcome.state is not None:  # `handle`'s, in place of `migrate`'s
-        claim.bring_to_version(claim.row)
-    state = ctx.state if outcome.state is None else outcome.state
-    text = _dump_state(claim.spec.state, state, claim.row.state, ctx._loaded)
+    if claim.row.version == claim.spec.version:
+        state = ctx.state if outcome.state is None else outcome.state
+        text = _dump_state(claim.spec.state, state, claim.row.state, ctx._loaded)
+    else:
+        text = _answered_state(claim, ctx, outcome.state)
     claim.ruled_at = claim.services.now()
     return _transition(claim.row, outcome, text, claim.ruled_at)
 
@@ -6042,7 +6203,7 @@ def _rule(claim: _Claim, ctx: Context[Any], outcome: _Outcome, error: BaseExcept
             change = _failed(row, *(said or _describe_stop(outcome.reason, failure)))
     if claim.error is not None and error is not claim.error:  # `handle` has answered it by another
         failure = _describe(claim.error)
-    return _Commit(claim, kind, change, effects, shown, children, is_inline, _elapsed(claim), failure)
+    return _Commit(claim, kind, change, effects, shown, children, is_inline, claim.elapsed_s, failure)
 
 
 def _refuse_outcome(claim: _Claim, ctx: Context[Any], outcome: _Outcome) -> _Commit:
@@ -6066,7 +6227,7 @@ def _is_shortage(error: BaseException) -> bool:
 def _stop(claim: _Claim, error: BaseException) -> _Commit:
     """End an instance as failed for an error that nobody is left to ask about."""
     change = _failed(claim.row, *_describe(error))
-    return _Commit(claim, "stop", change, duration=_elapsed(claim))
+    return _Commit(claim, "stop", change, duration=claim.elapsed_s)
 
 
 def _ask_handle(claim: _Claim, ctx: Context[Any], error: BaseException) -> Any:
@@ -6096,19 +6257,24 @@ def _handled(claim: _Claim, ctx: Context[Any], error: BaseException) -> _Commit:
     return _rule(claim, ctx, returned, error)
 
 
+def _answer(claim: _Claim, ctx: Context[Any], error: BaseException) -> _Commit:
+    """Rule on an error: by a retry rule, else by `handle`."""
+    if claim.spec.is_job and isinstance(error, Fail | Cancel):
+        return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
+    retry = None if claim.spec.is_job else cast(FSM, claim.behaviour)._retry(error, ctx)
+    return _handled(claim, ctx, error) if retry is None else _rule(claim, ctx, retry, error)
+
+
 def _recover(claim: _Claim, error: BaseException) -> _Commit:
-    """Turn a failed attempt into an outcome: by a retry rule, else by `handle`."""
+    """Turn a failed attempt into an outcome."""
     if claim.is_lost or claim.services.is_cancelled(claim.row.id):
         return _stop(claim, error)  # which is stale, or ends it as cancelled: `handle` hears nothing of it
     claim = claim.failed_with(error)  # so that a commit that is refused does not come back to `handle`
     if not isinstance(error, Cancel):
         _log_attempt(claim.row, _error_text(_reason_of(error)), error)
     try:
-        ctx = claim.open_for_handle()
-        if claim.spec.is_job and isinstance(error, Fail | Cancel):
-            return _rule(claim, ctx, _rule_of_job(claim, ctx, error), error)
-        retry = None if claim.spec.is_job else cast(FSM, claim.behaviour)._retry(error, ctx)
-        return _handled(claim, ctx, error) if retry is None else _rule(claim, ctx, retry, error)
+        with claim.services.fork_guard:
+            return _answer(claim, claim.open_for_handle(), error)
     except Exception as second:
         if _is_shortage(second):
             raise
@@ -6126,10 +6292,8 @@ def _read_returned(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit |
     if isinstance(returned, _OUTCOMES):
         is_allowed = not is_job or isinstance(returned, _JOB_OUTCOMES)
         return _rule(claim, ctx, returned) if is_allowed else _refuse_outcome(claim, ctx, returned)
-    if inspect.isawaitable(returned):
-        if inspect.iscoroutine(returned):
-            returned.close()
-        raise OutcomeError(f"step {claim.row.step!r} returned an awaitable: define it with `async def`")
+    message = f"step {claim.row.step!r} returned an awaitable: define it with `async def`"
+    _refuse_awaitable(returned, message, OutcomeError)
     if not is_job:
         names = ", ".join(one.__name__ for one in _OUTCOMES)
         raise OutcomeError(f"step {claim.row.step!r} returned {_brief(returned)}, which is none of {names}")
@@ -6142,7 +6306,7 @@ def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseE
         if type(returned) in _PLAIN_TYPES and claim.spec.is_job:  # most jobs: as `_rule` would for Done, in less time
             effects = ctx._close()
             change = _done(claim.row, _dump_value(returned, "result"))
-            return _Commit(claim, "done", change, effects, _shown(ctx), (), False, _elapsed(claim))
+            return _Commit(claim, "done", change, effects, _shown(ctx), (), False, claim.elapsed_s)
         return _read_returned(claim, ctx, returned)
     except Exception as error:
         if _is_shortage(error):
@@ -6150,14 +6314,8 @@ def _verdict(claim: _Claim, ctx: Context[Any], returned: Any) -> _Commit | BaseE
         return error
 
 
-def _execute(claim: _Claim) -> _Commit | BaseException:
-    """Run a claimed row's step to the record of its commit, or to an error for `_recover`.
-
-    User code runs here, in `_execute_async` and in `_ask_handle`; what else is raised is the engine's own, and a crash.
-    The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
-    """
-    if claim.error is not None:
-        return _recover(claim, claim.error)
+def _run_step(claim: _Claim, guard: _ForkGuard) -> _Commit | BaseException:
+    """Open a state, run the step, and write what comes of it: the user's code each time, which may fork."""
     claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.services.clock()
     try:
         code = claim.spec.code(claim.row.step)
@@ -6166,19 +6324,36 @@ def _execute(claim: _Claim) -> _Commit | BaseException:
         if _is_shortage(error):
             raise
         return error
+    if guard.is_forked:
+        guard.leave(None)
     _current.set(ctx)
-    guard = claim.services.fork_guard  # asked, and not entered: that would be two calls more
     try:
         returned = code.call(claim.behaviour, ctx)
     except BaseException as error:
-        if guard.is_forked:
-            guard.leave(error)
         if not _is_of_step(error):
             raise
         return error
     if guard.is_forked:
         guard.leave(None)
     return _verdict(claim, ctx, returned)
+
+
+def _execute(claim: _Claim) -> _Commit | BaseException:
+    """Run a claimed row's step to the record of its commit, or to an error for `_recover`.
+
+    User code runs here, in `_execute_async` and in `_recover`; what else is raised is the engine's own, and a crash.
+    The caller gives each step a copy of its context variables, so what is set in them needs no undoing.
+    """
+    if claim.error is not None:
+        return _recover(claim, claim.error)
+    guard = claim.services.fork_guard  # asked, and not entered: that would be two calls more
+    verdict = None
+    try:
+        verdict = _run_step(claim, guard)
+        return verdict
+    finally:
+        if guard.is_forked:
+            guard.leave(verdict if isinstance(verdict, BaseException) else sys.exception())
 
 
 @types.coroutine
@@ -6200,22 +6375,25 @@ def _await_step(step: Awaitable[Any], guard: _ForkGuard) -> Generator[Any, Any, 
 
 async def _execute_async(claim: _Claim) -> _Commit | BaseException:
     """Run an `async def` step likewise; a CancelledError is raised, for only the caller knows who has cancelled it."""
+    guard = claim.services.fork_guard
     claim.started_at, claim.began_s = _Ticks.perf_counter(), claim.services.clock()
     try:
-        code = claim.spec.code(claim.row.step)
-        ctx = claim.open()
+        with guard:
+            code = claim.spec.code(claim.row.step)
+            ctx = claim.open()
     except Exception as error:
         if _is_shortage(error):
             raise
         return error
     _current.set(ctx)
     try:
-        returned = await _await_step(code.call(claim.behaviour, ctx), claim.services.fork_guard)
+        returned = await _await_step(code.call(claim.behaviour, ctx), guard)
     except Exception as error:
         if _is_of_storage(error):
             raise
         return error
-    return _verdict(claim, ctx, returned)
+    with guard:
+        return _verdict(claim, ctx, returned)
 
 
 _PAUSE_MS = 1000
@@ -6241,7 +6419,35 @@ def _crash(claim: _Claim, error: BaseException) -> _Commit:
         change = _Again(row.state, row.attempt, row.crashes, now + _PAUSE_MS, cause, trace)
     else:
         change = _crashed(row, cause, now, trace)
-    return _Commit(claim, _CRASH, change, duration=_elapsed(claim))
+    return _Commit(claim, _CRASH, change, duration=claim.elapsed_s)
+
+
+def _enter(lock: Any) -> Any:
+    """Take a lock, as its `__enter__`, and let go of it where an interrupt comes when it has just been taken.
+
+    CPython lets one in between an `__enter__` that is a function in C and what `with` guards, from 3.14 on; behind one
+    in Python it does not.
+    """
+    try:
+        return lock.acquire()
+    except BaseException:
+        try:  # noqa: SIM105 - by one call, for a context manager would let the next interrupt in before it
+            lock.release()
+        except RuntimeError:
+            pass  # it was not taken yet
+        raise
+
+
+class _GuardedLock(_thread.RLock):  # type: ignore[misc]  # final for type checkers alone
+    """A reentrant lock, for that knows whether it is this thread which holds it."""
+
+    __enter__: Any = _enter
+
+
+_is_with_guarded = sys.version_info < (3, 14)
+"""Whether nothing comes between the taking of a lock by `with` and its guard."""
+_Lock: Callable[[], threading.Lock] = threading.Lock if _is_with_guarded else cast(Any, _GuardedLock)
+_ReentrantLock: Callable[[], threading.Lock] = cast(Any, threading.RLock if _is_with_guarded else _GuardedLock)
 
 
 class _Behaviours:
@@ -6254,9 +6460,9 @@ class _Behaviours:
         for one in given:
             cls = one if isinstance(one, type) else getattr(one, "fsm", type(one))
             if not isinstance(cls, type) or not issubclass(cls, FSM):
-                raise ValueError(f"fsms must hold FSM classes or objects of them, not {one!r}")
-            if not isinstance(one, type) and isinstance(one, FSM):
-                self._objects[cls] = one
+                raise ValueError(f"fsms must hold FSM classes or objects of them, not {_brief(one)}")
+            if not isinstance(one, type) and isinstance(one, FSM) and self._objects.setdefault(cls, one) is not one:
+                raise ValueError(f"fsms must hold one object of a class, not two of {cls!r}")
         self._unusable: set[type] = set()
         self._makers: dict[type, threading.Lock] = {}
 
@@ -6267,7 +6473,7 @@ class _Behaviours:
 
     def make(self, cls: type[FSM]) -> object | None:
         """Return the object of a class, made by whoever asks first; None if it can't be: then nothing runs it here."""
-        with self._makers.setdefault(cls, threading.Lock()):
+        with self._makers.setdefault(cls, _Lock()):
             if cls not in self._objects and cls not in self._unusable:
                 try:
                     self._objects[cls] = cls()
@@ -6312,11 +6518,22 @@ def _died(claim: _Claim) -> _Commit:
     return _Commit(claim, _CRASH, change)
 
 
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Say in words that a module of Python's own can't be loaded: no descriptor is free, or there is no right to."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise DurableError(f"an engine can't load what it needs of Python's library: {error}") from error
+
+
 def _load_what_steps_need() -> None:
     """Load now what a step would be the first to need: by then there may be no file, or no right, to load it with."""
-    _lenient()
-    if any(spec.has_async for spec in list(_registry.values())):
-        import asyncio  # noqa: F401 - it takes 30 ms, so only where there is a use for it
+    with _loading():
+        _lenient()
+        traceback.format_list([("", 1, "", "")])  # which loads what it shows a frame with, from Python 3.15 on
+        if any(spec.has_async for spec in list(_registry.values())):
+            import asyncio  # noqa: F401 - it takes 30 ms, so only where there is a use for it
 
 
 # ==================================================================================================
@@ -6409,7 +6626,7 @@ class _Pool:
         self.width = width
         self._shared = shared
         self._outcomes = shared.outcomes
-        self._lock = threading.Lock()
+        self._lock = _Lock()
         self._ready: collections.deque[_Claim] = collections.deque()
         self._withheld: list[_Claim] = []
         """What a beat under way has taken back."""
@@ -6781,10 +6998,26 @@ class _EventLoop:
         """List the claims whose steps run."""
         return list(self._tasks)
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether its thread has ended, which nobody has told to."""
+        return not (self._thread.is_alive() or self._is_closing)
+
+    def unfinished(self) -> list[_Claim]:
+        """List the claims whose steps run, or are to be started."""
+        return [*self._tasks, *(claim for claim, _ in list(self._incoming))]
+
+    def rouse(self) -> None:
+        """Have steps started whose wake-up was interrupted."""
+        if self._incoming:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._accept)
+
     def close(self, timeout_s: float = 2.0) -> None:
         """Cancel what still runs, wait for it to be gone, and stop."""
         self._is_closing = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with contextlib.suppress(RuntimeError):  # its thread has died
+            self._loop.call_soon_threadsafe(self._loop.stop)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -6796,13 +7029,23 @@ class _EventLoop:
         asyncio.set_event_loop(self._loop)
         try:
             self._run_until_closing()
-            tasks = list(self._tasks.values())
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._end_tasks(self._tasks.values())
+            self._end_tasks(asyncio.all_tasks(self._loop))  # what steps have left behind
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
+
+    def _end_tasks(self, running: Iterable[asyncio.Task[None]]) -> None:
+        """Cancel tasks, and wait for them to be gone."""
+        import asyncio
+
+        tasks = list(running)
+        for task in tasks:
+            task.cancel()
+        ends = self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        for task, end in zip(tasks, ends, strict=True):
+            if isinstance(end, Exception):
+                _log.error("a task on the event loop failed while it ended: %r", task, exc_info=end)
 
     def _run_until_closing(self) -> None:
         while not self._is_closing:
@@ -6849,11 +7092,16 @@ class _EventLoop:
             if self._is_closing:
                 raise  # the row is given back, its step was cancelled and not abandoned
             # One that was cancelled for its timeout is disowned: what it comes to is dropped.
-            result = error if isinstance(error, asyncio.CancelledError) else _crash(claim, error)
+            is_its_own = isinstance(error, asyncio.CancelledError) and not self._is_interrupted(claim, task)
+            result = error if is_its_own else _crash(claim, error)
         finally:
             self._tasks.pop(claim, None)
         if not pool.finish_async(claim, result):
             self._shared.drop(claim)
+
+    def _is_interrupted(self, claim: _Claim, task: asyncio.Task[None]) -> bool:
+        """Whether somebody has cancelled a step's task who is neither this engine nor the step."""
+        return False
 
 
 class _CallersLoop(_EventLoop):
@@ -6866,6 +7114,10 @@ class _CallersLoop(_EventLoop):
         self._incoming = collections.deque()
         self._is_roused = self._is_closing = False
         self._gone = threading.Event()
+
+    @property
+    def is_dead(self) -> bool:
+        return False  # it is its owner's to look after
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Cancel what still runs, and wait for it to be gone, unless this is the loop's own thread."""
@@ -6890,6 +7142,10 @@ class _CallersLoop(_EventLoop):
             task.cancel()
         gone = asyncio.ensure_future(asyncio.gather(*tasks, return_exceptions=True))
         gone.add_done_callback(lambda _: self._gone.set())
+
+    def _is_interrupted(self, claim: _Claim, task: asyncio.Task[None]) -> bool:
+        """As `asyncio.run` cancels all tasks at its end: that is none of the step's errors, it runs again."""
+        return not claim.is_cancelled and task.cancelling() > 0
 
 
 class _Waiter:
@@ -6929,7 +7185,7 @@ class _Waiters:
     """Threads that wait for instances to get somewhere; they are woken by the commit that brings them there."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a future may be collected, and so removed, while it is held
+        self._lock = _ReentrantLock()  # a future may be collected, and so removed, while it is held
         self._of: dict[int, list[_Waiter | _ResultWaiter]] = {}
 
     def __bool__(self) -> bool:
@@ -6991,7 +7247,7 @@ class _Dispatcher:
         self.pinned: set[concurrent.futures.Future[Any]] = set()
         """Futures that callbacks wait for."""
         self._wake_up = _WakeUp()
-        self._lock = threading.Lock()
+        self._lock = _Lock()
         self._thread: threading.Thread | None = None
         self._is_running = self._is_short = False
 
@@ -6999,8 +7255,7 @@ class _Dispatcher:
         for name in names:
             if name not in sorted(_EVENT_NAMES):  # looked through: what can't be hashed is none, either
                 raise ValueError(f"unknown event {name!r}; known are {', '.join(sorted(_EVENT_NAMES))}")
-        if not callable(callback):
-            raise ValueError(f"callback must be callable, not {callback!r}")
+        _check_callback(callback, "callback")
         token = object()
         self._subscribers[token] = callback, frozenset(names) or _EVENT_NAMES
         self._update()
@@ -7043,12 +7298,17 @@ class _Dispatcher:
     def flush(self) -> None:
         """Call here and now what waits for it, unless there is a thread that will, or one can be had."""
         if self._calls:
-            if self._is_running and self._thread is None:
+            if self._is_running and not self._has_thread():
                 self._rouse()
             with self._lock:
-                is_minded = self._thread is not None
+                is_minded = self._has_thread()
             if not is_minded:
                 self._call_all()
+
+    def _has_thread(self) -> bool:
+        """Whether there is a thread which has not died of an interrupt."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     @property
     def is_current(self) -> bool:
@@ -7071,7 +7331,7 @@ class _Dispatcher:
 
     def _rouse(self) -> None:
         with self._lock:
-            if self._thread is None:
+            if not self._has_thread():
                 self._start_thread()
         self._wake_up.set()
 
@@ -7094,19 +7354,15 @@ class _Dispatcher:
     def _serve(self) -> None:
         with self._lock:
             is_wanted = self.is_current
-        try:
-            while is_wanted:
-                self._call_all()
-                with self._lock:
-                    if self._calls:
-                        continue
-                    if not self._is_running:
-                        self._thread = None
-                        return
-                self._wake_up.wait()
-        except BaseException:  # from outside: the next call starts another
-            self._thread = None
-            raise
+        while is_wanted:  # an interrupt may end it: the next call starts another
+            self._call_all()
+            with self._lock:
+                if self._calls:
+                    continue
+                if not self._is_running:
+                    self._thread = None
+                    return
+            self._wake_up.wait()
 
     def _call_all(self) -> None:
         while self._calls:
@@ -7145,7 +7401,7 @@ if TYPE_CHECKING:
 class _Condition(threading.Condition):
     """A condition that no interrupt leaves locked: as functions in Python these would let one in between."""
 
-    __enter__ = property(operator.attrgetter("_lock.__enter__"))
+    __enter__ = property(operator.attrgetter("_lock.__enter__")) if _is_with_guarded else _enter
     __exit__ = property(operator.attrgetter("_lock.__exit__"))
 
 
@@ -7157,6 +7413,32 @@ def _go_on(waiting: asyncio.Future[None]) -> None:
 def _tell_waiting(loop: asyncio.AbstractEventLoop, waiting: asyncio.Future[None], _: object) -> None:
     with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
         loop.call_soon_threadsafe(_go_on, waiting)
+
+
+def _forget_waiting(future: Any, tell: Callable[[concurrent.futures.Future[Any]], object]) -> None:
+    """Take a callback back, or a future that is awaited with a time-out, again and again, would grow."""
+    with future._condition:
+        if not future.done():  # else they are being called, and no list to take one out of
+            future._done_callbacks.remove(tell)
+
+
+def _await_future(future: concurrent.futures.Future[Any]) -> Generator[Any, None, Any]:
+    """Wait for one in the running loop; who is cancelled while he waits leaves it to the others."""
+    import asyncio
+    import concurrent.futures
+
+    loop = asyncio.get_running_loop()
+    waiting = loop.create_future()
+    tell = functools.partial(_tell_waiting, loop, waiting)
+    concurrent.futures.Future.add_done_callback(future, tell)
+    try:
+        yield from waiting
+    except BaseException:
+        _forget_waiting(future, tell)
+        raise
+    if future.cancelled():
+        raise asyncio.CancelledError  # that of `concurrent.futures` is an error to asyncio
+    return future.result()
 
 
 @functools.cache
@@ -7198,16 +7480,7 @@ def _future_type() -> Any:
             self._dispatcher.pinned.discard(self)
             fn(self)
 
-        def __await__(self) -> Generator[Any, None, Any]:
-            """Wait for it in the running loop; who is cancelled while he waits leaves it to the others."""
-            import asyncio
-
-            loop = asyncio.get_running_loop()
-            waiting = loop.create_future()
-
-            super().add_done_callback(functools.partial(_tell_waiting, loop, waiting))
-            yield from waiting
-            return self.result()
+        __await__ = _await_future
 
     return Future
 
@@ -7217,7 +7490,7 @@ class _Timeouts:
 
     def __init__(self, wake_up: _WakeUp) -> None:
         self._wake_up = wake_up
-        self._lock = threading.Lock()
+        self._lock = _Lock()
         self._heap: list[tuple[float, int, _Claim, _Pool]] = []
         self._room = 64
         self.next_at = math.inf
@@ -8107,9 +8380,15 @@ class _Inboxes:
 class _Past(NamedTuple):
     """A run to go back to, and a state to put in the place of what it had; a step without a run has one."""
 
-    seq: int | None
-    step: str
+    run: _Run
+    """Its version is the one that the state is of."""
     state: str | None
+
+
+def _max_attempts_of(fsm: str, version: int, kept: int | None) -> int | None:
+    """Return how many attempts a row has that had so many, by the rule of its class, if that is known here."""
+    spec = _registry.get((fsm, version))
+    return kept if spec is None else spec.attempts_of(kept)
 
 
 class _History:
@@ -8146,7 +8425,7 @@ class _History:
         if self._is_kept and (spec is None or spec.history):
             number = row.claim if seq is None else seq
             past = (row.step, row.attempt, kind, self._now, 0.0, worker, error, None, row.state)
-            self._store.record([_Entry(row.id, number, *past, None, to, row.awaits, row.joining, None)])
+            self._store.record([_Entry(row.id, number, row.version, *past, None, to, row.awaits, row.joining, None)])
 
     def kept_by(self, claim: _Claim) -> int | None:
         """Return the number by which what that run consumes is marked; None where no history is kept."""
@@ -8166,26 +8445,28 @@ class _History:
             self._store.detach(instance, min(children))
         self._store.bring_back(instance, entry.seq)
         self._store.drop_calls(instance)
-        self._store.rewind(entry, entry.state if past.state is None else past.state, self._now)
+        self._store.rewind(entry, _max_attempts_of(row.fsm, entry.version, row.max_attempts), self._now)
         self.record(row, "rewind", seq=row.claim + 1, to=entry.step)
 
     def fork(self, instance: int, past: _Past, template: _NewRow) -> int:
         """Insert a new instance that goes on from before a run of another."""
         row, _ = _row_of(self._store, instance)
         entry, _ = self._find(row, past)
-        state = entry.state if past.state is None else past.state
         new = template._replace(max_crashes=row.max_crashes, retention=self._store.retention(instance))
-        return self._inserts.write_one(new._replace(step=entry.step, state=state))
+        new = new._replace(max_attempts=_max_attempts_of(row.fsm, entry.version, new.max_attempts))
+        return self._inserts.write_one(new._replace(version=entry.version, step=entry.step, state=entry.state))
 
     def _find(self, row: _Row, past: _Past) -> tuple[_Entry, list[_Entry]]:
-        """Find the run that is meant, and those from it on; a step that never ran stands for itself."""
-        if past.seq is None:
-            before = (past.step, 0, "rewind", self._now, 0.0, None, None, None, cast(str, past.state))
+        """Find the run that is meant, as it is gone back to, and those from it on; a step that never ran has none."""
+        seq, version, step_name = past.run
+        if seq is None:
+            before = (version, step_name, 0, "rewind", self._now, 0.0, None, None, None, cast(str, past.state))
             return _Entry(row.id, row.claim + 1, *before, None, None, None, 0, None), []
-        entries = self._store.entries_from(row.id, past.seq)
+        entries = self._store.entries_from(row.id, seq)
         if not entries:
-            raise NotFoundError(f"the run {past.seq} of instance {row.id} has been collected")
-        return entries[0], entries
+            raise NotFoundError(f"the run {seq} of instance {row.id} has been collected")
+        entry = entries[0]._replace(version=version)
+        return entry if past.state is None else entry._replace(state=past.state), entries
 
 
 class _Inline:
@@ -8327,7 +8608,7 @@ class _Settlement:
         """Write an outcome; return what became of the row, None if it was stale or its instance cancelled."""
         row, change, first_child = commit.claim.row, commit.change, None
         if commit.claim.is_migrated:
-            self._store.migrate(row)
+            self._store.migrate(commit.migrated_row)
         if commit.is_inline and self._may_go_on(commit):
             if not self._store.advance_many([commit], self._now):
                 return None
@@ -8395,7 +8676,11 @@ class _Settlement:
         if self._wants_steps:
             self._tell_step(commit)
         following = _Claim(
-            _advanced(row, change), claim.spec, claim.behaviour, claim.services, self._inboxes.of(row.id)
+            _advanced(commit.migrated_row, change),
+            claim.spec,
+            claim.behaviour,
+            claim.services,
+            self._inboxes.of(row.id),
         )
         following.inline_since = claim.started_at if claim.inline_since is None else claim.inline_since
         self._report.claims.append(following)
@@ -8427,6 +8712,8 @@ class _Settlement:
         reason = self._store.cancel_reason(row)
         if reason is not None:
             change = _failed(row, reason)
+            if commit.claim.is_migrated:  # what was written of it may be undone, or what `handle` has answered
+                self._store.migrate(row)
             self._store.settle(row, change, self._now, reason)
             self._history.record_all((commit._replace(kind="cancel", change=change, error=None),))
             self._let_go(commit._replace(kind="stop"), change)
@@ -8629,16 +8916,21 @@ def _describe_schedule(name: str, spec: _Spec, plan: _Plan, row: _NewRow, *, is_
 
 
 def _occurrence(schedule: _ScheduleRow, spec: _Spec | None, now: int) -> _NewRow:
-    """Make the instance of an occurrence; of the highest version known here, where the class is."""
+    """Make the instance of an occurrence; of the highest version known here, where the class is.
+
+    One with a state of an earlier version that this one migrates is of that, for its `migrate`.
+    """
     template = _decode(schedule.template)
     given = template.pop("given")
     new = _NewRow(**template)._replace(eligible_at=now, inserted_at=now, updated_at=now)
     if spec is None:
         return new
     of_class = {option: getattr(spec, name) for option, name in _OPTIONS_OF_CLASS.items() if option not in given}
-    return new._replace(
-        fsm=spec.name, version=spec.version, max_crashes=spec.max_crashes, retention=spec.retention, **of_class
-    )
+    of_class["version"] = spec.version
+    is_earlier = new.version < spec.version and (spec.name, new.version) not in _registry
+    if spec.migrates and is_earlier and new.state != "{}":
+        of_class |= {"version": new.version, "step": new.step}
+    return new._replace(fsm=spec.name, max_crashes=spec.max_crashes, retention=spec.retention, **of_class)
 
 
 _Answer = typing.TypeVar("_Answer")
@@ -9146,7 +9438,7 @@ def _at_least_1(value: object, name: str) -> int:
 def _by_name(value: object, option: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
     """Check an option that is a dict by name."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{option} must be a dict, not {value!r}")
+        raise ValueError(f"{option} must be a dict, not {_brief(value)}")
     for name, one in value.items():
         check(one, f"{option}[{_text(name, f'a name in {option}')!r}]")
     return dict(value)
@@ -9157,18 +9449,18 @@ def _by_limit_name(value: object, option: str, check: Callable[[Any, str], Any])
     checked = _by_name(value, option, check)
     for name in checked:
         if ":" in name:
-            raise ValueError(f"{option} are by name, the part of a key before the first ':', not {name!r}")
+            raise ValueError(f"{option} are by name, the part of a key before the first ':', not {_brief(name)}")
     return checked
 
 
 def _check_rate_limit(value: object, name: str) -> None:
     if not isinstance(value, RateLimit):
-        raise ValueError(f"{name} must be a RateLimit, not {value!r}")
+        raise ValueError(f"{name} must be a RateLimit, not {_brief(value)}")
 
 
 def _check_synchronous(value: object, _: str) -> str:
     if value not in ("full", "normal", "extra", "off"):
-        raise ValueError(f"synchronous must be one of full, normal, extra, off, not {value!r}")
+        raise ValueError(f"synchronous must be one of full, normal, extra, off, not {_brief(value)}")
     return str(value)
 
 
@@ -9178,7 +9470,9 @@ def _check_clock(clock: Any, _: str) -> Callable[[], float]:
     except TypeError:
         now = None
     if not isinstance(now, int | float) or not _START_OF_TIME <= now * 1000 <= _END_OF_TIME:
-        raise ValueError(f"clock must be a function that returns seconds since the epoch, not {clock!r} ({now!r})")
+        raise ValueError(
+            f"clock must be a function that returns seconds since the epoch, not {_brief(clock)} ({now!r})"
+        )
     return cast(Callable[[], float], clock)
 
 
@@ -9263,6 +9557,24 @@ def _run_outside_loop(call: Callable[[], Any], cancel: Callable[[], None] = lamb
     return call() if asyncio._get_running_loop() is None else _call_in_thread(call, cancel)
 
 
+async def _call_beside_loop(call: Callable[[], None]) -> None:
+    """Call something that blocks in a thread; who is cancelled meanwhile waits for the end of it all the same."""
+    with _loading():
+        import asyncio
+        import concurrent.futures.thread  # noqa: F401 - asyncio would, in the task
+
+    calling = asyncio.ensure_future(asyncio.to_thread(call))
+    cancelled: asyncio.CancelledError | None = None
+    while not calling.done():
+        try:
+            await asyncio.shield(calling)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    calling.result()
+    if cancelled is not None:
+        raise cancelled
+
+
 _FORK_ADVICE = (
     "SQLite's record of its locks is copied by a fork and wrong from then on, so that nothing in this process may open"
     " the file: fork before there is an engine, or start processes by spawn"
@@ -9328,7 +9640,7 @@ class _Runners:
         self._prefetch = prefetch
         self._loop: _EventLoop | None = None
         self._callers_loop: asyncio.AbstractEventLoop | None = None
-        self._loop_lock = threading.Lock()
+        self._loop_lock = _Lock()
         shared.run_async = self._run_async
 
     def start(self, widths: Mapping[str, int], loop: asyncio.AbstractEventLoop | None) -> None:
@@ -9424,9 +9736,18 @@ class _Runners:
         return timeouts.next_at
 
     def replace_dead(self) -> None:
-        """Have threads replaced that have died."""
+        """Have threads replaced that have died; the steps of an event loop that is gone have crashed."""
         for pool in self.pools.values():
             pool.replace_dead()
+        loop = self._loop
+        if loop is None:
+            return
+        loop.rouse()
+        if loop.is_dead:
+            with self._loop_lock:
+                self._loop = None
+            for claim in loop.unfinished():
+                self.pools[claim.row.queue].finish_async(claim, _died(claim))
 
     def unstarted(self) -> Iterator[_Row]:
         """Yield the claimed rows that have not started."""
@@ -9437,8 +9758,10 @@ class _Runners:
         """Have `async def` steps end whose instance was cancelled; what they come to is dropped."""
         loop = self._loop
         if loop is not None:
-            for claim in filter(is_cancelled, loop.running()):
-                loop.cancel(claim)
+            for claim in loop.running():
+                if not claim.is_cancelled and is_cancelled(claim):
+                    claim.is_cancelled = True  # once: what it awaits to clean up is not to be cancelled in its turn
+                    loop.cancel(claim)
 
     # The event loop
 
@@ -9547,6 +9870,8 @@ class _Reporter:
             self._is_loss_told = True
             self._dispatcher.post(functools.partial(_log.error, "%s", self._files.loss))
             self.waiters.wake_all()
+            for waiter in self.waiters.futures():
+                waiter.set()
         else:
             return
         if self._dispatcher.wants("store.error"):
@@ -9583,9 +9908,9 @@ class _Committer:
         files: _OpenFiles,
         copier: _LogCopier,
     ) -> None:
-        self.lock = threading.Lock()
+        self.lock = _Lock()
         self.requests: collections.deque[_Request] = collections.deque()
-        self.requests_lock = threading.Lock()
+        self.requests_lock = _Lock()
         self.standing: tuple[_StandingDuty, ...] = ()
         self.beat_at = -math.inf
         """When the last beat ended, by the monotonic clock."""
@@ -10057,7 +10382,7 @@ class _Results:
         self._reader = reader
         self._waiters = waiters
         self._poll_s = poll_s
-        self._lock = threading.Lock()
+        self._lock = _Lock()
         self._thread: threading.Thread | None = None
 
     def future_of(self, instance: int) -> _Future[Any]:
@@ -10068,8 +10393,11 @@ class _Results:
         self._look(waiter)  # it may have ended before
         if self._shared.is_closed:
             self._settle(waiter, error=EngineClosedError(f"the engine on {self._shared.path} is stopped"))
-        elif self._committer.thread is None:
-            self._look_for_others()
+        elif self._committer.thread is None and not future.done():
+            try:
+                self._look_for_others()
+            except RuntimeError as error:
+                raise DurableError(f"no thread can be had to wait for instance {instance}: {error}") from error
         return future
 
     def notify(self) -> None:
@@ -10113,25 +10441,37 @@ class _Results:
     def _look_for_others(self) -> None:
         """Have a thread look for the instances, on an engine whose scheduler's thread does not run."""
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="durable-futures", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._serve, name="durable-futures", daemon=True)
+                thread.start()
+                self._thread = thread  # only now: it waits for this lock before it ends
 
     def _is_needed(self) -> bool:
         return not self._shared.is_closed and self._committer.thread is None and bool(self._waiters.futures())
 
     def _serve(self) -> None:
         seen = None
-        while self._is_needed():
+        try:
+            while self._is_needed():
+                seen = self._look_at_all(seen)
+                time.sleep(self._poll_s)
+        finally:
+            with self._lock:
+                self._thread = None
+            if self._is_needed():  # added meanwhile, or this thread was interrupted
+                self._look_for_others()
+
+    def _look_at_all(self, seen: int | None) -> int | None:
+        """Settle what has ended, if another process has committed since; and all, if that can't be seen any more."""
+        try:
             version = self._reader.data_version()
             if version != seen:
-                seen = version
                 self.notify()
-            time.sleep(self._poll_s)
-        with self._lock:
-            self._thread = None
-        if self._is_needed():  # added meanwhile
-            self._look_for_others()
+        except DurableError as error:
+            for waiter in self._waiters.futures():
+                self._settle(waiter, error=error)
+            return None
+        return version
 
 
 class _File(NamedTuple):
@@ -10190,8 +10530,11 @@ class _Peers:
         """From when on other workers' leases are judged."""
         self._missing_since: dict[str, float] = {}
         """Since when other workers' lock files are not there."""
-        self._reapings: dict[str, tuple[_Request, _LockFile | None]] = {}
-        """What was asked for at the last looks, by worker, and the locks taken from them."""
+        self._reapings: dict[str, tuple[_Request | None, _LockFile | None]] = {}
+        """What was asked for at the last looks, by worker, and the locks taken from them; first, that one is looked at.
+
+        So an interrupted look leaves its lock to the next.
+        """
         self._faults: dict[str, str] = {}
         """What is wrong with which part of a look, and has been said."""
 
@@ -10201,14 +10544,15 @@ class _Peers:
         """Join with a lease that is renewed, and have the log watched if that is heard of."""
         now = self._now()
         self._watch = _LogWatch.open(f"{self._file.path}-wal", self._hear_of_write)
-        try:
-            join(self._options.lease_ms)
-        except BaseException:
-            self.unwatch()
-            raise
+        join(self._options.lease_ms)
         if self._watch is not None and not self._watch.start():
             self.unwatch()
         self._note_renewed(now)
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether this engine is known in the file, or may be."""
+        return self._lock_file is not None
 
     @contextlib.contextmanager
     def joining(self, lease_ms: int, *, is_patient: bool = True) -> Iterator[None]:
@@ -10218,7 +10562,8 @@ class _Peers:
         """
         path = self._file.path
         self._drop_lock()
-        self._lock_file = _LockFile.create(_LockFile.path_of(path, self.worker_id), path)
+        self._lock_file = _LockFile(_LockFile.path_of(path, self.worker_id))
+        self._lock_file.create(path)  # an interrupt leaves it to the next `_drop_lock`, or to `leave`
         self._judge_from = 0
         try:
             self._callers.perform(lambda beat: beat.store.register(self._row(beat.now, lease_ms)))
@@ -10234,9 +10579,9 @@ class _Peers:
 
     def _drop_lock(self) -> None:
         """Remove the lock file, if there is one: also that of a start or drain that was interrupted."""
-        lock, self._lock_file = self._lock_file, None
-        if lock is not None:
-            lock.remove()
+        if self._lock_file is not None:
+            self._lock_file.remove()
+            self._lock_file = None  # last: an interrupt leaves the rest to the next
 
     def leave(self, *, is_signed_off: bool) -> None:
         """Let the lock go; its file only if nothing is left in the database: unlocked, it tells of a dead worker."""
@@ -10244,19 +10589,20 @@ class _Peers:
             if taken is not None:
                 taken.close()
         self._reapings.clear()
-        lock, self._lock_file = self._lock_file, None
-        if lock is not None and is_signed_off:
-            lock.remove()
-        elif lock is not None:
-            lock.close()
+        if self._lock_file is not None and is_signed_off:
+            self._lock_file.remove()
+        elif self._lock_file is not None:
+            self._lock_file.close()
+        self._lock_file = None
 
     def unwatch(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None  # last: an interrupt leaves the rest to the next
 
     def _row(self, now: int, lease_ms: int) -> tuple[Any, ...]:
-        import socket  # 3 ms that a mere import does not need
+        with _loading():
+            import socket  # 3 ms that a mere import does not need
 
         name, queues = self._options.name, _encode(self._options.queues)
         return self.worker_id, name, socket.gethostname(), os.getpid(), queues, now, now, now + lease_ms
@@ -10361,8 +10707,12 @@ class _Peers:
 
     def _watch_log(self, monotonic: float) -> None:
         """Have the log watched once neither this engine nor another has written to it for a while."""
+        watch = self._watch
+        if watch is None or not watch.is_alive:  # whatever was raised in its thread from outside
+            self._armed_at = None
+            return
         is_quiet = monotonic - max(self._committer.beat_at, self._changed_at) > self.ACTIVE_S
-        if self._watch is not None and is_quiet and self._armed_at is None and self._watch.arm():
+        if is_quiet and self._armed_at is None and watch.arm():
             self._armed_at = monotonic
 
     def _hear_of_write(self) -> None:
@@ -10387,10 +10737,10 @@ class _Peers:
         A lock file that is not there is put back by a worker that lives; one that stays away is its worker's end.
         """
         for worker_id, (reaping, lock) in list(self._reapings.items()):
-            if reaping.is_settled:  # done, or refused by storage: then its worker is looked at again
-                del self._reapings[worker_id]
+            if reaping is None or reaping.is_settled:  # done, or refused by storage: then its worker is looked at again
                 if lock is not None:
                     lock.close()
+                del self._reapings[worker_id]
         is_unsure = False
         for worker in self._file.reader.workers():
             if worker.id != self.worker_id and worker.id not in self._reapings:
@@ -10400,16 +10750,23 @@ class _Peers:
     def _judge(self, worker: Worker) -> bool:
         """Have a worker reaped that is dead; return whether that can't be said yet."""
         path = _LockFile.path_of(self._file.path, worker.id)
-        lock = _LockFile.take_from_dead(path)
-        if lock is None:
-            if not self._is_gone(path):
-                self._missing_since.pop(worker.id, None)
-                return False
-            if _Ticks.monotonic() - self._missing_since.setdefault(worker.id, _Ticks.monotonic()) < self.GONE_S:
-                return True
+        lock = _LockFile(path)
+        self._reapings[worker.id] = None, lock
+        if lock.take_from_dead():
+            self._reap_soon(worker, lock)
+            return False
+        del self._reapings[worker.id]
+        if not self._is_gone(path):
+            self._missing_since.pop(worker.id, None)
+            return False
+        if _Ticks.monotonic() - self._missing_since.setdefault(worker.id, _Ticks.monotonic()) < self.GONE_S:
+            return True
+        self._reap_soon(worker, None)
+        return False
+
+    def _reap_soon(self, worker: Worker, lock: _LockFile | None) -> None:
         reaping = self._callers.post(functools.partial(self._reap_dead, worker=worker, lock=lock))
         self._reapings[worker.id] = reaping, lock
-        return False
 
     def _is_gone(self, path: str) -> bool:
         """Whether a lock file is not there: of a folder in which one's own is not to be seen, nobody can say."""
@@ -10848,8 +11205,8 @@ class _Scheduler:
         self.shared.give_back = self._give_back
         # Told while it lasts, but not by the thread that waits, which holds a lock of ours.
         self.store.patience.tell = lambda text: self.dispatcher.post_apart(functools.partial(_log.warning, "%s", text))
-        self._life_lock = threading.Lock()
-        self._stop_lock = threading.RLock()
+        self._life_lock = _Lock()
+        self._stop_lock = _ReentrantLock()
         self._build_committer()
         self._build_duties()
         _process.schedulers.add(self)
@@ -10945,8 +11302,8 @@ class _Scheduler:
         _load_what_steps_need()
         self.services.waits_out_failures = True
         self.shared.context = contextvars.copy_context()
-        self.peers.join_and_watch(self._join)
         try:
+            self.peers.join_and_watch(self._join)
             self.runners.start(self.options.queues, loop)
             self.dispatcher.start()
             self._start_thread()
@@ -10955,7 +11312,8 @@ class _Scheduler:
             self.runners.pools = {}
             self.dispatcher.stop()
             self.peers.unwatch()
-            self._sign_off()
+            if self.peers.has_joined:
+                self._sign_off()
             if not isinstance(error, RuntimeError):
                 raise
             raise DurableError(f"the engine on {self.path} can't start: {error}") from error
@@ -10977,8 +11335,20 @@ class _Scheduler:
     # The thread
 
     def _serve(self) -> None:
-        shared, current = self.shared, threading.current_thread()
-        while self.committer.thread is current and not shared.is_closed:
+        try:
+            self._do_what_is_due()
+        except BaseException as error:  # noqa: BLE001 - from outside, where it dealt with another: it is replaced
+            self.shared.log_soon("the scheduler's thread has died, and is replaced", error, exc_info=error)
+        finally:
+            if self._is_in_charge():
+                self._start_thread()
+
+    def _is_in_charge(self) -> bool:
+        return self.committer.thread is threading.current_thread() and not self.shared.is_closed
+
+    def _do_what_is_due(self) -> None:
+        shared = self.shared
+        while self._is_in_charge():
             try:
                 shared.wakes_at = math.inf
                 next_at = self._duties.do_due(_Ticks.monotonic())
@@ -11077,7 +11447,9 @@ class _Scheduler:
     def _sign_off(self) -> None:
         """Give everything back, and leave."""
         claims = list(self.runners.held)
-        self.peers.leave(is_signed_off=self._try(lambda beat: beat.withdrawals.sign_off(claims)))
+        is_signed_off = self._try(lambda beat: beat.withdrawals.sign_off(claims))
+        with self.committer.lock:  # else a look at the others might put the lock file back meanwhile
+            self.peers.leave(is_signed_off=is_signed_off)
 
     def _try(self, action: Callable[[_Beat], Any]) -> bool:
         """Do one of the last things; if storage fails, the next start finds what is left to do."""
@@ -11096,8 +11468,8 @@ class _Scheduler:
             self.shared.is_closed = True
         self.shared.wake_up.set()
         thread = self.committer.thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join()  # one that is only about to start will find this closed
         self.peers.unwatch()
         self.waiters.wake_all()
         self.results.close()
@@ -11224,17 +11596,23 @@ class _Standing(NamedTuple):
     state: str
 
 
+def _is_migrated(fsm: str, version: int) -> bool:
+    """Whether the highest class of a name that is known here makes rows of that version its own."""
+    versions = _known_versions(fsm)
+    return bool(versions) and version < versions[-1] and _registry[fsm, versions[-1]].migrates
+
+
 def _code_problem(one: _Standing) -> tuple[str, str] | None:
     """Say what would keep an instance from running with the classes that are known here, and what would help.
 
     Return it with what is the same for all that have it: of states, the places of their problems and not the values.
     """
     spec, problem, places = _registry.get((one.fsm, one.version)), "", ""
-    versions = sorted(version for name, version in list(_registry) if name == one.fsm)
+    versions = _known_versions(one.fsm)
     if not versions:
         problem = f"no class of that name: import it, or give the one that it is now aliases=({one.fsm!r},)"
     elif spec is None:
-        if one.version < versions[-1] and _registry[one.fsm, versions[-1]].migrates:
+        if _is_migrated(one.fsm, one.version):
             return None
         advice = "keep it, or write `migrate` in the highest" if one.version < versions[-1] else "update the code"
         problem = f"no class of version {one.version}, only {', '.join(map(str, versions))}: {advice}"
@@ -11303,7 +11681,7 @@ def _id(value: object, name: str) -> int:
     """Check an id to look for; one beyond SQLite's integers is that of nobody."""
     if isinstance(value, int) and not isinstance(value, bool):
         return max(-_MAX_INTEGER, min(value, _MAX_INTEGER))
-    raise ValueError(f"{name} must be an id, not {value!r}")
+    raise ValueError(f"{name} must be an id, not {_brief(value)}")
 
 
 def _statuses(value: object, name: str) -> str:
@@ -11311,8 +11689,8 @@ def _statuses(value: object, name: str) -> str:
     given = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
     try:
         return _encode([Status(cast(str, one)) for one in given])
-    except ValueError:
-        raise ValueError(f"{name} must be one or several of {', '.join(Status)}, not {value!r}") from None
+    except (ValueError, RecursionError):  # the latter: `Status` can't show it
+        raise ValueError(f"{name} must be one or several of {', '.join(Status)}, not {_brief(value)}") from None
 
 
 def _class_names(value: object, name: str) -> str:
@@ -11341,27 +11719,44 @@ def _checked_filters(filters: Mapping[str, Any]) -> dict[str, Any]:
 class _Runs(typing.Protocol):
     """Who finds runs in the history of an instance."""
 
-    def step_of_run(self, instance: int, seq: int, /) -> str | None: ...
-    def latest_run(self, instance: int, step_name: str, /) -> int | None: ...
+    def run(self, instance: int, seq: int, /) -> _Run | None: ...
+    def latest_run(self, instance: int, step_name: str, /) -> _Run | None: ...
+
+
+def _find_run(runs: _Runs, old: Instance, to: Any) -> _Run:
+    """Find the run in an instance's history that is meant; a step that never ran is one of the version it has now."""
+    if isinstance(to, int) and not isinstance(to, bool):
+        run = runs.run(old.id, _integer(to, "to (a run's seq)", 0))
+        if run is None:
+            raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {_brief(to)}")
+        return run
+    step_name = _step_name(to)
+    return runs.latest_run(old.id, step_name) or _Run(None, old.version, step_name)
+
+
+def _check_run(run: _Run, old: Instance) -> None:
+    """Refuse to go back to what no class would run, as far as the classes of that name are known here."""
+    spec = _registry.get((old.fsm, run.version))
+    if spec is not None:
+        spec.code(run.step)
+    elif run.version != old.version and _known_versions(old.fsm) and not _is_migrated(old.fsm, run.version):
+        raise ValueError(
+            f"the run {run.seq} of instance {old.id} is of version {run.version}, which no class here has or migrates:"
+            f" give the state that it is to have in version {old.version}, too"
+        )
 
 
 def _find_past(runs: _Runs, old: Instance, to: Any, state: Any) -> _Past:
-    """Find a run in an instance's history, and check the state to put in the place of its own."""
+    """Find a run to go back to, and check the state to put in the place of its own: one of the version it has now."""
     spec = _registry.get((old.fsm, old.version))
     text = None if state is None else _dump_state(spec and spec.state, state)
-    if isinstance(to, int) and not isinstance(to, bool):
-        step_name = runs.step_of_run(old.id, _integer(to, "to (a run's seq)", 0))
-        if step_name is None:
-            raise ValueError(f"to must be a run in the history of instance {old.id}, or a step, not {to!r}")
-        seq: int | None = to
-    else:
-        step_name = _step_name(to)
-        seq = runs.latest_run(old.id, step_name)
-    if spec is not None:
-        spec.code(step_name)
-    if seq is None and text is None:
-        raise ValueError(f"step {step_name!r} is not in the history of instance {old.id}: give the state, too")
-    return _Past(seq, step_name, text)
+    run = _find_run(runs, old, to)
+    if text is not None:
+        run = run._replace(version=old.version)
+    _check_run(run, old)
+    if run.seq is None and text is None:
+        raise ValueError(f"step {run.step!r} is not in the history of instance {old.id}: give the state, too")
+    return _Past(run, text)
 
 
 def _fork_template(old: Instance, options: _InsertOptions, services: _Services) -> _NewRow:
@@ -11404,7 +11799,7 @@ class _Sending(_Client):
     def insert_all(self, inserts: Iterable[Insert]) -> list[int | None]:
         """Insert many instances in one transaction; return their ids in order, None for a duplicate."""
         self._core.callers.check_open()
-        rows = _new_rows(inserts, self._core.services.new_row)
+        rows = self._core.services.new_rows(inserts)
         return self._core.callers.perform(lambda beat: beat.inserts.write(rows))
 
     def insert_nowait(self, fsm: Any, **options: Unpack[_InsertOptions]) -> _Future[int]:
@@ -11427,8 +11822,9 @@ class _Sending(_Client):
     def result_nowait(self, target: int | str) -> _Future[Any]:
         """Return a future of an instance's result, which can also be awaited: no thread waits for it.
 
-        It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception.
-        Raises `NotFoundError`.
+        It has `FailedError`, `NotFoundError` if the instance is collected, or `EngineClosedError` as its exception;
+        another `DurableError` where the file can't be looked at any more. Raises `NotFoundError`, and `DurableError`
+        where an engine that is not started can't have the one thread that looks for all of them.
         """
         return self._core.results.future_of(self._reader.identify(target))
 
@@ -11478,7 +11874,7 @@ class _Looking(_Client):
         `EngineClosedError` if the engine is stopped meanwhile.
         """
         if until not in tuple(_UNTIL):  # looked through: what can't be hashed is none, either
-            raise ValueError(f"until must be 'settled' or 'terminal', not {until!r}")
+            raise ValueError(f"until must be 'settled' or 'terminal', not {_brief(until)}")
         reader = self._core.reader
         return self._wait(target, lambda waiter: reader.get(waiter.instance), _UNTIL[until], timeout)
 
@@ -11498,8 +11894,8 @@ class _Looking(_Client):
         """
         if queue is not None:
             _text(queue, "queue")
-        if on_change is not None and not callable(on_change):
-            raise ValueError(f"on_change must be callable, not {on_change!r}")
+        if on_change is not None:
+            _check_callback(on_change, "on_change")
         deadline = _Ticks.monotonic() + (math.inf if timeout is None else _duration_ms(timeout, "timeout") / 1000)
         told: dict[str, dict[str, int]] | None = None
         while True:
@@ -11648,9 +12044,13 @@ class _Steering(_Client):
         it has. Children that the run or later ones inserted go on without a parent. What was done outside the file
         stays done: whether it may be done again is the caller's to know.
 
+        The state comes back with the class version under which it ran: `migrate` brings it to a later one again, where
+        no class of its own is registered. A `state` that is given is one of the version that the row has now.
+
         Raises `NotFoundError`; `DurableError` if it is executing; `DuplicateError` if its correlation key is taken by
         now; `StateError`; `ValueError` for a run that its history does not have (a step that never ran will do if
-        `state` is given). Nothing is changed then.
+        `state` is given), for one whose step its class does not have, and for one of another version which none of the
+        classes known here has or migrates. Nothing is changed then.
         """
         old = self._reader.get(target)
         past = _find_past(self._core.reader, old, to, state)
@@ -11660,8 +12060,8 @@ class _Steering(_Client):
         """Insert a new instance that goes on from before the run `to` of another, and return its id.
 
         `to` is that of `rewind`, and so is `state` among the options, which are those of `Insert`. The new one has the
-        class, the version and the queue of the old one, which is left alone; no key and no parent, an empty inbox and
-        a history of its own. Errors are those of `rewind` and `insert`.
+        class and the queue of the old one, which is left alone, and the version that a rewind would give it; no key
+        and no parent, an empty inbox and a history of its own. Errors are those of `rewind` and `insert`.
         """
         old = self._reader.get(target)
         past = _find_past(self._core.reader, old, to, options.pop("state", None))
@@ -11697,10 +12097,10 @@ class _Scheduling(_Client):
         * `jitter`: seconds or a timedelta up to which each is inserted later, by a hash of the file, name and instant,
           but before the next
 
-        Only engines that know the class fire it, as its highest version; what a state or arguments leave out has the
-        defaults of now. A clock that is set back brings nothing a second time, as far as the instances are kept.
-        Raises `ValueError`, `TypeError`, `StateError`, `UnknownFSMError` or
-        `UnknownLimitError`; then nothing was written.
+        Only engines that know the class fire it, as its highest version, which is given a state from an earlier one by
+        its `migrate`, if it has that; what a state or arguments leave out has the defaults of now. A clock that is set
+        back brings nothing a second time, as far as the instances are kept. Raises `ValueError`, `TypeError`,
+        `StateError`, `UnknownFSMError` or `UnknownLimitError`; then nothing was written.
         """
         self._core.callers.check_open()
         _text(name, "name")
@@ -11747,7 +12147,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
 
     * `name` ("durable"): what `workers()` and the log show
     * `queues` ({"default": 10}): how many steps of each queue run at once; `{}` makes a client that runs nothing
-    * `fsms` (): objects to run classes with that can't be made without arguments
+    * `fsms` (): objects to run classes with that can't be made without arguments, one of a class
     * `rate_limits` ({}): `RateLimit` by name, kept in the file
     * `concurrency_limits` ({}): how many instances of one concurrency key execute at once, by the key's name; a step
       over its `timeout` is not counted, though a thread's code may run on
@@ -11819,27 +12219,25 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
             self.stop()
 
     async def __aenter__(self) -> Self:
-        """Start without blocking the running loop, and run `async def` steps on that loop."""
+        """Start without blocking the running loop, and run `async def` steps on that loop.
+
+        A step whose task somebody cancels there, as `asyncio.run` does at its end, has crashed and runs again.
+        """
         import asyncio
 
-        if not self._is_running():
-            await asyncio.to_thread(self._core.start, asyncio.get_running_loop())
+        if self._is_running():
+            return self
+        try:
+            await _call_beside_loop(functools.partial(self._core.start, asyncio.get_running_loop()))
+        except asyncio.CancelledError:
+            await _call_beside_loop(self.stop)  # nobody else would: the block is not entered
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop without blocking the loop; who is cancelled meanwhile waits for the end of it all the same."""
-        import asyncio
-
-        stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
-        cancelled: asyncio.CancelledError | None = None
-        while not stopping.done():
-            try:
-                await asyncio.shield(stopping)
-            except asyncio.CancelledError as error:
-                cancelled = error
-        stopping.result()
-        if cancelled is not None:
-            raise cancelled
+        if not self._core.services.fork_guard.is_forked:  # a child has no thread of the loop's, and nothing to stop
+            await _call_beside_loop(self.stop)
 
     def __enter__(self) -> Engine:
         if not self._is_running():
@@ -11912,7 +12310,10 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
         return problems + _check_code(self._core.reader) if code else problems
 
     def connect(self) -> apsw.Connection:
-        """Return a connection to the file for the application's own use, with the engine's settings."""
+        """Return a connection to the file for the application's own use, with the engine's settings.
+
+        Close it before the engine is stopped: nothing guards the file for it from then on.
+        """
         self._core.callers.check_open()
         with _driver_errors(self._path):
             return _configure(_connect(self._path), self._core.options.synchronous)
@@ -11936,7 +12337,7 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
             raise DurableError(f"{target} can't be made: {error}") from error
         finally:
             for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # most likely it could not be made, and that is being raised
                     os.unlink(partial + suffix)
 
     # Helpers
@@ -11963,6 +12364,9 @@ class Engine(_Sending, _Looking, _Steering, _Scheduling):
     def __repr__(self) -> str:
         return f"<Engine {self._core.options.name!r} on {self._path}>"
 
+    def __reduce__(self) -> typing.NoReturn:
+        raise TypeError(f"{self!r} can't be copied or pickled: open another on the file, in another process as in this")
+
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
         if core is not None and not core.is_closed:
@@ -11985,8 +12389,8 @@ class _CursorReads(_SharedReads):
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
 
-    def _select(self, sql: str, bindings: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
-        return cast("Iterable[tuple[Any, ...]]", self._cursor.execute(sql, bindings))
+    def _select(self, sql: str, bindings: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return list(self._cursor.execute(sql, bindings))  # to its end: a statement that is left open goes on reading
 
 
 def _cursor_of(connection: Any) -> Any:
@@ -11994,7 +12398,7 @@ def _cursor_of(connection: Any) -> Any:
     standard = sys.modules.get("sqlite3")
     is_standard = standard is not None and isinstance(connection, standard.Connection)
     if not is_standard and not isinstance(connection, apsw.Connection):
-        raise ValueError(f"connection must be an apsw.Connection or a sqlite3.Connection, not {connection!r}")
+        raise ValueError(f"connection must be an apsw.Connection or a sqlite3.Connection, not {_brief(connection)}")
     if not connection.in_transaction:
         raise ValueError("connection has no transaction open: execute BEGIN IMMEDIATE on it first")
     cursor = connection.cursor()
@@ -12022,27 +12426,46 @@ def _lock_and_check(cursor: Any) -> None:
         raise SchemaError(f"the file has schema version {version}, this durable writes {_SCHEMA_VERSION}: {advice}")
 
 
-def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
-    """Insert an instance in the transaction that is open on the application's own connection, and return its id.
+def _is_too_big(error: Exception) -> bool:
+    """Whether a driver says of a value that SQLite can't hold it."""
+    is_refused = isinstance(error, apsw.TooBigError) or getattr(error, "sqlite_errorcode", 0) == apsw.SQLITE_TOOBIG
+    return is_refused or isinstance(error, OverflowError)  # sqlite3's for more than two gigabytes
 
-    It exists if and only if the application commits. `connection` is an `apsw.Connection`, such as
-    `engine.connect()` gives, or, in a process that has no engine on that file, a `sqlite3.Connection`. Options and
-    errors are those of `Engine.insert`; a connection without an open transaction, or to a file without durable's
-    tables, is a `ValueError`.
-    """
-    cursor = _cursor_of(connection)
+
+def _insert_by(connection: Any, cursor: Any, fsm: Any, options: _InsertOptions) -> int:
     if isinstance(connection, apsw.Connection):
         _check_open_files(connection.filename)
     _lock_and_check(cursor)
 
     reads = _CursorReads(cursor)
     row = _new_row(_make_insert(fsm, options), int(time.time() * 1000), reads.policy)
-    cursor.execute(_INSERT_UNIQUE, row)
+    try:
+        cursor.execute(_INSERT_UNIQUE, row)
+    except Exception as error:
+        if not _is_too_big(error):
+            raise
+        raise DurableError(f"a value is too big for the file: {_error_text(error)}") from error
     inserted = connection.changes() if isinstance(connection, apsw.Connection) else cursor.rowcount
     if not inserted:
         key = cast(str, row.correlation_key)
         raise DuplicateError(key, cast(tuple[int, str], reads.occupant(key))[0])
     return connection.last_insert_rowid() if isinstance(connection, apsw.Connection) else cursor.lastrowid
+
+
+def insert_into(connection: apsw.Connection | sqlite3.Connection, fsm: Any, **options: Unpack[_InsertOptions]) -> int:
+    """Insert an instance in the transaction that is open on the application's own connection, and return its id.
+
+    It exists if and only if the application commits. `connection` is an `apsw.Connection`, such as
+    `engine.connect()` gives, or, in a process that has no engine on that file, a `sqlite3.Connection`. Options and
+    errors are those of `Engine.insert`; a connection without an open transaction, or to a file without durable's
+    tables, is a `ValueError`. How long it waits for the write lock is the connection's to say, and what comes of it,
+    as of any other fault of storage, is the driver's own error (`apsw.BusyError`, `sqlite3.OperationalError`).
+    """
+    cursor = _cursor_of(connection)
+    try:
+        return _insert_by(connection, cursor, fsm, options)
+    finally:
+        cursor.close()  # who keeps an error keeps its frames, and a statement of theirs would keep its snapshot
 
 
 # ==================================================================================================
@@ -12072,6 +12495,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `Call`: what a call inside a step returned, to keep
     * `Limit`: a rate limit, with the arithmetic of its bucket
     * `Entry`: a run, as the history keeps it
+    * `Run`: which one is meant, and of which version it is
     * `ScheduleRow`: the columns of a schedule
     * `Transaction`: one of such an engine's, in which `Steps` goes through schedules and the history
     * `Outcome`: what a run leaves to be committed
@@ -12083,6 +12507,8 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `filters`: those of `find`, checked, as columns have them
     * `record`: makes an `Instance`, a `Signal` and the like of its columns
     * `Checks`: those of arguments, as the methods of `Engine` make them
+    * `await_future`: the `__await__` of the engine's futures
+    * `call_beside_loop`: calls in a thread what blocks, for `async with`
     """
 
     class Reader(_Reader):
@@ -12101,12 +12527,17 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             try:
                 version = self._patiently(self._version)
                 if version == 0:
-                    raise SchemaError(f"{file} is no database of durable's")
+                    raise SchemaError(f"{file} is no database of durable's{self._doubt()}")
                 if version < _SCHEMA_VERSION:
                     raise SchemaError(f"{file} has schema version {version}: open an engine on it once to migrate it")
             except BaseException:
                 self.close()
                 raise
+
+        def _doubt(self) -> str:
+            """Say that what is looked for may stand in a log that another name of the file leads to, if it has one."""
+            count = os.stat(self.path).st_nlink
+            return f", as it looks by this name; but it has {count} names, and its log only one" if count > 1 else ""
 
         @contextlib.contextmanager
         def reading(self) -> Iterator[apsw.Connection]:
@@ -12215,6 +12646,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     Call: typing.TypeAlias = _Kept
     Limit: typing.TypeAlias = _Policy
     Entry: typing.TypeAlias = _Entry
+    Run: typing.TypeAlias = _Run
     ScheduleRow: typing.TypeAlias = _ScheduleRow
     Options: typing.TypeAlias = _Options
     Ticks: typing.TypeAlias = _Ticks
@@ -12250,7 +12682,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         * `has_fired`: names of the schedules that have fired and are not to fire again; `fired(name)`: one has
         * `file_id()`: a text of the database's own, which never changes
         * the others read and write the rows of tables that are as the file's: a `ScheduleRow` replaces the one of its
-          name; `rewind` makes the row runnable under a new claim number
+          name; `rewind` makes the row runnable under a new claim number, with the entry's version, step and state
         """
 
         now: int
@@ -12278,7 +12710,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def detach(self, parent: int, first_child: int, /) -> None: ...
         def bring_back(self, target: int, seq: int, /) -> None: ...
         def drop_calls(self, instance: int, /) -> None: ...
-        def rewind(self, entry: _Entry, state: str, now: int, /) -> None: ...
+        def rewind(self, entry: _Entry, max_attempts: int | None, now: int, /) -> None: ...
 
     @attrs.frozen
     class Outcome:
@@ -12315,11 +12747,16 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         @property
         def advanced(self) -> _Row:
             """The row as it goes on inline, under the next claim."""
-            return _advanced(self.claim.row, cast(_Advance, self._commit.change))
+            return _advanced(self._commit.migrated_row, cast(_Advance, self._commit.change))
 
-        def entry(self, worker: str, first_child: int | None = None) -> _Entry | None:
-            """Say how the run stands in the history, unless its class keeps none."""
-            return _entry(self._commit, worker, first_child) if self._commit.is_kept else None
+        def entry(
+            self, worker: str, first_child: int | None = None, *, cancel_reason: str | None = None
+        ) -> _Entry | None:
+            """Say how the run stands in the history, unless its class keeps none; as cancelled, if for a reason."""
+            commit = self._commit
+            if cancel_reason is not None:
+                commit = commit._replace(kind="cancel", change=_failed(self.row, cancel_reason), error=None)
+            return _entry(commit, worker, first_child) if commit.is_kept else None
 
     class _Exit(NamedTuple):
         """What ends a coroutine, and is no error for `handle`."""
@@ -12336,7 +12773,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
             beat = types.SimpleNamespace(store=host)
             self._host = host
             self._behaviours = _Behaviours(fsms)
-            self._lock = threading.Lock()
+            self._lock = _Lock()
             self._reported: set[tuple[str, str]] = set()
             self._services = _Services(cast(Any, host), host.clock).open(
                 lambda action: action(beat), lambda action: host.later(lambda: action(beat)), self._note_progress
@@ -12348,7 +12785,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
         def new_rows(self, inserts: Iterable[Insert]) -> list[_NewRow]:
             """Make those of many."""
-            return _new_rows(inserts, self._services.new_row)
+            return self._services.new_rows(inserts)
 
         def message(self, target: int | str, name: str, payload: Any, dedup_key: str | None) -> _Message:
             """Make a signal to deliver; raises what `Engine.signal` does."""
@@ -12501,7 +12938,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         def _outcome(self, commit: _Commit, interrupt: BaseException | None = None) -> tools.Outcome:
             columns = tools._columns(commit.change)
             if commit.claim.is_migrated:
-                columns = tools._as_it_stands(commit.claim.row) | columns
+                columns = tools._as_it_stands(commit.migrated_row) | columns
             is_asking = isinstance(commit.change, _Advance) and commit.is_asking
             return tools.Outcome(
                 commit.claim,
@@ -12566,6 +13003,10 @@ class tools:  # noqa: N801 - a namespace, named as a module is
         boolean = staticmethod(_boolean)
         count = staticmethod(_count)
         duration_ms = staticmethod(_duration_ms)
+        callback = staticmethod(_check_callback)
+
+    await_future = staticmethod(_await_future)
+    call_beside_loop = staticmethod(_call_beside_loop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,8 @@ import contextlib
 import datetime as dt
 import functools
 import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import json
 import logging
@@ -24,12 +26,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 import apsw
 import attrs
@@ -207,8 +210,9 @@ def _load_script(path: Path) -> types.ModuleType:
     if known or path.stem in sys.stdlib_module_names:
         raise DurableError(f"another module is called {path.stem!r}; the script needs a name of its own")
     sys.path.insert(0, str(path.parent))
-    module = sys.modules[path.stem] = types.ModuleType(path.stem)
-    module.__file__ = str(path)
+    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+    spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(cast(Any, spec))
     try:
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except BaseException:
@@ -226,15 +230,26 @@ def _blame(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
+_WRITES = {"durable_instances": "inserts into", "durable_signals": "sends signals into"}
+_PATIENCE_S = 5.0
+
+
+def _await_commits() -> None:
+    """Wait for what engines that nobody has started were asked without waiting: each has a thread for that."""
+    for thread in threading.enumerate():
+        if thread.name == "durable-flush":
+            thread.join(_PATIENCE_S)
+
+
 @contextlib.contextmanager
 def _loading(target: str) -> Iterator[None]:
-    """Tell of the files that a target has inserted into while it was loaded: that it does each time."""
-    files, opened = set(), []
+    """Tell of the files that a target has written into while it was loaded: that it does each time."""
+    written, opened = set(), []
 
     def watch(connection: apsw.Connection) -> None:
         def note(action: int, _database: str, table: str, _row: int) -> None:
-            if action == apsw.SQLITE_INSERT and table == "durable_instances":
-                files.add(path)
+            if action == apsw.SQLITE_INSERT and table in _WRITES:
+                written.add((path, _WRITES[table]))
 
         path = connection.filename
         opened.append(connection)
@@ -244,13 +259,14 @@ def _loading(target: str) -> Iterator[None]:
     try:
         yield
     finally:
+        _await_commits()
         apsw.connection_hooks.remove(watch)
         for connection in opened:
             with contextlib.suppress(apsw.Error):  # it may be closed, or busy in a thread of the target's
                 connection.set_update_hook(None)
-        for path in sorted(files):
+        for path, writes in sorted(written):
             advice = "put what is to run once under `if __name__ == '__main__':`"
-            _complain(f"{target} inserts into {path} each time it is loaded: {advice}")
+            _complain(f"{target} {writes} {path} each time it is loaded: {advice}")
 
 
 def _load(target: str) -> tuple[types.ModuleType, Any]:
@@ -1120,6 +1136,16 @@ def _parser() -> argparse.ArgumentParser:
             """Leave it to `main` to say it, in one line."""
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
+    class VerbParser(Parser):
+        is_within = False
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            """Let options stand anywhere, also before arguments that may be left out: argparse does from 3.14 on."""
+            if self.is_within or "--" in args:  # behind which all are arguments: the two passes would forget it
+                return super().parse_known_args(args, namespace)
+            self.is_within = True
+            return self.parse_known_intermixed_args(args, namespace)
+
     class Version(argparse.Action):
         def __call__(self, *_: object) -> NoReturn:
             """Look for the distribution only where it is asked for: that reads much of what is installed."""
@@ -1131,7 +1157,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(prog="durable", description=_OVERVIEW)
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and leave")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=VerbParser)
     for name, verb in VERBS.items():
         about = inspect.cleandoc(verb.run.__doc__ or "")
         examples = "\n".join(it for it in verb.about if isinstance(it, str))

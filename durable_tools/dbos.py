@@ -43,6 +43,7 @@ import threading
 import time
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Self, TypeVar, cast
 
@@ -178,6 +179,7 @@ CREATE TABLE durable.calls (
 CREATE TABLE durable.transitions (
     instance bigint NOT NULL REFERENCES durable.instances ON DELETE CASCADE,
     seq bigint NOT NULL,
+    version bigint NOT NULL,
     step text NOT NULL,
     attempt bigint NOT NULL,
     kind text NOT NULL,
@@ -394,7 +396,7 @@ _END = """
 UPDATE durable.instances SET
     status = 'failed', last_error = %s, traceback = NULL, crashes = 0, parked_on = NULL, is_held = false,
     failed_from = CASE status WHEN 'awaiting_signal' THEN status END, kept_deadline = await_deadline,
-    await_deadline = NULL, updated_at = %s, claim = claim + 1
+    await_deadline = NULL, updated_at = %s, claim = claim + 1, progress = NULL
 WHERE id = %s
 """
 _REQUEST_CANCEL = "UPDATE durable.instances SET cancel_reason = coalesce(cancel_reason, %s) WHERE id = %s"
@@ -473,16 +475,19 @@ _RENAME_SCHEDULE = (
 _RECORD = f"INSERT INTO durable.transitions ({_columns(_ENTRY)}) VALUES ({_marks(_ENTRY)}) ON CONFLICT DO NOTHING"
 _HISTORY = f"SELECT {_columns(_fields(Transition))} FROM durable.transitions WHERE instance = %s ORDER BY seq"
 _ENTRIES = f"SELECT {_columns(_ENTRY)} FROM durable.transitions WHERE instance = %s AND seq >= %s ORDER BY seq"
-_LATEST_RUN = """
-SELECT max(seq) FROM durable.transitions WHERE instance = %s AND step = %s AND kind NOT IN ('rewind', 'cancel')
+_RUN = f"SELECT {_columns(tools.Run._fields)} FROM durable.transitions WHERE instance = %s AND seq = %s"
+_LATEST_RUN = f"""
+SELECT {_columns(tools.Run._fields)} FROM durable.transitions
+WHERE instance = %s AND step = %s AND kind <> 'rewind' AND (kind <> 'cancel' OR worker IS NOT NULL)
+ORDER BY seq DESC LIMIT 1
 """
-_STEP_OF_RUN = "SELECT step FROM durable.transitions WHERE instance = %s AND seq = %s"
 _RETENTION = "SELECT retention FROM durable.instances WHERE id = %s"
 _DETACH = "UPDATE durable.instances SET parent_id = NULL WHERE parent_id = %s AND id >= %s"
 _BRING_BACK = "UPDATE durable.signals SET consumed = 0 WHERE target = %s AND consumed >= %s"
 _REWIND = """
 UPDATE durable.instances SET
-    status = 'runnable', step = %s, state = %s, awaits = %s, joining = %s, eligible_at = %s, updated_at = %s,
+    status = 'runnable', version = %s, step = %s, state = %s, awaits = %s, joining = %s, max_attempts = %s,
+    eligible_at = %s, updated_at = %s,
     attempt = 0, crashes = 0, result = NULL, last_error = NULL, traceback = NULL, await_deadline = NULL,
     failed_from = NULL, kept_deadline = NULL, parked_on = NULL, claim = claim + 1, progress = NULL, has_calls = 0
 WHERE id = %s
@@ -731,6 +736,9 @@ _TOKEN = re.compile(
 )
 
 
+# What stays with the connection after the transaction, for others to wait for; and its end, which looks as if storage
+# had failed: the commit would be tried for ever.
+_OF_CONNECTION = re.compile(r"\bpg_(?:(?:try_)?advisory_(?:un)?lock\w*|terminate_backend)\s*\(", re.IGNORECASE)
 _LEAD, _COMMENT_MARK = re.compile(r"[\s;]+|--[^\n\r]*|/\*"), re.compile(r"/\*|\*/")
 
 
@@ -761,9 +769,11 @@ def _numbered(sql: str, bindings: Sequence[Any] | Mapping[str, Any]) -> tuple[st
 
 
 def _refuse_control(sql: str) -> None:
-    """Refuse what would end or change the transaction; the protocol takes one statement at a time."""
+    """Refuse what would end or change the transaction, or outlast it; the protocol takes one statement at a time."""
     if re.match(rf"({_CONTROL})\b", _without_lead(sql), re.IGNORECASE):
         raise DurableError(f"ctx.execute may not control the transaction or its settings: {sql}")
+    if _OF_CONNECTION.search(_TOKEN.sub(" ", sql)):
+        raise DurableError(f"ctx.execute may not lock beyond the transaction, or end connections: {sql}")
 
 
 def _without_lead(sql: str) -> str:
@@ -969,12 +979,13 @@ class _Records(_Arrivals):
     def entries_from(self, instance: int, seq: int) -> list[tools.Entry]:
         return [tools.Entry._make(one) for one in self.rows(_ENTRIES, (instance, seq))]
 
-    def latest_run(self, instance: int, step_name: str) -> int | None:
-        return cast("int | None", self.rows(_LATEST_RUN, (instance, step_name))[0][0])
+    def run(self, instance: int, seq: int) -> tools.Run | None:
+        found = self.first(_RUN, (instance, seq))
+        return None if found is None else tools.Run._make(found)
 
-    def step_of_run(self, instance: int, seq: int) -> str | None:
-        found = self.first(_STEP_OF_RUN, (instance, seq))
-        return None if found is None else found[0]
+    def latest_run(self, instance: int, step_name: str) -> tools.Run | None:
+        found = self.first(_LATEST_RUN, (instance, step_name))
+        return None if found is None else tools.Run._make(found)
 
     def retention(self, instance: int) -> int | None:
         return cast("int | None", self.rows(_RETENTION, (instance,))[0][0])
@@ -988,8 +999,9 @@ class _Records(_Arrivals):
     def drop_calls(self, instance: int) -> None:
         self.rows(_DROP_CALLS, (instance,))
 
-    def rewind(self, entry: tools.Entry, state: str, now: int) -> None:
-        self.rows(_REWIND, (entry.step, state, entry.awaits, entry.joining, now, now, entry.instance))
+    def rewind(self, entry: tools.Entry, max_attempts: int | None, now: int) -> None:
+        past = (entry.version, entry.step, entry.state, entry.awaits, entry.joining)
+        self.rows(_REWIND, (*past, max_attempts, now, now, entry.instance))
         self.give_turn(entry.instance, now)
 
     def live(self) -> Iterable[tuple[Any, ...]]:
@@ -1085,7 +1097,10 @@ class _Outcomes(_Claims):
                 return _Claimed(outcome.advanced, self.inbox(outcome.advanced))
             raise _StaleError
         if found[0] is not None:
-            self._end_cancelled(row, found[0], outcome)
+            entry = outcome.entry(self.worker, cancel_reason=found[0])
+            if entry is not None and self.keeps_history:
+                self.record([entry])
+            self._end_cancelled(row, found[0])
             return None
         statements = [one for one in outcome.effects if isinstance(one, tools.Statement)]
         if statements:
@@ -1097,7 +1112,7 @@ class _Outcomes(_Claims):
         ids = [one for one in self.insert_all(outcome.children) if one is not None] if outcome.children else []
         self._look_if_it_waits(outcome, columns, bool(ids))
         entry = outcome.entry(self.worker, ids[0] if ids else None)
-        kept_by = row.claim if entry is not None and self.keeps_history else None
+        kept_by = row.claim if outcome.claim.spec.history and self.keeps_history else None
         if entry is not None and self.keeps_history:
             self.record([entry])
         if outcome.shown and outcome.kind in ("next", "children"):
@@ -1209,10 +1224,10 @@ class _Outcomes(_Claims):
     def _log_failure(self, row: tools.Row, error: str) -> None:
         self.log(_log.error, "instance %d (%s) failed in step %r: %s", row.id, row.fsm, row.step, error, row=row)
 
-    def _end_cancelled(self, row: tools.Row, reason: str, outcome: tools.Outcome | None = None) -> None:
+    def _end_cancelled(self, row: tools.Row, reason: str) -> None:
         """End a row that was cancelled while it executed: its step has left."""
         columns = tools.cancelled(row, reason)
-        self._core.steps.history(self).record(row, "cancel", worker=self.worker, error=reason)
+        self._core.take_progress(row)  # what is not written yet is dropped: a retry stands under the same claim
         self._set(row, columns)
         self._log_failure(row, reason)
         self._departed(row, Status.FAILED)
@@ -1225,6 +1240,7 @@ class _Outcomes(_Claims):
         if found[0] is None:
             self.put_back(row, at)
         else:
+            self._core.steps.history(self).record(row, "cancel", error=found[0])
             self._end_cancelled(row, found[0])
 
     def reap(self) -> int:
@@ -1233,7 +1249,8 @@ class _Outcomes(_Claims):
         for *values, worker in found:
             row = tools.Row._make(values)
             columns = tools.crashed(row, f"crash: worker {worker} died in step {row.step!r}", self.now)
-            self._core.steps.history(self).record(row, "crash", worker=worker, error=columns["last_error"])
+            kind = "crash" if row.cancel_reason is None else "cancel"
+            self._core.steps.history(self).record(row, kind, worker=worker, error=columns["last_error"])
             self._set(row, columns)
             if columns["status"] == Status.FAILED:
                 self._log_failure(row, columns["last_error"])
@@ -1380,6 +1397,7 @@ class _Loop:
         self._is_own = loop is None
         self._loop = loop or asyncio.new_event_loop()
         self._tasks: dict[int, asyncio.Task[Any]] = {}
+        self._cancelled: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self._is_closing = False
         if self._is_own:
             self._thread = threading.Thread(target=self._serve, name="durable-asyncio", daemon=True)
@@ -1391,26 +1409,59 @@ class _Loop:
                 self._loop.run_forever()
             except BaseException:  # noqa: BLE001 - SystemExit out of a task of the user's own: other steps go on
                 _log.exception("the event loop was interrupted; it goes on")
+        try:
+            self._loop.run_until_complete(self._end_rest())
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
 
-    def run(self, instance: int, step: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine there, and wait for it in this thread."""
-        return asyncio.run_coroutine_threadsafe(self._tracked(instance, step), self._loop).result()
+    @staticmethod
+    async def _end_rest() -> None:
+        """Cancel what steps have left behind, and wait for it to be gone."""
+        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in left:
+            task.cancel()
+        ends = await asyncio.gather(*left, return_exceptions=True)
+        for task, end in zip(left, ends, strict=True):
+            if isinstance(end, Exception):
+                _log.error("a task on the event loop failed while it ended: %r", task, exc_info=end)
+
+    def run(
+        self, instance: int, step: Coroutine[Any, Any, Any], look: Callable[[], object], every_s: float | None
+    ) -> Any:
+        """Run a coroutine there, and wait for it in this thread, which looks around meanwhile; None is never."""
+        ending = asyncio.run_coroutine_threadsafe(self._tracked(instance, step), self._loop)
+        while not concurrent.futures.wait([ending], every_s).done:
+            look()
+        try:
+            return ending.result()
+        except concurrent.futures.CancelledError:
+            raise asyncio.CancelledError from None  # a crash of the step's
 
     async def _tracked(self, instance: int, step: Coroutine[Any, Any, Any]) -> Any:
-        self._tasks[instance] = cast("asyncio.Task[Any]", asyncio.current_task())
+        task = self._tasks[instance] = cast("asyncio.Task[Any]", asyncio.current_task())
         try:
-            return await step
+            end = await step
         finally:
             self._tasks.pop(instance, None)
+        if isinstance(end, asyncio.CancelledError) and self._is_interrupted(task):
+            raise end
+        return end
+
+    def _is_interrupted(self, task: asyncio.Task[Any]) -> bool:
+        """Whether who has the loop cancelled a step, as `asyncio.run` does at its end: none of the step's errors."""
+        return not self._is_own and task not in self._cancelled and task.cancelling() > 0
 
     @property
     def running(self) -> list[int]:
         """The instances whose steps run there."""
         return list(self._tasks)
 
-    def cancel(self, instance: int) -> None:
+    def cancel(self, instance: int, *, again: bool = False) -> None:
+        """Cancel a step, unless told so once: what it awaits to clean up is not to be cancelled in its turn."""
         task = self._tasks.get(instance)
-        if task is not None:
+        if task is not None and (again or task not in self._cancelled):
+            self._cancelled.add(task)
             with contextlib.suppress(RuntimeError):  # the caller's loop was closed, and its tasks with it
                 self._loop.call_soon_threadsafe(task.cancel)
 
@@ -1424,15 +1475,13 @@ class _Loop:
             self._is_closing = True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(2)
-            if not self._thread.is_alive():
-                self._loop.close()
 
 
 class _Future(concurrent.futures.Future[Any]):
     """A future that can be awaited, too, in any running loop."""
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return asyncio.wrap_future(self).__await__()
+        return tools.await_future(self)
 
 
 class _Core:
@@ -1520,7 +1569,7 @@ class _Core:
                     transaction = _Transaction(self, connection)
                     value = call(transaction)
             finally:
-                if self.is_closed:  # by now: its pool is gone, and would not close it
+                if self.is_closed and not connection.invalidated:  # its pool is gone, and would not close it
                     connection.detach()
         for action in transaction.after:
             action()
@@ -1711,13 +1760,19 @@ class _Runner(_Core):
     def _await(self, claim: tools.Claim, step: Coroutine[Any, Any, Any]) -> Any:
         with self._lock:
             self._loop = self._loop or _Loop(None)
-        return self._loop.run(claim.row.id, step)
+        every_s = self.options.poll_s if self.is_draining else None  # else the watch looks
+        return self._loop.run(claim.row.id, step, self._look_while_draining, every_s)
+
+    def _look_while_draining(self) -> None:
+        with contextlib.suppress(DurableError):  # it is looked for again
+            self.cancel_elsewhere_cancelled()
 
     def drop_running(self) -> None:
         """Disown what still runs."""
         for claim in list(self._running.values()):
             self.steps.drop(claim)
-            self.cancel_running(claim.row.id)
+            if self._loop is not None:
+                self._loop.cancel(claim.row.id, again=True)
 
     def cancel_elsewhere_cancelled(self) -> bool:
         """Cancel async steps here that others have asked to cancel; whether any runs at all."""
@@ -2075,6 +2130,9 @@ class _Sending(_Client):
 class _Looking(_Client):
     """Look and wait."""
 
+    _WARN_S = 5.0
+    """After so long the log is told that somebody waits for what nobody is there to run."""
+
     def get(self, target: int | str) -> Instance:
         """Return an instance by id, or by correlation key: the occupant, else the newest that carries the key."""
         checked = self._core.steps.message(target, _LOCAL, None, None).target
@@ -2123,7 +2181,8 @@ class _Looking(_Client):
             return None if result is None else json.loads(result)
         if status == Status.FAILED:
             raise FailedError(instance, last_error)
-        raise TimeoutError(f"instance {instance} has not ended within {timeout!r} s, it is {status}")
+        note = self._note_if_unserved(instance)
+        raise TimeoutError(f"instance {instance} has not ended within {timeout!r} s, it is {status}{note}")
 
     def result_nowait(self, target: int | str) -> _Future:
         """Return a future of an instance's result, which can also be awaited: no thread waits for it."""
@@ -2133,15 +2192,19 @@ class _Looking(_Client):
         return self._results.add(instance)
 
     def _wait(self, instance: int, until: Sequence[str], timeout: _Duration | None) -> tuple[Any, ...]:
-        deadline = tools.Ticks.monotonic() + _wait_s(timeout)
+        began = tools.Ticks.monotonic()
+        deadline, warn_at = began + _wait_s(timeout), began + self._WARN_S
         pause_s = 0.002
         while True:
-            found = self._core.look(_ENDING, (instance,))
+            found, now = self._core.look(_ENDING, (instance,)), tools.Ticks.monotonic()
             if not found:
                 raise NotFoundError(f"no instance has the id {instance}")
-            left_s = deadline - tools.Ticks.monotonic()
+            left_s = deadline - now
             if found[0][0] in until or left_s <= 0:
                 return found[0]
+            if warn_at <= now:
+                warn_at = math.inf
+                self._warn_if_unserved(instance)
             time.sleep(min(pause_s, left_s))
             pause_s = min(pause_s * 1.5, self._core.options.poll_s)
 
@@ -2155,8 +2218,8 @@ class _Looking(_Client):
         """Wait until nothing is runnable or executing any more, in all queues or that one; False at the timeout."""
         if queue is not None:
             _checks.text(queue, "queue")
-        if on_change is not None and not callable(on_change):
-            raise ValueError(f"on_change must be callable, not {on_change!r}")
+        if on_change is not None:
+            _checks.callback(on_change, "on_change")
         deadline = tools.Ticks.monotonic() + _wait_s(timeout)
         told: dict[str, dict[str, int]] | None = None
         while True:
@@ -2167,7 +2230,7 @@ class _Looking(_Client):
             left_s = deadline - tools.Ticks.monotonic()
             if not busy or left_s <= 0:
                 return not busy
-            served = {one for worker in self._leases() for one in worker.queues}
+            served = self._served()
             if busy - served and self._busy(queue) - served:
                 unserved = ", ".join(map(repr, sorted(busy - served)))
                 raise DurableError(f"no running engine serves {unserved}, where there is work")
@@ -2176,6 +2239,21 @@ class _Looking(_Client):
     def _busy(self, queue: str | None) -> set[str]:
         busy = {one for (one,) in self._core.look(_BUSY, (self._core.now(),))}
         return busy if queue is None else busy & {queue}
+
+    def _warn_if_unserved(self, instance: int) -> None:
+        """Say in the log that somebody waits for what nobody is there to run."""
+        if note := self._note_if_unserved(instance):
+            _log.warning("instance %d is waited for: it is runnable%s", instance, note)
+
+    def _note_if_unserved(self, instance: int) -> str:
+        """Say whether a runnable instance has nobody to run it, for the end of a sentence."""
+        found = self.get(instance)
+        is_served = found.status != Status.RUNNABLE or found.queue in self._served()
+        return "" if is_served else f", and no running engine serves its queue {found.queue!r}"
+
+    def _served(self) -> set[str]:
+        """Name the queues of the engines that run."""
+        return {queue for worker in self._leases() for queue in worker.queues}
 
     def workers(self) -> list[Worker]:
         """Return the engines that run on this database; one whose process has died or froze is none of them."""
@@ -2396,17 +2474,29 @@ class DBOSEngine(_Sending, _Steering, _Scheduling):
         self.stop()
 
     async def __aenter__(self) -> Self:
-        """Start without blocking the running loop, and run `async def` steps on that loop."""
-        if not self._is_started:
-            self._core.use_loop(asyncio.get_running_loop())
-            await asyncio.to_thread(self.start)
+        """Start without blocking the running loop, and run `async def` steps on that loop.
+
+        A step whose task somebody cancels there, as `asyncio.run` does at its end, has crashed and runs again.
+        """
+        if self._is_started:
+            return self
+        self._core.use_loop(asyncio.get_running_loop())
+        try:
+            await tools.call_beside_loop(self.start)
+        except asyncio.CancelledError:
+            await tools.call_beside_loop(self.stop)  # nobody else would: the block is not entered
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self.stop)))
+        """Stop without blocking the loop; who is cancelled meanwhile waits for the end of it all the same."""
+        await tools.call_beside_loop(self.stop)
 
     def __repr__(self) -> str:
         return f"<DBOSEngine {self._core.options.name!r} on {self._core.shown_url}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} can't be copied or pickled: open another, in another process as in this")
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)

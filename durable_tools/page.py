@@ -1440,7 +1440,9 @@ def make_app(
     * `prefix` (""): the path under which it is mounted, such as "/jobs", where the server leaves it in the path
     * `token` (None): what a request must have, in `?token=` of the page's address; without one, who may see the page
       is the affair of the application that mounts it
-    * `hosts` (None): the names that a request's Host header may have, with or without the port; None: any
+    * `hosts` (None): the names that a request's Host header may have, with or without the port; None: any, for the
+      application that mounts it knows its own. Where it has no login and gives no `token`, name them, also on the
+      loopback interface: else a site that has its own name mean this machine reads it, and writes, as the page itself
 
     It opens nothing until it is asked; `close()` lets go of the file. What a cross-site request wants to write is
     refused, with a token or without. A bad prefix is a `ValueError`.

@@ -75,8 +75,13 @@ class Screen(NamedTuple):
         return (columns, lines) if self.live else (1_000_000, 1_000_000)
 
     def json(self, value: object, indent: int | None = None) -> str:
-        """`value` as JSON text."""
-        return json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks)
+        """`value` as JSON text, in ASCII where some of it can't be written otherwise."""
+        text = json.dumps(value, indent=indent, default=_jsonable, ensure_ascii=not self.blocks)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair
+            return json.dumps(value, indent=indent, default=_jsonable)
+        return text
 
     def answer(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
         """Print `value` for a program, or the `lines` that tell it to people."""

@@ -72,16 +72,19 @@ class _TextReader:
         if isinstance(node, ast.Match) and getattr(node.subject, "id", "") == parameter:
             for case in node.cases:
                 yield _quoted(case.pattern) or [step], case.body
-        elif (
-            isinstance(node, ast.If)
-            and isinstance(node.test, ast.Compare)
-            and getattr(node.test.left, "id", "") == parameter
-            and isinstance(node.test.ops[0], ast.Eq | ast.In)
-        ):
+        elif isinstance(node, ast.If) and self._asks(node.test, parameter):
             yield _quoted(node.test) or [step], node.body
             yield [step], node.orelse
         else:
             yield [step], list(ast.iter_child_nodes(node))
+
+    @staticmethod
+    def _asks(test: Any, parameter: str | None) -> bool:
+        """Whether a condition asks if the parameter is a name, on whichever side that stands, or one of several."""
+        if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.Eq | ast.In):
+            return False
+        asked = [test.left, test.comparators[0]] if isinstance(test.ops[0], ast.Eq) else [test.left]
+        return any(getattr(one, "id", "") == parameter for one in asked)
 
     def _of_call(self, call: Any, step: str | None) -> Iterator[Edge]:
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
