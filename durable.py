@@ -1526,10 +1526,41 @@ def _class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any]
     return hook
 
 
-def _set_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    items = types.GenericAlias(list, typing.get_args(cls) or (Any,))
+def _is_many(cls: Any) -> bool:
+    return _own(cls) in (set, frozenset) or (_own(cls) is tuple and typing.get_args(cls)[1:] == (...,))
+
+
+def _many_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a set, or a tuple of any length, as a list: of a tuple's items cattrs would not look at the form."""
+    items = types.GenericAlias(list, typing.get_args(cls)[:1] or (Any,))
     read = converter.get_structure_hook(items)
     return lambda value, _: _own(cls)(read(value, items))
+
+
+def _is_fixed(cls: Any) -> bool:
+    return _own(cls) is tuple and bool(typing.get_args(cls)) and not _is_many(cls)
+
+
+def _fixed_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Read a tuple whose items each have a type of their own; not all releases of cattrs look at their form."""
+    kinds = typing.get_args(cls)
+    reads = [converter.get_structure_hook(kind) for kind in kinds]
+
+    def hook(value: Any, _: Any) -> Any:
+        if len(value) != len(kinds):
+            raise _invalid(cls, value)
+        made, errors = [], []
+        for at, (read, kind) in enumerate(zip(reads, kinds, strict=True)):
+            try:
+                made.append(read(value[at], kind))
+            except Exception as error:  # noqa: BLE001 - all of them are told, each with its place
+                error.add_note(cattrs.IterableValidationNote("", at, kind))
+                errors.append(error)
+        if errors:
+            raise cattrs.IterableValidationError("", errors, cls)
+        return tuple(made)
+
+    return hook
 
 
 def _number_keys_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
@@ -1592,7 +1623,8 @@ def _make_converter(strict: cattrs.Converter | None = None) -> cattrs.Converter:
         _has_fields, lambda cls: cattrs.gen.make_dict_unstructure_fn(cls, converter, _cattrs_include_init_false=True)
     )
     converter.register_structure_hook_factory(_has_fields, _class_factory)
-    converter.register_structure_hook_factory(lambda cls: _own(cls) in (set, frozenset), _set_factory)
+    converter.register_structure_hook_factory(_is_many, _many_factory)
+    converter.register_structure_hook_factory(_is_fixed, _fixed_factory)
     converter.register_structure_hook_factory(
         lambda cls: cattrs.cols.is_mapping(cls) and typing.get_args(cls)[0] in (int, float), _number_keys_factory
     )

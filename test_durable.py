@@ -964,6 +964,11 @@ class Span(NamedTuple):
     right: int
 
 
+class Listed(NamedTuple):
+    number: int
+    names: list[str]
+
+
 NOON = datetime(2024, 5, 6, 12, tzinfo=UTC)
 
 
@@ -2463,6 +2468,10 @@ BAD_VALUES: list[tuple[Any, list[Any]]] = [
     (set[int], [["1"], 5, "12"]),
     (tuple[int, str], [[1], [1, "a", 2], "1a", ["1", "a"]]),
     (tuple[int, ...], [["1"], "12"]),
+    (tuple[list[str], ...], [["ab"], [5], [["a"], "b"]]),
+    (tuple[Item, ...], [[5], ["tea"], [["name"]], [{}]]),
+    (tuple[int, list[str]], [[1, "ab"], [1]]),
+    (Listed, [[1, "ab"], [1, [5]]]),
     (dict[str, int], [[1], {"a": "1"}, "a", 5]),
     (int | str, [1.5, True, None, []]),
     (int | None, ["1", True, 1.0]),
@@ -2604,6 +2613,9 @@ CHANGED: list[tuple[Any, Any, str]] = [
     (list[Account], [Account(), Savings(1)], "value[1]: "),
     (dict[str, list[Account]], {"a": [Savings(1)]}, "value.a[0]: "),
     (tuple[int, Account], (1, Savings(1)), "value[1]: "),
+    (tuple[Account, ...], (0,), "value[0]: not a valid Account, 0"),
+    (tuple[int, Account], (1, "amount"), "value[1]: not a valid Account, 'amount'"),
+    (tuple[Account, ...], (Account(), "amount"), "value[1]: not a valid Account, 'amount'"),
     (dict[Item, int], {Item("tea"): 1}, "value: can't be written"),
     (Priced, Priced(5), "value.cents: 500 would come back as 50000"),
     (list[Noted], [Noted()], "value[0].notes: ['made'] would come back as ['made', 'made']"),
