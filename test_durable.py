@@ -3837,9 +3837,9 @@ def test_durations_may_be_timedeltas(make_engine: MakeEngine) -> None:
     """Wherever seconds are taken: in options, limits, classes, and waits."""
     second = timedelta(seconds=1)
     quick = define("Quick", body=PERFORM, timeout=second)
-    names = ("heartbeat_interval", "poll_interval", "drain_timeout", "retention", "gc_interval")
-    limits = {"api": RateLimit(5, per=second)}
-    with make_engine(lease_ttl=2 * second, rate_limits=limits, **dict.fromkeys(names, second)) as engine:
+    names = ("heartbeat_interval", "poll_interval", "drain_timeout", "gc_interval")
+    options: dict[str, Any] = dict.fromkeys(names, second) | {"retention": 3600 * second}  # not before it is looked at
+    with make_engine(lease_ttl=2 * second, rate_limits={"api": RateLimit(5, per=second)}, **options) as engine:
         ident = engine.insert(quick, rate_limit="api", schedule_in=timedelta(milliseconds=1))
         assert engine.result(ident, timeout=timedelta(seconds=PATIENCE)) == "performed"
         engine.stop(timeout=second)
