@@ -5486,12 +5486,23 @@ class HoldsInTurn(FSM):
 
 def test_result_of_what_runs_here_is_told_and_not_read(make_engine: MakeEngine, gate: Gate) -> None:
     """The commit that ends an instance has what `result` returns: no look at the file goes before or after it."""
+
+    class OpensTheGate(durable._WakeUp):
+        def wait(self, timeout: float = -1) -> bool:
+            gate.leave.set()
+            return super().wait(timeout)
+
+    def wake_by_hand(waiter: durable._Waiter) -> None:
+        waiter.wake_up = OpensTheGate()
+        add(waiter)
+
     with make_engine(fsms=[HoldsInTurn(gate)]) as engine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_UNSEEN_S", PATIENCE)
         patch.setattr(engine._core.reader, "ending", lambda _: pytest.fail("it looked"))
+        add = engine._core.waiters.add
+        patch.setattr(engine._core.waiters, "add", wake_by_hand)  # the step ends when it is waited for
         ident = engine.insert(HoldsInTurn)
         assert gate.entered.wait(PATIENCE)
-        threading.Timer(0.05, gate.leave.set).start()
         assert engine.result(ident, timeout=PATIENCE) == 1
 
 
