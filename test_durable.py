@@ -5510,6 +5510,7 @@ def test_a_failure_that_was_retried_by_then_is_told_to_nobody(make_engine: MakeE
     """Only what is done is final: who is woken for a failure finds that the instance runs again, and waits on."""
     second = Gate()
     with make_engine(fsms=[HoldsInTurn(gate, second)]) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_UNSEEN_S", PATIENCE)  # else it may look between the commit and the retry
         notify = engine._core.waiters.notify
 
         def retry_first(settled: Any) -> None:
