@@ -6657,6 +6657,7 @@ def test_two_processes_share_the_work_and_run_nothing_twice(
         assert process.stdout.readline() == "ready\n"
     ids = [client.insert(Ticks) for _ in range(100)] + client.insert_all([Insert(Ticks)] * 400)
     assert ended(client, ids)
+    eventually(lambda: len(client.workers()) == 2)  # one may only now come to `run`, which minds the signal
     for process in processes:
         process.terminate()
         assert process.wait(PATIENCE) == 0
