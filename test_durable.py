@@ -7213,7 +7213,7 @@ def test_thousands_of_signals_racing_with_the_park_are_each_consumed_once(make_e
 SENDER = """
     import sys, durable
 
-    engine = durable.Engine(sys.argv[1], queues={})
+    engine = durable.Engine(sys.argv[1], queues={}, synchronous="normal")  # a commit each, on a disk that may be slow
     for n in range(int(sys.argv[3]), int(sys.argv[4])):
         engine.signal(int(sys.argv[2]), "tick", n, dedup_key=f"evt-{n}")
     engine.stop()
