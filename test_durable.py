@@ -7327,7 +7327,7 @@ class Picky(FSM, timeout=0.5):
         self.handled = 0
         self.awaited: list[list[Any]] = []
 
-    @step
+    @step(timeout=PATIENCE)
     def start(self, ctx: Ctx) -> Await:
         return Await("pay", then="check")
 
