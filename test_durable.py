@@ -3603,11 +3603,15 @@ class Gate:
     def __init__(self) -> None:
         self.entered = threading.Event()
         self.leave = threading.Event()
-        self._numbers = itertools.count(1)
-        self.count = 0
+        self._holding: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """How many steps have come here."""
+        return len(self._holding)
 
     def hold(self) -> None:
-        self.count = next(self._numbers)
+        self._holding.append(threading.get_ident())  # at once: of two numbers the lower might be written last
         self.entered.set()
         assert self.leave.wait(PATIENCE)
 
