@@ -18520,6 +18520,13 @@ def test_a_cancelled_coroutine_cleans_up_undisturbed(make_engine: MakeEngine, is
     assert heard == ["cleaned up"]
 
 
+@pytest.fixture
+def _patient_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that waits for what ends on the event loop, though the machine stands still for more than two seconds."""
+    monkeypatch.setattr(durable._EventLoop.close, "__defaults__", (PATIENCE,))
+
+
+@pytest.mark.usefixtures("_patient_stop")
 def test_a_coroutine_that_took_no_notice_of_a_cancel_hears_of_the_stop(make_engine: MakeEngine) -> None:
     """It is cancelled then, and once, with time to clean up."""
     running, is_told = threading.Event(), threading.Event()
@@ -19119,6 +19126,7 @@ def test_a_step_that_the_callers_loop_cancels_runs_again(make_engine: MakeEngine
     assert runs == [0, 1]
 
 
+@pytest.mark.usefixtures("_patient_stop")
 def test_a_task_that_a_step_left_behind_ends_with_the_engine(make_engine: MakeEngine) -> None:
     """On the engine's own loop it is cancelled, after the steps, and may clean up, as at the end of `asyncio.run`."""
     ends: list[str] = []
@@ -19141,6 +19149,7 @@ def test_a_task_that_a_step_left_behind_ends_with_the_engine(make_engine: MakeEn
     assert (ends, left[0].cancelled()) == (["cleaned up"], True)
 
 
+@pytest.mark.usefixtures("_patient_stop")
 def test_what_a_task_left_behind_fails_with_at_its_end_is_logged(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
