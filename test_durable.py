@@ -18199,7 +18199,7 @@ def agent(ctx):
     return sum(ctx.call(f"model:{n}", ask, n) for n in range(50))
 
 def work():
-    engine = durable.Engine("agents.db")
+    engine = durable.Engine("agents.db", synchronous="off")
     while True:
         engine.drain()
         engine.insert(agent)
@@ -18216,7 +18216,7 @@ for _ in range(int(sys.argv[1])):
     time.sleep(chance.random() * 0.001)
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
-with durable.Engine("agents.db") as engine:
+with durable.Engine("agents.db", synchronous="off") as engine:
     assert engine.wait_idle(timeout=60)
     assert {one.result for one in engine.find(limit=10**6)} == {sum(range(50))}
     print(len(engine.find(limit=10**6)))
