@@ -11405,7 +11405,7 @@ class _Scheduler:
         """See whether another process has committed, or died; and, as often, whether a thread here has."""
         if monotonic >= self.peers.next_look_at(monotonic):
             with self.committer.lock:
-                if not self.is_closed:
+                if self._is_in_charge():  # else this start has failed: it would find itself signed off, and register
                     self.peers.look(monotonic)
             self.runners.replace_dead()
         return self.peers.next_look_at(monotonic)

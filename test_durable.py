@@ -11261,6 +11261,45 @@ def test_a_start_that_is_interrupted_as_a_thread_starts_leaves_nothing(
     assert lock_files(tmp_path) == []
 
 
+@pytest.mark.usefixtures("_silent")
+def test_a_start_that_is_interrupted_is_not_registered_again_by_the_thread_that_it_has_started(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose first look at the others may come when it is signed off and its lock file is still there."""
+    start, look, try_ = threading.Thread.start, durable._Scheduler._look_at_others, durable._Scheduler._try
+    interrupted: list[threading.Thread] = []
+    is_signed_off, has_looked = threading.Event(), threading.Event()
+
+    def start_interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "durable-scheduler" and not interrupted:
+            interrupted.append(thread)
+            raise BoomError
+
+    def look_late(core: Any, monotonic: float) -> float:
+        assert is_signed_off.wait(PATIENCE)
+        looked = look(core, monotonic)
+        has_looked.set()
+        return looked
+
+    def sign_off_and_wait(core: Any, action: Callable[[Any], Any]) -> bool:
+        is_done = try_(core, action)
+        is_signed_off.set()
+        interrupted[0].join(PATIENCE) if has_looked.wait(0.5) else None  # it may have found out before it looked
+        return is_done
+
+    monkeypatch.setattr(threading.Thread, "start", start_interrupted)
+    monkeypatch.setattr(durable._Scheduler, "_look_at_others", look_late)
+    monkeypatch.setattr(durable._Scheduler, "_try", sign_off_and_wait)
+    engine = make_engine()
+    with pytest.raises(BoomError):
+        engine.start()
+    eventually(lambda: not interrupted[0].is_alive())
+    assert engine.workers() == []
+    with engine:
+        assert engine.result(engine.insert(Echo), timeout=PATIENCE) == {}
+
+
 @strides(quick=61)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 def test_a_stop_that_was_interrupted_is_gone_on_with(make_engine: MakeEngine, database: Path, stride: int) -> None:
