@@ -11176,13 +11176,12 @@ def interrupt_behind_lock(n: int, then: Callable[[], object] = bool) -> Iterator
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 @pytest.mark.usefixtures("_silent")
 def test_an_interrupt_that_is_kept_holds_no_lock_file(
-    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: int, stride: int
+    make_engine: MakeEngine, tmp_path: Path, lock: int, stride: int
 ) -> None:
     """Neither one right behind the system call, nor another anywhere in what is done about the first.
 
     The second lock is that of a file that was left behind: then the engine's own is locked already.
     """
-    monkeypatch.setattr(durable._LockFile, "CREATE_S", 0.1)
     engine = make_engine()
     for interrupter in each_point(stride):
         (tmp_path / "durable.db-worker-left.lock").touch()
