@@ -9184,8 +9184,12 @@ class Labour:
         with closing(client.connect()) as connection:
             connection.set_busy_timeout(0)
 
+            def has_stopped() -> bool:  # all of its threads: they run on until one of them comes to the signal
+                return os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)[0] == process.pid
+
             def stands_still() -> bool:
                 process.send_signal(signal.SIGSTOP)
+                eventually(has_stopped)
                 try:
                     connection.execute("begin immediate; rollback")
                 except apsw.BusyError:
