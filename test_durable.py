@@ -11345,6 +11345,7 @@ def meets() -> None:
     MEETING.wait(PATIENCE)
 
 
+@pytest.mark.usefixtures("_collected")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a finalizer that is interrupted
 @strides(quick=3)
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # its making was interrupted
