@@ -557,14 +557,17 @@ def test_a_step_elsewhere_that_nobody_has_disowned_in_time_is_over_its_timeout_a
 def test_an_async_step_elsewhere_runs_where_its_host_says() -> None:
     """A coroutine goes to the host's loop and keeps to its timeout there; `handle` is asked in the calling thread."""
 
-    class Async(FSM, name="tools.Async", timeout=0.5):
+    class Async(FSM, name="tools.Async", timeout=PATIENCE):
         async def perform(self, args: dict[str, Any]) -> str:
             await asyncio.sleep(args["sleep"])
             return "done"
 
+    class Overdue(Async, name="tools.Overdue", timeout=0.1):
+        pass
+
     steps = tools.Steps(Elsewhere())
-    for sleep, status in ((0, "done"), (60, "runnable")):
-        claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(Async, {"args": {"sleep": sleep}}))))
+    for fsm, sleep, status in ((Async, 0, "done"), (Overdue, 2 * PATIENCE, "runnable")):
+        claim = cast(tools.Claim, steps.claim(claimed(steps.new_row(fsm, {"args": {"sleep": sleep}}))))
         assert claim.is_async
         assert cast(tools.Outcome, steps.run(claim, asyncio.run)).columns["status"] == status
 
