@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", help="an interpreter to test with; may be repeated")
     options, pytest_arguments = parser.parse_known_args()
     os.chdir(_ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in a shell's background it would be ignored
     *others, last = options.python or _default_pythons()
     python = _environment(last)
     _run(python, "-m", "ruff", "format", "--check")
