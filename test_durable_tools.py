@@ -2678,8 +2678,9 @@ def test_a_target_is_an_id_or_a_key(shop: Path, viewer: View) -> None:
     assert eye.ask("/api/target", {"target": "nobody"}).status == 404
 
 
-def test_who_has_the_same_answer_is_told_so(shop: Path, viewer: View) -> None:
+def test_who_has_the_same_answer_is_told_so(shop: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second look costs one status, 304, until the file has changed; then it is answered anew."""
+    monkeypatch.setattr(page, "LOOKS_FOR_S", PATIENCE)  # after which an answer says from where to go on
     eye = viewer(shop)
     first = eye.ask("/api/instances")
     again = eye.ask("/api/instances", HTTP_IF_NONE_MATCH=first.headers["ETag"])
@@ -3303,6 +3304,7 @@ def test_an_application_mounts_the_page_under_a_prefix(shop: Path, viewer: View)
 def test_the_application_keeps_to_wsgi(shop: Path, viewer: View, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it answers, as the checker of the standard library has it."""
     eye = viewer(shop, write=True, prefix="/jobs")
+    monkeypatch.setattr(page, "LOOKS_FOR_S", PATIENCE)
     monkeypatch.setattr(eye, "app", validator(cast(Any, eye.app)))
     etag = eye.ask("/api/instances").headers["ETag"]
     found = [
