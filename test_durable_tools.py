@@ -3881,7 +3881,7 @@ class Server:
     def database(self) -> str:
         """The URL of a new database that has the tables."""
         name = f"test_{next(self._count)}"
-        self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE template_durable")
+        self.insist(f"CREATE DATABASE {name} TEMPLATE template_durable")
         return self.url(name)
 
     def url(self, name: str, host: str = "127.0.0.1") -> str:
@@ -3893,6 +3893,17 @@ class Server:
         with psycopg.connect(self.url(name), autocommit=True) as connection:
             cursor = connection.execute(cast(Any, sql))
             return cursor.fetchall() if cursor.description else []
+
+    def insist(self, sql: str) -> None:
+        """Run a statement about a whole database, for whose sessions to end the server itself waits only 5 s."""
+
+        def is_done() -> bool:
+            with suppress(psycopg.errors.ObjectInUse):
+                self.execute("postgres", sql)
+                return True
+            return False
+
+        eventually(is_done)
 
     def _start(self) -> None:
         settings = {
@@ -3938,7 +3949,7 @@ def url(server: Server) -> Iterator[str]:
     """A new database."""
     url = server.database()
     yield url
-    server.execute("postgres", f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+    server.insist(f"DROP DATABASE {name_of(url)} WITH (FORCE)")
 
 
 def name_of(url: str) -> str:
