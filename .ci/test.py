@@ -32,7 +32,7 @@ _POSTGRES = "DURABLE_TEST_POSTGRES"
 _OLDEST = (3, 11)
 _TWO_AT_ONCE = ("--numprocesses=2", "--dist=worksteal")
 """Two tests at a time: many wait for processes of their own, or for a time to pass, more than they work."""
-_PIP_INSTALL = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
+_PIP_INSTALL = ("-m", "pip", "install", "-qq", "--disable-pip-version-check", "--retries=10", "--timeout=60")
 
 # Succeeds on a released CPython with its lock and with venv; prints its version and where it is installed.
 _PROBE = """
@@ -78,19 +78,26 @@ def main() -> None:
 
 def _has_postgres() -> bool:
     """See to an installed PostgreSQL: Debian's package, where there is none and this may install it."""
-    if not _postgres_programs() and shutil.which("apt-get") and os.geteuid() == 0:
-        # A new machine's own updates may hold the lock; nobody is there to be asked. That Debian then starts a server,
-        # or can't, is no matter: the tests have a folder and a port of their own.
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
-        waits = ["-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3", "-o", "Dpkg::Options::=--force-confold"]
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "postgresql"]):
-            print("$ apt-get", *command, flush=True)
-            null = subprocess.DEVNULL
-            subprocess.run(["apt-get", *waits, *command], env=quiet, check=False, stdin=null, stdout=null)
+    if not _postgres_programs():
+        _apt_install("postgresql")  # that Debian starts a server is no matter: the tests have a folder and a port
     found = _postgres_programs()
     if not found:
         print("left out: the tests against a PostgreSQL server, for none is installed", flush=True)
     return bool(found)
+
+
+def _apt_install(package: str) -> bool:
+    """Install a package of Debian's; whether it could be had."""
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        return False
+    # A new machine's own updates may hold the lock; nobody is there to be asked.
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
+    waits = ["-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3", "-o", "Dpkg::Options::=--force-confold"]
+    null = subprocess.DEVNULL
+    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", package]):
+        print("$ apt-get", *command, flush=True)
+        done = subprocess.run(["apt-get", *waits, *command], env=quiet, check=False, stdin=null, stdout=null)
+    return not done.returncode
 
 
 def _postgres_programs() -> list[Path]:
@@ -183,11 +190,9 @@ def _install_chromium(python: str) -> None:
     """Have a Chromium for the page's tests, which skip without one: the system's, or the one that Playwright brings."""
     if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         return
-    by_apt = [["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium"]]
-    for commands in (by_apt, [[python, "-m", "playwright", "install", "chromium"]]):
-        has_tool = shutil.which(commands[0][0]) is not None
-        if has_tool and not any(subprocess.run(command, check=False).returncode for command in commands):
-            return
+    by_playwright = [python, "-m", "playwright", "install", "chromium"]
+    if _apt_install("chromium") or not subprocess.run(by_playwright, check=False).returncode:
+        return
     print("no Chromium to be had: the page is not tried in a browser", flush=True)
 
 
