@@ -1527,11 +1527,12 @@ def _class_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any]
 
 
 def _is_many(cls: Any) -> bool:
-    return _own(cls) in (set, frozenset) or (_own(cls) is tuple and typing.get_args(cls)[1:] == (...,))
+    own = _own(cls)
+    return own in (set, frozenset, collections.deque) or (own is tuple and typing.get_args(cls)[1:] == (...,))
 
 
 def _many_factory(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    """Read a set, or a tuple of any length, as a list: of a tuple's items cattrs would not look at the form."""
+    """Read a set, a deque or a tuple of any length as a list: cattrs would not look at the form of what is in it."""
     items = types.GenericAlias(list, typing.get_args(cls)[:1] or (Any,))
     read = converter.get_structure_hook(items)
     return lambda value, _: _own(cls)(read(value, items))

@@ -2437,6 +2437,7 @@ VALUES: list[tuple[Any, Any, Any]] = [
     (frozenset[str], ["a"], frozenset({"a"})),
     (tuple[int, str], [1, "a"], (1, "a")),
     (tuple[date, ...], ["2024-05-06"], (NOON.date(),)),
+    (collections.deque[date], ["2024-05-06"], collections.deque([NOON.date()])),
     (dict[str, Item], {"a": {"name": "tea"}}, {"a": Item("tea")}),
 ]
 
@@ -2469,6 +2470,8 @@ BAD_VALUES: list[tuple[Any, list[Any]]] = [
     (tuple[int, str], [[1], [1, "a", 2], "1a", ["1", "a"]]),
     (tuple[int, ...], [["1"], "12"]),
     (tuple[list[str], ...], [["ab"], [5], [["a"], "b"]]),
+    (collections.deque[list[str]], [["ab"], [5], [["a"], "b"], "ab"]),
+    (collections.deque[Item], [[5], ["tea"], [["name"]], [{}]]),
     (tuple[Item, ...], [[5], ["tea"], [["name"]], [{}]]),
     (tuple[int, list[str]], [[1, "ab"], [1]]),
     (Listed, [[1, "ab"], [1, [5]]]),
@@ -2614,6 +2617,8 @@ CHANGED: list[tuple[Any, Any, str]] = [
     (dict[str, list[Account]], {"a": [Savings(1)]}, "value.a[0]: "),
     (tuple[int, Account], (1, Savings(1)), "value[1]: "),
     (tuple[Account, ...], (0,), "value[0]: not a valid Account, 0"),
+    (collections.deque[Account], collections.deque([0]), "value[0]: not a valid Account, 0"),
+    (collections.deque[int], [1], "value: "),
     (tuple[int, Account], (1, "amount"), "value[1]: not a valid Account, 'amount'"),
     (tuple[Account, ...], (Account(), "amount"), "value[1]: not a valid Account, 'amount'"),
     (dict[Item, int], {Item("tea"): 1}, "value: can't be written"),
@@ -3016,6 +3021,7 @@ def kinds(depth: int) -> st.SearchStrategy[Any]:
         scalar,
         st.just(Any),
         inner.map(lambda kind: types.GenericAlias(list, (kind,))),
+        inner.map(lambda kind: types.GenericAlias(collections.deque, (kind,))),
         inner.map(lambda kind: types.GenericAlias(tuple, (kind, ...))),
         st.tuples(inner, inner).map(lambda pair: types.GenericAlias(tuple, pair)),
         st.tuples(st.just(str) | key, inner).map(lambda pair: types.GenericAlias(dict, pair)),
@@ -3064,7 +3070,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         fitting = st.tuples(*map(values, arguments))
     elif origin in (set, frozenset):
         fitting = st.lists(SCALARS[arguments[0]], max_size=2).map(origin)
-    elif origin in (list, tuple):
+    elif origin in (list, tuple, collections.deque):
         fitting = st.lists(values(arguments[0]), max_size=2).map(origin)
     elif arguments:
         fitting = st.one_of([values(one) for one in arguments if one is not type(None)]) | st.none()
@@ -3078,7 +3084,7 @@ def is_alike(one: Any, other: Any) -> bool:
     if attrs.has(type(other)):
         names = [field.name for field in attrs.fields(type(other))]
         return type(one) is type(other) and all(is_alike(getattr(one, name), getattr(other, name)) for name in names)
-    if isinstance(other, list | tuple):
+    if isinstance(other, list | tuple | collections.deque):
         return type(one) is type(other) and len(one) == len(other) and all(map(is_alike, one, other))
     if isinstance(other, dict):
         return type(one) is dict and one.keys() == other.keys() and all(is_alike(one[key], other[key]) for key in one)
