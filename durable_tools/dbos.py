@@ -1465,16 +1465,17 @@ class _Loop:
             with contextlib.suppress(RuntimeError):  # the caller's loop was closed, and its tasks with it
                 self._loop.call_soon_threadsafe(task.cancel)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Cancel what still runs, wait for it to be gone, and stop a loop of its own."""
         for instance in self.running:
             self.cancel(instance)
         if self._is_own:
-            deadline = tools.Ticks.monotonic() + 2
+            deadline = tools.Ticks.monotonic() + timeout_s
             while self._tasks and tools.Ticks.monotonic() < deadline:
                 time.sleep(0.01)
             self._is_closing = True
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(2)
+            self._thread.join(timeout_s)
 
 
 class _Future(concurrent.futures.Future[Any]):
