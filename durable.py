@@ -2751,16 +2751,20 @@ _replaced: weakref.WeakSet[type] = weakref.WeakSet()
 """Classes of functions and lambdas that were defined anew, once that was told."""
 
 
+def _refuse_decorated(function: object, cls: type[FSM], error: type[Exception]) -> None:
+    """Refuse a function that carries the class of a job which was made of another."""
+    if _job_function(cls) is not function:
+        made = f"{_brief(function)} is what a decorator has made of the job {cls.__qualname__}"
+        raise error(f"{made}, and would be skipped: put @durable.job above all others")
+
+
 def _spec_of(fsm: object) -> _Spec:
     """Read what a class, or that of a function job, has defined."""
     cls = fsm if isinstance(fsm, type) else getattr(fsm, "fsm", None)
     if not isinstance(cls, type) or not issubclass(cls, FSM):
         raise TypeError(f"fsm must be an FSM class, a function marked @durable.job, or a name, not {_brief(fsm)}")
-    if cls is not fsm and _job_function(cls) is not fsm:
-        raise TypeError(
-            f"{_brief(fsm)} is what a decorator has made of the job {cls.__qualname__}, and would be skipped:"
-            " put @durable.job above all others"
-        )
+    if cls is not fsm:
+        _refuse_decorated(fsm, cls, TypeError)
     if cls._spec is None:
         raise TypeError(f"{cls.__qualname__} is abstract: it can't have instances")
     return cls._spec
@@ -6491,11 +6495,15 @@ class _Behaviours:
         if not isinstance(given, Iterable):
             raise ValueError(f"fsms must hold FSM classes or objects of them, not be {given!r}")
         for one in given:
-            cls = one if isinstance(one, type) else getattr(one, "fsm", type(one))
+            if isinstance(one, FSM):
+                if self._objects.setdefault(type(one), one) is not one:
+                    raise ValueError(f"fsms must hold one object of a class, not two of {type(one)!r}")
+                continue
+            cls = one if isinstance(one, type) else getattr(one, "fsm", None)
             if not isinstance(cls, type) or not issubclass(cls, FSM):
                 raise ValueError(f"fsms must hold FSM classes or objects of them, not {_brief(one)}")
-            if not isinstance(one, type) and isinstance(one, FSM) and self._objects.setdefault(cls, one) is not one:
-                raise ValueError(f"fsms must hold one object of a class, not two of {cls!r}")
+            if cls is not one:
+                _refuse_decorated(one, cls, ValueError)
         self._unusable: set[type] = set()
         self._makers: dict[type, threading.Lock] = {}
 

@@ -2239,6 +2239,31 @@ def test_fsms_takes_nothing_but_machines_and_jobs(make_engine: MakeEngine, given
         make_engine(fsms=given_as)
 
 
+def test_fsms_refuses_what_a_decorator_has_made_of_a_job(make_engine: MakeEngine) -> None:
+    """It carries the job's class, and would never be called; the job itself will do."""
+
+    @durable.job
+    def double(n: int = 0) -> int:
+        return 2 * n
+
+    decorated = functools.wraps(cast(Any, double))(lambda: 0)
+    with pytest.raises(ValueError, match=r"is what a decorator has made of the job .*double, and would be skipped"):
+        make_engine(fsms=[decorated])
+    assert finish(make_engine(fsms=[double]), double).result == 0
+
+
+def test_fsms_takes_an_object_that_has_an_attribute_of_that_name(make_engine: MakeEngine) -> None:
+    """What is read of a function job is the object's own affair here."""
+
+    class Nested(FSM, name="test.nested"):
+        fsm = "inner"
+
+        def perform(self, args: Any) -> str:
+            return self.fsm
+
+    assert finish(make_engine(fsms=[Nested()]), Nested).result == "inner"
+
+
 def test_fsms_takes_one_object_of_a_class(make_engine: MakeEngine) -> None:
     """Of two nobody could say which one runs, so they are refused by the class's name; the same one twice is one."""
 
