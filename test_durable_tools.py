@@ -2144,6 +2144,13 @@ class DrawnNames(FSM, name="drawn.Names"):
         return Stop("no such step")
 
 
+class DrawnJob(FSM, name="tools.DrawnJob"):
+    fsm = "an attribute of its own"
+
+    def perform(self, args: dict[str, Any]) -> str:
+        return self.fsm
+
+
 @durable.job(name="drawn.job")
 def drawn_job(n: int) -> int:
     """A job that does nothing."""
@@ -2178,9 +2185,10 @@ def test_a_machine_with_one_step_method_is_drawn_by_the_names_that_it_matches(co
     assert {"[*] --> start", "start --> s1 : Next", "s1 --> [*] : Done"} <= set(lines)
 
 
-def test_a_job_is_drawn_as_what_may_become_of_it(command: Command) -> None:
+@pytest.mark.parametrize("job", ["drawn_job", "DrawnJob"])
+def test_a_job_is_drawn_as_what_may_become_of_it(command: Command, job: str) -> None:
     """It is done when it returns, is tried again when it raises, and fails in the end: no outcome has to say so."""
-    lines = [line.strip() for line in command("diagram", f"{__name__}:drawn_job").out.splitlines()]
+    lines = [line.strip() for line in command("diagram", f"{__name__}:{job}").out.splitlines()]
     assert lines[2:] == [
         "[*] --> perform",
         "perform --> [*] : Done",

@@ -171,7 +171,7 @@ def json_of(values: Iterable[object]) -> str:
 
 def known_machine(cls: object) -> Machine:
     """The diagram of a class or a function job."""
-    fsm = getattr(cls, "fsm", cls)
+    fsm = cls if isinstance(cls, type) else getattr(cls, "fsm", None)
     for (name, version), spec in tools.registry.items():
         if spec.cls is fsm and name == spec.name:
             machine = machine_of(name, version)
