@@ -7006,6 +7006,18 @@ class _LogCopier:
             _log.warning("%s: its write-ahead log could not be copied yet: %s", store.path, _error_text(error))
 
 
+def _end_tasks(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel tasks of a loop that is not running, and run it until they are gone."""
+    import asyncio
+
+    for task in tasks:
+        task.cancel()
+    ends = loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True)) if tasks else ()
+    for task, end in zip(tasks, ends, strict=True):
+        if isinstance(end, Exception):
+            _log.error("a task on the event loop failed while it ended: %r", task, exc_info=end)
+
+
 class _EventLoop:
     """A thread with an asyncio loop for `async def` steps, started when the first one is claimed."""
 
@@ -7070,23 +7082,11 @@ class _EventLoop:
         asyncio.set_event_loop(self._loop)
         try:
             self._run_until_closing()
-            self._end_tasks(self._tasks.values())
-            self._end_tasks(asyncio.all_tasks(self._loop))  # what steps have left behind
+            _end_tasks(self._loop, list(self._tasks.values()))
+            _end_tasks(self._loop, asyncio.all_tasks(self._loop))  # what steps have left behind
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
-
-    def _end_tasks(self, running: Iterable[asyncio.Task[None]]) -> None:
-        """Cancel tasks, and wait for them to be gone."""
-        import asyncio
-
-        tasks = list(running)
-        for task in tasks:
-            task.cancel()
-        ends = self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        for task, end in zip(tasks, ends, strict=True):
-            if isinstance(end, Exception):
-                _log.error("a task on the event loop failed while it ended: %r", task, exc_info=end)
 
     def _run_until_closing(self) -> None:
         while not self._is_closing:
@@ -12550,6 +12550,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
     * `Checks`: those of arguments, as the methods of `Engine` make them
     * `await_future`: the `__await__` of the engine's futures
     * `call_beside_loop`: calls in a thread what blocks, for `async with`
+    * `end_tasks`: cancels what is left on an event loop, and waits for it to be gone
     """
 
     class Reader(_Reader):
@@ -13048,6 +13049,7 @@ class tools:  # noqa: N801 - a namespace, named as a module is
 
     await_future = staticmethod(_await_future)
     call_beside_loop = staticmethod(_call_beside_loop)
+    end_tasks = staticmethod(_end_tasks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

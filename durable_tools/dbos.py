@@ -1410,21 +1410,10 @@ class _Loop:
             except BaseException:  # noqa: BLE001 - SystemExit out of a task of the user's own: other steps go on
                 _log.exception("the event loop was interrupted; it goes on")
         try:
-            self._loop.run_until_complete(self._end_rest())
+            tools.end_tasks(self._loop, asyncio.all_tasks(self._loop))  # what steps have left behind
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
-
-    @staticmethod
-    async def _end_rest() -> None:
-        """Cancel what steps have left behind, and wait for it to be gone."""
-        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in left:
-            task.cancel()
-        ends = await asyncio.gather(*left, return_exceptions=True)
-        for task, end in zip(left, ends, strict=True):
-            if isinstance(end, Exception):
-                _log.error("a task on the event loop failed while it ended: %r", task, exc_info=end)
 
     def run(
         self, instance: int, step: Coroutine[Any, Any, Any], look: Callable[[], object], every_s: float | None
